@@ -1,0 +1,168 @@
+"""What LayerNorm Scaling costs: a forward and a training step, with it and without, in pairs in turn.
+
+    python benchmarks/ln_scaling_overhead.py                       # a small Llama, on the GPU if there is one
+    python benchmarks/ln_scaling_overhead.py --size 130M --mode eager --mode compile --mode liger
+
+Prints one table. A ratio of 1.00 says that the scale costs nothing. Both models do one forward (or one step) each in
+turn, so that a machine whose speed drifts slows both; the ratio of each pair is taken, and the median of the ratios
+and their quartiles are printed. The row "plain" compares two models without the scale: what it is away from 1.00 is
+the noise of the measurement. Peak memory is that of a process of its own for each model.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import hf_lnscale
+
+# Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on the paper's shapes (arXiv 2502.05795, table 8).
+SIZES = {
+    "10M": (256, 688, 4, 12, 4096),
+    "130M": (768, 2048, 12, 12, 32000),
+    "350M": (1024, 2736, 16, 24, 32000),
+    "1B": (2048, 5461, 32, 24, 32000),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(size: str, scaled: bool, mode: str) -> torch.nn.Module:
+    hidden, mlp, heads, layers, vocabulary = SIZES[size]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        use_cache=False,
+    )
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, ln_scaling=scaled)
+    if DEVICE == "cuda":
+        model = model.to(torch.bfloat16)
+    if mode == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)
+    if mode == "compile":
+        model.compile()
+    return model
+
+
+def forward(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], None]:
+    @torch.no_grad()
+    def run() -> None:
+        model(tokens_BT)
+
+    return run
+
+
+def train_step(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def run() -> None:
+        model(tokens_BT, labels=tokens_BT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def seconds(run: Callable[[], None]) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def pairs(work: Callable, size: str, scaled: bool, mode: str, shape: tuple[int, int], count: int) -> list[float]:
+    """Ratios of the times of a model with the scale (or, not `scaled`, a second one without) to one without."""
+    tokens_BT = torch.randint(0, SIZES[size][4], shape, device=DEVICE)
+    runs = [work(build(size, which, mode), tokens_BT) for which in (False, scaled)]
+    for run in runs * 3:
+        seconds(run)
+    ratios = []
+    for number in track(range(count), f"{mode} {work.__name__}", transient=True):
+        order = (0, 1) if number % 2 else (1, 0)
+        times = {which: seconds(runs[which]) for which in order}
+        ratios.append(times[1] / times[0])
+    return ratios
+
+
+def peak_memory(size: str, scaled: bool, mode: str, shape: tuple[int, int]) -> float:
+    """MiB at the peak of three training steps, in a process of its own."""
+    code = f"import ln_scaling_overhead as b; print(b.own_peak({size!r}, {scaled}, {mode!r}, {shape}))"
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def own_peak(size: str, scaled: bool, mode: str, shape: tuple[int, int]) -> float:
+    run = train_step(build(size, scaled, mode), torch.randint(0, SIZES[size][4], shape, device=DEVICE))
+    for _ in range(3):
+        run()
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
+    mode: Annotated[list[str], typer.Option(help="eager, compile or liger; more than once for more.")] = ["eager"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Pairs to time.")] = 60,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+) -> None:
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(
+        "mode",
+        "what",
+        "compared",
+        "median ratio",
+        "quartiles",
+        "peak memory, plain",
+        "with the scale",
+        title=f"LayerNorm Scaling, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
+        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}",
+    )
+    for one in mode:
+        memory = [peak_memory(size, scaled, one, (batch, length)) for scaled in (False, True)]
+        for work in (forward, train_step):
+            for scaled in (False, True):
+                torch._dynamo.reset()
+                ratios = pairs(work, size, scaled, one, (batch, length), count)
+                low, _, high = statistics.quantiles(ratios, n=4)
+                show_memory = scaled and work is train_step
+                table.add_row(
+                    one,
+                    work.__name__,
+                    "LNS / plain" if scaled else "plain / plain",
+                    f"{statistics.median(ratios):.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    f"{memory[0]:.0f} MiB" if show_memory else "",
+                    f"{memory[1]:.0f} MiB" if show_memory else "",
+                )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,118 @@
+"""The command line, a thin face on the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# typer and rich come with transformers, whose own command line is made of them.
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from . import __version__
+
+app = typer.Typer(
+    name="hf-lnscale",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LayerNorm Scaling for Hugging Face transformers, against the curse of depth.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
+)
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder of a checkpoint, or name of a repository on the Hub.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    logging.set_verbosity_error()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the models, the picture and results.json.")] = Path(
+        "lnscale-demo"
+    ),
+    fast: Annotated[bool, typer.Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+) -> None:
+    """See the curse of depth in a real model, train with and without the cure, and ship the result."""
+    from .demo import run
+
+    run(out, fast=fast, seed=seed)
+
+
+@app.command()
+def info(
+    checkpoint: Checkpoint,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show family, layers, the scale of each layer, and what was folded; reads no weights."""
+    from .export import read_info
+    from .scaling import LNScalingConfig
+
+    found = read_info(checkpoint)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    state = "no LayerNorm Scaling"
+    if found.active:
+        state = f"LayerNorm Scaling, exponent {found.active['exponent']:g}, active: needs hf_lnscale to run"
+    elif found.folded:
+        state = f"LayerNorm Scaling, exponent {found.folded['exponent']:g}, folded into the weights: runs anywhere"
+    console = Console()
+    console.print(f"[bold]{found.path}[/bold]", highlight=False)
+    family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
+    console.print(f"  family   {family}{'' if found.supported else ' (not supported)'}", highlight=False)
+    console.print(f"  layers   {found.num_layers}", highlight=False)
+    console.print(f"  scaling  {state}", highlight=False)
+    scaling = LNScalingConfig.of(found.active or found.folded)
+    if scaling:
+        table = Table("layer", "depth", "scale")
+        scaling = scaling.for_layers(found.num_layers)
+        for position, (depth, scale) in enumerate(
+            zip(scaling.depths or (), scaling.scales(found.num_layers), strict=True)
+        ):
+            table.add_row(str(position), str(depth), f"{scale:.4f}")
+        console.print(table)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+) -> None:
+    """Fold the scale of a checkpoint into its weights: a plain checkpoint for any runtime."""
+    from .export import export as write
+
+    path = write(checkpoint, out, force=force)
+    print(f"wrote {path}: a plain checkpoint, loads without hf_lnscale")
+
+
+def main() -> None:
+    """Runs the command line; an expected failure is one line on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        print(f"hf-lnscale: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The only file that touches the inside of transformers: what `enable()` puts in place and `disable()` takes out.
+
+Every hook is a thin wrapper around the function that was there, and does nothing for a model without a scale.
+tests/test_hooks.py fails, by name, when a hooked function changes its signature or its role.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import sys
+import threading
+import warnings
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import scaling
+from .checkpoint import parts, protect, unprotect
+
+_MISSING = object()
+_lock = threading.RLock()
+_originals: dict[tuple[type, str], Any] = {}
+_installed: dict[tuple[type, str], Any] = {}
+
+
+def _hooks() -> dict[tuple[type, str], Any]:
+    """Each attribute that is replaced, with its replacement."""
+    return {
+        (PreTrainedConfig, "ln_scaling"): property(
+            scaling.get_ln_scaling, scaling.set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None."
+        ),
+        (PreTrainedConfig, "from_dict"): _from_dict(PreTrainedConfig.__dict__["from_dict"]),
+        (PreTrainedConfig, "to_json_file"): _to_json_file(PreTrainedConfig.__dict__["to_json_file"]),
+        # Private: the one place through which every reading of a config.json goes, before `model_type` is looked at.
+        (PreTrainedConfig, "_dict_from_json_file"): _dict_from_json_file(
+            PreTrainedConfig.__dict__["_dict_from_json_file"]
+        ),
+        (PreTrainedModel, "post_init"): _post_init(PreTrainedModel.__dict__["post_init"]),
+        (PreTrainedModel, "save_pretrained"): _save_pretrained(PreTrainedModel.__dict__["save_pretrained"]),
+        (PreTrainedModel, "from_pretrained"): _from_pretrained(PreTrainedModel.__dict__["from_pretrained"]),
+        # Private: what every `AutoModel.from_config` calls; unknown keywords would go on to the model's `__init__`.
+        (PreTrainedModel, "_from_config"): _from_config(PreTrainedModel.__dict__["_from_config"]),
+        (Trainer, "train"): _train(Trainer.__dict__["train"]),
+    }
+
+
+def enable() -> None:
+    """Makes transformers understand `ln_scaling`. Importing `hf_lnscale` calls it; a second call changes nothing."""
+    with _lock:
+        if _installed:
+            return
+        for (owner, name), hook in _hooks().items():
+            _originals[owner, name] = owner.__dict__.get(name, _MISSING)
+            _installed[owner, name] = hook
+            setattr(owner, name, hook)
+
+
+def disable() -> None:
+    """Puts back exactly the functions that were there.
+
+    Models that are scaled stay scaled in memory; save or fold them before: without the plugin, `save_pretrained`
+    writes an unprotected `config.json`.
+
+    Raises:
+        RuntimeError: if another library has since replaced one of the functions; nothing is changed then.
+    """
+    with _lock:
+        for (owner, name), hook in _installed.items():
+            if owner.__dict__.get(name) is not hook:
+                raise RuntimeError(
+                    f"{owner.__name__}.{name} was replaced after hf_lnscale.enable(), by "
+                    f"{getattr(owner.__dict__.get(name), '__module__', 'another library')}; undo that first"
+                )
+        for (owner, name), original in _originals.items():
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        _installed.clear()
+        _originals.clear()
+
+
+def is_enabled() -> bool:
+    """Whether transformers understands `ln_scaling` in this process."""
+    return bool(_installed)
+
+
+# --- the hooks --------------------------------------------------------------------------------------
+
+
+def _from_dict(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def from_dict(
+        cls: type[PreTrainedConfig], config_dict: dict[str, Any], ln_scaling: Any = None, **kwargs: Any
+    ) -> Any:
+        made = original.__func__(cls, config_dict, **kwargs)
+        # After every other keyword: whether depths are valid depends on the number of layers.
+        scaling.set_ln_scaling(made[0] if isinstance(made, tuple) else made, ln_scaling)
+        return made
+
+    return classmethod(from_dict)
+
+
+def _to_json_file(original: Any) -> Any:
+    @functools.wraps(original)
+    def to_json_file(self: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        if not any(part.get(scaling.ACTIVE) or scaling.ON_DISK in part for part in parts(self.to_dict())):
+            return original(self, json_file_path, use_diff=use_diff)
+        config = protect(json.loads(self.to_json_string(use_diff=use_diff)))
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    return to_json_file
+
+
+def _dict_from_json_file(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def _dict_from_json_file(cls: type[PreTrainedConfig], json_file: str | os.PathLike) -> dict[str, Any]:
+        return unprotect(original.__func__(cls, json_file))
+
+    return classmethod(_dict_from_json_file)
+
+
+def _post_init(original: Any) -> Any:
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel) -> None:
+        original(self)
+        scaling.apply_from_config(self)
+
+    return post_init
+
+
+def _save_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        scaling.require_consistent(self)
+        return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _from_pretrained(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def from_pretrained(
+        cls: type[PreTrainedModel],
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+            # With a configuration object, keywords would go on to the model's `__init__`.
+            scaling.set_ln_scaling(config, kwargs.pop("ln_scaling", None))
+            if config.name_or_path != str(pretrained_model_name_or_path):  # it says nothing about these weights
+                _note_what_is_on_disk(config, pretrained_model_name_or_path, kwargs)
+        loaded = original.__func__(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            _warn_if_cold(model.config, pretrained_model_name_or_path)
+        return loaded
+
+    return classmethod(from_pretrained)
+
+
+def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
+    part = vars(scaling.text_config(config))
+    part.pop(scaling.ON_DISK, None)
+    where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    except (OSError, ValueError):  # no configuration beside the weights, as for a single file
+        return
+    if active := _active(saved):
+        part[scaling.ON_DISK] = active
+
+
+def _active(saved: dict[str, Any]) -> dict[str, Any] | None:
+    """The scaling in a dict read from a config.json."""
+    return next((part[scaling.ACTIVE] for part in parts(saved) if part.get(scaling.ACTIVE)), None)
+
+
+def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
+    change = scaling.trained_without(config)
+    if change is None:
+        return
+    what = {
+        "on": "ln_scaling was switched on for {name!r}, which was trained without it. Its layers do not expect scaled "
+        "inputs: SmolLM2-135M goes from perplexity 23 to over two million this way. LayerNorm Scaling is for training: "
+        "load this checkpoint without the flag, or train a model from scratch with "
+        "AutoModelForCausalLM.from_config(config, ln_scaling=True).",
+        "off": "ln_scaling was switched off for {name!r}, which was trained with it. Its layers expect scaled inputs: "
+        "expect its outputs to be useless. To run it without hf_lnscale, fold the scale into the weights: "
+        "hf_lnscale.fold_ln_scaling(model) or `hf-lnscale export`.",
+        "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Expect "
+        "its outputs to be wrong; leave the keyword out, or give ln_scaling=True, to use the checkpoint's own.",
+    }[change]
+    # Points at the caller's line, however many frames of transformers lie between.
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("transformers", __package__):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(what.format(name=str(name)), UserWarning, stacklevel=level)
+
+
+def _from_config(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        if "ln_scaling" in kwargs:
+            config = copy.deepcopy(config)
+            # The weights are new: nothing is folded into them, whatever the configuration was taken from.
+            vars(scaling.text_config(config)).pop(scaling.FOLDED, None)
+            scaling.set_ln_scaling(config, kwargs.pop("ln_scaling"))
+        return original.__func__(cls, config, **kwargs)
+
+    return classmethod(_from_config)
+
+
+def _train(original: Any) -> Any:
+    @functools.wraps(original)
+    def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Trainer loads the weights of a checkpoint without a look at its configuration.
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        config = getattr(self.model, "config", None)
+        if folder and isinstance(config, PreTrainedConfig) and os.path.isfile(os.path.join(folder, "config.json")):
+            _require_same_scaling(config, str(folder))
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    return train
+
+
+def _require_same_scaling(config: PreTrainedConfig, folder: str) -> None:
+    saved, _ = type(config).get_config_dict(folder)
+    active = _active(saved)
+    resumed = copy.deepcopy(config)
+    vars(scaling.text_config(resumed))[scaling.ON_DISK] = active
+    if scaling.trained_without(resumed) is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} was trained with ln_scaling={active}, the model has "
+            f"ln_scaling={scaling.get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
+        )

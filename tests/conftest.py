@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+# Two test workers on two cores: more threads than that only get in each other's way.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Runs Python code in a new process and returns what it printed.
+
+    Without the plugin, the code runs in a process that has never imported it, which is checked at its end.
+    """
+
+    def run(code: str, *args: object, plugin: bool, expect_failure: bool = False) -> str:
+        check = "import sys; assert ('hf_lnscale' in sys.modules) == " + repr(plugin)
+        script = "\n".join(["import hf_lnscale" if plugin else "", textwrap.dedent(code), check])
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        )
+        if expect_failure:
+            assert done.returncode != 0, done.stdout
+            return done.stderr
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

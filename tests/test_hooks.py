@@ -1,0 +1,125 @@
+"""What is hooked, that it comes out again, and that a change of transformers' inside is noticed by name."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
+
+import hf_lnscale
+import tiny
+from hf_lnscale import hooks
+
+HOOKED = {
+    (PreTrainedConfig, "ln_scaling"),
+    (PreTrainedConfig, "from_dict"),
+    (PreTrainedConfig, "to_json_file"),
+    (PreTrainedConfig, "_dict_from_json_file"),
+    (PreTrainedModel, "post_init"),
+    (PreTrainedModel, "save_pretrained"),
+    (PreTrainedModel, "from_pretrained"),
+    (PreTrainedModel, "_from_config"),
+    (Trainer, "train"),
+}
+
+
+@pytest.fixture
+def disabled():
+    hf_lnscale.disable()
+    yield
+    hf_lnscale.enable()
+
+
+def test_disable_puts_back_exactly_what_was_there(run_python):
+    code = """
+    import sys
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+    classes = (PreTrainedConfig, PreTrainedModel, Trainer)
+    before = [dict(vars(cls)) for cls in classes]
+
+    import hf_lnscale
+    assert hf_lnscale.is_enabled()
+    hf_lnscale.enable()  # a second time changes nothing
+    changed = [f"{cls.__name__}.{name}" for cls, attributes in zip(classes, before)
+               for name, value in vars(cls).items() if attributes.get(name) is not value]
+
+    hf_lnscale.disable()
+    assert not hf_lnscale.is_enabled()
+    hf_lnscale.disable()
+    for cls, attributes in zip(classes, before):
+        assert vars(cls).keys() == attributes.keys()
+        assert all(vars(cls)[name] is value for name, value in attributes.items())
+    print(*changed)
+    del sys.modules["hf_lnscale"]
+    """
+    changed = run_python(code, plugin=False).split()
+    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED)
+
+
+def test_exactly_these_attributes_are_hooked():
+    assert set(hooks._installed) == HOOKED
+
+
+def test_disabled_is_stock(disabled, tmp_path):
+    assert not hf_lnscale.is_enabled()
+    assert not hasattr(PreTrainedConfig, "ln_scaling")
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="ln_scaling"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ln_scaling=True)
+
+
+def test_in_memory_functions_need_no_hooks(disabled):
+    model = hf_lnscale.apply_ln_scaling(tiny.model())
+    assert hf_lnscale.ln_scales(model)[3] == 0.5
+    before = model(tiny.tokens()).logits
+    assert torch.equal(hf_lnscale.fold_ln_scaling(model)(tiny.tokens()).logits, before)
+
+
+def test_disable_does_not_undo_another_library(monkeypatch):
+    def theirs(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", theirs)
+    with pytest.raises(RuntimeError, match=r"PreTrainedModel\.post_init was replaced after"):
+        hf_lnscale.disable()
+    assert hf_lnscale.is_enabled()
+    assert set(hooks._installed) == HOOKED
+
+
+# What each hook relies on. A failure here says: transformers changed, read hooks.py again.
+SIGNATURES = {
+    (PreTrainedConfig, "from_dict"): ["cls", "config_dict", "kwargs"],
+    (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
+    (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
+    (PreTrainedModel, "post_init"): ["self"],
+    (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
+    (PreTrainedModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path", "model_args", "config"],
+    (PreTrainedModel, "_from_config"): ["cls", "config", "kwargs"],
+    (Trainer, "train"): ["self", "resume_from_checkpoint"],
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), SIGNATURES, ids=lambda value: getattr(value, "__name__", value))
+def test_signature_of_the_hooked_function(owner, name):
+    original = hooks._originals[owner, name]
+    function = original.__func__ if isinstance(original, classmethod) else original
+    parameters = list(inspect.signature(function).parameters)
+    expected = SIGNATURES[owner, name]
+    assert parameters[: len(expected)] == expected, f"{owner.__name__}.{name} has changed: {parameters}"
+    hooked = owner.__dict__[name]
+    assert isinstance(hooked, classmethod) == isinstance(original, classmethod)
+    assert getattr(hooked, "__func__", hooked).__doc__ == function.__doc__
+
+
+def test_every_reading_of_a_config_goes_through_the_hooked_function(tmp_path):
+    """`_dict_from_json_file` is private; should another way appear, scaled checkpoints would stop loading."""
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path)
+    for load in (
+        lambda: LlamaForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: type(tiny.config()).from_json_file(tmp_path / "config.json"),
+        lambda: type(tiny.config()).from_pretrained(tmp_path / "config.json"),
+    ):
+        assert load().model_type == "llama"
+        assert load().ln_scaling["depths"] == [1, 2, 3, 4]

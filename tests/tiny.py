@@ -1,0 +1,129 @@
+"""A tiny random configuration of every family in the table: four layers, a vocabulary of 96."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as tf
+from transformers import PreTrainedConfig, PreTrainedModel
+
+VOCAB, HIDDEN, LAYERS = 96, 32, 4
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_MLA = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+_VISION = {
+    "depth": 1,
+    "embed_dim": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+
+# model_type of the text decoder: configuration class of the model that holds it, what it adds, and the norms that
+# must be scaled (written out, not read from the table under test).
+LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH_NORMS = ("input_layernorm", "pre_feedforward_layernorm")
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], tuple[str, str]]] = {
+    "llama": (tf.LlamaConfig, {}, LLAMA_NORMS),
+    "mistral": (tf.MistralConfig, {}, LLAMA_NORMS),
+    "mixtral": (tf.MixtralConfig, {"num_local_experts": 4}, LLAMA_NORMS),
+    "ministral": (tf.MinistralConfig, {}, LLAMA_NORMS),
+    "qwen2": (tf.Qwen2Config, {}, LLAMA_NORMS),
+    "qwen3": (tf.Qwen3Config, {}, LLAMA_NORMS),
+    "qwen2_moe": (tf.Qwen2MoeConfig, _MOE, LLAMA_NORMS),
+    "qwen3_moe": (tf.Qwen3MoeConfig, _MOE, LLAMA_NORMS),
+    "qwen3_next": (tf.Qwen3NextConfig, _MOE | _LINEAR, LLAMA_NORMS),
+    "qwen3_5_text": (tf.Qwen3_5TextConfig, _LINEAR, LLAMA_NORMS),
+    "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, _MOE | _LINEAR, LLAMA_NORMS),
+    "deepseek_v2": (tf.DeepseekV2Config, _MLA, LLAMA_NORMS),
+    "deepseek_v3": (tf.DeepseekV3Config, _MLA, LLAMA_NORMS),
+    "phi3": (tf.Phi3Config, {}, LLAMA_NORMS),
+    "smollm3": (tf.SmolLM3Config, {}, LLAMA_NORMS),
+    "granite": (tf.GraniteConfig, {}, LLAMA_NORMS),
+    "gemma": (tf.GemmaConfig, {}, LLAMA_NORMS),
+    "gemma2": (tf.Gemma2Config, {}, SANDWICH_NORMS),
+    "gemma3_text": (tf.Gemma3TextConfig, {}, SANDWICH_NORMS),
+    "qwen2_vl_text": (tf.Qwen2VLConfig, _MROPE, LLAMA_NORMS),
+    "qwen2_5_vl_text": (tf.Qwen2_5_VLConfig, _MROPE, LLAMA_NORMS),
+    "qwen3_vl_text": (tf.Qwen3VLConfig, _MROPE, LLAMA_NORMS),
+    "qwen3_vl_moe_text": (tf.Qwen3VLMoeConfig, _MROPE | _MOE, LLAMA_NORMS),
+}
+COMPOSITE = [name for name, (cls, _, _) in FAMILIES.items() if "text_config" in cls.sub_configs]
+
+
+def config(family: str = "llama", **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model of a family; `changes` go to the outermost configuration."""
+    cls, extra, _ = FAMILIES[family]
+    text = _BASE | extra
+    if family not in COMPOSITE:
+        return cls(**(text | changes))
+    special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    return cls(text_config=text, vision_config=dict(_VISION), **(special | changes))
+
+
+def auto_class(family: str) -> Any:
+    return tf.AutoModelForImageTextToText if family in COMPOSITE else tf.AutoModelForCausalLM
+
+
+def model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny model with random weights in every norm too: at one, or zero, many a mistake would not show."""
+    torch.manual_seed(seed)
+    # The grouped kernels for experts know no float64.
+    built = auto_class(family).from_config(config(family, **changes), experts_implementation="eager")
+    return randomize_norms(built.eval(), seed)
+
+
+def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return built
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
