@@ -13,6 +13,7 @@ finds for the parameter. (A `weight` that always reads as the product passes mos
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import sys
@@ -237,7 +238,7 @@ class _ScaledView:
         if name in ("weight", "bias") and value is not None:
             return scale_parameter(value, norm.ln_scale, norm._one_plus_weight and name == "weight")
         if isinstance(value, MethodType) and value.__self__ is norm:  # it may read the weight too
-            return MethodType(value.__func__, self)
+            return functools.partial(value.__func__, self)
         return value
 
 
