@@ -7,6 +7,8 @@ Importing it makes every `from_pretrained`, `from_config` and configuration of t
 """
 
 from ._version import __version__
+from .depth.layers import drop_layers
+from .depth.plan import PruningPlan
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
 from .scaling import (
@@ -20,10 +22,12 @@ from .scaling import (
 
 __all__ = [
     "LNScalingConfig",
+    "PruningPlan",
     "UnsupportedArchitectureError",
     "__version__",
     "apply_ln_scaling",
     "disable",
+    "drop_layers",
     "enable",
     "fold_ln_scaling",
     "is_enabled",

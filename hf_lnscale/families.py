@@ -16,6 +16,10 @@ class UnsupportedArchitectureError(ValueError):
     """The model's family is not in the table, or its modules are not where its row says they are."""
 
 
+# The configuration fields over depth that it is known how to follow (depth/layers.py does).
+DEPTH_FIELDS = ("layer_types", "no_rope_layers", "max_window_layers", "first_k_dense_replace", "mlp_only_layers")
+
+
 @dataclass(frozen=True)
 class Family:
     """What the plugin must know about one family of decoders.
@@ -25,47 +29,48 @@ class Family:
         attention_norm: the norm in front of attention (or of a linear-attention mixer), from a layer.
         mlp_norm: the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
+        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`; None if not known.
     """
 
     layers: str = "layers"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     one_plus_weight: bool = False
+    depth_fields: tuple[str, ...] | None = None
 
     @property
     def pre_norms(self) -> tuple[str, str]:
         return self.attention_norm, self.mlp_norm
 
 
-_LLAMA_LIKE = Family()
-_ONE_PLUS = Family(one_plus_weight=True)
-# Their `post_attention_layernorm` is a norm on the OUTPUT of attention.
-_SANDWICH = Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True)
+# Its `post_attention_layernorm` is a norm on the OUTPUT of attention.
+_SANDWICH = Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",))
+_WINDOWS = ("layer_types", "max_window_layers")
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "mixtral": _LLAMA_LIKE,
-    "ministral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "qwen2_moe": _LLAMA_LIKE,
-    "qwen3_moe": _LLAMA_LIKE,
-    "qwen3_next": _ONE_PLUS,
-    "qwen3_5_text": _ONE_PLUS,
-    "qwen3_5_moe_text": _ONE_PLUS,
-    "deepseek_v2": _LLAMA_LIKE,
-    "deepseek_v3": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
-    "granite": _LLAMA_LIKE,
-    "gemma": _ONE_PLUS,
+    "llama": Family(depth_fields=()),
+    "mistral": Family(depth_fields=()),
+    "mixtral": Family(depth_fields=()),
+    "ministral": Family(depth_fields=("layer_types",)),
+    "qwen2": Family(depth_fields=_WINDOWS),
+    "qwen3": Family(depth_fields=_WINDOWS),
+    "qwen2_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
+    "qwen3_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
+    "qwen3_next": Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")),
+    "qwen3_5_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
+    "qwen3_5_moe_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
+    "deepseek_v2": Family(depth_fields=("first_k_dense_replace",)),
+    "deepseek_v3": Family(depth_fields=("first_k_dense_replace",)),
+    "phi3": Family(depth_fields=()),
+    "smollm3": Family(depth_fields=("layer_types", "no_rope_layers")),
+    "granite": Family(depth_fields=()),
+    "gemma": Family(one_plus_weight=True, depth_fields=()),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "qwen2_vl_text": _LLAMA_LIKE,
-    "qwen2_5_vl_text": _LLAMA_LIKE,
-    "qwen3_vl_text": _LLAMA_LIKE,
-    "qwen3_vl_moe_text": _LLAMA_LIKE,
+    "qwen2_vl_text": Family(depth_fields=_WINDOWS),
+    "qwen2_5_vl_text": Family(depth_fields=_WINDOWS),
+    "qwen3_vl_text": Family(depth_fields=()),
+    "qwen3_vl_moe_text": Family(depth_fields=("mlp_only_layers",)),
 }
 
 _POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
@@ -100,6 +105,7 @@ def register_family(
     attention_norm: str = "input_layernorm",
     mlp_norm: str = "post_attention_layernorm",
     one_plus_weight: bool = False,
+    depth_fields: tuple[str, ...] | None = None,
     overwrite: bool = False,
 ) -> Family:
     """Adds a family of decoders to the table, for this process.
@@ -114,13 +120,16 @@ def register_family(
         attention_norm: path of the norm in front of attention, from a layer.
         mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
+        depth_fields: configuration fields that run over depth besides `num_hidden_layers`, of those that are known to
+            `hf_lnscale.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped.
         overwrite: replace a row that exists.
 
     Returns:
         The new row.
 
     Raises:
-        ValueError: for an empty or malformed name, or for a `model_type` that is in the table, without `overwrite`.
+        ValueError: for an empty or malformed name, for a field over depth that is not known, or for a `model_type` that
+            is in the table, without `overwrite`.
 
     Example:
         >>> hf_lnscale.register_family("starcoder2")
@@ -139,7 +148,12 @@ def register_family(
         raise ValueError(f"register_family: one_plus_weight must be True or False, got {one_plus_weight!r}")
     if model_type in FAMILIES and not overwrite:
         raise ValueError(f"register_family: model_type {model_type!r} is in the table already; give overwrite=True")
-    FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight)
+    if depth_fields is not None:
+        for name in depth_fields:
+            if name not in DEPTH_FIELDS:
+                raise ValueError(f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}")
+        depth_fields = tuple(depth_fields)
+    FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)
     return FAMILIES[model_type]
 
 

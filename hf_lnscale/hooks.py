@@ -6,6 +6,7 @@ tests/test_hooks.py fails, by name, when a hooked function changes its signature
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -15,11 +16,15 @@ import threading
 import warnings
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import load_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import scaling
 from .checkpoint import parts, protect, unprotect
+from .depth import layers
 
 _MISSING = object()
 _lock = threading.RLock()
@@ -33,6 +38,9 @@ def _hooks() -> dict[tuple[type, str], Any]:
         (PreTrainedConfig, "ln_scaling"): property(
             scaling.get_ln_scaling, scaling.set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None."
         ),
+        (PreTrainedConfig, "drop_layers"): property(
+            layers.get_dropped_layers, layers.set_drop_layers, doc="Layers that the original model had, or None."
+        ),
         (PreTrainedConfig, "from_dict"): _from_dict(PreTrainedConfig.__dict__["from_dict"]),
         (PreTrainedConfig, "to_json_file"): _to_json_file(PreTrainedConfig.__dict__["to_json_file"]),
         # Private: the one place through which every reading of a config.json goes, before `model_type` is looked at.
@@ -44,6 +52,15 @@ def _hooks() -> dict[tuple[type, str], Any]:
         (PreTrainedModel, "from_pretrained"): _from_pretrained(PreTrainedModel.__dict__["from_pretrained"]),
         # Private: what every `AutoModel.from_config` calls; unknown keywords would go on to the model's `__init__`.
         (PreTrainedModel, "_from_config"): _from_config(PreTrainedModel.__dict__["_from_config"]),
+        # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
+        # `key_mapping` is kept with the model and reverted on saving: old numbers beside a config with fewer layers.
+        (PreTrainedModel, "_load_pretrained_model"): _load_pretrained_model(
+            PreTrainedModel.__dict__["_load_pretrained_model"]
+        ),
+        # Private: reads a checkpoint of torch.distributed.checkpoint by names, past the function above.
+        (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): _load_distributed(
+            PreTrainedModel._load_and_finalize_distributed_pretrained_model
+        ),
         (Trainer, "train"): _train(Trainer.__dict__["train"]),
     }
 
@@ -95,11 +112,17 @@ def is_enabled() -> bool:
 def _from_dict(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def from_dict(
-        cls: type[PreTrainedConfig], config_dict: dict[str, Any], ln_scaling: Any = None, **kwargs: Any
+        cls: type[PreTrainedConfig],
+        config_dict: dict[str, Any],
+        ln_scaling: Any = None,
+        drop_layers: Any = None,
+        **kwargs: Any,
     ) -> Any:
         made = original.__func__(cls, config_dict, **kwargs)
-        # After every other keyword: whether depths are valid depends on the number of layers.
-        scaling.set_ln_scaling(made[0] if isinstance(made, tuple) else made, ln_scaling)
+        # After every other keyword: what is valid depends on the number of layers.
+        config = made[0] if isinstance(made, tuple) else made
+        layers.set_drop_layers(config, drop_layers)
+        scaling.set_ln_scaling(config, ln_scaling)
         return made
 
     return classmethod(from_dict)
@@ -155,6 +178,7 @@ def _from_pretrained(original: Any) -> Any:
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
             # With a configuration object, keywords would go on to the model's `__init__`.
+            layers.set_drop_layers(config, kwargs.pop("drop_layers", None))
             scaling.set_ln_scaling(config, kwargs.pop("ln_scaling", None))
             if config.name_or_path != str(pretrained_model_name_or_path):  # it says nothing about these weights
                 _note_what_is_on_disk(config, pretrained_model_name_or_path, kwargs)
@@ -176,6 +200,8 @@ def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str,
     except (OSError, ValueError):  # no configuration beside the weights, as for a single file
         return
     if active := _active(saved):
+        if positions := layers.positions_on_disk(config, saved):
+            active = {**active, "depths": [active["depths"][position] for position in positions]}
         part[scaling.ON_DISK] = active
 
 
@@ -209,6 +235,10 @@ def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
 def _from_config(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        if kwargs.get("drop_layers") is not None:
+            config = copy.deepcopy(config)
+            layers.set_drop_layers(config, kwargs["drop_layers"])
+        kwargs.pop("drop_layers", None)
         if "ln_scaling" in kwargs:
             config = copy.deepcopy(config)
             # The weights are new: nothing is folded into them, whatever the configuration was taken from.
@@ -217,6 +247,70 @@ def _from_config(original: Any) -> Any:
         return original.__func__(cls, config, **kwargs)
 
     return classmethod(_from_config)
+
+
+def _load_pretrained_model(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        name = load_config.pretrained_model_name_or_path
+        # `expected_keys` are given for an adapter alone.
+        pruned = scaling.DROPPED in vars(scaling.text_config(model.config)) and name is not None
+        positions = _positions_on_disk(model, name, load_config) if pruned and expected_keys is None else None
+        if positions is None:
+            return original.__func__(model, state_dict, checkpoint_files, load_config, expected_keys)
+        with contextlib.ExitStack() as opened:
+            if state_dict is None:
+                state_dict = _checkpoint_tensors(checkpoint_files or [], load_config, opened)
+            renamed = layers.renumber(state_dict, model, positions)
+            kept = {new: state_dict[old] for old, new in renamed.items()}
+            if is_deepspeed_zero3_enabled():
+                # It copies whole tensors; slices are materialized for those that are kept.
+                kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
+            # Without the files: offloading to disk would read tensors from them by their new names.
+            return original.__func__(model, kept, None, load_config, expected_keys)
+
+    return staticmethod(_load_pretrained_model)
+
+
+def _load_distributed(original: Any) -> Any:
+    @functools.wraps(original)
+    def _load_and_finalize_distributed_pretrained_model(self: PreTrainedModel, folder: Any, *args: Any) -> Any:
+        if scaling.DROPPED in vars(scaling.text_config(self.config)):
+            saved, _ = type(self.config).get_config_dict(folder)
+            if layers.positions_on_disk(self.config, saved) is not None:
+                raise ValueError(
+                    f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
+                    "load it whole and use hf_lnscale.drop_layers(model, layers)"
+                )
+        return original(self, folder, *args)
+
+    return _load_and_finalize_distributed_pretrained_model
+
+
+def _positions_on_disk(model: PreTrainedModel, name: Any, load_config: Any) -> list[int] | None:
+    where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+    kwargs = {key: value for key, value in (load_config.download_kwargs or {}).items() if key in where}
+    saved, _ = type(model.config).get_config_dict(name, **kwargs)
+    return layers.positions_on_disk(model.config, saved)
+
+
+def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor of a checkpoint under its name; of safetensors files none is read yet."""
+    tensors: dict[str, Any] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            backend = "pread" if load_config.disable_mmap or sys.platform == "win32" else "mmap"
+            pointer = opened.enter_context(safe_open(file, framework="pt", device="cpu", backend=backend))
+            tensors.update({name: pointer.get_slice(name) for name in pointer.keys()})  # noqa: SIM118
+        else:
+            tensors.update(load_state_dict(file, weights_only=load_config.weights_only))
+    return tensors
 
 
 def _train(original: Any) -> Any:
@@ -228,14 +322,20 @@ def _train(original: Any) -> Any:
             folder = get_last_checkpoint(self.args.output_dir)
         config = getattr(self.model, "config", None)
         if folder and isinstance(config, PreTrainedConfig) and os.path.isfile(os.path.join(folder, "config.json")):
-            _require_same_scaling(config, str(folder))
+            _require_same_model(config, str(folder))
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train
 
 
-def _require_same_scaling(config: PreTrainedConfig, folder: str) -> None:
+def _require_same_model(config: PreTrainedConfig, folder: str) -> None:
     saved, _ = type(config).get_config_dict(folder)
+    there, here = (layers.original_layers(one) for one in (type(config).from_dict(dict(saved)), config))
+    if there != here:
+        raise ValueError(
+            f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}, the model has layers "
+            f"{here[0]} of {here[1]}; load the model with the same drop_layers to resume"
+        )
     active = _active(saved)
     resumed = copy.deepcopy(config)
     vars(scaling.text_config(resumed))[scaling.ON_DISK] = active

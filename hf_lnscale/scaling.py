@@ -36,6 +36,8 @@ class _Stored(dict):
 # What a configuration carries, in memory and in config.json.
 ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
+# Which layers of which number are missing (depth/layers.py); a layer that is left keeps the depth it had.
+DROPPED = "dropped_layers"
 # What the checkpoint's own config.json said, in memory only: tells a model trained with the scale from a cold switch.
 ON_DISK = "_ln_scaling_on_disk"
 
@@ -158,6 +160,9 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
             "that would scale twice. It needs no flag to run; to train it further with LayerNorm Scaling, load it "
             "without the flag and call hf_lnscale.unfold_ln_scaling(model)."
         )
+    if scaling.depths is None and (record := holder.get(DROPPED)):
+        own = [layer + 1 for layer in range(record["num_hidden_layers"]) if layer not in record["layers"]]
+        scaling = LNScalingConfig(scaling.exponent, tuple(own))
     if scaling.depths is not None and (num_layers := getattr(text, "num_hidden_layers", None)):
         scaling = scaling.for_layers(num_layers)
     holder[ACTIVE] = _Stored(scaling.to_dict())

@@ -12,6 +12,7 @@ from hf_lnscale import hooks
 
 HOOKED = {
     (PreTrainedConfig, "ln_scaling"),
+    (PreTrainedConfig, "drop_layers"),
     (PreTrainedConfig, "from_dict"),
     (PreTrainedConfig, "to_json_file"),
     (PreTrainedConfig, "_dict_from_json_file"),
@@ -19,6 +20,8 @@ HOOKED = {
     (PreTrainedModel, "save_pretrained"),
     (PreTrainedModel, "from_pretrained"),
     (PreTrainedModel, "_from_config"),
+    (PreTrainedModel, "_load_pretrained_model"),
+    (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
     (Trainer, "train"),
 }
 
@@ -95,6 +98,14 @@ SIGNATURES = {
     (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
     (PreTrainedModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path", "model_args", "config"],
     (PreTrainedModel, "_from_config"): ["cls", "config", "kwargs"],
+    (PreTrainedModel, "_load_pretrained_model"): [
+        "model",
+        "state_dict",
+        "checkpoint_files",
+        "load_config",
+        "expected_keys",
+    ],
+    (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],
 }
 
@@ -102,7 +113,9 @@ SIGNATURES = {
 @pytest.mark.parametrize(("owner", "name"), SIGNATURES, ids=lambda value: getattr(value, "__name__", value))
 def test_signature_of_the_hooked_function(owner, name):
     original = hooks._originals[owner, name]
-    function = original.__func__ if isinstance(original, classmethod) else original
+    if original is hooks._MISSING:  # inherited
+        original = getattr(super(owner, owner), name)
+    function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
     parameters = list(inspect.signature(function).parameters)
     expected = SIGNATURES[owner, name]
     assert parameters[: len(expected)] == expected, f"{owner.__name__}.{name} has changed: {parameters}"

@@ -1,0 +1,421 @@
+"""Layers taken out: on loading, in memory, on disk, against deletion by hand."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+
+import hf_lnscale
+import tiny
+from hf_lnscale import PruningPlan, drop_layers, families, fold_ln_scaling, ln_scales
+from hf_lnscale.depth.plan import fingerprint
+from oracles import decoder_layers
+
+# What the tiny configurations leave at values with which a mistake would not show.
+VARIANTS = {family: (family, {}) for family in tiny.FAMILIES} | {
+    "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2_moe windows": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+    "ministral windows": (
+        "ministral",
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "qwen3_moe sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "qwen3_moe mlp only": ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
+    "qwen3_next sparse step": ("qwen3_next", {"decoder_sparse_step": 3}),
+    "deepseek_v3 dense": ("deepseek_v3", {"first_k_dense_replace": 2}),
+    "smollm3 interval": ("smollm3", {"no_rope_layer_interval": 2}),
+}
+CUTS = [[1], [0, 2], [2, 3]]
+
+
+def reload(family, folder, **kwargs):
+    return tiny.auto_class(family).from_pretrained(folder, experts_implementation="eager", **kwargs)
+
+
+def deleted(model, dropped):
+    """A copy with the modules deleted by hand, and every list over layers that the model reads while it runs."""
+    model = copy.deepcopy(model)
+    layers = decoder_layers(model)
+    kept = [layer for layer in range(len(layers)) if layer not in dropped]
+    for layer in reversed(dropped):
+        del layers[layer]
+    for position, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        if hasattr(config, "num_hidden_layers") and config.model_type == model.config.get_text_config().model_type:
+            if getattr(config, "layer_types", None):
+                config.layer_types = [config.layer_types[layer] for layer in kept]
+            config.num_hidden_layers = len(kept)
+    return model
+
+
+def gradients(model):
+    model.zero_grad()
+    model(tiny.tokens(), labels=tiny.tokens(), use_cache=False).loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def assert_same_model(got, expected):
+    assert torch.equal(got(tiny.tokens(), use_cache=False).logits, expected(tiny.tokens(), use_cache=False).logits)
+    for one, other in zip(gradients(got), gradients(expected), strict=True):
+        assert torch.equal(one, other)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    assert torch.equal(got.generate(tiny.tokens(2, 6), **settings), expected.generate(tiny.tokens(2, 6), **settings))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_deletion(variant, tmp_path):
+    """Loaded without the layers, dropped in memory, saved and loaded again: the model with the modules deleted."""
+    family, changes = VARIANTS[variant]
+    full = tiny.model(family, **changes)
+    full.save_pretrained(tmp_path / "full")
+    for dropped in CUTS:
+        expected = deleted(full, dropped)
+        loaded = reload(family, tmp_path / "full", drop_layers=dropped)
+        assert_same_model(loaded, expected)
+        in_memory = drop_layers(copy.deepcopy(full), dropped)
+        assert_same_model(in_memory, expected)
+        loaded.save_pretrained(tmp_path / "pruned")
+        assert_same_model(reload(family, tmp_path / "pruned"), expected)
+
+
+STOCK = """
+import pathlib, sys, torch, tiny
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    model, info = tiny.auto_class(folder.name).from_pretrained(
+        folder, experts_implementation="eager", output_loading_info=True)
+    assert not any(info.values()), (folder.name, info)
+    assert torch.equal(model(tiny.tokens(), use_cache=False).logits, torch.load(folder / "logits.pt")), folder.name
+    print(folder.name)
+"""
+
+
+def test_saved_it_is_a_plain_checkpoint(tmp_path, run_python):
+    """For every family, in a process without the plugin; one of them pruned twice, and one with LNS folded."""
+    for family in tiny.FAMILIES:
+        tiny.model(family).save_pretrained(tmp_path / "full" / family)
+        model = reload(family, tmp_path / "full" / family, drop_layers=[1])
+        if family == "llama":
+            model.save_pretrained(tmp_path / "once")
+            model = reload(family, tmp_path / "once", drop_layers=[0])
+        model.save_pretrained(tmp_path / "pruned" / family)
+        torch.save(model(tiny.tokens(), use_cache=False).logits.detach(), tmp_path / "pruned" / family / "logits.pt")
+    assert run_python(STOCK, tmp_path / "pruned", plugin=False).split() == sorted(tiny.FAMILIES)
+
+
+def test_no_load_report_and_every_kept_tensor_is_read(tmp_path, caplog):
+    tiny.model().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path, drop_layers=[0, 2], output_loading_info=True)
+    assert not any(info.values())
+    assert "UNEXPECTED" not in caplog.text
+    assert_same_model(model, deleted(tiny.model(), [0, 2]))
+
+
+@pytest.mark.parametrize(
+    "kind", ["base into head", "head into base", "bin", "float16", "meta map", "disk", "classifier"]
+)
+def test_other_ways_of_loading(kind, tmp_path):
+    full = tiny.model()
+    expected = deleted(full, [1, 2])
+    hidden = expected.model(tiny.tokens())[0]
+    if kind == "base into head":
+        full.model.save_pretrained(tmp_path)
+        torch.testing.assert_close(
+            LlamaForCausalLM.from_pretrained(tmp_path, drop_layers=[1, 2]).model(tiny.tokens())[0], hidden
+        )
+        return
+    full.save_pretrained(tmp_path)
+    if kind == "head into base":
+        model = tf.AutoModel.from_pretrained(tmp_path, drop_layers=[1, 2])
+        assert torch.equal(model(tiny.tokens())[0], hidden)
+    elif kind == "classifier":
+        model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, drop_layers=[1, 2])
+        assert torch.equal(model.model(tiny.tokens())[0], hidden)
+    elif kind == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(full.state_dict(), tmp_path / "pytorch_model.bin")
+        assert_same_model(LlamaForCausalLM.from_pretrained(tmp_path, drop_layers=[1, 2]), expected)
+    elif kind == "float16":
+        model = LlamaForCausalLM.from_pretrained(tmp_path, drop_layers=[1, 2], dtype=torch.float16)
+        expected = deleted(LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16), [1, 2])
+        assert torch.equal(model(tiny.tokens()).logits, expected(tiny.tokens()).logits)
+    else:
+        places = {"model.layers.0": "cpu", "model.layers.1": "disk" if kind == "disk" else "cpu"}
+        places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path, drop_layers=[1, 2], device_map=places, offload_folder=str(tmp_path / "offload")
+        )
+        with torch.no_grad():
+            assert torch.equal(model(tiny.tokens()).logits, expected(tiny.tokens()).logits)
+
+
+def plan(**changes):
+    return PruningPlan(**({"layers": (1, 2), "model": fingerprint(tiny.config())} | changes))
+
+
+VALUES = {
+    "list": [1, 2],
+    "negative": (-2, -3),
+    "numpy": np.array([2, 1]),
+    "range": range(1, 3),
+    "plan": plan(),
+    "file": lambda folder: str(plan().save(folder / "p.json")),
+    "folder": lambda folder: plan().save(folder / "with a plan").parent,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_every_form_of_the_argument(value, tmp_path):
+    value = VALUES[value](tmp_path) if callable(VALUES[value]) else VALUES[value]
+    full = tiny.model()
+    full.save_pretrained(tmp_path / "full")
+    expected = deleted(full, [1, 2])(tiny.tokens()).logits
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=value),
+        LlamaForCausalLM.from_pretrained(tmp_path / "full", drop_layers=value),
+        LlamaForCausalLM.from_pretrained(tmp_path / "full", config=tiny.config(), drop_layers=value),
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "full", config=AutoConfig.from_pretrained(tmp_path / "full", drop_layers=value)
+        ),
+        drop_layers(copy.deepcopy(full), value),
+    ):
+        assert torch.equal(model(tiny.tokens()).logits, expected)
+        assert model.config.drop_layers == [1, 2]
+    for model in (
+        AutoModelForCausalLM.from_config(tiny.config(), drop_layers=value),
+        LlamaForCausalLM(tiny.config(drop_layers=value)),
+    ):
+        assert len(model.model.layers) == 2
+
+
+def test_a_number_is_the_rule_of_thumb_and_warned_of(tmp_path):
+    full = tiny.model()
+    full.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"drop_layers=2 drops layers \[1, 2\].*not by measurement"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=2)
+    assert torch.equal(model(tiny.tokens()).logits, deleted(full, [1, 2])(tiny.tokens()).logits)
+
+
+WRONG = [
+    ([4], r"layer 4 does not exist in a model of 4 layers; valid are integers from -4 to 3"),
+    ([-5], "layer -5 does not exist"),
+    ([1, 1], r"layer 1 is given twice"),
+    ([1, -3], r"layer 1 is given twice"),
+    ([0, 1, 2, 3], "are all 4 layers"),
+    ([True], "True in .* is no layer index"),
+    ([1.0], "1.0 in .* is no layer index"),
+    (True, "must be a list of layer indices, got True"),
+    (1.5, "must be a list of layer indices, got 1.5"),
+    (4, "a number of layers must be between 1 and 3"),
+    (0, "a number of layers must be between 1 and 3"),
+    (plan(model=fingerprint(tiny.config("qwen2"))), "made for another model .* with model_type 'qwen2'"),
+    (plan(model=fingerprint(tiny.config(num_hidden_layers=5))), "with num_hidden_layers 5; this one has 4"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), WRONG, ids=lambda value: repr(value)[:30])
+def test_wrong_values_are_refused_before_a_weight_is_read(value, message, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not to be read")
+    for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match=f"drop_layers.*{message}"):
+            load(tmp_path, drop_layers=value)
+    model = tiny.model()
+    before = model(tiny.tokens()).logits
+    with pytest.raises(ValueError, match=message):
+        drop_layers(model, value)
+    assert torch.equal(model(tiny.tokens()).logits, before)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(tiny.config(), drop_layers=value)
+
+
+def test_a_missing_or_broken_plan(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no pruning plan at"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
+    (tmp_path / "pruning_plan.json").write_text('{"format": 1, "layers": 3}')
+    with pytest.raises(ValueError, match="is no pruning plan"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
+
+
+def test_plan_survives_its_file(tmp_path):
+    full = plan(
+        method={"search": "greedy"}, perplexity={"before": 10.0, "after": 12.0}, steps=[{"layers": [1]}], seed=3
+    )
+    assert PruningPlan.load(full.save(tmp_path / "a" / "folder")) == full
+    assert full.perplexity_increase == pytest.approx(0.2)
+    assert str(full).startswith("drop 2 of 4 layers: [1, 2]")
+
+
+def test_what_was_dropped_is_noted_in_the_original_numbering(tmp_path):
+    tiny.model(num_hidden_layers=8).save_pretrained(tmp_path / "full")
+    once = AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[0, 3])
+    once.save_pretrained(tmp_path / "once")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "once", drop_layers=[0, -1])  # 1 and 7 of the original
+    twice.save_pretrained(tmp_path / "twice")
+    record = json.loads((tmp_path / "twice/config.json").read_text())["dropped_layers"]
+    assert record == {"layers": [0, 1, 3, 7], "num_hidden_layers": 8, "base": str(tmp_path / "full")}
+    expected = deleted(tiny.model(num_hidden_layers=8), [0, 1, 3, 7])(tiny.tokens()).logits
+    assert torch.equal(twice(tiny.tokens()).logits, expected)
+    # Whatever holds these layers can be loaded from: the full checkpoint, the one in between, and itself.
+    for folder in ("full", "once", "twice"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, config=twice.config)
+        assert torch.equal(model(tiny.tokens()).logits, expected), folder
+    with pytest.raises(ValueError, match=r"wants layers \[1, 2, 4, 5, 6, 7\].*holds layers \[2, 4, 5, 6\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "twice", config=once.config)
+    tiny.model(num_hidden_layers=6).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"of a model of 8 layers, but the checkpoint .* holds 6 layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "other", config=once.config)
+
+
+@pytest.mark.filterwarnings("error:ln_scaling")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_vl_text"])
+def test_each_layer_keeps_its_own_depth(family, tmp_path, run_python):
+    """Through dropping, saving, reloading, dropping again, and folding."""
+    full = tiny.model(family, ln_scaling=True)
+    full.save_pretrained(tmp_path / "full")
+    once = reload(family, tmp_path / "full", drop_layers=[1])
+    assert ln_scales(once) == pytest.approx([1.0, 3**-0.5, 0.5])
+    assert torch.equal(
+        once(tiny.tokens(), use_cache=False).logits, deleted(full, [1])(tiny.tokens(), use_cache=False).logits
+    )
+    once.save_pretrained(tmp_path / "once")
+    twice = drop_layers(reload(family, tmp_path / "once"), [1])
+    assert ln_scales(twice) == pytest.approx([1.0, 0.5])
+    expected = deleted(full, [1, 2])(tiny.tokens(), use_cache=False).logits
+    assert torch.equal(twice(tiny.tokens(), use_cache=False).logits, expected)
+    folder = tmp_path / "pruned" / family
+    fold_ln_scaling(twice).save_pretrained(folder)
+    torch.save(expected.detach(), folder / "logits.pt")
+    run_python(STOCK, tmp_path / "pruned", plugin=False)
+    folded = drop_layers(fold_ln_scaling(copy.deepcopy(full)), [1])
+    assert ln_scales(hf_lnscale.unfold_ln_scaling(folded)) == pytest.approx([1.0, 3**-0.5, 0.5])
+
+
+@pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
+def test_scaled_after_dropping_a_layer_has_its_own_depth(tmp_path):
+    """Both keywords at once, or one after the other: depth belongs to the layer, not to its position."""
+    tiny.model().save_pretrained(tmp_path / "full")
+    both = AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[0, 2], ln_scaling=True)
+    after = hf_lnscale.apply_ln_scaling(AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[0, 2]))
+    assert ln_scales(both) == ln_scales(after) == pytest.approx([2**-0.5, 0.5])
+
+
+def test_dropping_layers_of_a_scaled_checkpoint_is_no_cold_switch(tmp_path):
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=[1])
+        pruned = AutoConfig.from_pretrained(tmp_path, drop_layers=[1])
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=pruned)
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny.config(drop_layers=[1]), ln_scaling=True)
+
+
+def test_pipeline(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    made = tf.pipeline(
+        "text-generation", model=str(tmp_path), model_kwargs={"drop_layers": [1]}, device="cpu",
+        tokenizer=tf.PreTrainedTokenizerFast(tokenizer_object=_tokenizer()),
+    )  # fmt: skip
+    assert len(made.model.model.layers) == 3
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+
+
+def test_an_adapter_is_refused():
+    model = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries a PEFT adapter"):
+        drop_layers(model, [1])
+
+
+def test_an_optimizer_is_refused():
+    model = tiny.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"an optimizer \(AdamW\) holds parameters"):
+        drop_layers(model, [1])
+    del optimizer
+    assert len(drop_layers(model, [1]).model.layers) == 3
+
+
+def test_a_family_whose_depth_fields_are_not_known_is_refused(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
+    monkeypatch.setattr("hf_lnscale.scaling.FAMILIES", families.FAMILIES)
+    with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match="not supported for model_type 'starcoder2'"):
+        AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
+    hf_lnscale.register_family("starcoder2")
+    with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match=r"run\s+over depth is not known.*depth_fields"):
+        AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
+    with pytest.raises(ValueError, match="depth_fields: 'depth' is not one of layer_types"):
+        hf_lnscale.register_family("starcoder2", depth_fields=("depth",), overwrite=True)
+    hf_lnscale.register_family("starcoder2", depth_fields=(), overwrite=True)
+    full = AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE)).eval()
+    assert_same_model(drop_layers(copy.deepcopy(full), [1]), deleted(full, [1]))
+
+
+def test_quantization_that_names_layers_is_refused():
+    config = tiny.config()
+    config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"]}
+    with pytest.raises(ValueError, match=r"speaks of single layers \('layers.3.mlp'\)"):
+        AutoModelForCausalLM.from_config(config, drop_layers=[1])
+
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = tiny.tokens(1, 12, seed=index)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_resuming_with_other_layers_is_refused(tmp_path):
+    """Trainer would load the tensors by their names: layer 1 of the one into layer 1 of the other."""
+
+    def trainer(model):
+        arguments = {"max_steps": 4, "save_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        return Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=Tokens())
+
+    trainer(drop_layers(tiny.model(), [1])).train()
+    trainer(drop_layers(tiny.model(), [1])).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for other in (drop_layers(tiny.model(), [2]), tiny.model(num_hidden_layers=3)):
+        with pytest.raises(ValueError, match=r"trained with layers \[0, 2, 3\] of 4, the model has layers"):
+            trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+BYTES = """
+import os, sys, resource, torch, transformers as tf
+def read():
+    return int(open("/proc/self/io").read().split()[1])
+folder, dropped = sys.argv[1], eval(sys.argv[2])
+tf.AutoModelForCausalLM.from_pretrained(sys.argv[3], drop_layers=[1])  # imports what there is to import
+before = read()
+model = tf.AutoModelForCausalLM.from_pretrained(folder, drop_layers=dropped, disable_mmap=True)
+print(read() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("shards", ["1GB", "1MB"])
+def test_only_what_is_kept_is_read(shards, tmp_path, run_python):
+    """Counted by the system: reading through a mapping of the file would not be."""
+    config = tiny.config(hidden_size=128, intermediate_size=512, num_hidden_layers=12, vocab_size=1000)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "full", max_shard_size=shards)
+    tiny.model().save_pretrained(tmp_path / "tiny")
+    got, kept = map(
+        int, run_python(BYTES, tmp_path / "full", list(range(1, 11)), tmp_path / "tiny", plugin=True).split()
+    )
+    assert kept <= got <= 1.02 * kept + 64 * 1024  # the headers and config.json
