@@ -190,7 +190,7 @@ class LayerScores:
             raise ImportError("plotting needs matplotlib: pip install 'hf-lnscale[plot]'") from None
         figure = Figure(figsize=(8, 6 if self.method == "angular" else 3.5), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(f"{self.method} {self.model}".strip(), loc="left")
+        axes.set_title(f"{self.method} {Path(self.model).name}".strip(), loc="left")
         if self.method == "angular":
             image = axes.imshow(
                 self.scores.T.numpy(),
@@ -564,14 +564,8 @@ class _Halves:
         output = copy.copy(self.output)
         output["last_hidden_state"] = x_ND[None]
         ids_1N = torch.zeros(1, len(x_ND), dtype=torch.long, device=x_ND.device)
-        # A vision model around the decoder remembers the positions of its latest input.
-        remembered = {module: vars(module).copy() for module in (self.head, self.parent)}
-        try:
-            with _replaced(self.parent, {self.name: _StandIn(self.stack.model, lambda *_, **__: output)}):
-                logits_1NV = self.head(input_ids=ids_1N, **_PLAIN).logits
-        finally:
-            for module, attributes in remembered.items():
-                vars(module).update(attributes)
+        with _replaced(self.parent, {self.name: _StandIn(self.stack.model, lambda *_, **__: output)}):
+            logits_1NV = self.head(input_ids=ids_1N, **_PLAIN).logits
         return _wide(logits_1NV[0])
 
     def parts(self, count: int) -> Iterator[slice]:

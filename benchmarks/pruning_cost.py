@@ -1,0 +1,232 @@
+"""What it costs to decide which layers to remove.
+
+    python benchmarks/pruning_cost.py                                           # a small random Llama, on the CPU
+    python benchmarks/pruning_cost.py --part scores --checkpoint NAME --text FILE
+
+Prints one table a part. Times are of two ways to the same numbers, run in turn so that a machine whose speed drifts
+slows both; the ratio of each pair is taken, and the median of the ratios and their quartiles are printed. Both ways are
+compared number by number too: "largest difference" is between what they found.
+
+Part "scores":
+
+- Block Influence, and angular distances of every block, against a plain forward pass of the decoder on the same data.
+- The same angular distances as PruneMe finds them, one pass for each block size (arXiv 2403.17887 on all hidden states
+  of `output_hidden_states=True`), and as short-transformers does, one pass of single sequences and Python loops over
+  all pairs of CPU copies. Both are written anew here. They take the state after the final norm for that after the
+  last layer, so blocks that end there are left out of the comparison.
+- The loss without each layer, against each candidate run whole from the embedding on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+
+import hf_lnscale
+from hf_lnscale.depth.data import TokenBatches, token_batches
+from hf_lnscale.depth.scores import score_layers, sweep_losses
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on."""
+
+    name: str
+    model: PreTrainedModel
+    data: TokenBatches
+    count: int
+
+    def title(self, what: str) -> str:
+        hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        return (
+            f"{what}: {self.name}, {self.data.num_sequences} sequences, {self.data.num_tokens:,} tokens, "
+            f"{self.count} pairs\n{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}"
+        )
+
+
+def subject(checkpoint: str | None, text: Path | None, count: int, sequences: int, length: int) -> Subject:
+    """A checkpoint on the start of a text, or a random Llama of 16 layers on random tokens."""
+    if checkpoint:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        num_tokens = sequences * length
+        data = token_batches(str(text), tokenizer=tokenizer, num_tokens=num_tokens, seq_len=length, batch_size=4)
+        return Subject(Path(checkpoint).name, model.to(DEVICE).eval(), data, count)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        num_hidden_layers=16,
+        vocab_size=8192,
+        # Large weights, so that layers differ in what they do.
+        initializer_range=0.06,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    data = token_batches(list(torch.randint(0, 8192, (sequences, length)).split(4)))
+    return Subject("random Llama, 16 layers of 512", model, data, count)
+
+
+# --- timing -----------------------------------------------------------------------------------------
+
+
+def timed(run: Callable[[], object]) -> tuple[float, object]:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, found
+
+
+def ratios(what: str, ours: Callable[[], object], other: Callable[[], object], count: int) -> tuple[list[float], list]:
+    """Ratios of the times of `ours` to those of `other`, run in turn, and what each found."""
+    found = [ours(), other()]  # not timed: the first runs are slower
+    times = []
+    for number in track(range(count), what, transient=True):
+        pair = {}
+        for which in (0, 1) if number % 2 else (1, 0):
+            pair[which], found[which] = timed((ours, other)[which])
+        times.append(pair[0] / pair[1])
+    return times, found
+
+
+def row(table: Table, what: str, against: str, times: list[float], difference: str) -> None:
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    table.add_row(what, against, f"{statistics.median(times):.3f}", f"{low:.3f} to {high:.3f}", difference)
+
+
+# --- scores -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_pass(it: Subject) -> None:
+    for batch in it.data:
+        it.model.model(**batch.to(DEVICE).model_inputs(), use_cache=False)
+
+
+def angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1).arccos() / math.pi
+
+
+@torch.no_grad()
+def angular_by_block_size(it: Subject) -> torch.Tensor:
+    """As PruneMe: a pass over the data for each block size, shape (L, L), blocks that end at the last layer NaN."""
+    num_layers = it.model.config.num_hidden_layers
+    scores = torch.full((num_layers, num_layers), math.nan, dtype=torch.float64)
+    for n in range(1, num_layers):
+        total = torch.zeros(num_layers - n, dtype=torch.float64)
+        for batch in it.data:
+            states = it.model(**batch.to(DEVICE).model_inputs(), output_hidden_states=True, use_cache=False)
+            last = [state[:, -1] for state in states.hidden_states]
+            for i in range(num_layers - n):
+                total[i] += angles(last[i], last[i + n]).sum().cpu()
+        scores[: num_layers - n, n - 1] = total / it.data.num_sequences
+    return scores
+
+
+@torch.no_grad()
+def angular_by_loops(it: Subject) -> torch.Tensor:
+    """As short-transformers: one sequence at a time, and a loop over all pairs of the states, copied to the CPU."""
+    num_layers = it.model.config.num_hidden_layers
+    scores = torch.full((num_layers, num_layers), math.nan, dtype=torch.float64)
+    for i in range(num_layers):
+        scores[i, : num_layers - i - 1] = 0.0
+    for batch in it.data:
+        for ids_T in batch.input_ids:
+            output = it.model(ids_T[None].to(DEVICE), output_hidden_states=True, use_cache=False)
+            states = [state.cpu() for state in output.hidden_states]
+            for i in range(num_layers):
+                for j in range(i + 1, num_layers):
+                    scores[i, j - i - 1] += angles(states[i][0, -1], states[j][0, -1]) / it.data.num_sequences
+    return scores
+
+
+@torch.no_grad()
+def sweep_whole(it: Subject) -> dict[int, float]:
+    """Each candidate run whole: the layer taken out of the list, and the model's own loss."""
+    base = it.model.model
+    layers, config = base.layers, base.config
+    losses = {}
+    for removed in range(len(layers)):
+        base.layers = nn.ModuleList(layer for i, layer in enumerate(layers) if i != removed)
+        config.num_hidden_layers = len(base.layers)
+        total = 0.0
+        for batch in it.data:
+            ids = batch.input_ids.to(DEVICE)
+            total += it.model(ids, labels=ids, use_cache=False).loss.item() * len(ids)
+        losses[removed] = total / it.data.num_sequences
+    base.layers, config.num_hidden_layers = layers, len(layers)
+    return losses
+
+
+def scores(it: Subject) -> Table:
+    """Time and agreement of the scores of layers."""
+    table = Table("what", "compared with", "median ratio of times", "quartiles", "largest difference")
+    table.title = it.title("scores of layers")
+
+    def score(method: str) -> Callable[[], torch.Tensor]:
+        return lambda: score_layers(it.model, it.data, method, progress=False).scores
+
+    plain = "a plain pass of the decoder"
+    times, _ = ratios("plain", lambda: plain_pass(it), lambda: plain_pass(it), it.count)
+    row(table, plain, "itself", times, "")
+    for method in ("block_influence", "angular"):
+        times, _ = ratios(method, score(method), lambda: plain_pass(it), it.count)
+        row(table, method, plain, times, "")
+    # A pass of theirs for each layer: fewer pairs will do.
+    few = max(1, it.count // 5)
+    for against, peer in {
+        "a pass for each block size": angular_by_block_size,
+        "loops over pairs, batch size 1": angular_by_loops,
+    }.items():
+        times, (ours, theirs) = ratios(against, score("angular"), lambda peer=peer: peer(it), few)
+        shared = ~theirs.isnan()
+        row(table, "angular", against, times, f"{(ours - theirs)[shared].abs().max().item():.1e}")
+    times, (ours, theirs) = ratios(
+        "sweep", lambda: sweep_losses(it.model, it.data, progress=False), lambda: sweep_whole(it), few
+    )
+    same = "same" if sorted(ours, key=ours.get) == sorted(theirs, key=theirs.get) else "another"
+    difference = max(abs(ours[i] - theirs[i]) for i in ours)
+    row(table, "loss without each layer", "each candidate whole", times, f"{difference:.1e} nats, {same} order")
+    return table
+
+
+PARTS: dict[str, Callable[[Subject], Table]] = {"scores": scores}
+
+
+def main(
+    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; more than once for more.")] = list(PARTS),  # noqa: B006
+    checkpoint: Annotated[str | None, typer.Option(help="A folder or a name on the Hub; needs --text.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file to measure on.")] = None,
+    count: Annotated[int, typer.Option(help="Pairs to time; a fifth of them for the slow ones.")] = 20,
+    sequences: Annotated[int, typer.Option(help="Sequences.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+) -> None:
+    if unknown := [one for one in part if one not in PARTS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(PARTS)}", param_hint="--part")
+    if bool(checkpoint) != bool(text):
+        raise typer.BadParameter("give both --checkpoint and --text, or none", param_hint="--text")
+    it = subject(checkpoint, text, count, sequences, length)
+    for one in part:
+        Console(width=140).print(PARTS[one](it))
+
+
+if __name__ == "__main__":
+    typer.run(main)
