@@ -346,7 +346,7 @@ def accepted_step_by_step(draft, text, start, eos=None):
 def test_acceptance_against_a_count_step_by_step(ends):
     model = tiny.model(ln_scaling=True)
     prompts = tiny.tokens(6, 5)
-    eos = model.generate(prompts, **GREEDY)[0, 9].item() if ends else None
+    eos = model.generate(prompts, **GREEDY)[-1, 9].item() if ends else None
     model.generation_config.eos_token_id = eos
     choice = choose_draft(model, prompts, max_drop=1, max_new_tokens=12, held_out=0.34, max_assistant_tokens=2)
 

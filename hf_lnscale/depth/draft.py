@@ -94,7 +94,7 @@ def _whole_config(draft: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
 
 
 class _Shared(TorchFunctionMode):
-    """Within it, deepcopy hands on tensors as they are, wherever they hang: quantized layers hold some of their own."""
+    """Within it, deepcopy hands on tensors as they are: quantized layers and offload hooks hold some besides."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:
@@ -111,10 +111,6 @@ def _view(model: PreTrainedModel) -> PreTrainedModel:
     # Parameters and buffers by name: some subclasses have a __deepcopy__ of their own, past the mode above.
     tensors = [tensor for part in model.modules() for tensor in (*part._parameters.values(), *part._buffers.values())]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if tensor is not None}
-    for part in model.modules():
-        offloaded = getattr(vars(part).get("_hf_hook"), "weights_map", None)
-        if offloaded is not None:
-            memo[id(offloaded)] = offloaded
     with _Shared():
         return copy.deepcopy(model, memo)
 
