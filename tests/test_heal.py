@@ -122,12 +122,13 @@ def same(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def quietly(model: nn.Module, layers, data, **options) -> HealReport:
-    return heal(model, layers, data, progress=False, **options)
+    return heal(model, layers, data, progress=False, **({"method": "linear"} | options))
 
 
 @pytest.mark.parametrize("family", HEALABLE)
 def test_healed_weights_are_the_fitted_map_in_every_family(family):
-    model = speaker(family)
+    # One whose multiplier is 1 by default would not show whether it is heeded.
+    model = speaker(family, **({"residual_multiplier": 0.6} if family == "granite" else {}))
     plain, ids = copy.deepcopy(model), text_of(model)
     removed = [1, 2]
     report = quietly(model, removed, ids, held_out=ids)
@@ -226,6 +227,18 @@ def test_magnitudes_are_closed_by_least_squares(method):
     torch.testing.assert_close(weights[1], weights[0] * (factor[:, None] if factor.dim() else factor))
 
 
+@pytest.mark.parametrize("family", ["granite", "phi3", "gemma", "qwen3_5_text", "qwen3_vl_text"])
+def test_refit_weights_are_least_squares_in_what_goes_into_them(family):
+    model = speaker(family, **({"residual_multiplier": 0.6} if family == "granite" else {}))
+    plain, ids = copy.deepcopy(model), text_of(model, sequences=48)
+    (step,) = quietly(model, [1, 2], ids, held_out=ids, method="refit").steps
+    assert step.kept
+    (target, _), (out, _, x) = states(plain, ids, 2), states(plain, ids, 0, [1, 2], down=True)
+    factor = getattr(plain.config, "residual_multiplier", 1.0)
+    before, after = (oracles.decoder_layers(m)[0].mlp.down_proj.weight for m in (plain, model))
+    torch.testing.assert_close(after, before + ridge_regression(factor * x, target - out, step.ridge).T)
+
+
 def test_refit_fits_no_worse_than_a_map_of_the_output():
     model = speaker()
     ids = text_of(model, sequences=48)
@@ -239,7 +252,7 @@ def test_refit_fits_no_worse_than_a_map_of_the_output():
 def test_every_kept_layer_behind_the_first_cut_can_be_healed():
     model = speaker(num_hidden_layers=6)
     ids = text_of(model)
-    with healed(model, [2, 4], ids, held_out=ids, progress=False) as cuts:
+    with healed(model, [2, 4], ids, held_out=ids, method="linear", progress=False) as cuts:
         pass
     report = quietly(model, [2, 4], ids, held_out=ids, reach="after")
     assert [(step.layer, step.dropped) for step in report.steps] == [(1, (2,)), (3, (4,)), (5, ())]

@@ -184,7 +184,7 @@ def heal(
     layers: Iterable[int],
     data: Any,
     *,
-    method: str = "linear",
+    method: str = "refit",
     reach: str = "cut",
     held_out: Any = None,
     tokenizer: Any = None,
@@ -206,7 +206,8 @@ def heal(
       there without the pull towards I). Each weight W whose output u is made of becomes A W: `down_proj`, and with
       experts those of every expert, routed and shared. Gates and routing weights are scalars, so this is exact.
     - "refit": |y - r - V a|^2 + ridge |V - W|^2, where a, of shape (I,), is what goes into `down_proj`, W its weight
-      and V the new one. A W is among the V, so it fits at least as well. Experts have no common a: there, "linear".
+      and V the new one. A W is among the V, so with as small a ridge it fits no worse, and the more data the better.
+      It needs room for a few matrices of (I, I) in double precision. Experts have no common a: there, "linear".
     - "magnitude": A is one factor times I. "magnitude_per_channel": A is diagonal. The gap in magnitude at a cut that
       LinearPatch (arXiv 2505.24680) and Prune&Comp (arXiv 2507.18212) close. They scale the whole state, by ratios of
       mean magnitudes; a factor on r cannot be folded exactly beside tied embeddings, so u alone is scaled here, by the
