@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -102,6 +103,59 @@ def export(
 
     path = write(checkpoint, out, force=force)
     print(f"wrote {path}: a plain checkpoint, loads without hf_lnscale")
+
+
+def _share(value: str | None) -> float | None:
+    """Reads "10%" or "0.1"."""
+    if value is None:
+        return None
+    try:
+        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"--max-ppl-increase: {value!r} is no share; valid are 10% or 0.1") from None
+
+
+def _indices(value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(layer) for layer in value.split(",") if layer.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"--drop: {value!r} is no list of layers; valid is 12,14,17") from None
+
+
+@app.command()
+def prune(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layers: Annotated[int | None, typer.Option(help="Drop this many layers.")] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Drop as many as stay inside it on held-out data, as in 10%.")
+    ] = None,
+    drop: Annotated[str | None, typer.Option(help="Drop these layers, as in 12,14,17.")] = None,
+    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "greedy",
+    heal: Annotated[str | None, typer.Option(help="Heal the cut without training: linear, refit, ...")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data to use; a quarter is held out.")] = 65_536,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+) -> None:
+    """Drop layers of a checkpoint, chosen by measurement, and write a smaller plain checkpoint."""
+    from .depth.prune import prune as run
+
+    words = " ".join(shlex.quote(word) for word in sys.argv[1:])
+    plan, table = run(
+        checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
+        drop=_indices(drop), method=method, heal=heal, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
+        dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
+    )  # fmt: skip
+    Console().print(table)
+    if plan.heal is not None and "healed" not in plan.perplexity:
+        print("healing did not help on held-out data and was left out")
+    print(f"wrote {out}: a plain checkpoint, loads without hf_lnscale")
 
 
 def main() -> None:

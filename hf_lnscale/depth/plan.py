@@ -43,7 +43,6 @@ class PruningPlan:
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
         steps: the search step by step: layers dropped so far, and the figures that decided.
         heal: report of the healing that was tried, or None.
-        seed: of the search.
         notes: what else there is to say, such as the sizes before and after.
     """
 
@@ -55,7 +54,6 @@ class PruningPlan:
     perplexity: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     heal: dict[str, Any] | None = None
-    seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

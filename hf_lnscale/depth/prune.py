@@ -1,0 +1,235 @@
+"""From a checkpoint to a smaller one on disk, with the price told: what `hf-lnscale prune` runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .._version import __version__
+from ..scaling import text_stack
+from .data import token_batches
+from .heal import heal as heal_model
+from .layers import drop_layers, normalize_layers
+from .measure import measure
+from .plan import PLAN_FILE, PruningPlan, fingerprint
+from .scores import loss_without
+from .search import plan_pruning
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def prune(
+    checkpoint: str,
+    data: Any,
+    out: str | os.PathLike,
+    *,
+    num_layers: int | None = None,
+    max_perplexity_increase: float | None = None,
+    drop: list[int] | None = None,
+    method: str = "greedy",
+    heal: str | None = None,
+    num_tokens: int = 65_536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    force: bool = False,
+    command: str = "",
+    progress: bool = True,
+) -> tuple[PruningPlan, Table]:
+    """Prunes a checkpoint and writes the result: a plain checkpoint with tokenizer, plan and model card.
+
+    The folder appears under its name when it is complete. A search that is interrupted leaves `.NAME.search.json`
+    beside it, and goes on from there when the same is asked for again.
+
+    Args:
+        checkpoint: folder or name on the Hub.
+        data: see `token_batches`; a quarter of it is held out to judge by.
+        out: folder to write.
+        num_layers: number of layers to drop; or
+        max_perplexity_increase: drop as many as stay inside it on held-out data; or
+        drop: drop these.
+        method, heal: see `plan_pruning`.
+        num_tokens, seq_len, batch_size: see `token_batches`.
+        dtype: of the weights, also of those written; "auto" is the checkpoint's own.
+        device: to compute on; None takes a GPU if there is one.
+        force: replace `out` if it is not empty.
+        command: the command line, for the model card.
+        progress: show progress bars.
+
+    Returns:
+        The plan, and a table of before and after: layers, parameters, size, perplexity, speed, memory.
+
+    Raises:
+        FileExistsError: if `out` is not empty, without `force`.
+        ValueError: for wrong arguments, and if the written checkpoint does not give the perplexity that the plan says.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
+        raise FileExistsError(f"--out {str(out)!r} exists and is not empty; choose another folder or use --force")
+    if Path(checkpoint).is_dir() and Path(checkpoint).resolve() in (target.resolve(), *target.resolve().parents):
+        raise ValueError(f"--out {str(out)!r} must not be the checkpoint itself or inside it")
+    if sum(value is not None for value in (num_layers, max_perplexity_increase, drop)) != 1:
+        raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model = model.to(device).eval()
+    batches = token_batches(
+        data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
+    )
+    calibration, held_out = batches.split(0.25)
+    search = target.parent / f".{target.name}.search.json"
+    if drop is not None:
+        plan = _given(model, drop, calibration, held_out, heal)
+    else:
+        plan = plan_pruning(
+            model, calibration, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, method=method,
+            heal=heal, held_out=held_out, resume=search, progress=progress,
+        )  # fmt: skip
+    if not plan.layers:
+        search.unlink(missing_ok=True)
+        raise ValueError(
+            f"not one layer can go: the cheapest raises perplexity from {plan.perplexity['before']:.2f} by more than "
+            f"{max_perplexity_increase:.0%} on held-out data. Nothing was written."
+        )
+    if heal is not None:
+        report = heal_model(model, plan.layers, calibration, method=heal, progress=progress)
+        healed = math.exp(loss_without(model, held_out, plan.layers))
+        if healed < plan.perplexity["after"]:
+            plan = replace(plan, perplexity={**plan.perplexity, "healed": healed}, heal=report.to_dict())
+        else:
+            report.undo()
+            plan = replace(plan, heal=report.to_dict() | {"kept": False})
+        report.forget()
+    drop_layers(model, list(plan.layers))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        partial = Path(scratch) / "partial"
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        plan.save(partial / PLAN_FILE)
+        _require_as_planned(partial, plan, held_out, dtype, device)
+        del model
+        costs = [measure(path, dtype=dtype) for path in (checkpoint, str(partial))]
+        rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
+        _card(checkpoint, plan, rows, command).save(partial / "README.md")
+        if target.exists():
+            os.replace(target, Path(scratch) / "replaced")
+        os.replace(partial, target)
+    search.unlink(missing_ok=True)
+    table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
+    for row in rows:
+        table.add_row(*row)
+    return plan, table
+
+
+def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
+    stack = text_stack(model)
+    layers = normalize_layers(drop, len(stack.layers), "--drop")
+    before, after = (math.exp(loss_without(model, held_out, gone)) for gone in ((), layers))
+    return PruningPlan(
+        layers=tuple(layers),
+        model=fingerprint(stack.model.config),
+        model_name=stack.model.config.name_or_path or "",
+        method={"search": "given"},
+        data={"calibration": calibration.describe() if heal else None, "held_out": held_out.describe()},
+        perplexity={"before": before, "after": after},
+    )
+
+
+def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: str, device: str) -> None:
+    """What was written is read again: it must do what the plan says."""
+    written: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    found = math.exp(loss_without(written.to(device).eval(), held_out))
+    said = plan.perplexity.get("healed", plan.perplexity["after"])
+    if abs(found - said) > 0.01 * said:
+        raise ValueError(
+            f"the written checkpoint has perplexity {found:.3f}, the plan says {said:.3f}; nothing is kept"
+        )
+
+
+def _size(folder: Path) -> int | None:
+    files = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")] if folder.is_dir() else []
+    return sum(file.stat().st_size for file in files) or None
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "-"
+    unit = next((name for name, size in _UNITS.items() if value >= size), "KiB")
+    return f"{value / _UNITS[unit]:,.1f} {unit}"
+
+
+def _rows(plan: PruningPlan, costs: list[dict[str, float]], sizes: list[int | None]) -> list[tuple[str, str, str, str]]:
+    total = plan.model["num_hidden_layers"]
+    figures: list[tuple[str, list[Any], Any]] = [
+        ("layers", [total, total - len(plan.layers)], str),
+        ("parameters", [cost["parameters"] for cost in costs], lambda value: f"{value / 1e6:,.1f} M"),
+        ("checkpoint", list(sizes), _bytes),
+        ("perplexity, held out", [plan.perplexity["before"], plan.perplexity["after"]], lambda value: f"{value:.2f}"),
+    ]
+    if "healed" in plan.perplexity:
+        figures.append(
+            ("perplexity, healed", [plan.perplexity["before"], plan.perplexity["healed"]], lambda value: f"{value:.2f}")
+        )
+    for name in ("prefill", "decode"):
+        speeds = [cost[f"{name}_tokens_per_second"] for cost in costs]
+        figures.append((f"{name}, tokens/s", speeds, lambda value: f"{value:,.1f}"))
+    figures.append(("peak memory", [cost["peak_bytes"] for cost in costs], _bytes))
+    rows = []
+    for name, (before, after), show in figures:
+        change = f"{after / before - 1:+.1%}" if before and after else ""
+        rows.append((name, show(before), show(after), change))
+    return rows
+
+
+def _card(checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, str]], command: str) -> ModelCard:
+    """Says how the checkpoint was made, and what it cost."""
+    on_hub = not Path(checkpoint).exists()
+    front = ModelCardData(base_model=checkpoint if on_hub else None, library_name="transformers", tags=["hf-lnscale"])
+    name = checkpoint if on_hub else Path(checkpoint).name
+    layers = ", ".join(map(str, plan.layers))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if plan.heal is None:
+        healing = "It was not healed or trained afterwards."
+    elif "healed" in plan.perplexity:
+        healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
+    else:
+        healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
+    held_out = plan.data["held_out"]
+    made = f"`{command}`" if command else "`hf_lnscale.depth.prune`"
+    search = plan.method["search"]
+    how = "as given" if search == "given" else f"chosen by the method `{search}`"
+    return ModelCard(
+        f"""---
+{front.to_yaml()}
+---
+
+# {name}, {len(plan.layers)} of {plan.model["num_hidden_layers"]} layers dropped
+
+Layers {layers} (counted from 0) were dropped, {how}. {healing}
+
+| | before | after | |
+| --- | --- | --- | --- |
+{table}
+
+Perplexity: on {held_out["num_tokens"]:,} tokens of {held_out["source"]}. Pruning keeps classification better than
+generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997). Speed and memory: batch size 1, on
+the machine that made this.
+
+Made by {made}, with hf_lnscale {__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
+All figures of the search are in `{PLAN_FILE}`.
+"""
+    )

@@ -1,0 +1,370 @@
+"""Choosing layers to drop: by count, by budget or by size, judged on data that the choice never saw."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..scaling import Stack, text_stack
+from .data import TokenBatches, token_batches
+from .heal import METHODS as HEAL_METHODS
+from .heal import HealReport, healed
+from .plan import PruningPlan, fingerprint
+from .scores import loss_without, score_layers, sweep_losses
+
+ONE_SHOT = ("block_influence", "magnitude", "taylor", "perplexity", "kl")
+SEARCH_METHODS = (*ONE_SHOT, "angular", "greedy", "greedy_healed", "beam")
+
+# A candidate that is far from the best on a part of the data is not measured on all of it.
+_FIRST_PART = 1 / 8
+_GO_ON = 1 / 4
+
+
+def plan_pruning(
+    model: nn.Module,
+    data: Any,
+    *,
+    num_layers: int | None = None,
+    max_perplexity_increase: float | None = None,
+    target_params: int | None = None,
+    target_memory: int | None = None,
+    cache_tokens: int = 0,
+    cache_batch: int = 1,
+    method: str = "greedy",
+    heal: str | None = None,
+    held_out: Any = None,
+    tokenizer: Any = None,
+    num_tokens: int | None = 65_536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    beam_width: int = 3,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> PruningPlan:
+    """Finds layers to drop from a model; the model itself is left as it is.
+
+    Exactly one of the first four arguments says how far to go:
+
+    - `num_layers`: that many layers.
+    - `max_perplexity_increase`: as many as stay inside it on held-out data, 0.1 being ten percent more; with `heal`,
+      after healing.
+    - `target_params`: as many as it takes to have at most that many parameters.
+    - `target_memory`: as many as it takes for weights and KV cache to fit into that many bytes, the cache being that of
+      `cache_batch` sequences of `cache_tokens` tokens.
+
+    Methods:
+
+    - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
+      2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on an
+      eighth of the data, and the best quarter of them on all of it.
+    - "greedy_healed": the same, with the cut so far healed (`heal`, or "linear") before candidates are measured.
+    - "beam": as "greedy", keeping the `beam_width` best sets of each size.
+    - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
+    - "block_influence", "magnitude", "taylor", "perplexity", "kl": the layers of lowest score, all at once; see
+      `score_layers`.
+
+    Args:
+        model: a causal language model of a known family, in memory.
+        data: texts, a dataset, a path or token ids, see `token_batches`. A small set decides badly.
+        held_out: the same, to judge by; None keeps the last quarter of `data` back for it.
+        heal: "linear", "magnitude" or "magnitude_per_channel" to try healing on the result (see `heal`); recorded in
+            the plan if it helps on held-out data. None does not try.
+        tokenizer, num_tokens, seq_len, batch_size: see `token_batches`; `num_tokens` counts both parts.
+        resume: path of a file in which the search notes each step; an interrupted one goes on from there.
+        progress: show progress bars.
+
+    Returns:
+        The plan, with perplexities on held-out data. Same model, same data, same plan: nothing in it is random. It may
+        hold no layers, if not one can go.
+
+    Raises:
+        ValueError: for a wrong argument, for a target that cannot be reached, for too little data, and for a `resume`
+            file of another search.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    target = _target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
+                     cache_tokens, cache_batch)  # fmt: skip
+    if method not in SEARCH_METHODS:
+        raise ValueError(f"method must be one of {', '.join(SEARCH_METHODS)}, got {method!r}")
+    if heal is not None and heal not in HEAL_METHODS:
+        raise ValueError(f"heal must be one of {', '.join(HEAL_METHODS)} or None, got {heal!r}")
+    if method == "greedy_healed":
+        heal = heal or "linear"
+    settings = {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size, "tokenizer": tokenizer}
+    calibration = token_batches(data, stack.model, **settings)
+    if held_out is None:
+        calibration, judged = calibration.split(0.25)
+    else:
+        judged = token_batches(held_out, stack.model, **settings)
+
+    how: dict[str, Any] = {"search": method, "target": target.words}
+    if method == "beam":
+        how["beam_width"] = beam_width
+    about = {"calibration": calibration.describe(), "held_out": judged.describe()}
+    model_print = fingerprint(stack.model.config)
+    log = _Log(resume, {"method": how, "heal": heal, "data": about, "model": model_print})
+    if "before" not in log.values:
+        log.values["before"] = loss_without(model, judged)
+    before = log.values["before"]
+
+    chosen: tuple[int, ...] = ()
+    report = None
+    bar = logging.tqdm(total=num_layers, desc=f"Dropping layers ({method})", disable=not progress)
+    steps = _steps(model, stack, method, heal, calibration, beam_width, log, progress)
+    with bar:
+        while not target.reached(chosen) and (step := next(steps, None)):
+            layers = tuple(step["layers"])
+            if "perplexity" not in step:
+                step["perplexity"] = math.exp(loss_without(model, judged, layers))
+                if heal and target.budget is not None:
+                    step["healed"], _ = _healed_perplexity(model, layers, calibration, judged, heal, progress)
+                log.write()
+            increase = min(step["perplexity"], step.get("healed", math.inf)) / math.exp(before) - 1.0
+            if target.budget is not None and increase > target.budget:
+                break
+            chosen = layers
+            bar.update()
+            bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(chosen))
+
+    perplexity = {"before": math.exp(before)}
+    if chosen:
+        perplexity["after"] = math.exp(loss_without(model, judged, chosen))
+        if heal:
+            after, report = _healed_perplexity(model, chosen, calibration, judged, heal, progress)
+            if after < perplexity["after"]:
+                perplexity["healed"] = after
+    return PruningPlan(
+        layers=tuple(sorted(chosen)),
+        model=model_print,
+        model_name=getattr(stack.model.config, "name_or_path", "") or "",
+        method=how,
+        data=about,
+        perplexity=perplexity,
+        steps=[{**step, "layers": sorted(step["layers"])} for step in log.steps],
+        heal=report.to_dict() if report else None,
+        notes=target.sizes(chosen),
+    )
+
+
+def _healed_perplexity(
+    model: nn.Module,
+    layers: tuple[int, ...],
+    calibration: TokenBatches,
+    judged: TokenBatches,
+    heal: str,
+    progress: bool,
+) -> tuple[float, HealReport]:
+    """Healing chooses its penalties on a part of the calibration data, so that what is held out judges alone."""
+    with healed(model, sorted(layers), calibration, method=heal, progress=progress) as report:
+        return math.exp(loss_without(model, judged, layers)), report
+
+
+# --- how far to go --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Attributes: `reached` says of a set of layers whether it is enough; `budget` is of perplexity, relative."""
+
+    words: dict[str, Any]
+    reached: Callable[[tuple[int, ...]], bool]
+    sizes: Callable[[tuple[int, ...]], dict[str, Any]]
+    budget: float | None = None
+
+
+def _target(
+    stack: Stack,
+    model: nn.Module,
+    num_layers: int | None,
+    max_perplexity_increase: float | None,
+    target_params: int | None,
+    target_memory: int | None,
+    cache_tokens: int,
+    cache_batch: int,
+) -> _Target:
+    given = {
+        "num_layers": num_layers,
+        "max_perplexity_increase": max_perplexity_increase,
+        "target_params": target_params,
+        "target_memory": target_memory,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            "exactly one of num_layers, max_perplexity_increase, target_params and target_memory says how far to go; "
+            f"got {', '.join(f'{name}={value!r}' for name, value in given.items()) or 'none'}"
+        )
+    (name, value), total = *given.items(), len(stack.layers)
+    most = total - 1
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    if name == "num_layers" and (not isinstance(value, int) or value > most):
+        raise ValueError(f"num_layers must be an integer from 1 to {most} for this model, got {value!r}")
+
+    params_L = [sum(p.numel() for p in layer.parameters()) for layer in stack.layers]
+    bytes_L = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in stack.layers]
+    params = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
+
+    def sizes(dropped: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "params": [params, params - sum(params_L[layer] for layer in dropped)],
+            "weight_bytes": [weights, weights - sum(bytes_L[layer] for layer in dropped)],
+            "cache_bytes": [sum(cache_L), sum(cache_L) - sum(cache_L[layer] for layer in dropped)],
+            "cache_of": {"tokens": cache_tokens, "batch": cache_batch},
+        }
+
+    def size(dropped: tuple[int, ...]) -> float:
+        after = sizes(dropped)
+        return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
+
+    words = {name: value}
+    if name == "num_layers":
+        return _Target(words, lambda dropped: len(dropped) == value, sizes)
+    if name == "max_perplexity_increase":
+        return _Target(words, lambda dropped: len(dropped) == most, sizes, budget=value)
+    if name == "target_memory":
+        words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
+    least = min(size(tuple(layer for layer in range(total) if layer != kept)) for kept in range(total))
+    if value < least:
+        raise ValueError(f"{name}={value}: with a single layer left this model still has {least}")
+    return _Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes)
+
+
+def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
+    """The KV cache of each layer, in bytes: measured on a cache of a few tokens, and multiplied.
+
+    A layer of linear attention has a state of one size, and one with a sliding window stops growing.
+
+    Args:
+        tokens: length of each sequence.
+        batch: number of sequences.
+    """
+    probe = 3
+    device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    ids = torch.zeros(1, probe, dtype=torch.long, device=device)
+    with torch.no_grad():
+        cache = stack.model(input_ids=ids, use_cache=True).past_key_values
+    found = []
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
+        total = 0
+        for tensor in _tensors(vars(layer)):
+            size = tensor.numel() * tensor.element_size()
+            grows = tensor.dim() == 4 and tensor.shape[-2] == probe
+            total += size * min(tokens, window or tokens) // probe if grows else size
+        found.append(total * batch)
+    return found
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        if values.is_floating_point():  # and not a counter
+            yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+# --- step by step ---------------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """The steps of a search, in a file if there is one, so that it can go on after an interruption."""
+
+    def __init__(self, path: str | os.PathLike | None, key: dict[str, Any]) -> None:
+        self.path = Path(path) if path is not None else None
+        self.values: dict[str, Any] = {"key": json.loads(json.dumps(key)), "steps": []}
+        if self.path and self.path.exists():
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+                there = found["key"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"resume: {str(path)!r} is no record of a search") from None
+            if there != self.values["key"]:
+                differ = [name for name in self.values["key"] if there.get(name) != self.values["key"][name]]
+                raise ValueError(f"resume: {str(path)!r} is of another search, with other {' and '.join(differ)}")
+            self.values = found
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return self.values["steps"]
+
+    def write(self) -> None:
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
+            os.replace(partial, self.path)
+
+
+def _steps(
+    model: nn.Module,
+    stack: Stack,
+    method: str,
+    heal: str | None,
+    calibration: TokenBatches,
+    beam_width: int,
+    log: _Log,
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    """One more layer each time, from the log as far as that goes: dicts with `layers`, in order of removal."""
+    yield from list(log.steps)
+
+    def done(step: dict[str, Any]) -> dict[str, Any]:
+        log.steps.append(step)
+        log.write()
+        return step
+
+    most = len(stack.layers) - 1
+    if method in ONE_SHOT or method == "angular":
+        scores = score_layers(model, None if method == "magnitude" else calibration, method, progress=progress)
+        for count in range(len(log.steps) + 1, most + 1):
+            yield done({"layers": scores.lowest(count)})
+        return
+    width = beam_width if method == "beam" else 1
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"beam_width must be a positive integer, got {beam_width!r}")
+    sets = [tuple(one) for one in log.steps[-1]["beam"]] if log.steps else [()]
+    for _ in range(len(log.steps), most):
+        found: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
+        for dropped in sets:
+            repaired = (
+                healed(model, sorted(dropped), calibration, method=heal or "linear", progress=False)
+                if method == "greedy_healed" and dropped
+                else nullcontext()
+            )
+            with repaired:
+                for layer, loss in _cheapest(model, stack, calibration, dropped, width, progress).items():
+                    found.setdefault(frozenset((*dropped, layer)), (loss, (*dropped, layer)))
+        best = sorted(found.values())[:width]
+        sets = [dropped for _, dropped in best]
+        yield done({"layers": list(sets[0]), "calibration_loss": best[0][0], "beam": [list(one) for one in sets]})
+
+
+def _cheapest(
+    model: nn.Module, stack: Stack, calibration: TokenBatches, dropped: tuple[int, ...], width: int, progress: bool
+) -> dict[int, float]:
+    """The loss without each of the most promising layers, on top of those that are dropped: in nats a token."""
+    candidates = [layer for layer in range(len(stack.layers)) if layer not in dropped]
+    go_on = max(width + 1, math.ceil(len(candidates) * _GO_ON))
+    if calibration.num_sequences * _FIRST_PART >= 1 and go_on < len(candidates):
+        _, first = calibration.split(_FIRST_PART)
+        losses = sweep_losses(model, first, dropped, candidates, progress=progress)
+        candidates = sorted(candidates, key=losses.__getitem__)[:go_on]
+    return sweep_losses(model, calibration, dropped, candidates, progress=progress)

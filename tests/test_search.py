@@ -1,0 +1,298 @@
+"""Plans: the search against deletion by hand, targets, resuming, and `hf-lnscale prune`."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+import tiny
+from hf_lnscale import PruningPlan, drop_layers
+from hf_lnscale.depth import search
+from hf_lnscale.depth.data import token_batches
+from hf_lnscale.depth.layers import text_stack
+from hf_lnscale.depth.scores import score_layers
+from hf_lnscale.depth.search import SEARCH_METHODS, cache_bytes, plan_pruning
+from oracles import decoder_layers
+
+L = 6
+DATA = [tiny.tokens(4, 12, seed=seed) for seed in range(4)]
+CALIBRATION, HELD_OUT = DATA[:3], DATA[3:]
+
+
+def model(family="llama", **changes):
+    return tiny.model(family, num_hidden_layers=L, **changes)
+
+
+def loss_of(full, dropped, batches):
+    """By deletion."""
+    pruned = copy.deepcopy(full)
+    for layer in sorted(dropped, reverse=True):
+        del decoder_layers(pruned)[layer]
+    with torch.no_grad():
+        losses = [pruned(ids, labels=ids, use_cache=False).loss.double() for ids in batches]
+    return torch.stack(losses).mean().item()
+
+
+def plan(full=None, **options):
+    settings = {"held_out": HELD_OUT, "progress": False} | options
+    return plan_pruning(full or model(), CALIBRATION, **settings)
+
+
+def test_greedy_is_greedy(monkeypatch):
+    monkeypatch.setattr(search, "_FIRST_PART", 0)  # every candidate on all of the data
+    full, dropped = model(), []
+    for _ in range(3):
+        rest = [layer for layer in range(L) if layer not in dropped]
+        dropped.append(min(rest, key=lambda layer: loss_of(full, [*dropped, layer], CALIBRATION)))
+    before = full(tiny.tokens()).logits
+    found = plan(full, num_layers=3)
+    assert [step["layers"] for step in found.steps] == [sorted(dropped[:n]) for n in (1, 2, 3)]
+    assert found.layers == tuple(sorted(dropped))
+    assert found.perplexity["before"] == pytest.approx(math.exp(loss_of(full, [], HELD_OUT)), rel=1e-5)
+    assert found.perplexity["after"] == pytest.approx(math.exp(loss_of(full, dropped, HELD_OUT)), rel=1e-5)
+    assert torch.equal(full(tiny.tokens()).logits, before)
+
+
+def test_only_promising_candidates_are_measured_on_all_of_the_data(monkeypatch):
+    full, measured = model(), []
+    sweep = search.sweep_losses
+
+    def watched(model, batches, dropped, candidates, **options):
+        measured.append((batches.num_sequences, sorted(candidates)))
+        return sweep(model, batches, dropped, candidates, **options)
+
+    monkeypatch.setattr(search, "sweep_losses", watched)
+    found = plan(full, num_layers=1)
+    part = torch.cat(CALIBRATION)[-2:]
+    best = sorted(range(L), key=lambda layer: loss_of(full, [layer], [part]))[:2]
+    assert measured == [(2, list(range(L))), (12, sorted(best))]
+    assert found.layers == (min(best, key=lambda layer: loss_of(full, [layer], CALIBRATION)),)
+
+
+def test_a_wide_beam_finds_the_best_pair():
+    full = model()
+    best = min(combinations(range(L), 2), key=lambda pair: loss_of(full, pair, CALIBRATION))
+    assert plan(full, num_layers=2, method="beam", beam_width=L).layers == best
+
+
+@pytest.mark.parametrize("method", ["block_influence", "magnitude", "taylor", "perplexity", "kl", "angular"])
+def test_one_shot_takes_the_lowest_scores(method):
+    full = model()
+    scores = score_layers(full, CALIBRATION, method, progress=False)
+    assert plan(full, num_layers=2, method=method).layers == tuple(sorted(scores.lowest(2)))
+
+
+@pytest.mark.parametrize("method", SEARCH_METHODS)
+def test_every_method_gives_the_same_plan_again(method, tmp_path):
+    first, second = (plan(num_layers=2, method=method) for _ in range(2))
+    assert first == second
+    assert PruningPlan.load(first.save(tmp_path)) == PruningPlan.load(second.save(tmp_path / "again"))
+    assert len(first.layers) == 2
+    assert first.data["calibration"]["sha256"] != first.data["held_out"]["sha256"]
+
+
+def test_a_part_is_held_out_of_the_data():
+    found = plan_pruning(model(), DATA, num_layers=1, progress=False)
+    assert found.data["calibration"]["num_sequences"] == 12
+    assert found.data["held_out"]["num_sequences"] == 4
+    assert found.perplexity == plan(num_layers=1).perplexity
+
+
+@pytest.mark.parametrize("heal", [None, "linear"])
+def test_a_budget_is_kept_on_held_out_data(heal):
+    full = model()
+    curve = plan(full, num_layers=L - 1)
+    for n in (1, 3):
+        after = curve.steps[n - 1]["perplexity"] / curve.perplexity["before"] - 1
+        found = plan(full, max_perplexity_increase=max(after, 0) + 1e-6, heal=heal)
+        assert len(found.layers) >= n or any(
+            step["perplexity"] / curve.perplexity["before"] - 1 > max(after, 0) + 1e-6 for step in curve.steps[:n]
+        )
+        assert found.perplexity_increase is None or found.perplexity_increase <= max(after, 0) + 1e-6
+
+
+def test_a_budget_that_no_layer_meets_gives_an_empty_plan(tmp_path):
+    full = model()
+    with torch.no_grad():
+        full.lm_head.weight.mul_(50)  # every layer matters now
+    found = plan(full, max_perplexity_increase=1e-9, method="magnitude")
+    assert found.layers == ()
+    assert found.perplexity.keys() == {"before"}
+    full.save_pretrained(tmp_path)
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=found).model.layers) == L
+
+
+def test_size_targets():
+    full = model()
+    total = sum(p.numel() for p in full.parameters())
+    layer = sum(p.numel() for p in full.model.layers[0].parameters())
+    assert len(plan(full, target_params=total - 2 * layer, method="magnitude").layers) == 2
+    assert len(plan(full, target_params=total - 2 * layer - 1, method="magnitude").layers) == 3
+    assert plan(full, target_params=total, method="magnitude").layers == ()
+    notes = plan(full, target_memory=4 * (total - layer), method="magnitude").notes
+    assert notes["params"] == [total, total - layer]
+    assert notes["weight_bytes"] == [4 * total, 4 * (total - layer)]
+    # With the cache of 2 x 1000 tokens (2 key/value heads of 8 in float32) one layer less is enough or not.
+    cache = 2 * 1000 * 2 * 2 * 8 * 4
+    memory = 4 * total + L * cache - (4 * layer + cache)
+    sizes = {"method": "magnitude", "cache_tokens": 1000, "cache_batch": 2}
+    assert len(plan(full, target_memory=memory, **sizes).layers) == 1
+    assert len(plan(full, target_memory=memory - 1, **sizes).layers) == 2
+    with pytest.raises(ValueError, match=r"target_params=10: with a single layer left this model still has"):
+        plan(full, target_params=10)
+
+
+CACHES = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    "deepseek_v3": {},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 3},
+}
+
+
+@pytest.mark.parametrize("family", CACHES)
+def test_cache_is_estimated_as_it_grows(family):
+    full = model(family, **CACHES[family])
+    with torch.no_grad():
+        cache = full(tiny.tokens(2, 24), use_cache=True).past_key_values
+    # A window keeps one token less than it is wide, as the next one comes on top.
+    real = [sum(t.numel() * t.element_size() for t in search._tensors(vars(layer))) for layer in cache.layers]
+    token = [0 if not getattr(layer, "is_sliding", False) else real[0] // 24 for layer in cache.layers]
+    assert cache_bytes(text_stack(full), 24, 2) == [r + t for r, t in zip(real, token, strict=True)]
+
+
+def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_FIRST_PART", 0)
+    whole = plan(num_layers=3)
+    sweeps = []
+
+    def interrupted(*args, **kwargs):
+        sweeps.append(args)
+        if len(sweeps) == 2:
+            raise KeyboardInterrupt
+        return sweep(*args, **kwargs)
+
+    sweep = search.sweep_losses
+    file = tmp_path / "search.json"
+    monkeypatch.setattr(search, "sweep_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan(num_layers=3, resume=file)
+    assert len(json.loads(file.read_text())["steps"]) == 1
+    assert plan(num_layers=3, resume=file) == whole
+    assert len(sweeps) == 4  # the first, the interrupted one, and the two that were left
+    assert plan(num_layers=3, resume=file) == whole
+    assert len(sweeps) == 4
+    with pytest.raises(ValueError, match="is of another search, with other method"):
+        plan(num_layers=3, method="beam", resume=file)
+    with pytest.raises(ValueError, match="is of another search, with other data"):
+        plan(num_layers=3, held_out=DATA[2:], resume=file)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="is no record of a search"):
+        plan(num_layers=3, resume=file)
+
+
+WRONG = [
+    ({}, "exactly one of num_layers.*got none"),
+    ({"num_layers": 1, "target_params": 5}, "exactly one of .*num_layers=1, target_params=5"),
+    ({"num_layers": L}, "num_layers must be an integer from 1 to 5 for this model, got 6"),
+    ({"num_layers": True}, "num_layers must be a positive number, got True"),
+    ({"num_layers": 1.5}, "num_layers must be an integer"),
+    ({"max_perplexity_increase": -0.1}, "max_perplexity_increase must be a positive number, got -0.1"),
+    ({"num_layers": 1, "method": "best"}, "method must be one of block_influence.*got 'best'"),
+    ({"num_layers": 1, "heal": "magic"}, "heal must be one of .*got 'magic'"),
+    ({"num_layers": 1, "method": "beam", "beam_width": 0}, "beam_width must be a positive integer, got 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: repr(value)[:40])
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
+
+
+# --- hf-lnscale prune -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model(ln_scaling=True).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"w{token}" for token in tiny.tokens(1, 800)[0].tolist()))
+    return file
+
+
+def prune(*arguments, expect=0):
+    command = [sys.executable, "-m", "hf_lnscale.cli", "prune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_prune(checkpoint, text, tmp_path):
+    """Layers by count, healed: what is written is plain but for its own depths, and does what its plan says."""
+    printed = prune(
+        checkpoint, "--data", text, "--layers", 2, "--heal", "linear", "--seq-len", 16, "--out", tmp_path / "out"
+    )
+    for word in ("layers", "parameters", "checkpoint", "perplexity", "prefill", "decode", "peak memory"):
+        assert word in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no record of the search, no temporary folder
+    found = PruningPlan.load(tmp_path / "out")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.config.drop_layers == list(found.layers)
+    assert pruned.config.ln_scaling["depths"] == [i + 1 for i in range(L) if i not in found.layers]
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    _, held_out = token_batches(text, tokenizer=tokenizer, seq_len=16).split(0.25)
+    with torch.no_grad():
+        losses = [pruned(batch.input_ids, labels=batch.input_ids).loss for batch in held_out]
+    sizes = torch.tensor([batch.input_ids[:, 1:].numel() for batch in held_out])
+    perplexity = math.exp((torch.stack(losses) * sizes).sum() / sizes.sum())
+    assert perplexity == pytest.approx(found.perplexity.get("healed", found.perplexity["after"]), rel=1e-4)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"without_layers {found.layers}" not in card
+    assert "2 of 6 layers dropped" in card
+    assert "hf-lnscale prune" in card
+    assert "| perplexity, held out |" in card
+    # The plan names the same layers to whoever loads the whole checkpoint with it.
+    again = AutoModelForCausalLM.from_pretrained(checkpoint, drop_layers=tmp_path / "out")
+    assert again.config.drop_layers == pruned.config.drop_layers
+
+
+def test_prune_given_layers(checkpoint, text, tmp_path):
+    prune(checkpoint, "--data", text, "--drop", "1,-2", "--seq-len", 16, "--out", tmp_path / "out")
+    expected = drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), [1, 4])
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(got(tiny.tokens()).logits, expected(tiny.tokens()).logits)
+
+
+def test_prune_refuses(checkpoint, text, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("x")
+    given = (checkpoint, "--data", text, "--seq-len", 16)
+    assert "exists and is not empty" in prune(*given, "--layers", 1, "--out", tmp_path / "full", expect=1)
+    assert "give one of the three" in prune(*given, "--out", tmp_path / "out", expect=1)
+    assert "--drop: 'a' is no list" in prune(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
+    assert "does not exist in a model of 6" in prune(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)
+    assert "no share" in prune(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)
+    assert "not one layer can go" in prune(
+        *given, "--max-ppl-increase", "1e-9", "--method", "magnitude", "--out", tmp_path / "out", expect=1
+    )
+    assert "there is no file" in prune(checkpoint, "--data", "none.txt", "--layers", 1, "--out", "o", expect=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
