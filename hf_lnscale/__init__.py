@@ -1,14 +1,20 @@
-"""hf_lnscale: LayerNorm Scaling for Hugging Face transformers, against the curse of depth.
+"""hf_lnscale: a plugin for Hugging Face transformers against the curse of depth.
 
-Importing it makes every `from_pretrained`, `from_config` and configuration of transformers understand `ln_scaling`:
+Importing it makes every `from_pretrained`, `from_config` and configuration of transformers understand `ln_scaling` and
+`drop_layers`:
 
     import hf_lnscale
     model = AutoModelForCausalLM.from_config(config, ln_scaling=True)
+    model = AutoModelForCausalLM.from_pretrained(name, drop_layers=[12, 14, 17])
 """
 
 from ._version import __version__
+from .depth.draft import draft_model
+from .depth.heal import heal
 from .depth.layers import drop_layers
 from .depth.plan import PruningPlan
+from .depth.scores import LayerScores, score_layers
+from .depth.search import plan_pruning
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
 from .scaling import (
@@ -22,18 +28,23 @@ from .scaling import (
 
 __all__ = [
     "LNScalingConfig",
+    "LayerScores",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "__version__",
     "apply_ln_scaling",
     "disable",
+    "draft_model",
     "drop_layers",
     "enable",
     "fold_ln_scaling",
+    "heal",
     "is_enabled",
     "ln_scales",
+    "plan_pruning",
     "register_family",
     "remove_ln_scaling",
+    "score_layers",
     "unfold_ln_scaling",
 ]
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 import tiny
-from hf_lnscale import PruningPlan, drop_layers
+from hf_lnscale import PruningPlan, draft_model, drop_layers
 from hf_lnscale.depth import search
 from hf_lnscale.depth.data import token_batches
 from hf_lnscale.depth.layers import text_stack
@@ -167,6 +167,23 @@ def test_cache_is_estimated_as_it_grows(family):
     real = [sum(t.numel() * t.element_size() for t in search._tensors(vars(layer))) for layer in cache.layers]
     token = [0 if not getattr(layer, "is_sliding", False) else real[0] // 24 for layer in cache.layers]
     assert cache_bytes(text_stack(full), 24, 2) == [r + t for r, t in zip(real, token, strict=True)]
+
+
+def test_a_plan_for_a_draft(tmp_path):
+    """The plan says what is promised, and whether it pays; on a model of random weights, nothing should be assumed."""
+    full = model()
+    prompts = [tiny.tokens(2, 6, seed=seed) for seed in range(2)]
+    found = plan_pruning(full, prompts, objective="draft", num_layers=2, progress=False)
+    assert 1 <= len(found.layers) <= 2
+    assert found.notes["pays"] == (found.notes["speedup"] > 1.0)
+    assert PruningPlan.load(found.save(tmp_path)).notes == found.notes
+    draft = draft_model(full, found.layers)
+    expected = full.generate(tiny.tokens(1, 5), max_new_tokens=8, do_sample=False)
+    assert torch.equal(
+        full.generate(tiny.tokens(1, 5), max_new_tokens=8, do_sample=False, assistant_model=draft), expected
+    )
+    with pytest.raises(ValueError, match="objective must be 'perplexity' or 'draft', got 'speed'"):
+        plan(full, num_layers=1, objective="speed")
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):

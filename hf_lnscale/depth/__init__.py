@@ -1,0 +1,1 @@
+"""Layers measured, chosen, taken out, and the rest repaired."""

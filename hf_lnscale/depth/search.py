@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
+from .draft import choose_draft
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, healed
 from .plan import PruningPlan, fingerprint
@@ -40,6 +41,7 @@ def plan_pruning(
     target_memory: int | None = None,
     cache_tokens: int = 0,
     cache_batch: int = 1,
+    objective: str = "perplexity",
     method: str = "greedy",
     heal: str | None = None,
     held_out: Any = None,
@@ -53,7 +55,9 @@ def plan_pruning(
 ) -> PruningPlan:
     """Finds layers to drop from a model; the model itself is left as it is.
 
-    Exactly one of the first four arguments says how far to go:
+    With `objective="draft"`, the layers are those that a draft for speculative decoding leaves out (see `choose_draft`
+    and `draft_model`): as many as promise the most speed, `num_layers` at most. The plan's notes say what is promised,
+    and whether it pays. Otherwise, exactly one of the first four arguments says how far to go:
 
     - `num_layers`: that many layers.
     - `max_perplexity_increase`: as many as stay inside it on held-out data, 0.1 being ten percent more; with `heal`,
@@ -93,6 +97,10 @@ def plan_pruning(
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
+    if objective == "draft":
+        return _draft_plan(model, stack, data, tokenizer, num_layers)
+    if objective != "perplexity":
+        raise ValueError(f"objective must be 'perplexity' or 'draft', got {objective!r}")
     target = _target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
                      cache_tokens, cache_batch)  # fmt: skip
     if method not in SEARCH_METHODS:
@@ -154,6 +162,20 @@ def plan_pruning(
         steps=[{**step, "layers": sorted(step["layers"])} for step in log.steps],
         heal=report.to_dict() if report else None,
         notes=target.sizes(chosen),
+    )
+
+
+def _draft_plan(model: nn.Module, stack: Stack, data: Any, tokenizer: Any, num_layers: int | None) -> PruningPlan:
+    choice = choose_draft(model, data, tokenizer=tokenizer, max_drop=num_layers)
+    found = choice.to_dict()
+    return PruningPlan(
+        layers=tuple(choice.layers),
+        model=fingerprint(stack.model.config),
+        model_name=getattr(stack.model.config, "name_or_path", "") or "",
+        method={"search": "draft", "target": {"num_layers": num_layers} if num_layers else {}},
+        data={"prompts": found.pop("data")},
+        steps=found.pop("steps"),
+        notes=found,
     )
 
 
