@@ -1,6 +1,6 @@
-"""What it costs to decide which layers to remove.
+"""What it costs to decide which layers to remove, and what their removal saves.
 
-    python benchmarks/pruning_cost.py                                           # a small random Llama, on the CPU
+    python benchmarks/pruning_cost.py                                           # a small random Llama
     python benchmarks/pruning_cost.py --part scores --checkpoint NAME --text FILE
 
 Prints one table a part. Times are of two ways to the same numbers, run in turn so that a machine whose speed drifts
@@ -15,14 +15,23 @@ Part "scores":
   all pairs of CPU copies. Both are written anew here. They take the state after the final norm for that after the
   last layer, so blocks that end there are left out of the comparison.
 - The loss without each layer, against each candidate run whole from the embedding on.
+
+Part "search": two layers chosen greedily, against the same with each candidate run whole on all of the data.
+
+Part "load": a checkpoint without a quarter of its layers, against loading all and deleting them then; each in a process
+of its own, which reads files without mapping them, so that the system counts the bytes.
+
+Part "decode": tokens per second without a quarter and without half of the layers, against the ideal, L / (L - n).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +46,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import hf_lnscale
 from hf_lnscale.depth.data import TokenBatches, token_batches
+from hf_lnscale.depth.measure import measure
 from hf_lnscale.depth.scores import score_layers, sweep_losses
+from hf_lnscale.depth.search import plan_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -208,7 +219,107 @@ def scores(it: Subject) -> Table:
     return table
 
 
-PARTS: dict[str, Callable[[Subject], Table]] = {"scores": scores}
+# --- search, load, decode ---------------------------------------------------------------------------
+
+
+def naive_search(it: Subject, layers: int) -> list[int]:
+    """Greedy, with every candidate run whole on all of the data, by deletion."""
+    base, config = it.model.model, it.model.model.config
+    whole, dropped = base.layers, []
+    for _ in range(layers):
+        rest = [i for i in range(len(whole)) if i not in dropped]
+        base.layers = nn.ModuleList(whole[i] for i in rest)
+        config.num_hidden_layers = len(rest)
+        losses = sweep_whole(it)
+        dropped.append(rest[min(losses, key=losses.get)])
+    base.layers, config.num_hidden_layers = whole, len(whole)
+    return sorted(dropped)
+
+
+def search(it: Subject) -> Table:
+    """The search of `plan_pruning` against the naive one."""
+    table = Table("what", "compared with", "median ratio of times", "quartiles", "layers")
+    table.title = it.title("greedy search for two layers")
+    ahead, held_out = it.data.split(1 / it.data.num_sequences)  # it judges, and chooses nothing
+    it = Subject(it.name, it.model, ahead, it.count)
+
+    def ours() -> list[int]:
+        return list(plan_pruning(it.model, it.data, num_layers=2, held_out=held_out, progress=False).layers)
+
+    times, (found, theirs) = ratios("search", ours, lambda: naive_search(it, 2), max(1, it.count // 10))
+    row(table, "plan_pruning", "each candidate whole", times, f"{found} and {theirs}")
+    return table
+
+
+@contextmanager
+def on_disk(it: Subject) -> Iterator[str]:
+    """The subject's checkpoint; a random model is saved first."""
+    if it.model.config.name_or_path:
+        yield it.model.config.name_or_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        it.model.save_pretrained(folder)
+        yield folder
+
+
+def load(it: Subject) -> Table:
+    """Time, bytes read and peak memory of loading less."""
+    num_layers = it.model.config.num_hidden_layers
+    dropped = list(range(num_layers // 2, num_layers // 2 + num_layers // 4))
+    table = Table(
+        "of loading", f"without {len(dropped)} of {num_layers} layers", "all, deleted then", "ratio, median of pairs"
+    )
+    table.title = it.title("loading less")
+    pairs = []
+    with on_disk(it) as folder:
+        for _ in track(range(max(3, it.count // 5)), "load", transient=True):
+            settings = {"drop_layers": dropped, "prompt_tokens": 8, "new_tokens": 1, "repeats": 1}
+            pairs.append([measure(folder, delete_after=after, **settings) for after in (False, True)])
+    for name, unit, size in (
+        ("load_seconds", "s", 1.0),
+        ("bytes_read", "MiB read", 2.0**20),
+        ("load_peak_bytes", "MiB at the peak, interpreter and libraries included", 2.0**20),
+    ):
+        ours, theirs = (statistics.median(pair[i][name] for pair in pairs) / size for i in (0, 1))
+        table.add_row(
+            unit, f"{ours:,.2f}", f"{theirs:,.2f}", f"{statistics.median(a[name] / b[name] for a, b in pairs):.3f}"
+        )
+    kept = pairs[0][0]["parameters"] * next(it.model.parameters()).element_size()
+    table.add_row(
+        "bytes read / bytes kept", f"{statistics.median(a['bytes_read'] for a, _ in pairs) / kept:.4f}", "", ""
+    )
+    return table
+
+
+def decode(it: Subject) -> Table:
+    """Tokens per second with fewer layers."""
+    num_layers = it.model.config.num_hidden_layers
+    table = Table(
+        "layers dropped",
+        "decode, tokens/s",
+        "times as fast, median of pairs",
+        "ideal, L / (L - n)",
+        "prefill, times as fast",
+    )
+    table.title = it.title("decoding with fewer layers")
+    with on_disk(it) as folder:
+        for n in (num_layers // 4, num_layers // 2):
+            pairs = []
+            for _ in track(range(max(3, it.count // 5)), f"decode, {n} dropped", transient=True):
+                pairs.append([measure(folder, drop_layers=list(range(gone))) for gone in (n, 0)])
+            ratio = {
+                what: statistics.median(
+                    a[f"{what}_tokens_per_second"] / b[f"{what}_tokens_per_second"] for a, b in pairs
+                )
+                for what in ("decode", "prefill")
+            }
+            speed = statistics.median(a["decode_tokens_per_second"] for a, _ in pairs)
+            ideal = num_layers / (num_layers - n)
+            table.add_row(str(n), f"{speed:.1f}", f"{ratio['decode']:.3f}", f"{ideal:.3f}", f"{ratio['prefill']:.3f}")
+    return table
+
+
+PARTS: dict[str, Callable[[Subject], Table]] = {"scores": scores, "search": search, "load": load, "decode": decode}
 
 
 def main(

@@ -1,8 +1,9 @@
-"""What `hf-lnscale demo` runs: curse, cure and ship of LayerNorm Scaling, with numbers, within minutes on a CPU.
+"""What `hf-lnscale demo` runs: the curse of depth, its cure, and a cut, with numbers, within minutes on a CPU.
 
 1. Curse: the residual stream of a real Pre-LN model, SmolLM2-135M, layer by layer.
 2. Cure: two small deep Llamas trained from scratch on the same data from the same weights, Pre-LN and LNS.
 3. Ship: the LNS model saved, reloaded, folded, and run by a process that does not know this package.
+4. Drop: two layers out of SmolLM2-135M, healed without training, with the price told.
 
 It prints what it finds, whichever way that comes out.
 """
@@ -45,6 +46,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .depth.prune import prune
 from .diagnosis import loss_added_by_removing_each_layer, residual_variance
 from .scaling import fold_ln_scaling
 
@@ -77,17 +79,17 @@ FAST = Size(layers=4, hidden=64, mlp=172, vocabulary=512, window=64, steps=20, e
 
 
 def run(out: Path = Path("lnscale-demo"), fast: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Runs the three parts, prints what they find, and writes it to `out`.
+    """Runs the four parts, prints what they find, and writes it to `out`.
 
     Args:
-        out: folder for `results.json`, `demo.png`, `lns-model/` and `lns-model-folded/`; files of an earlier run are
-            overwritten.
+        out: folder for `results.json`, `demo.png`, `lns-model/`, `lns-model-folded/` and `pruned-model/`; files of an
+            earlier run are overwritten.
         fast: a run of seconds, too small to say anything about LayerNorm Scaling. Part 1 is left out, unless an
-            earlier run has converted its checkpoint.
+            earlier run has converted its checkpoint, and part 4 cuts the model of part 2.
         seed: of the initial weights, the order of the data and the generated text.
 
     Returns:
-        What `results.json` holds: `curse`, `cure`, `ship`, `settings` and `seconds` (each part's wall time).
+        What `results.json` holds: `curse`, `cure`, `ship`, `drop`, `settings` and `seconds` (each part's wall time).
 
     Raises:
         ImportError: if an extra that the demo needs is missing; the message names it.
@@ -120,6 +122,9 @@ def run(out: Path = Path("lnscale-demo"), fast: bool = False, seed: int = 0) -> 
 
         console.rule("[bold]3. Ship: an ordinary checkpoint for any runtime", align="left")
         finish("ship", _ship(console, out, size, model, tokenizer, held_out[:2], seed))
+
+        console.rule("[bold]4. Drop: layers out of a trained model, chosen by measurement", align="left")
+        finish("drop", _drop(console, out, None if fast else results["curse"].get("checkpoint"), held_out_texts))
 
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _plot(results, out / "demo.png")
@@ -167,6 +172,7 @@ def _curse(console: Console, held_out_texts: list[str], fast: bool) -> dict[str,
     )
     return {
         "skipped": False,
+        "checkpoint": str(folder),
         "tokens": windows.numel(),
         "residual_variance": variance,
         "residual_variance_without_first_tokens": without_first,
@@ -470,6 +476,33 @@ def _generate(model: Any, tokenizer: Any, seed: int) -> str:
         **prompt, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40, pad_token_id=tokenizer.eos_token_id
     )
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+
+
+# --- 4. drop ---------------------------------------------------------------------------------------------------------
+
+
+def _drop(console: Console, out: Path, checkpoint: str | None, texts: list[str]) -> dict[str, Any]:
+    """Two layers out of a checkpoint (one out of the small model, where there is none), with the price."""
+    real = checkpoint is not None
+    # One pass chooses; the default, "greedy", chooses better and takes minutes.
+    plan, table = prune(
+        checkpoint or str(out / "lns-model"), texts, out / "pruned-model", num_layers=2 if real else 1,
+        method="block_influence", heal="linear", num_tokens=8192 if real else 1024, seq_len=256 if real else 64,
+        prompt_tokens=256, new_tokens=16, force=True, progress=False,
+    )  # fmt: skip
+    table.title = None
+    layers = " and ".join(str(layer + 1) for layer in plan.layers)
+    name = "SmolLM2-135M" if real else "the small LNS model"
+    console.print(f"Out of {name}: layer {layers}, by Block Influence (ShortGPT); perplexity is on held-out documents.")
+    console.print(table)
+    if "healed" in plan.perplexity:
+        console.print("Healed: a linear map, fitted in closed form and folded into the weights in front of each cut.")
+    else:
+        console.print("Healing did not help on held-out text, and was left out.")
+    console.print(
+        f"Saved to {out / 'pruned-model'}, a plain checkpoint. `hf-lnscale prune` chooses better, in minutes."
+    )
+    return {"layers": list(plan.layers), "perplexity": plan.perplexity, "model": name}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

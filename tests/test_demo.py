@@ -37,7 +37,7 @@ def results(out):
 
 def test_results_are_returned_and_written(results, out):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert set(results) == {"settings", "seconds", "curse", "cure", "ship"}
+    assert set(results) == {"settings", "seconds", "curse", "cure", "ship", "drop"}
 
 
 def test_both_models_are_measured(results):
@@ -98,6 +98,15 @@ def test_a_process_without_the_plugin_refuses_the_unfolded_model(results):
     refusals = results["ship"]["refusals_without_plugin"]
     assert "hf_lnscale_llama" in refusals["AutoModelForCausalLM"]
     assert "install hf_lnscale" in refusals["LlamaForCausalLM"]
+
+
+def test_the_pruned_model_has_a_layer_less(results, out):
+    pruned = AutoModelForCausalLM.from_pretrained(out / "pruned-model")
+    assert len(pruned.model.layers) == 3
+    assert pruned.config.drop_layers == results["drop"]["layers"]
+    dropped = results["drop"]["layers"][0]
+    assert hf_lnscale.ln_scales(pruned) == [(layer + 1) ** -0.5 for layer in range(4) if layer != dropped]
+    assert results["drop"]["perplexity"]["after"] > 1
 
 
 def test_a_second_run_overwrites_the_first(out, results, monkeypatch):

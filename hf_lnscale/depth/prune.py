@@ -43,6 +43,8 @@ def prune(
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
     force: bool = False,
     command: str = "",
     progress: bool = True,
@@ -63,6 +65,7 @@ def prune(
         num_tokens, seq_len, batch_size: see `token_batches`.
         dtype: of the weights, also of those written; "auto" is the checkpoint's own.
         device: to compute on; None takes a GPU if there is one.
+        prompt_tokens, new_tokens: how many to time prefill and decoding with.
         force: replace `out` if it is not empty.
         command: the command line, for the model card.
         progress: show progress bars.
@@ -122,7 +125,10 @@ def prune(
         plan.save(partial / PLAN_FILE)
         _require_as_planned(partial, plan, held_out, dtype, device)
         del model
-        costs = [measure(path, dtype=dtype) for path in (checkpoint, str(partial))]
+        costs = [
+            measure(path, dtype=dtype, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            for path in (checkpoint, str(partial))
+        ]
         rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
         _card(checkpoint, plan, rows, command).save(partial / "README.md")
         if target.exists():
