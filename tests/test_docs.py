@@ -5,22 +5,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/families.md", "recipes/README.md"]
+PAGES = ["README.md", "docs/families.md", "docs/pruning.md", "recipes/README.md"]
+IN_PLACE_OF = {
+    "Qwen/Qwen3-0.6B-Base": "qwen3",
+    "HuggingFaceTB/SmolLM2-135M": "qwen3",
+    "path/of/a/scaled/checkpoint": "scaled",
+    "[12, 14]": "[1, 2]",
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.model("qwen3").save_pretrained("qwen3")
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(3, 96)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", model_input_names=["input_ids"]
+    ).save_pretrained("qwen3")
+    Path("text.txt").write_text(" ".join(f"w{i}" for i in tiny.tokens(1, 1600)[0].tolist()))
     tiny.model("qwen3", ln_scaling=True).save_pretrained("scaled")
     text = (ROOT / page).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     assert code
-    code = code.replace("Qwen/Qwen3-0.6B-Base", "qwen3").replace("path/of/a/scaled/checkpoint", "scaled")
+    for name, stand_in in IN_PLACE_OF.items():
+        code = code.replace(name, stand_in)
     torch.manual_seed(0)
     from hf_lnscale import families
 

@@ -193,9 +193,7 @@ def _ids(row: Any) -> Batch:
 
 def _file_rows(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data: there is no file {str(path)!r} (a text itself must be in a list: data=['...'])"
-        )
+        raise FileNotFoundError(f"data: there is no file {str(path)!r} (a text itself must be in a list: data=['...'])")
     if path.suffix in (".jsonl", ".json"):
         return _json_rows(path)
     return iter([path.read_text(encoding="utf-8")])
