@@ -135,7 +135,10 @@ def prune(
     ] = None,
     drop: Annotated[str | None, typer.Option(help="Drop these layers, as in 12,14,17.")] = None,
     method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "greedy",
-    heal: Annotated[str | None, typer.Option(help="Heal the cut without training: linear, refit, ...")] = None,
+    heal: Annotated[
+        str,
+        typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
+    ] = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens of the data to use; a quarter is held out.")] = 65_536,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
@@ -149,7 +152,7 @@ def prune(
     words = " ".join(shlex.quote(word) for word in sys.argv[1:])
     plan, table = run(
         checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
-        drop=_indices(drop), method=method, heal=heal, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
+        drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
         dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
     )  # fmt: skip
     Console().print(table)

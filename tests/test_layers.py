@@ -374,6 +374,30 @@ def test_quantization_that_names_layers_is_refused():
         AutoModelForCausalLM.from_config(config, drop_layers=[1])
 
 
+def test_quantized(tmp_path):
+    """In 4 bits, on loading and of a checkpoint that is quantized already, together with LayerNorm Scaling."""
+    pytest.importorskip("bitsandbytes")
+    config = tiny.config(hidden_size=128, intermediate_size=256, num_hidden_layers=6, ln_scaling=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
+    quantized = {
+        "quantization_config": tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        "device_map": "cpu",
+    }
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", **quantized)
+    full.save_pretrained(tmp_path / "quantized")
+    expected = drop_layers(full, [1, 3])(tiny.tokens()).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[1, 3], **quantized)
+    loaded.save_pretrained(tmp_path / "pruned")
+    for model in (
+        loaded,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", drop_layers=[1, 3]),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"),
+    ):
+        assert type(model.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
+        assert torch.equal(model(tiny.tokens()).logits, expected)
+        assert ln_scales(model) == pytest.approx([1.0, 3**-0.5, 5**-0.5, 6**-0.5])
+
+
 class Tokens(Dataset):
     def __len__(self):
         return 8

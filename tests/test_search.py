@@ -293,10 +293,21 @@ def test_prune(checkpoint, text, tmp_path):
 
 
 def test_prune_given_layers(checkpoint, text, tmp_path):
-    prune(checkpoint, "--data", text, "--drop", "1,-2", "--seq-len", 16, "--out", tmp_path / "out")
+    prune(checkpoint, "--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out")
     expected = drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), [1, 4])
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(got(tiny.tokens()).logits, expected(tiny.tokens()).logits)
+
+
+def test_prune_heals_where_it_can(checkpoint, text, tmp_path):
+    prune(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "llama")
+    assert PruningPlan.load(tmp_path / "llama").heal["method"] == "refit"
+    model("gemma2").save_pretrained(tmp_path / "gemma2")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gemma2")
+    given = (tmp_path / "gemma2", "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "out")
+    prune(*given)
+    assert PruningPlan.load(tmp_path / "out").heal is None
+    assert "healing is not possible" in prune(*given, "--heal", "linear", "--force", expect=1)
 
 
 def test_prune_refuses(checkpoint, text, tmp_path):

@@ -36,7 +36,7 @@ from .data import TokenBatches, token_batches
 from .layers import normalize_layers
 from .scores import _cross_entropy, _Halves, _pick, _predictions, _tuples
 
-__all__ = ["METHODS", "REACHES", "HealReport", "HealedLayer", "heal", "healed"]
+__all__ = ["METHODS", "REACHES", "HealReport", "HealedLayer", "heal", "healed", "why_not_healable"]
 
 METHODS = ("refit", "linear", "magnitude", "magnitude_per_channel")
 REACHES = ("cut", "after")
@@ -296,6 +296,17 @@ def healed(model: nn.Module, layers: Iterable[int], data: Any, **options: Any) -
     finally:
         report.undo()
         report.forget()
+
+
+def why_not_healable(model: nn.Module) -> str | None:
+    """The reason why `heal` would refuse a model, or None if it would not."""
+    try:
+        stack = text_stack(model)
+        for layer in range(len(stack.layers)):
+            _require_changeable(model, stack, layer)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 # --- where, and what --------------------------------------------------------------------------------

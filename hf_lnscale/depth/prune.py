@@ -19,6 +19,7 @@ from .._version import __version__
 from ..scaling import text_stack
 from .data import token_batches
 from .heal import heal as heal_model
+from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
 from .measure import measure
 from .plan import PLAN_FILE, PruningPlan, fingerprint
@@ -37,7 +38,7 @@ def prune(
     max_perplexity_increase: float | None = None,
     drop: list[int] | None = None,
     method: str = "greedy",
-    heal: str | None = None,
+    heal: str | None = "auto",
     num_tokens: int = 65_536,
     seq_len: int = 512,
     batch_size: int = 8,
@@ -61,7 +62,8 @@ def prune(
         num_layers: number of layers to drop; or
         max_perplexity_increase: drop as many as stay inside it on held-out data; or
         drop: drop these.
-        method, heal: see `plan_pruning`.
+        method: see `plan_pruning`.
+        heal: how to heal, see `heal`; "auto" is "refit" for models that can be healed, None does not.
         num_tokens, seq_len, batch_size: see `token_batches`.
         dtype: of the weights, also of those written; "auto" is the checkpoint's own.
         device: to compute on; None takes a GPU if there is one.
@@ -92,13 +94,17 @@ def prune(
         data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
     )
     calibration, held_out = batches.split(0.25)
+    if heal == "auto":
+        heal = "refit" if why_not_healable(model) is None else None
     search = target.parent / f".{target.name}.search.json"
     if drop is not None:
         plan = _given(model, drop, calibration, held_out, heal)
     else:
+        # The search heals where it decides by that; what it ends with is healed below.
+        decides = max_perplexity_increase is not None or method == "greedy_healed"
         plan = plan_pruning(
             model, calibration, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, method=method,
-            heal=heal, held_out=held_out, resume=search, progress=progress,
+            heal=heal if decides else None, held_out=held_out, resume=search, progress=progress,
         )  # fmt: skip
     if not plan.layers:
         search.unlink(missing_ok=True)
@@ -123,8 +129,10 @@ def prune(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         plan.save(partial / PLAN_FILE)
+        del model  # one at a time
         _require_as_planned(partial, plan, held_out, dtype, device)
-        del model
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()  # for the processes that measure
         costs = [
             measure(path, dtype=dtype, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
             for path in (checkpoint, str(partial))
