@@ -19,7 +19,7 @@ Part "scores":
 Part "search": two layers chosen greedily, against the same with each candidate run whole on all of the data.
 
 Part "load": a checkpoint without a quarter of its layers, against loading all and deleting them then; each in a process
-of its own, which reads files without mapping them, so that the system counts the bytes.
+of its own. Bytes are counted by the system in further ones, which do not map files.
 
 Part "decode": tokens per second without a quarter and without half of the layers, against the ideal, L / (L - n).
 """
@@ -275,6 +275,10 @@ def load(it: Subject) -> Table:
         for _ in track(range(max(3, it.count // 5)), "load", transient=True):
             settings = {"drop_layers": dropped, "prompt_tokens": 8, "new_tokens": 1, "repeats": 1}
             pairs.append([measure(folder, delete_after=after, **settings) for after in (False, True)])
+        counted = [measure(folder, delete_after=after, count_bytes=True, **settings) for after in (False, True)]
+    for pair in pairs:
+        for costs, bytes_read in zip(pair, counted, strict=True):
+            costs["bytes_read"] = bytes_read["bytes_read"]
     for name, unit, size in (
         ("load_seconds", "s", 1.0),
         ("bytes_read", "MiB read", 2.0**20),

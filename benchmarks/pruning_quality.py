@@ -26,7 +26,7 @@ from hf_lnscale.depth.scores import loss_without
 from hf_lnscale.depth.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
-OURS = ("perplexity", "kl", "greedy", "greedy_healed", "beam")
+OURS = ("perplexity", "kl", "greedy", "greedy_healed", "beam", "best_of")
 
 
 def parts(
@@ -80,6 +80,9 @@ def main(
         chosen = choose(model, method, counts, data, cache)
         notes += [f"{method}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
         for heal in (None, *heals.split(",")):
+            if method == "best_of" and heal:  # it chooses by what healing makes of the proposals
+                chosen = {n: list(plan_pruning(model, data, num_layers=n, heal=heal).layers) for n in counts}
+                notes += [f"{method} with {heal}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
             cells = []
             for gone in chosen.values():
                 if heal is None:

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from . import __version__
@@ -110,16 +111,19 @@ def _share(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        if not 0 < share < 1 and not value.endswith("%"):
+            raise ValueError
     except ValueError:
         raise typer.BadParameter(f"--max-ppl-increase: {value!r} is no share; valid are 10% or 0.1") from None
+    return share
 
 
 def _indices(value: str | None) -> list[int] | None:
     if value is None:
         return None
     try:
-        return [int(layer) for layer in value.split(",") if layer.strip()]
+        return [int(layer) for layer in value.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--drop: {value!r} is no list of layers; valid is 12,14,17") from None
 
@@ -134,7 +138,7 @@ def prune(
         str | None, typer.Option(help="Drop as many as stay inside it on held-out data, as in 10%.")
     ] = None,
     drop: Annotated[str | None, typer.Option(help="Drop these layers, as in 12,14,17.")] = None,
-    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "greedy",
+    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "best_of",
     heal: Annotated[
         str,
         typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
@@ -148,17 +152,21 @@ def prune(
 ) -> None:
     """Drop layers of a checkpoint, chosen by measurement, and write a smaller plain checkpoint."""
     from .depth.prune import prune as run
+    from .scaling import get_ln_scaling
 
     words = " ".join(shlex.quote(word) for word in sys.argv[1:])
     plan, table = run(
         checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
-        drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
-        dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
+        drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens,
+        seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
     )  # fmt: skip
     Console().print(table)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    print(f"wrote {out}: a plain checkpoint, loads without hf_lnscale")
+    if get_ln_scaling(AutoConfig.from_pretrained(out)):
+        print(f"wrote {out}: its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint")
+    else:
+        print(f"wrote {out}: a plain checkpoint, loads without hf_lnscale")
 
 
 def main() -> None:

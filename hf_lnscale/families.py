@@ -167,8 +167,8 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return found if isinstance(found, PreTrainedConfig) else config
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The row of a model's text decoder.
+def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
+    """The row of a model's text decoder; `argument` is what a refusal speaks of.
 
     Raises:
         UnsupportedArchitectureError: if there is none; the message says why, where it is known, and how to add one.
@@ -179,9 +179,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     reason = KNOWN_UNSUPPORTED.get(model_type)
     why = f": {reason}" if reason else ", as its pre-norms are not known"
     raise UnsupportedArchitectureError(
-        f"ln_scaling is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
+        f"{argument} is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
         "If the family does have a norm in front of attention and one in front of the MLP, add it with "
-        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=...)."
+        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...)."
     )
 
 

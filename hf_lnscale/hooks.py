@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import threading
-import warnings
 from typing import Any
 
 from safetensors import safe_open
@@ -23,6 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import scaling
+from ._warnings import warn
 from .checkpoint import parts, protect, unprotect
 from .depth import layers
 
@@ -39,7 +39,9 @@ def _hooks() -> dict[tuple[type, str], Any]:
             scaling.get_ln_scaling, scaling.set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None."
         ),
         (PreTrainedConfig, "drop_layers"): property(
-            layers.get_dropped_layers, layers.set_drop_layers, doc="Layers that the original model had, or None."
+            lambda config: None,
+            layers.set_drop_layers,
+            doc="Assigned, drops layers from the configuration. `dropped_layers` says which are gone.",
         ),
         (PreTrainedConfig, "from_dict"): _from_dict(PreTrainedConfig.__dict__["from_dict"]),
         (PreTrainedConfig, "to_json_file"): _to_json_file(PreTrainedConfig.__dict__["to_json_file"]),
@@ -180,8 +182,10 @@ def _from_pretrained(original: Any) -> Any:
             # With a configuration object, keywords would go on to the model's `__init__`.
             layers.set_drop_layers(config, kwargs.pop("drop_layers", None))
             scaling.set_ln_scaling(config, kwargs.pop("ln_scaling", None))
-            if config.name_or_path != str(pretrained_model_name_or_path):  # it says nothing about these weights
-                _note_what_is_on_disk(config, pretrained_model_name_or_path, kwargs)
+            name = pretrained_model_name_or_path
+            if name is not None and config.name_or_path != str(name):  # it says nothing about these weights
+                _note_what_is_on_disk(config, name, kwargs)
+        _refuse_gguf_without_layers(config, kwargs)
         loaded = original.__func__(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         if pretrained_model_name_or_path is not None:
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
@@ -189,6 +193,15 @@ def _from_pretrained(original: Any) -> Any:
         return loaded
 
     return classmethod(from_pretrained)
+
+
+def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
+    pruned = isinstance(config, PreTrainedConfig) and scaling.DROPPED in vars(scaling.text_config(config))
+    if kwargs.get("gguf_file") and (pruned or kwargs.get("drop_layers") is not None):
+        raise ValueError(
+            "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
+            "hf_lnscale.drop_layers(model, layers)"
+        )
 
 
 def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
@@ -225,11 +238,7 @@ def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
         "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Expect "
         "its outputs to be wrong; leave the keyword out, or give ln_scaling=True, to use the checkpoint's own.",
     }[change]
-    # Points at the caller's line, however many frames of transformers lie between.
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("transformers", __package__):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(what.format(name=str(name)), UserWarning, stacklevel=level)
+    warn(what.format(name=str(name)))
 
 
 def _from_config(original: Any) -> Any:
@@ -260,10 +269,21 @@ def _load_pretrained_model(original: Any) -> Any:
     ) -> Any:
         name = load_config.pretrained_model_name_or_path
         # `expected_keys` are given for an adapter alone.
-        pruned = scaling.DROPPED in vars(scaling.text_config(model.config)) and name is not None
-        positions = _positions_on_disk(model, name, load_config) if pruned and expected_keys is None else None
+        positions = None
+        if expected_keys is not None:
+            if vars(model).get("_layers_left_out"):
+                raise ValueError(
+                    f"drop_layers: {str(name)!r} is an adapter of the model with all its layers, and goes by their "
+                    "numbers; merge it into its base first"
+                )
+        elif scaling.DROPPED in vars(scaling.text_config(model.config)):
+            if name is not None:
+                positions = _positions_on_disk(model, name, load_config)
+            elif state_dict is not None:
+                positions = layers.positions_in_state_dict(model.config, model, state_dict)
         if positions is None:
             return original.__func__(model, state_dict, checkpoint_files, load_config, expected_keys)
+        vars(model)["_layers_left_out"] = True
         with contextlib.ExitStack() as opened:
             if state_dict is None:
                 state_dict = _checkpoint_tensors(checkpoint_files or [], load_config, opened)

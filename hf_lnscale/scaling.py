@@ -572,6 +572,13 @@ def require_consistent(model: nn.Module) -> None:
         if stack is None:
             continue
         scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
+        dropped, number = vars(stack.model.config).get(DROPPED), stack.model.config.num_hidden_layers
+        if dropped and number != len(stack.layers):
+            raise ValueError(
+                f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
+                f"{dropped['layers']} dropped: drop_layers was assigned to the configuration of a model that is built "
+                "already (use hf_lnscale.drop_layers(model, layers))"
+            )
         said = scaling.scales(len(stack.layers)) if scaling else [1.0] * len(stack.layers)
         applied = [
             {norm.ln_scale for norm in layer.modules() if isinstance(norm, _ScaledNorm)} or {1.0}

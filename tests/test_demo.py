@@ -103,7 +103,7 @@ def test_a_process_without_the_plugin_refuses_the_unfolded_model(results):
 def test_the_pruned_model_has_a_layer_less(results, out):
     pruned = AutoModelForCausalLM.from_pretrained(out / "pruned-model")
     assert len(pruned.model.layers) == 3
-    assert pruned.config.drop_layers == results["drop"]["layers"]
+    assert pruned.config.dropped_layers["layers"] == results["drop"]["layers"]
     dropped = results["drop"]["layers"][0]
     assert hf_lnscale.ln_scales(pruned) == [(layer + 1) ** -0.5 for layer in range(4) if layer != dropped]
     assert results["drop"]["perplexity"]["after"] > 1

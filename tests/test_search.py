@@ -42,7 +42,7 @@ def loss_of(full, dropped, batches):
 
 
 def plan(full=None, **options):
-    settings = {"held_out": HELD_OUT, "progress": False} | options
+    settings = {"held_out": HELD_OUT, "method": "greedy", "progress": False} | options
     return plan_pruning(full or model(), CALIBRATION, **settings)
 
 
@@ -90,6 +90,28 @@ def test_one_shot_takes_the_lowest_scores(method):
     assert plan(full, num_layers=2, method=method).layers == tuple(sorted(scores.lowest(2)))
 
 
+def test_best_of_takes_the_best_proposal():
+    full = model()
+    found = plan(full, num_layers=2, method="best_of")
+    angular, influence = (score_layers(full, CALIBRATION, m, progress=False) for m in ("angular", "block_influence"))
+    proposals = {(i, i + 1) for i in range(L - 1)} | {tuple(sorted(influence.lowest(2)))}
+    assert tuple(angular.best_block(2)) in proposals
+    assert found.layers == min(proposals, key=lambda layers: loss_of(full, layers, CALIBRATION))
+    assert {tuple(one["layers"]) for one in found.steps[0]["tried"]} == proposals
+    assert len(found.steps) == 1  # sets of other sizes need not be looked at
+
+
+def test_best_of_takes_what_heals_best():
+    full = model()
+    before = full(tiny.tokens()).logits
+    found = plan(full, num_layers=2, method="best_of", heal="refit")
+    tried = found.steps[0]["tried"]
+    assert len(tried) == 4
+    assert all(one["healed"] <= one["perplexity"] for one in tried)
+    assert list(found.layers) == min(tried, key=lambda one: one["healed"])["layers"]
+    assert torch.equal(full(tiny.tokens()).logits, before)
+
+
 @pytest.mark.parametrize("method", SEARCH_METHODS)
 def test_every_method_gives_the_same_plan_again(method, tmp_path):
     first, second = (plan(num_layers=2, method=method) for _ in range(2))
@@ -100,7 +122,7 @@ def test_every_method_gives_the_same_plan_again(method, tmp_path):
 
 
 def test_a_part_is_held_out_of_the_data():
-    found = plan_pruning(model(), DATA, num_layers=1, progress=False)
+    found = plan_pruning(model(), DATA, num_layers=1, method="greedy", progress=False)
     assert found.data["calibration"]["num_sequences"] == 12
     assert found.data["held_out"]["num_sequences"] == 4
     assert found.perplexity == plan(num_layers=1).perplexity
@@ -128,6 +150,14 @@ def test_a_budget_that_no_layer_meets_gives_an_empty_plan(tmp_path):
     assert found.perplexity.keys() == {"before"}
     full.save_pretrained(tmp_path)
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=found).model.layers) == L
+
+
+def test_a_broken_model_is_no_candidate():
+    full = model()
+    with torch.no_grad():
+        full.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"perplexity on the held-out data is (nan|inf)"):
+        plan(full, max_perplexity_increase=0.1)
 
 
 def test_size_targets():
@@ -177,13 +207,17 @@ def test_a_plan_for_a_draft(tmp_path):
     assert 1 <= len(found.layers) <= 2
     assert found.notes["pays"] == (found.notes["speedup"] > 1.0)
     assert PruningPlan.load(found.save(tmp_path)).notes == found.notes
-    draft = draft_model(full, found.layers)
+    draft = draft_model(full, found)
+    assert draft.generation_config.num_assistant_tokens == found.notes["num_assistant_tokens"]
+    assert len(draft.model.layers) == L - len(found.layers)
     expected = full.generate(tiny.tokens(1, 5), max_new_tokens=8, do_sample=False)
     assert torch.equal(
         full.generate(tiny.tokens(1, 5), max_new_tokens=8, do_sample=False, assistant_model=draft), expected
     )
     with pytest.raises(ValueError, match="objective must be 'perplexity' or 'draft', got 'speed'"):
         plan(full, num_layers=1, objective="speed")
+    with pytest.raises(ValueError, match="objective='draft' goes with"):
+        plan(full, max_perplexity_increase=0.1, objective="draft")
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
@@ -209,6 +243,12 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert len(sweeps) == 4
     with pytest.raises(ValueError, match="is of another search, with other method"):
         plan(num_layers=3, method="beam", resume=file)
+    other = model()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    with pytest.raises(ValueError, match="is of another model"):
+        plan(other, num_layers=3, resume=file)
+    assert plan(num_layers=2, resume=file) == plan(num_layers=2)  # the steps do not depend on how far to go
     with pytest.raises(ValueError, match="is of another search, with other data"):
         plan(num_layers=3, held_out=DATA[2:], resume=file)
     file.write_text("[]")
@@ -223,7 +263,7 @@ WRONG = [
     ({"num_layers": True}, "num_layers must be a positive number, got True"),
     ({"num_layers": 1.5}, "num_layers must be an integer"),
     ({"max_perplexity_increase": -0.1}, "max_perplexity_increase must be a positive number, got -0.1"),
-    ({"num_layers": 1, "method": "best"}, "method must be one of block_influence.*got 'best'"),
+    ({"num_layers": 1, "method": "best"}, "method must be one of best_of.*got 'best'"),
     ({"num_layers": 1, "heal": "magic"}, "heal must be one of .*got 'magic'"),
     ({"num_layers": 1, "method": "beam", "beam_width": 0}, "beam_width must be a positive integer, got 0"),
 ]
@@ -268,12 +308,13 @@ def test_prune(checkpoint, text, tmp_path):
     printed = prune(
         checkpoint, "--data", text, "--layers", 2, "--heal", "linear", "--seq-len", 16, "--out", tmp_path / "out"
     )
+    assert "LayerNorm Scaling is active" in printed
     for word in ("layers", "parameters", "checkpoint", "perplexity", "prefill", "decode", "peak memory"):
         assert word in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no record of the search, no temporary folder
     found = PruningPlan.load(tmp_path / "out")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert pruned.config.drop_layers == list(found.layers)
+    assert pruned.config.dropped_layers["layers"] == list(found.layers)
     assert pruned.config.ln_scaling["depths"] == [i + 1 for i in range(L) if i not in found.layers]
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
     _, held_out = token_batches(text, tokenizer=tokenizer, seq_len=16).split(0.25)
@@ -289,7 +330,23 @@ def test_prune(checkpoint, text, tmp_path):
     assert "| perplexity, held out |" in card
     # The plan names the same layers to whoever loads the whole checkpoint with it.
     again = AutoModelForCausalLM.from_pretrained(checkpoint, drop_layers=tmp_path / "out")
-    assert again.config.drop_layers == pruned.config.drop_layers
+    assert again.config.dropped_layers["layers"] == pruned.config.dropped_layers["layers"]
+
+
+def test_the_method_that_heals_writes_what_it_says(checkpoint, text, tmp_path):
+    given = ("--method", "greedy_healed", "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
+    prune(checkpoint, "--data", text, *given)
+    assert PruningPlan.load(tmp_path / "out").heal["method"] == "refit"
+    assert "goes with another method" in prune(
+        checkpoint, "--data", text, *given, "--heal", "none", "--force", expect=1
+    )
+
+
+def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
+    record = tmp_path / ".out.search.json"
+    record.write_text(json.dumps({"key": {"method": {"search": "beam"}}, "steps": []}))
+    prune(checkpoint, "--data", text, "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
+    assert not record.exists()
 
 
 def test_prune_given_layers(checkpoint, text, tmp_path):
@@ -316,6 +373,11 @@ def test_prune_refuses(checkpoint, text, tmp_path):
     given = (checkpoint, "--data", text, "--seq-len", 16)
     assert "exists and is not empty" in prune(*given, "--layers", 1, "--out", tmp_path / "full", expect=1)
     assert "give one of the three" in prune(*given, "--out", tmp_path / "out", expect=1)
+    assert "is no share" in prune(*given, "--max-ppl-increase", "10", "--out", tmp_path / "out", expect=2)
+    assert "is no checkpoint; --force" in prune(*given, "--layers", 1, "--force", "--out", tmp_path / "full", expect=1)
+    for out in (checkpoint, checkpoint / "inside", checkpoint.parent, text.parent):
+        assert "must not be, hold or lie in" in prune(*given, "--layers", 1, "--force", "--out", out, expect=1)
+    assert "--drop: '' is no list" in prune(*given, "--drop", "", "--out", tmp_path / "out", expect=2)
     assert "--drop: 'a' is no list" in prune(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
     assert "does not exist in a model of 6" in prune(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)
     assert "no share" in prune(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)

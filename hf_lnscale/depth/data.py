@@ -131,7 +131,7 @@ def token_batches(
         data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
             column "text" or "messages"; the path of a text file, or of a .json or .jsonl file with such a row a line;
             or token ids: a tensor of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
-            iterable of these.
+            iterable of these, or of lists of ids.
         model: the model whose tokenizer is loaded if none is given.
         tokenizer: turns text into ids; not needed for token ids.
         num_tokens: tokens to take from texts, from their start; None takes all. Batches of ids are taken whole.
@@ -150,7 +150,9 @@ def token_batches(
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < (2 if name == "seq_len" else 1):
             raise ValueError(f"{name} must be an integer of at least {2 if name == 'seq_len' else 1}, got {value!r}")
-    if isinstance(data, (torch.Tensor, Mapping)) and not hasattr(data, "column_names"):
+    if isinstance(data, Mapping) and hasattr(data, "column_names"):
+        raise ValueError(f"data: choose a split of the dataset, such as data[{next(iter(data), 'train')!r}]")
+    if isinstance(data, (torch.Tensor, Mapping)):
         return TokenBatches([_ids(data)], "token ids")
     if isinstance(data, (str, os.PathLike)):
         source, rows = str(Path(data).name), _file_rows(Path(data))
@@ -164,7 +166,8 @@ def token_batches(
     except StopIteration:
         raise ValueError(f"data: {source} is empty") from None
     rows = itertools.chain([first], rows)
-    if isinstance(first, (torch.Tensor, Batch)) or (isinstance(first, Mapping) and "input_ids" in first):
+    ids = isinstance(first, (list, tuple)) and all(isinstance(one, int) for one in first)
+    if ids or isinstance(first, (torch.Tensor, Batch)) or (isinstance(first, Mapping) and "input_ids" in first):
         return TokenBatches([_ids(row) for row in rows], "token ids")
     if tokenizer is None:
         name = getattr(getattr(model, "config", None), "name_or_path", "")

@@ -30,6 +30,7 @@ from ..families import text_config
 from ..scaling import Stack, text_stack
 from .data import Batch, token_batches
 from .layers import delete_layers, normalize_layers, prune_config
+from .plan import PruningPlan
 
 # --- the draft ------------------------------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def draft_model(model: nn.Module, drop_layers: Any, *, num_assistant_tokens: int
     Args:
         model: a causal language model of a family in the table; one wrapped by PEFT gives a draft with its adapters.
         drop_layers: positions of the layers that the draft leaves out, negative ones counted from the end; or what
-            `choose_draft` returned.
+            `choose_draft` or `plan_pruning` returned.
         num_assistant_tokens: tokens that it proposes before the model checks them; by default those of the choice,
             or 5.
 
@@ -65,6 +66,9 @@ def draft_model(model: nn.Module, drop_layers: Any, *, num_assistant_tokens: int
         >>> draft = hf_lnscale.draft_model(model, [12, 14, 17])
         >>> model.generate(**inputs, assistant_model=draft, do_sample=False)
     """
+    if isinstance(drop_layers, PruningPlan):
+        drop_layers.require_made_for(text_stack(model).model.config)
+        num_assistant_tokens = num_assistant_tokens or drop_layers.notes.get("num_assistant_tokens")
     if num_assistant_tokens is None:
         num_assistant_tokens = getattr(drop_layers, "num_assistant_tokens", 5)
     _require_count("num_assistant_tokens", num_assistant_tokens)
@@ -84,6 +88,8 @@ def draft_model(model: nn.Module, drop_layers: Any, *, num_assistant_tokens: int
 
 
 def _layers(drop_layers: Any) -> Any:
+    if isinstance(drop_layers, PruningPlan):
+        return drop_layers.layers
     return drop_layers.layers if isinstance(drop_layers, (DraftStep, DraftMeasurement)) else drop_layers
 
 

@@ -34,6 +34,7 @@ from ..families import UnsupportedArchitectureError, submodule
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .layers import normalize_layers
+from .plan import PruningPlan
 from .scores import _cross_entropy, _Halves, _pick, _predictions, _tuples
 
 __all__ = ["METHODS", "REACHES", "HealReport", "HealedLayer", "heal", "healed", "why_not_healable"]
@@ -181,7 +182,7 @@ class HealReport:
 
 def heal(
     model: nn.Module,
-    layers: Iterable[int],
+    layers: Iterable[int] | PruningPlan,
     data: Any,
     *,
     method: str = "refit",
@@ -215,7 +216,7 @@ def heal(
 
     Args:
         model: the full causal language model, in memory.
-        layers: positions to drop; negative ones count from the end.
+        layers: positions to drop; negative ones count from the end. Or a plan.
         data: calibration data, as `token_batches` takes it.
         method: one of `METHODS`.
         reach: "cut" changes the last kept layer before each cut; "after" every kept layer from the one before the first
@@ -239,6 +240,9 @@ def heal(
         if value not in valid:
             raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
     stack = text_stack(model)
+    if isinstance(layers, PruningPlan):
+        layers.require_made_for(stack.model.config)
+        layers = layers.layers
     dropped = normalize_layers(layers, len(stack.layers), "layers")
     sizes = {"tokenizer": tokenizer, "num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size}
     batches = token_batches(data, stack.model, **sizes)

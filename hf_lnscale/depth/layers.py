@@ -6,11 +6,13 @@ numbering of the model that it was once cut from, so that layers can be found ag
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import numbers
 import operator
+import os
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._warnings import warn
+from ..checkpoint import parts
 from ..families import UnsupportedArchitectureError, family_of, text_config
 from ..scaling import ACTIVE, DROPPED, FOLDED, ON_DISK, LNScalingConfig, Stack, text_stack
 from .plan import PruningPlan, read_plan
@@ -39,11 +43,14 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
+        raise ValueError(
+            f"{argument} must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
+            f"{layers!r}; {valid}"
+        )
     found: list[int] = []
     for layer in layers:
         try:
-            if isinstance(layer, bool):
+            if isinstance(layer, bool) or getattr(layer, "dtype", None) is torch.bool:
                 raise TypeError
             index = operator.index(layer)
         except TypeError:
@@ -79,17 +86,16 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
         return normalize_layers(value.layers, num_layers)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = operator.index(value)
         if not 1 <= value < num_layers:
             raise ValueError(
                 f"drop_layers={value}: a number of layers must be between 1 and {num_layers - 1} for this model"
             )
         layers = list(range(num_layers - 1 - value, num_layers - 1))
-        warnings.warn(
+        warn(
             f"drop_layers={value} drops layers {layers}, the deepest but the last, by a rule of thumb and not by "
-            "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost.",
-            UserWarning,
-            stacklevel=2,
+            "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
         )
         return layers
     return normalize_layers(value, num_layers)
@@ -131,6 +137,15 @@ def _mixture_of_experts(text: PreTrainedConfig, kept: list[int]) -> None:
     text.decoder_sparse_step = 1
 
 
+def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
+    value = getattr(text, name, None)
+    if isinstance(value, (list, tuple)) and len(value) != text.num_hidden_layers and name != "mlp_only_layers":
+        raise ValueError(
+            f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; which are "
+            "whose cannot be known"
+        )
+
+
 def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
     def follow(text: PreTrainedConfig, kept: list[int]) -> None:
         if (value := getattr(text, name, None)) is not None:
@@ -162,7 +177,7 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     """
     if not dropped:
         return
-    fields = family_of(config).depth_fields
+    fields = family_of(config, "drop_layers").depth_fields
     text = text_config(config)
     if fields is None:
         raise UnsupportedArchitectureError(
@@ -170,11 +185,13 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
             "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
         )
     _refuse_other_mentions(config)
+    for name in fields:
+        _require_one_a_layer(text, name)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
-    base = (vars(text).get(DROPPED) or {}).get("base") or config.name_or_path
+    base = (vars(text).get(DROPPED) or {}).get("base") or _public_name(config.name_or_path)
 
     for name in (ACTIVE, FOLDED, ON_DISK):
         if (stored := vars(text).get(name)) is not None:
@@ -187,6 +204,11 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     vars(text)[DROPPED] = {"layers": gone, "num_hidden_layers": original, "base": base}
 
 
+def _public_name(name: str) -> str:
+    """A name on the Hub as it is, of a local folder only the last part: where it lies is nobody's business."""
+    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
     text = text_config(config)
     if getattr(text, "is_heterogeneous", False):
@@ -194,7 +216,8 @@ def _refuse_other_mentions(config: PreTrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         said = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        if named := re.search(r"layers\.\d+\.?[\w.]*", json.dumps(said, default=str)):
+        # Names, or patterns, in which dots are escaped.
+        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(said, default=str)):
             raise ValueError(
                 f"drop_layers: the quantization_config speaks of single layers ({named[0]!r}), which would be others "
                 "afterwards; prune the checkpoint before it is quantized"
@@ -205,12 +228,6 @@ def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
     """Writes a value of the `drop_layers` argument into a configuration; a model built from it lacks the layers."""
     if value is not None:
         prune_config(config, layers_to_drop(value, config))
-
-
-def get_dropped_layers(config: PreTrainedConfig) -> list[int] | None:
-    """The layers that are gone, in the numbering of the model that it was once cut from, or None."""
-    record = vars(text_config(config)).get(DROPPED)
-    return list(record["layers"]) if record else None
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
@@ -251,6 +268,7 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
     if not dropped:
         return model
     _require_untouched(model, stack, dropped)
+    _own_configs(model)
     # Several modules may hold copies of the configuration; each is changed once.
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     for one in {id(text_config(one)): one for one in configs}.values():
@@ -258,6 +276,14 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
             prune_config(one, dropped)
     delete_layers(stack, dropped)
     return model
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Gives a model configurations of its own: another model may have been built from the same objects."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(held := vars(module).get("config"), PreTrainedConfig):
+            vars(module)["config"] = copy.deepcopy(held, memo)
 
 
 def _require_untouched(model: nn.Module, stack: Stack, dropped: list[int]) -> None:
@@ -302,10 +328,13 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     """
     wanted, original = original_layers(config)
     text = text_config(config)
-    there = next((part for part in _parts(saved) if part.get(DROPPED)), None)
+    key = type(config).base_config_key
+    if key in saved and saved.get("model_type") != config.model_type:
+        saved = saved[key]  # the text part alone, of a checkpoint that has others
+    there = next((part for part in parts(saved) if part.get(DROPPED)), None)
     if there is None:
-        # The class fills in what config.json leaves out.
-        full = text_config(type(config).from_dict(dict(saved)))
+        # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
+        full = text_config(type(config).from_dict(_without(saved, "drop_layers")))
         held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
     else:
         held, held_of = original_layers(there)
@@ -320,11 +349,28 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     return [held.index(layer) for layer in wanted]
 
 
-def _parts(config: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    yield config
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _parts(value)
+def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        key: _without(value, name) if isinstance(value, dict) else value for key, value in config.items() if key != name
+    }
+
+
+def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
+    """As `positions_on_disk`, for tensors without a config.json beside them: told by how many layers there are.
+
+    Raises:
+        ValueError: if these are neither the layers of the model nor all of the original's.
+    """
+    wanted, original = original_layers(config)
+    found = {layer for _, layer, _ in _layer_names(names, model)[1].values()}
+    if len(found) == len(wanted):
+        return None
+    if len(found) == original:
+        return wanted
+    raise ValueError(
+        f"drop_layers: state_dict holds {len(found)} layers; the model has {len(wanted)} of {original}, and either "
+        "number would do"
+    )
 
 
 def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:
@@ -341,24 +387,33 @@ def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int])
     Raises:
         ValueError: if it cannot be told which of the names are the decoder's layers.
     """
-    family = family_of(model.config)
-    path = re.escape(family.layers)
-    names = list(names)
-    # A vision tower has `layers` too; the decoder's are those with its pre-norm.
-    pattern = re.compile(rf"^((?:.*?\.)?{path}\.)(\d+)(\..*)$")
-    found = [(name, pattern.match(name)) for name in names]
+    others, layers = _layer_names(names, model)
+    at = {old: new for new, old in enumerate(positions)}
+    renamed = {name: name for name in others}
+    for name, (prefix, layer, rest) in layers.items():
+        if layer in at:
+            renamed[name] = f"{prefix}{at[layer]}{rest}"
+    return renamed
+
+
+def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str], dict[str, tuple[str, int, str]]]:
+    """Names that are not of the decoder's layers, and those that are, each as prefix, number and rest."""
+    family = family_of(model.config, "drop_layers")
+    # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
+    # tokens, which transformers ignores.
+    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
     mark = f".{family.attention_norm}.weight"
-    prefixes = {match[1] for _, match in found if match and match[3] == mark}
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    found = {name: pattern.match(name) for name in names}
+    prefixes = {
+        match[1]
+        for name, match in found.items()
+        if match and match[3] == mark and not any(re.search(one, name) for one in ignored)
+    }
     if len(prefixes) != 1:
         raise ValueError(
             f"drop_layers: the layers of {type(model).__name__} cannot be told by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
-    at = {old: new for new, old in enumerate(positions)}
-    renamed = {}
-    for name, match in found:
-        if match is None or match[1] not in prefixes:
-            renamed[name] = name
-        elif int(match[2]) in at:
-            renamed[name] = f"{match[1]}{at[int(match[2])]}{match[3]}"
-    return renamed
+    layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}
+    return [name for name in found if name not in layers], layers

@@ -24,6 +24,7 @@ def measure(
     *,
     drop_layers: list[int] | None = None,
     delete_after: bool = False,
+    count_bytes: bool = False,
     dtype: str = "auto",
     prompt_tokens: int = 512,
     new_tokens: int = 32,
@@ -35,6 +36,8 @@ def measure(
         checkpoint: folder, or name on the Hub.
         drop_layers: passed to `from_pretrained`.
         delete_after: load everything, and delete the layers from the model then, as is done by hand.
+        count_bytes: read files without mapping them, so that the system counts what is read; memory and time are then
+            not what they usually are.
         dtype: passed to `from_pretrained`.
         prompt_tokens: length of the prompt that prefill is timed on; it is random ids, batch size 1.
         new_tokens: tokens to decode, greedily.
@@ -42,15 +45,15 @@ def measure(
 
     Returns:
         `load_seconds`, `load_peak_bytes` and `peak_bytes` (after loading, and after running: of the device's memory on
-        a GPU, else of the process), `bytes_read` (what the process read while loading, where the system tells; files
-        are not mapped for it), `prefill_tokens_per_second`, `decode_tokens_per_second`, `parameters`.
+        a GPU, else of the process), `bytes_read` (with `count_bytes`), `prefill_tokens_per_second`,
+        `decode_tokens_per_second`, `parameters`.
 
     Raises:
         RuntimeError: if the process fails; the message is the last line that it printed.
     """
     arguments = ["--dtype", dtype, "--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--repeats", repeats]
     arguments += ["--drop", ",".join(map(str, drop_layers))] if drop_layers else []
-    arguments += ["--delete-after"] if delete_after else []
+    arguments += ["--delete-after"] * delete_after + ["--count-bytes"] * count_bytes
     command = [sys.executable, "-m", "hf_lnscale.depth.measure", str(checkpoint), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -84,6 +87,7 @@ def main(
     checkpoint: str,
     drop: Annotated[str, typer.Option(help="Layers not to load, as in 12,14,17.")] = "",
     delete_after: Annotated[bool, typer.Option("--delete-after", help="Load them, and delete them then.")] = False,
+    count_bytes: Annotated[bool, typer.Option("--count-bytes", help="Read without mapping, and count.")] = False,
     dtype: str = "auto",
     prompt_tokens: int = 512,
     new_tokens: int = 32,
@@ -93,7 +97,7 @@ def main(
     import hf_lnscale  # noqa: F401
 
     dropped = [int(layer) for layer in drop.split(",") if layer]
-    keywords: dict[str, Any] = {"dtype": dtype, "disable_mmap": True}
+    keywords: dict[str, Any] = {"dtype": dtype, "disable_mmap": count_bytes}
     if dropped and not delete_after:
         keywords["drop_layers"] = dropped
     device = "cuda" if torch.cuda.is_available() else "cpu"

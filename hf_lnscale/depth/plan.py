@@ -16,7 +16,14 @@ from ..scaling import DROPPED
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
 # By these a plan knows its model; config.json has them, so that no weight need be read.
-_FINGERPRINT = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+_FINGERPRINT = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
@@ -59,17 +66,16 @@ class PruningPlan:
     @property
     def perplexity_increase(self) -> float | None:
         """Relative: 0.1 is ten percent more than before; with healing where that was kept."""
-        after = self.perplexity.get("healed", self.perplexity.get("after"))
-        return None if after is None else after / self.perplexity["before"] - 1.0
+        before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
+        return None if before is None or after is None else after / before - 1.0
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
         """Raises a ValueError that says what differs if the plan is for another model."""
-        here = fingerprint(config)
-        for name, there in self.model.items():
-            if here.get(name) != there:
+        for name, here in fingerprint(config).items():
+            if (there := self.model.get(name)) != here:
                 raise ValueError(
                     f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
-                    f"{name} {there!r}; this one has {here.get(name)!r}"
+                    f"{name} {there!r}; this one has {here!r}"
                 )
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -113,7 +119,9 @@ def read_plan(path: Any) -> PruningPlan:
         if values.pop("format") != _FORMAT:
             raise ValueError("it was written in another format")
         known = {one.name for one in fields(PruningPlan)}
-        plan = PruningPlan(**{name: value for name, value in values.items() if name in known})
+        values = {name: value for name, value in values.items() if name in known}
+        if not isinstance(values["model"], dict):
+            raise ValueError("its model is no fingerprint")
+        return PruningPlan(**{**values, "layers": tuple(values["layers"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None
-    return PruningPlan(**{**vars(plan), "layers": tuple(plan.layers)})

@@ -13,18 +13,19 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .._version import __version__
-from ..scaling import text_stack
+from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
+from .heal import METHODS as HEAL_METHODS
 from .heal import heal as heal_model
 from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
 from .measure import measure
 from .plan import PLAN_FILE, PruningPlan, fingerprint
 from .scores import loss_without
-from .search import plan_pruning
+from .search import SEARCH_METHODS, OtherSearchError, plan_pruning
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -37,7 +38,7 @@ def prune(
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
     drop: list[int] | None = None,
-    method: str = "greedy",
+    method: str = "best_of",
     heal: str | None = "auto",
     num_tokens: int = 65_536,
     seq_len: int = 512,
@@ -53,7 +54,7 @@ def prune(
     """Prunes a checkpoint and writes the result: a plain checkpoint with tokenizer, plan and model card.
 
     The folder appears under its name when it is complete. A search that is interrupted leaves `.NAME.search.json`
-    beside it, and goes on from there when the same is asked for again.
+    beside it, and goes on from there when it is asked for again, also with another number of layers.
 
     Args:
         checkpoint: folder or name on the Hub.
@@ -68,7 +69,7 @@ def prune(
         dtype: of the weights, also of those written; "auto" is the checkpoint's own.
         device: to compute on; None takes a GPU if there is one.
         prompt_tokens, new_tokens: how many to time prefill and decoding with.
-        force: replace `out` if it is not empty.
+        force: replace a checkpoint that is at `out`.
         command: the command line, for the model card.
         progress: show progress bars.
 
@@ -76,17 +77,24 @@ def prune(
         The plan, and a table of before and after: layers, parameters, size, perplexity, speed, memory.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`.
+        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
         ValueError: for wrong arguments, and if the written checkpoint does not give the perplexity that the plan says.
     """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise FileExistsError(f"--out {str(out)!r} exists and is not empty; choose another folder or use --force")
-    if Path(checkpoint).is_dir() and Path(checkpoint).resolve() in (target.resolve(), *target.resolve().parents):
-        raise ValueError(f"--out {str(out)!r} must not be the checkpoint itself or inside it")
+    target = Path(out).resolve()
+    _require_free(target, checkpoint, data, str(out), force)
+    if method not in SEARCH_METHODS:
+        raise ValueError(f"method must be one of {', '.join(SEARCH_METHODS)}, got {method!r}")
+    if heal not in (None, "auto", *HEAL_METHODS):
+        raise ValueError(f"heal must be one of auto, {', '.join(HEAL_METHODS)} or None, got {heal!r}")
+    if method == "greedy_healed" and heal is None:
+        raise ValueError("method 'greedy_healed' heals; heal=None goes with another method")
     if sum(value is not None for value in (num_layers, max_perplexity_increase, drop)) != 1:
         raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if type(AutoConfig.from_pretrained(checkpoint)) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
+        )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     model = model.to(device).eval()
@@ -101,17 +109,23 @@ def prune(
         plan = _given(model, drop, calibration, held_out, heal)
     else:
         # The search heals where it decides by that; what it ends with is healed below.
-        decides = max_perplexity_increase is not None or method == "greedy_healed"
-        plan = plan_pruning(
-            model, calibration, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, method=method,
-            heal=heal if decides else None, held_out=held_out, resume=search, progress=progress,
-        )  # fmt: skip
+        decides = max_perplexity_increase is not None or method in ("best_of", "greedy_healed")
+        settings: dict[str, Any] = {
+            "num_layers": num_layers, "max_perplexity_increase": max_perplexity_increase, "method": method,
+            "heal": heal if decides else None, "held_out": held_out, "resume": search, "progress": progress,
+        }  # fmt: skip
+        try:
+            plan = plan_pruning(model, calibration, **settings)
+        except OtherSearchError:  # left behind by an interrupted one
+            search.unlink()
+            plan = plan_pruning(model, calibration, **settings)
     if not plan.layers:
         search.unlink(missing_ok=True)
         raise ValueError(
             f"not one layer can go: the cheapest raises perplexity from {plan.perplexity['before']:.2f} by more than "
             f"{max_perplexity_increase:.0%} on held-out data. Nothing was written."
         )
+    plan = replace(plan, perplexity={key: plan.perplexity[key] for key in ("before", "after")}, heal=None)
     if heal is not None:
         report = heal_model(model, plan.layers, calibration, method=heal, progress=progress)
         healed = math.exp(loss_without(model, held_out, plan.layers))
@@ -129,6 +143,7 @@ def prune(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         plan.save(partial / PLAN_FILE)
+        config = model.config
         del model  # one at a time
         _require_as_planned(partial, plan, held_out, dtype, device)
         if device.startswith("cuda"):
@@ -138,15 +153,38 @@ def prune(
             for path in (checkpoint, str(partial))
         ]
         rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
-        _card(checkpoint, plan, rows, command).save(partial / "README.md")
+        _card(checkpoint, plan, rows, command, config).save(partial / "README.md")
+        replaced = Path(scratch) / "replaced"
         if target.exists():
-            os.replace(target, Path(scratch) / "replaced")
-        os.replace(partial, target)
+            os.replace(target, replaced)
+        try:
+            os.replace(partial, target)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
     search.unlink(missing_ok=True)
     table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
     for row in rows:
         table.add_row(*row)
     return plan, table
+
+
+def _require_free(target: Path, checkpoint: str, data: Any, shown: str, force: bool) -> None:
+    """Refuses a folder to write that is not empty, or that holds what is read; before anything is computed."""
+    for what in (checkpoint, data if isinstance(data, (str, os.PathLike)) else ""):
+        if what and Path(what).exists():
+            read = Path(what).resolve()
+            if target in (read, *read.parents) or read in target.parents:
+                raise ValueError(f"--out {shown!r} must not be, hold or lie in what is read ({what})")
+    if target == Path.cwd():
+        raise ValueError(f"--out {shown!r} is the current folder; choose another")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
+    if not (target / "config.json").is_file():
+        raise FileExistsError(f"--out {shown!r} is no checkpoint; --force replaces only what it could have written")
 
 
 def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
@@ -175,7 +213,7 @@ def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: s
 
 
 def _size(folder: Path) -> int | None:
-    files = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")] if folder.is_dir() else []
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in files) or None
 
 
@@ -209,7 +247,9 @@ def _rows(plan: PruningPlan, costs: list[dict[str, float]], sizes: list[int | No
     return rows
 
 
-def _card(checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, str]], command: str) -> ModelCard:
+def _card(
+    checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, str]], command: str, config: PreTrainedConfig
+) -> ModelCard:
     """Says how the checkpoint was made, and what it cost."""
     on_hub = not Path(checkpoint).exists()
     front = ModelCardData(base_model=checkpoint if on_hub else None, library_name="transformers", tags=["hf-lnscale"])
@@ -223,6 +263,7 @@ def _card(checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, st
     else:
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
     held_out = plan.data["held_out"]
+    scaled = " LayerNorm Scaling is active in it: it needs hf_lnscale to load." if get_ln_scaling(config) else ""
     made = f"`{command}`" if command else "`hf_lnscale.depth.prune`"
     search = plan.method["search"]
     how = "as given" if search == "given" else f"chosen by the method `{search}`"
@@ -233,7 +274,7 @@ def _card(checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, st
 
 # {name}, {len(plan.layers)} of {plan.model["num_hidden_layers"]} layers dropped
 
-Layers {layers} (counted from 0) were dropped, {how}. {healing}
+Layers {layers} (counted from 0) were dropped, {how}. {healing}{scaled}
 
 | | before | after | |
 | --- | --- | --- | --- |

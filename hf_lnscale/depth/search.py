@@ -19,16 +19,19 @@ from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .draft import choose_draft
 from .heal import METHODS as HEAL_METHODS
-from .heal import HealReport, healed
+from .heal import HealReport, _perplexity, healed
 from .plan import PruningPlan, fingerprint
-from .scores import loss_without, score_layers, sweep_losses
+from .scores import LayerScores, loss_without, score_layers, sweep_losses
 
 ONE_SHOT = ("block_influence", "magnitude", "taylor", "perplexity", "kl")
-SEARCH_METHODS = (*ONE_SHOT, "angular", "greedy", "greedy_healed", "beam")
+SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", "greedy", "greedy_healed", "beam")
 
 # A candidate that is far from the best on a part of the data is not measured on all of it.
 _FIRST_PART = 1 / 8
 _GO_ON = 1 / 4
+# "best_of": blocks that are proposed, and proposals that are healed.
+_BLOCKS = 8
+_HEALED = 4
 
 
 def plan_pruning(
@@ -42,7 +45,7 @@ def plan_pruning(
     cache_tokens: int = 0,
     cache_batch: int = 1,
     objective: str = "perplexity",
-    method: str = "greedy",
+    method: str = "best_of",
     heal: str | None = None,
     held_out: Any = None,
     tokenizer: Any = None,
@@ -57,7 +60,8 @@ def plan_pruning(
 
     With `objective="draft"`, the layers are those that a draft for speculative decoding leaves out (see `choose_draft`
     and `draft_model`): as many as promise the most speed, `num_layers` at most. The plan's notes say what is promised,
-    and whether it pays. Otherwise, exactly one of the first four arguments says how far to go:
+    and whether it pays; `data` are prompts, and of the other arguments only `tokenizer` and `batch_size` apply.
+    Otherwise, exactly one of the first four arguments says how far to go:
 
     - `num_layers`: that many layers.
     - `max_perplexity_increase`: as many as stay inside it on held-out data, 0.1 being ten percent more; with `heal`,
@@ -68,10 +72,12 @@ def plan_pruning(
 
     Methods:
 
+    - "best_of": tries what one pass over the data proposes (the contiguous blocks of lowest angular distance, and the
+      layers of lowest Block Influence), and takes what does best; with `heal`, what does best when healed.
     - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
       2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on an
       eighth of the data, and the best quarter of them on all of it.
-    - "greedy_healed": the same, with the cut so far healed (`heal`, or "linear") before candidates are measured.
+    - "greedy_healed": the same, with the cut so far healed (`heal`, or "refit") before candidates are measured.
     - "beam": as "greedy", keeping the `beam_width` best sets of each size.
     - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
     - "block_influence", "magnitude", "taylor", "perplexity", "kl": the layers of lowest score, all at once; see
@@ -81,9 +87,10 @@ def plan_pruning(
         model: a causal language model of a known family, in memory.
         data: texts, a dataset, a path or token ids, see `token_batches`. A small set decides badly.
         held_out: the same, to judge by; None keeps the last quarter of `data` back for it.
-        heal: "linear", "magnitude" or "magnitude_per_channel" to try healing on the result (see `heal`); recorded in
-            the plan if it helps on held-out data. None does not try.
-        tokenizer, num_tokens, seq_len, batch_size: see `token_batches`; `num_tokens` counts both parts.
+        heal: a method of `heal` to try on the result; the plan records what it gives, and uses it if that is better on
+            held-out data. None does not try.
+        tokenizer, num_tokens, seq_len, batch_size: see `token_batches`; without `held_out`, `num_tokens` counts both
+            parts.
         resume: path of a file in which the search notes each step; an interrupted one goes on from there.
         progress: show progress bars.
 
@@ -92,13 +99,16 @@ def plan_pruning(
         hold no layers, if not one can go.
 
     Raises:
-        ValueError: for a wrong argument, for a target that cannot be reached, for too little data, and for a `resume`
-            file of another search.
+        ValueError: for a wrong argument, for a target that cannot be reached, for too little data, for a model whose
+            loss is not finite, and (`OtherSearchError`) for a `resume` file of another search.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
     if objective == "draft":
-        return _draft_plan(model, stack, data, tokenizer, num_layers)
+        others = (max_perplexity_increase, target_params, target_memory, heal, held_out, resume)
+        if any(value is not None for value in others) or method != "best_of":
+            raise ValueError("objective='draft' goes with num_layers, tokenizer and batch_size alone")
+        return _draft_plan(model, stack, data, tokenizer, num_layers, batch_size)
     if objective != "perplexity":
         raise ValueError(f"objective must be 'perplexity' or 'draft', got {objective!r}")
     target = _target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
@@ -108,7 +118,9 @@ def plan_pruning(
     if heal is not None and heal not in HEAL_METHODS:
         raise ValueError(f"heal must be one of {', '.join(HEAL_METHODS)} or None, got {heal!r}")
     if method == "greedy_healed":
-        heal = heal or "linear"
+        heal = heal or "refit"
+    if not isinstance(beam_width, int) or beam_width < 1:
+        raise ValueError(f"beam_width must be a positive integer, got {beam_width!r}")
     settings = {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size, "tokenizer": tokenizer}
     calibration = token_batches(data, stack.model, **settings)
     if held_out is None:
@@ -116,38 +128,44 @@ def plan_pruning(
     else:
         judged = token_batches(held_out, stack.model, **settings)
 
-    how: dict[str, Any] = {"search": method, "target": target.words}
+    how: dict[str, Any] = {"search": method}
     if method == "beam":
         how["beam_width"] = beam_width
     about = {"calibration": calibration.describe(), "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
     log = _Log(resume, {"method": how, "heal": heal, "data": about, "model": model_print})
-    if "before" not in log.values:
-        log.values["before"] = loss_without(model, judged)
-    before = log.values["before"]
+    how = {**how, "target": target.words}  # which the steps do not depend on
+    before = _perplexity(loss_without(model, judged))
+    if not math.isfinite(before):
+        raise ValueError(f"model: its perplexity on the held-out data is {before}; nothing can be compared with that")
+    if not math.isclose(log.values.setdefault("before", before), before, rel_tol=1e-3):
+        raise OtherSearchError(f"resume: {str(resume)!r} is of another model: its perplexity is another")
 
     chosen: tuple[int, ...] = ()
+    used: list[dict[str, Any]] = []
     report = None
     bar = logging.tqdm(total=num_layers, desc=f"Dropping layers ({method})", disable=not progress)
-    steps = _steps(model, stack, method, heal, calibration, beam_width, log, progress)
+    steps = _steps(model, stack, method, heal, calibration, beam_width, target.least, log, progress)
     with bar:
         while not target.reached(chosen) and (step := next(steps, None)):
             layers = tuple(step["layers"])
             if "perplexity" not in step:
-                step["perplexity"] = math.exp(loss_without(model, judged, layers))
-                if heal and target.budget is not None:
-                    step["healed"], _ = _healed_perplexity(model, layers, calibration, judged, heal, progress)
+                step["perplexity"] = _perplexity(loss_without(model, judged, layers))
                 log.write()
-            increase = min(step["perplexity"], step.get("healed", math.inf)) / math.exp(before) - 1.0
-            if target.budget is not None and increase > target.budget:
+            if heal and target.budget is not None and "healed" not in step:
+                step["healed"], _ = _healed_perplexity(model, layers, calibration, judged, heal, progress)
+                log.write()
+            used.append(step)
+            increase = min(step["perplexity"], step.get("healed", math.inf)) / before - 1.0
+            if target.budget is not None and not increase <= target.budget:
                 break
             chosen = layers
             bar.update()
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(chosen))
 
-    perplexity = {"before": math.exp(before)}
+    perplexity = {"before": before}
     if chosen:
-        perplexity["after"] = math.exp(loss_without(model, judged, chosen))
+        perplexity["after"] = _perplexity(loss_without(model, judged, chosen))
         if heal:
             after, report = _healed_perplexity(model, chosen, calibration, judged, heal, progress)
             if after < perplexity["after"]:
@@ -159,14 +177,16 @@ def plan_pruning(
         method=how,
         data=about,
         perplexity=perplexity,
-        steps=[{**step, "layers": sorted(step["layers"])} for step in log.steps],
+        steps=[{**step, "layers": sorted(step["layers"])} for step in used],
         heal=report.to_dict() if report else None,
         notes=target.sizes(chosen),
     )
 
 
-def _draft_plan(model: nn.Module, stack: Stack, data: Any, tokenizer: Any, num_layers: int | None) -> PruningPlan:
-    choice = choose_draft(model, data, tokenizer=tokenizer, max_drop=num_layers)
+def _draft_plan(
+    model: nn.Module, stack: Stack, data: Any, tokenizer: Any, num_layers: int | None, batch_size: int
+) -> PruningPlan:
+    choice = choose_draft(model, data, tokenizer=tokenizer, max_drop=num_layers, batch_size=batch_size)
     found = choice.to_dict()
     return PruningPlan(
         layers=tuple(choice.layers),
@@ -189,7 +209,7 @@ def _healed_perplexity(
 ) -> tuple[float, HealReport]:
     """Healing chooses its penalties on a part of the calibration data, so that what is held out judges alone."""
     with healed(model, sorted(layers), calibration, method=heal, progress=progress) as report:
-        return math.exp(loss_without(model, judged, layers)), report
+        return _perplexity(loss_without(model, judged, layers)), report
 
 
 # --- how far to go --------------------------------------------------------------------------------------------------
@@ -197,11 +217,20 @@ def _healed_perplexity(
 
 @dataclass(frozen=True)
 class _Target:
-    """Attributes: `reached` says of a set of layers whether it is enough; `budget` is of perplexity, relative."""
+    """How far to go.
+
+    Attributes:
+        words: for the plan.
+        reached: whether a set of layers is enough.
+        sizes: what is left without a set of layers.
+        least: no set of fewer layers is enough.
+        budget: of perplexity, relative.
+    """
 
     words: dict[str, Any]
     reached: Callable[[tuple[int, ...]], bool]
     sizes: Callable[[tuple[int, ...]], dict[str, Any]]
+    least: int = 1
     budget: float | None = None
 
 
@@ -227,8 +256,10 @@ def _target(
             "exactly one of num_layers, max_perplexity_increase, target_params and target_memory says how far to go; "
             f"got {', '.join(f'{name}={value!r}' for name, value in given.items()) or 'none'}"
         )
-    (name, value), total = *given.items(), len(stack.layers)
+    name, total = next(iter(given)), len(stack.layers)
+    value: Any = given[name]
     most = total - 1
+    value = value.item() if hasattr(value, "item") else value  # of numpy
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     if name == "num_layers" and (not isinstance(value, int) or value > most):
@@ -254,15 +285,16 @@ def _target(
 
     words = {name: value}
     if name == "num_layers":
-        return _Target(words, lambda dropped: len(dropped) == value, sizes)
+        return _Target(words, lambda dropped: len(dropped) == value, sizes, least=int(value))
     if name == "max_perplexity_increase":
         return _Target(words, lambda dropped: len(dropped) == most, sizes, budget=value)
     if name == "target_memory":
         words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
-    least = min(size(tuple(layer for layer in range(total) if layer != kept)) for kept in range(total))
-    if value < least:
-        raise ValueError(f"{name}={value}: with a single layer left this model still has {least}")
-    return _Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes)
+    by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
+    if value < size(tuple(by_size[:most])):
+        raise ValueError(f"{name}={value}: with a single layer left this model still has {size(tuple(by_size[:most]))}")
+    least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
+    return _Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes, least)
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -306,6 +338,10 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 # --- step by step ---------------------------------------------------------------------------------------------------
 
 
+class OtherSearchError(ValueError):
+    """The file to resume from is of another search."""
+
+
 class _Log:
     """The steps of a search, in a file if there is one, so that it can go on after an interruption."""
 
@@ -320,7 +356,7 @@ class _Log:
                 raise ValueError(f"resume: {str(path)!r} is no record of a search") from None
             if there != self.values["key"]:
                 differ = [name for name in self.values["key"] if there.get(name) != self.values["key"][name]]
-                raise ValueError(f"resume: {str(path)!r} is of another search, with other {' and '.join(differ)}")
+                raise OtherSearchError(f"resume: {str(path)!r} is of another search, with other {' and '.join(differ)}")
             self.values = found
 
     @property
@@ -342,11 +378,11 @@ def _steps(
     heal: str | None,
     calibration: TokenBatches,
     beam_width: int,
+    least: int,
     log: _Log,
     progress: bool,
 ) -> Iterator[dict[str, Any]]:
     """One more layer each time, from the log as far as that goes: dicts with `layers`, in order of removal."""
-    yield from list(log.steps)
 
     def done(step: dict[str, Any]) -> dict[str, Any]:
         log.steps.append(step)
@@ -354,20 +390,29 @@ def _steps(
         return step
 
     most = len(stack.layers) - 1
-    if method in ONE_SHOT or method == "angular":
-        scores = score_layers(model, None if method == "magnitude" else calibration, method, progress=progress)
-        for count in range(len(log.steps) + 1, most + 1):
-            yield done({"layers": scores.lowest(count)})
+    if method in ("best_of", "angular", *ONE_SHOT):
+        # Sets of one size are found without those of another.
+        known = {len(step["layers"]): step for step in log.steps}
+        scores: dict[str, LayerScores] = {}
+        for count in range(least, most + 1):
+            if count not in known and not scores:
+                for name in ("block_influence", "angular") if method == "best_of" else (method,):
+                    scores[name] = score_layers(model, calibration, name, progress=progress)
+            if count in known:
+                yield known[count]
+            elif method == "best_of":
+                yield done(_best_of(model, _proposals(scores, count), heal, calibration, progress))
+            else:
+                yield done({"layers": scores[method].lowest(count)})
         return
+    yield from list(log.steps)
     width = beam_width if method == "beam" else 1
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"beam_width must be a positive integer, got {beam_width!r}")
     sets = [tuple(one) for one in log.steps[-1]["beam"]] if log.steps else [()]
     for _ in range(len(log.steps), most):
         found: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         for dropped in sets:
             repaired = (
-                healed(model, sorted(dropped), calibration, method=heal or "linear", progress=False)
+                healed(model, sorted(dropped), calibration, method=heal or "refit", progress=False)
                 if method == "greedy_healed" and dropped
                 else nullcontext()
             )
@@ -377,6 +422,39 @@ def _steps(
         best = sorted(found.values())[:width]
         sets = [dropped for _, dropped in best]
         yield done({"layers": list(sets[0]), "calibration_loss": best[0][0], "beam": [list(one) for one in sets]})
+
+
+def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
+    """Sets of layers that one pass over the data suggests."""
+    distances = scores["angular"].scores[:, count - 1]
+    starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(_BLOCKS, len(distances) - count + 1)].tolist()
+    blocks = [tuple(range(start, start + count)) for start in starts]
+    return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
+
+
+def _best_of(
+    model: nn.Module,
+    proposals: list[tuple[int, ...]],
+    heal: str | None,
+    calibration: TokenBatches,
+    progress: bool,
+) -> dict[str, Any]:
+    """The set of layers without which the model does best; with `heal`, after healing."""
+    if heal is None or calibration.num_sequences < 2:
+        fit = choose = calibration
+    else:
+        fit, choose = calibration.split(0.25)
+    tried: list[dict[str, Any]] = []
+    for layers in logging.tqdm(proposals, desc="proposals", disable=not progress, leave=False):
+        tried.append({"layers": list(layers), "perplexity": _perplexity(loss_without(model, choose, layers))})
+    tried.sort(key=lambda one: one["perplexity"])
+    if heal is not None:
+        tried = tried[:_HEALED]
+        for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
+            with healed(model, one["layers"], fit, method=heal, held_out=choose, progress=False) as report:
+                one["healed"] = report.perplexity_after
+    best = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
+    return {"layers": best["layers"], "tried": tried}
 
 
 def _cheapest(
