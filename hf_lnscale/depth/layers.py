@@ -191,7 +191,7 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     kept = kept_layers(num_layers, dropped)
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
-    base = (vars(text).get(DROPPED) or {}).get("base") or _public_name(config.name_or_path)
+    base = (vars(text).get(DROPPED) or {}).get("base") or _public_name(config.name_or_path or "")
 
     for name in (ACTIVE, FOLDED, ON_DISK):
         if (stored := vars(text).get(name)) is not None:

@@ -26,6 +26,7 @@ def measure(
     delete_after: bool = False,
     count_bytes: bool = False,
     dtype: str = "auto",
+    device: str | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     repeats: int = 3,
@@ -39,6 +40,7 @@ def measure(
         count_bytes: read files without mapping them, so that the system counts what is read; memory and time are then
             not what they usually are.
         dtype: passed to `from_pretrained`.
+        device: to run on; None takes a GPU if there is one.
         prompt_tokens: length of the prompt that prefill is timed on; it is random ids, batch size 1.
         new_tokens: tokens to decode, greedily.
         repeats: runs of each; the median counts.
@@ -53,6 +55,7 @@ def measure(
     """
     arguments = ["--dtype", dtype, "--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--repeats", repeats]
     arguments += ["--drop", ",".join(map(str, drop_layers))] if drop_layers else []
+    arguments += ["--device", device] if device else []
     arguments += ["--delete-after"] * delete_after + ["--count-bytes"] * count_bytes
     command = [sys.executable, "-m", "hf_lnscale.depth.measure", str(checkpoint), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -62,8 +65,8 @@ def measure(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak() -> int:
-    if torch.cuda.is_available():
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
 
@@ -89,6 +92,7 @@ def main(
     delete_after: Annotated[bool, typer.Option("--delete-after", help="Load them, and delete them then.")] = False,
     count_bytes: Annotated[bool, typer.Option("--count-bytes", help="Read without mapping, and count.")] = False,
     dtype: str = "auto",
+    device: str = "",
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     repeats: int = 3,
@@ -100,7 +104,7 @@ def main(
     keywords: dict[str, Any] = {"dtype": dtype, "disable_mmap": count_bytes}
     if dropped and not delete_after:
         keywords["drop_layers"] = dropped
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     read, started = _bytes_read(), time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, **keywords)
     model = model.to(device).eval()
@@ -109,7 +113,7 @@ def main(
     found: dict[str, float] = {
         "load_seconds": time.perf_counter() - started,
         "bytes_read": _bytes_read() - read,
-        "load_peak_bytes": _peak(),
+        "load_peak_bytes": _peak(device),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +135,7 @@ def main(
     # The first of each is warming up.
     found["prefill_tokens_per_second"] = prompt_tokens / statistics.median(prefill[1:])
     found["decode_tokens_per_second"] = new_tokens / statistics.median(decode[1:])
-    found["peak_bytes"] = _peak()
+    found["peak_bytes"] = _peak(device)
     print(json.dumps(found))
 
 

@@ -149,7 +149,7 @@ def prune(
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # for the processes that measure
         costs = [
-            measure(path, dtype=dtype, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            measure(path, dtype=dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
             for path in (checkpoint, str(partial))
         ]
         rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
