@@ -22,7 +22,7 @@ app = typer.Typer(
     name="hf-lnscale",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LayerNorm Scaling for Hugging Face transformers, against the curse of depth.",
+    help="Against the curse of depth, for Hugging Face transformers: LayerNorm Scaling, and layers dropped by measurement.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 
@@ -52,7 +52,7 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
 ) -> None:
-    """See the curse of depth in a real model, train with and without the cure, and ship the result."""
+    """See the curse of depth in a real model, train with and without the cure, ship the result, and cut a model."""
     from .demo import run
 
     run(out, fast=fast, seed=seed)
@@ -63,7 +63,7 @@ def info(
     checkpoint: Checkpoint,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show family, layers, the scale of each layer, and what was folded; reads no weights."""
+    """Show family, layers, the scale of each layer, what was folded and what was dropped; reads no weights."""
     from .export import read_info
     from .scaling import LNScalingConfig
 
@@ -81,6 +81,10 @@ def info(
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
     console.print(f"  family   {family}{'' if found.supported else ' (not supported)'}", highlight=False)
     console.print(f"  layers   {found.num_layers}", highlight=False)
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped["layers"]))
+        base = f" of {found.dropped['base']}" if found.dropped["base"] else ""
+        console.print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}", highlight=False)
     console.print(f"  scaling  {state}", highlight=False)
     scaling = LNScalingConfig.of(found.active or found.folded)
     if scaling:
@@ -148,7 +152,7 @@ def prune(
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
     """Drop layers of a checkpoint, chosen by measurement, and write a smaller plain checkpoint."""
     from .depth.prune import prune as run

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from .checkpoint import parts, protect, unprotect
 from .families import Family, family_of, text_config
-from .scaling import ACTIVE, FOLDED, LNScalingConfig, scale_parameter
+from .scaling import ACTIVE, DROPPED, FOLDED, LNScalingConfig, scale_parameter
 
 # Not copied: the state of a training run, and weights beside the model's safetensors files.
 _LEFT_OUT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -51,6 +51,8 @@ class CheckpointInfo:
         active: the scaling that the plugin applies on loading, or None.
         folded: the scaling that is in the norm weights already, or None.
         scales: L factors that are applied on loading; all 1.0 where none is active.
+        dropped: which layers of the original are gone (`layers`), of how many (`num_hidden_layers`), and what that was
+            (`base`); None if all are there.
     """
 
     path: str
@@ -61,6 +63,7 @@ class CheckpointInfo:
     active: dict[str, Any] | None
     folded: dict[str, Any] | None
     scales: list[float]
+    dropped: dict[str, Any] | None = None
 
 
 def read_info(path: str) -> CheckpointInfo:
@@ -89,6 +92,7 @@ def read_info(path: str) -> CheckpointInfo:
         active=active,
         folded=folded,
         scales=scaling.scales(num_layers) if scaling else [1.0] * num_layers,
+        dropped=vars(text).get(DROPPED),
     )
 
 

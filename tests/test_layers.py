@@ -17,6 +17,7 @@ import hf_lnscale
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, families, fold_ln_scaling, ln_scales
 from hf_lnscale.depth.plan import fingerprint
+from hf_lnscale.export import export, read_info
 from oracles import decoder_layers
 
 # What the tiny configurations leave at values with which a mistake would not show.
@@ -302,6 +303,18 @@ def test_each_layer_keeps_its_own_depth(family, tmp_path, run_python):
     run_python(STOCK, tmp_path / "pruned", plugin=False)
     folded = drop_layers(fold_ln_scaling(copy.deepcopy(full)), [1])
     assert ln_scales(hf_lnscale.unfold_ln_scaling(folded)) == pytest.approx([1.0, 3**-0.5, 0.5])
+
+
+def test_folded_on_disk(tmp_path):
+    pruned = drop_layers(tiny.model(ln_scaling=True), [1])
+    pruned.save_pretrained(tmp_path / "pruned")
+    export(tmp_path / "pruned", tmp_path / "plain", progress=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(plain(tiny.tokens()).logits, pruned(tiny.tokens()).logits)
+    info = read_info(tmp_path / "plain")
+    assert info.dropped["layers"] == [1]
+    assert info.folded["depths"] == [1, 3, 4]
+    assert read_info(tmp_path / "pruned").scales == ln_scales(pruned)
 
 
 @pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
