@@ -57,8 +57,11 @@ def choose(model: torch.nn.Module, method: str, counts: list[int], data: TokenBa
 
 @contextmanager
 def replaceme(model: torch.nn.Module, gone: list[int], data: TokenBatches) -> Iterator[None]:
-    """ReplaceMe's closed form: T = (M^T M)^-1 M^T (L - Y), M the MLP's output in front of the cut, Y what it is added
-    to, L the state behind the cut; folded into `down_proj`. Written anew from the paper: no penalty, nothing held out."""
+    """ReplaceMe's closed form, T = (M^T M)^-1 M^T (L - Y), folded into `down_proj`; written anew from the paper.
+
+    M is the MLP's output in front of the cut, Y what it is added to, L the state behind the cut. No penalty, nothing
+    held out.
+    """
     layers, seen = model.model.layers, {}
     before, after = layers[gone[0] - 1], layers[gone[-1]]
     mm, ml = 0.0, 0.0
