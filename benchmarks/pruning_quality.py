@@ -29,8 +29,10 @@ from hf_lnscale.depth.scores import loss_without
 from hf_lnscale.depth.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
-SEARCHES = ("greedy", "greedy_healed", "beam")
-OURS = ("perplexity", "kl", *SEARCHES, "best_of")
+STEPWISE = ("greedy", "greedy_healed", "beam")
+# They measure the model without each layer, and those above at every step.
+COSTLY = ("perplexity", "kl", *STEPWISE)
+OURS = (*COSTLY, "best_of")
 
 
 def parts(
@@ -48,7 +50,7 @@ def choose(model: torch.nn.Module, method: str, counts: list[int], data: TokenBa
     total = model.config.num_hidden_layers
     if method == "deepest":
         return {n: list(range(total - 1 - n, total - 1)) for n in counts}
-    if method in SEARCHES:  # step by step: the longest one has them all
+    if method in STEPWISE:  # step by step: the longest one has them all
         file = cache / f"{method}.json" if cache else None
         plan = plan_pruning(model, data, num_layers=max(counts), method=method, resume=file)
         return {n: plan.steps[n - 1]["layers"] for n in counts}
@@ -94,7 +96,7 @@ def main(
     calibration: Annotated[int, typer.Option(help="Tokens to choose and to fit by; a quarter judges.")] = 32_768,
     search: Annotated[
         int | None,
-        typer.Option(help="Fewer tokens for greedy, greedy_healed and beam, which measure every layer at every step."),
+        typer.Option(help=f"Fewer tokens to choose by for {', '.join(COSTLY)}, which measure without each layer."),
     ] = None,
     test: Annotated[int, typer.Option(help="Tokens at the end of the text to measure on.")] = 8_192,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
@@ -116,7 +118,7 @@ def main(
     )
     notes = []
     for method in methods.split(","):
-        chosen = choose(model, method, counts, fewer if method in SEARCHES else data, cache)
+        chosen = choose(model, method, counts, fewer if method in COSTLY else data, cache)
         notes += [f"{method}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
         for heal in (None, *heals.split(",")):
             if heal == "replaceme" and method not in ("deepest", "angular"):
