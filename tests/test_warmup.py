@@ -433,8 +433,10 @@ def test_a_run_that_starts_from_a_half_way_checkpoint_goes_on_from_there(tmp_pat
 def test_the_weights_of_the_best_checkpoint_come_with_its_scale(tmp_path):
     run = trainer(
         tiny.model(ln_scaling=WARMUP), tmp_path,
-        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="score",
     )  # fmt: skip
+    scores = iter([3, 1, 2])
+    run.compute_metrics = lambda predictions: {"score": next(scores)}
     run.train()
     assert run.state.best_global_step == 2
     assert ln_scales(run.model) == HALF_WAY_SCALES
