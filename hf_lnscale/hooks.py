@@ -362,8 +362,8 @@ def _require_led_warmup(trainer: Trainer, config: Any) -> None:
         held = scaling.LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
         raise ValueError(
             f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "
-            "this Trainer moves it. Add callbacks=[hf_lnscale.training.LNScalingWarmupCallback()], or keep it where it "
-            f"is: hf_lnscale.apply_ln_scaling(model, {held})"
+            "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
+            f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
         )
 
 

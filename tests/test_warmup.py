@@ -18,6 +18,7 @@ import tiny
 from hf_lnscale import (
     LNScalingConfig,
     apply_ln_scaling,
+    draft_model,
     drop_layers,
     fold_ln_scaling,
     ln_scales,
@@ -197,6 +198,20 @@ def test_deepcopy_and_pickle_are_independent():
         assert ln_scales(twin) == FULL
         assert ln_scales(model) == HALF_WAY_SCALES
         assert model.config.ln_scaling == HALF_WAY
+
+
+def test_a_kernel_bound_to_the_norms_and_a_draft_follow():
+    def kernel(self, hidden):
+        return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+
+    model = tiny.model(ln_scaling=WARMUP)
+    for norm in scaled_norms(model):
+        norm.forward = kernel.__get__(norm)
+    model(tiny.tokens())
+    draft = draft_model(model, [1])
+    set_ln_scaling_step(model, 2)
+    torch.testing.assert_close(logits(model), logits(tiny.model(ln_scaling={"exponent": 0.25})))
+    assert ln_scales(draft) == pytest.approx([1.0, 3**-0.25, 4**-0.25])
 
 
 def test_a_scale_that_moves_between_forward_and_backward_is_an_error():
@@ -506,12 +521,14 @@ def test_after_the_warmup_a_run_is_resumed_without_the_callback(tmp_path):
 
 def test_a_warmup_that_nothing_moves_is_refused(tmp_path):
     run = trainer(half_way(), tmp_path, [])
-    with pytest.raises(
-        ValueError, match=r"stands at step 2 of 4, and nothing in this Trainer moves it.*WarmupCallback"
-    ):
+    message = r"stands at step 2 of 4, and nothing in this Trainer moves it.*WarmupCallback"
+    with pytest.raises(ValueError, match=message) as error:
         run.train()
     # What the message proposes.
-    trainer(apply_ln_scaling(half_way(), {"exponent": 0.25}), tmp_path, [], max_steps=1).train()
+    assert str(error.value).endswith("apply_ln_scaling(model, {'exponent': 0.25, 'depths': [1, 2, 3, 4]})")
+    held = apply_ln_scaling(half_way(), {"exponent": 0.25, "depths": [1, 2, 3, 4]})
+    trainer(held, tmp_path, [], max_steps=1).train()
+    assert ln_scales(held) == HALF_WAY_SCALES
 
 
 def test_a_callback_without_a_warmup_is_refused(tmp_path):
