@@ -200,7 +200,7 @@ def train(
     callbacks: list[TrainerCallback],
     folder: Path,
 ) -> list[tuple[int, float]]:
-    """Trains in place, as the paper does in large. Returns (step, evaluation loss) over the run: the start and eight more."""
+    """Trains in place, as the paper does in large. Returns (step, evaluation loss): at the start, and eight more."""
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,

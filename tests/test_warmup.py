@@ -402,7 +402,8 @@ def test_resumed_half_way_equals_never_stopped(start, schedule, tmp_path):
             if other == "config.json":
                 assert first["ln_scaling"]["step"] == min(step, 4)
             else:
-                assert first["stateful_callbacks"]["LNScalingWarmupCallback"]["attributes"] == {"step": min(step, 4)}
+                saved = first["stateful_callbacks"]["LNScalingWarmupCallback"]["attributes"]
+                assert saved == {"ln_scaling": HALF_WAY | {"schedule": schedule, "step": min(step, 4)}}
 
 
 def test_the_steps_are_those_of_the_optimizer(tmp_path):
@@ -482,6 +483,11 @@ def test_lora_resumed(start, tmp_path):
     assert losses(resumed) == losses(whole)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    another = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    apply_ln_scaling(another, {"warmup_steps": 6})
+    another = trainer(get_peft_model(another, LoraConfig(r=2, target_modules="all-linear")), tmp_path / "another")
+    with pytest.raises(ValueError, match=r"ln_scaling=.*'warmup_steps': 5"):
+        another.train(resume_from_checkpoint=str(checkpoint))
     # The adapter belongs to the base at the end of the warmup, and only the base's own config.json can say so.
     resumed.model.get_base_model().config.save_pretrained(tmp_path / "config")
     assert json.loads((tmp_path / "config/config.json").read_text())["ln_scaling"]["step"] == 5
