@@ -539,10 +539,11 @@ def test_resuming_with_another_warmup_is_refused(trained, resumed, tmp_path):
 def test_after_the_warmup_a_run_is_resumed_without_the_callback(tmp_path):
     whole = trainer(tiny.model(ln_scaling=WARMUP), tmp_path / "whole")
     whole.train()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/checkpoint-4")
-    resumed = trainer(model, tmp_path / "resumed", [])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
-    assert losses(resumed) == losses(whole)
+    checkpoint = tmp_path / "whole/checkpoint-4"
+    for model in (AutoModelForCausalLM.from_pretrained(checkpoint), tiny.model(ln_scaling=WARMUP)):
+        resumed = trainer(model, tmp_path / "resumed", [])
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert losses(resumed) == losses(whole)
 
 
 def test_a_warmup_that_nothing_moves_is_refused(tmp_path):
