@@ -78,7 +78,7 @@ class DepthStatsCallback(TrainerCallback):
             raise ValueError(
                 "DepthStatsCallback does not work with nn.DataParallel; start one process a device (torchrun)"
             )
-        text_stack(trainer.model)
+        text_stack(trainer.model)  # type: ignore[arg-type]
         self.trainer = trainer
         self.every_n_steps = every_n_steps
         self.skip_tokens = skip_tokens
