@@ -22,7 +22,7 @@ from ._warnings import warn
 from .checkpoint import parts
 from .depth import layers
 from .families import text_config
-from .scaling import ACTIVE, DROPPED, FOLDED, ON_DISK, set_ln_scaling
+from .scaling import ACTIVE, DROPPED, FOLDED, ON_DISK, LNScalingConfig, set_ln_scaling
 
 NOTE = "hf_lnscale"
 TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnscale and import it before loading"
@@ -141,7 +141,7 @@ def _to_restore(wanted: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any
     if kept != held:
         found["drop_layers"] = [position for position, layer in enumerate(held) if layer not in kept]
     if wanted.get(ACTIVE) != traits(base).get(ACTIVE) and (wanted.get(ACTIVE) or ACTIVE in traits(base)):
-        found["ln_scaling"] = dict(wanted.get(ACTIVE) or {}) or False
+        found["ln_scaling"] = _scaling(wanted.get(ACTIVE)) or False
     return found
 
 
@@ -162,8 +162,13 @@ def _describe(said: dict[str, Any]) -> str:
     else:
         which = "all its layers"
     if FOLDED in said:
-        return f"ln_scaling={dict(said[FOLDED])!r} folded into its weights and {which}"
-    return f"ln_scaling={dict(said.get(ACTIVE) or {}) or None!r} and {which}"
+        return f"ln_scaling={_scaling(said[FOLDED])!r} folded into its weights and {which}"
+    return f"ln_scaling={_scaling(said.get(ACTIVE))!r} and {which}"
+
+
+def _scaling(value: Any) -> dict[str, Any] | None:
+    scaling = LNScalingConfig.of(value)
+    return scaling.to_dict() if scaling else None
 
 
 def _config_on_disk(adapter: dict[str, Any]) -> PreTrainedConfig | None:

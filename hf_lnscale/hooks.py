@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.abc
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file, is_peft_available
 
 from . import adapters, scaling
 from ._warnings import warn
@@ -75,7 +74,7 @@ def _hooks() -> dict[tuple[type, str], Any]:
 
 
 def _peft_hooks() -> dict[tuple[type, str], Any]:
-    """The same for PEFT, once it has been imported."""
+    """The same for PEFT. Where it is installed, transformers' Trainer has imported it already."""
     from peft import PeftModel
     from peft.auto import _BaseAutoPeftModel
     from peft.config import PeftConfigMixin
@@ -91,44 +90,14 @@ def _peft_hooks() -> dict[tuple[type, str], Any]:
     }
 
 
-class _PeftImport(importlib.abc.MetaPathFinder):
-    """Installs the hooks into PEFT when it is imported, so that it need not be imported for that."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "peft":
-            return None
-        for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
-                break
-        else:
-            return None
-        if spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                with _lock:
-                    if self in sys.meta_path:
-                        sys.meta_path.remove(self)
-                        _install(_peft_hooks())
-
-            vars(spec.loader)["exec_module"] = exec_module
-        return spec
-
-
-_peft_import = _PeftImport()
-
-
 def enable() -> None:
     """Makes transformers understand `ln_scaling`. Importing `hf_lnscale` calls it; a second call changes nothing."""
     with _lock:
         if _installed:
             return
         _install(_hooks())
-        if "peft" in sys.modules:
+        if is_peft_available():
             _install(_peft_hooks())
-        else:
-            sys.meta_path.insert(0, _peft_import)
 
 
 def _install(hooks: dict[tuple[type, str], Any]) -> None:
@@ -161,8 +130,6 @@ def disable() -> None:
                 setattr(owner, name, original)
         _installed.clear()
         _originals.clear()
-        if _peft_import in sys.meta_path:
-            sys.meta_path.remove(_peft_import)
 
 
 def is_enabled() -> bool:
@@ -471,29 +438,13 @@ def _require_base(name: Any, where: dict[str, Any], model: Any) -> None:
 
 def _load_adapter_into_model(original: Any) -> Any:
     @functools.wraps(original)
-    def load_adapter(
-        self: PreTrainedModel,
-        peft_model_id: Any = None,
-        adapter_name: Any = None,
-        peft_config: Any = None,
-        *args: Any,
-        load_config: Any = None,
-        adapter_kwargs: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        load_config = kwargs.get("load_config")
         name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-        if peft_config is None and name is not None:
-            _require_base(name, {**kwargs, **(adapter_kwargs or {})}, self)
-        return original(
-            self,
-            peft_model_id,
-            adapter_name,
-            peft_config,
-            *args,
-            load_config=load_config,
-            adapter_kwargs=adapter_kwargs,
-            **kwargs,
-        )
+        if name is not None:
+            where = getattr(load_config, "download_kwargs", None) or {}
+            _require_base(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
+        return original(self, peft_model_id, *args, **kwargs)
 
     return load_adapter
 
