@@ -35,12 +35,7 @@ def run_python(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
-                "OMP_NUM_THREADS": "1",
-            },
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
         )
         if expect_failure:
             assert done.returncode != 0, done.stdout
