@@ -353,3 +353,24 @@ def test_a_model_that_is_not_of_transformers(tmp_path):
     again = PeftModel.from_pretrained(other(), tmp_path)
     weight = "base_model.model.0.lora_A.default.weight"
     assert torch.equal(again.get_parameter(weight), model.get_parameter(weight))
+
+
+def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
+    """As it lies in the cache. A model's own class does not look for an adapter there before it has the base."""
+    expected = adapter_of(tmp_path, "both by keyword")
+    repository = tmp_path / "cache" / "models--user--adapter"
+    shutil.copytree(tmp_path / "adapter", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for auto in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        assert torch.equal(logits(auto.from_pretrained("user/adapter")), expected)
+    given = base(tmp_path, "both by keyword")
+    assert torch.equal(logits(PeftModel.from_pretrained(given, "user/adapter")), expected)
+    for load in (
+        lambda: LlamaForCausalLM.from_pretrained("user/adapter"),
+        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "user/adapter"),
+    ):
+        with pytest.raises(ValueError, match=r"from_pretrained\(\.\.\., drop_layers=\[1\], ln_scaling="):
+            load()
