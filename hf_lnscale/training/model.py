@@ -1,0 +1,59 @@
+"""Checkpoints, as recipes load them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, SFTConfig, get_kbit_device_map, get_quantization_config
+
+from ..families import family_of, text_config
+from ..scaling import DROPPED
+from .arguments import DepthArguments, layers_of
+
+
+def load(
+    model: ModelConfig, training: SFTConfig, depth: DepthArguments | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, Any]:
+    """The checkpoint to train, and its tokenizer.
+
+    Raises:
+        ValueError: if there is no checkpoint of that name, or layers do not exist.
+        UnsupportedArchitectureError: if its family is not in the table; before any weight is read.
+    """
+    name = model.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ValueError(f"model_name_or_path: there is no folder {name!r}")
+    common = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    family_of(AutoConfig.from_pretrained(name, **common))
+    tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    quantization = get_quantization_config(model)
+    if quantization is not None:
+        if not model.use_peft:
+            raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
+        kwargs |= {"quantization_config": quantization, "device_map": get_kbit_device_map()}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        drop_layers=layers_of(depth.drop_layers) if depth else None,
+        **common,
+        **kwargs,
+    )
+    return loaded, tokenizer
+
+
+def require_pruned(model: PreTrainedModel) -> None:
+    """Refuses a model of which nothing was dropped: there would be nothing to heal.
+
+    Raises:
+        ValueError: if its configuration notes no dropped layers.
+    """
+    if not vars(text_config(model.config)).get(DROPPED):
+        raise ValueError(
+            f"{model.config.name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that hf-lnscale prune "
+            "wrote"
+        )
