@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import ModelConfig, SFTConfig, get_kbit_device_map, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..families import family_of, text_config
 from ..scaling import DROPPED
@@ -34,7 +34,7 @@ def load(
     if quantization is not None:
         if not model.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
-        kwargs |= {"quantization_config": quantization, "device_map": get_kbit_device_map()}
+        kwargs["quantization_config"] = quantization
     loaded = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=model.dtype,
