@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -342,13 +343,32 @@ def _train(original: Any) -> Any:
             folder = get_last_checkpoint(self.args.output_dir)
         config = getattr(self.model, "config", None)
         if folder and isinstance(config, PreTrainedConfig) and os.path.isfile(os.path.join(folder, "config.json")):
-            _require_same_model(config, str(folder))
+            step = _require_same_model(config, str(folder))
+            if step is not None and self.model is not None:  # the weights that are loaded next belong to it
+                scaling.set_ln_scaling_step(self.model, step)
+        _require_led_warmup(self, config)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train
 
 
-def _require_same_model(config: PreTrainedConfig, folder: str) -> None:
+def _require_led_warmup(trainer: Trainer, config: Any) -> None:
+    scale = scaling.LNScalingConfig.of(scaling.get_ln_scaling(config)) if isinstance(config, PreTrainedConfig) else None
+    if scale is None or not scale.warming_up:
+        return
+    from .training.warmup import LNScalingWarmupCallback
+
+    if not any(isinstance(callback, LNScalingWarmupCallback) for callback in trainer.callback_handler.callbacks):
+        held = scaling.LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
+        raise ValueError(
+            f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "
+            "this Trainer moves it. Add callbacks=[hf_lnscale.training.LNScalingWarmupCallback()], or keep the exponent "
+            f"as it is: hf_lnscale.apply_ln_scaling(model, {held})"
+        )
+
+
+def _require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
+    """The step of a warmup that the checkpoint stands at, if the model has the same one."""
     saved, _ = type(config).get_config_dict(folder)
     there, here = (layers.original_layers(one) for one in (type(config).from_dict(dict(saved)), config))
     if there != here:
@@ -359,8 +379,13 @@ def _require_same_model(config: PreTrainedConfig, folder: str) -> None:
     active = _active(saved)
     resumed = copy.deepcopy(config)
     vars(scaling.text_config(resumed))[scaling.ON_DISK] = active
-    if scaling.trained_without(resumed) is not None:
+    own, trained = (scaling.LNScalingConfig.of(one) for one in (scaling.get_ln_scaling(config), active))
+    if own and trained and trained.warmup_steps and own == dataclasses.replace(trained, step=own.step):
+        return trained.step
+    warming_up = any(one and one.warming_up for one in (own, trained))
+    if warming_up or scaling.trained_without(resumed) is not None:
         raise ValueError(
             f"resume_from_checkpoint={folder!r} was trained with ln_scaling={active}, the model has "
             f"ln_scaling={scaling.get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
+    return None
