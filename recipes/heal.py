@@ -1,4 +1,4 @@
-"""Heals a pruned model: trains it, by LoRA or in full, on text, or on what the unpruned model says to the text.
+r"""Heals a pruned model: trains it, by LoRA or in full, on text, or on what the unpruned model says to the text.
 
     python recipes/heal.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --drop_layers 12 14 \
         --teacher HuggingFaceTB/SmolLM2-135M --output_dir runs/healed
@@ -42,7 +42,6 @@ def main() -> None:
         "eval_dataset": held_out,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(checkpoint),
-        "callbacks": run.callbacks(),
     }
     if teacher.teacher is None:
         run.train(RecipeTrainer(**common))

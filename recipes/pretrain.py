@@ -1,4 +1,4 @@
-"""Pre-trains a model from scratch on text, with LayerNorm Scaling.
+r"""Pre-trains a model from scratch on text, with LayerNorm Scaling.
 
 A model of a minute, on text that comes with Python:
 
@@ -63,7 +63,6 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=run.callbacks(),
     )
     run.train(trainer)
 

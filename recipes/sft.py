@@ -1,4 +1,4 @@
-"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; the answers alone are learned.
+r"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; the answers alone are learned.
 
     python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --chat_template_path chatml \
         --output_dir runs/sft
@@ -43,7 +43,6 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=get_peft_config(checkpoint),
-        callbacks=run.callbacks(),
     )
     run.train(trainer)
 

@@ -67,6 +67,17 @@ class DepthArguments:
 
 
 @dataclass
+class WarmupArguments:
+    """How a Pre-LN checkpoint is led over to LayerNorm Scaling. One that is scaled already goes on as it is."""
+
+    ln_scaling: bool = option(
+        False, "Lead the checkpoint from Pre-LN to LayerNorm Scaling: its exponent goes from 0 to 1/2 over the warmup."
+    )
+    ln_scaling_warmup_steps: int = option(1000, "Steps of that; they must all lie in the run.")
+    ln_scaling_schedule: str = option("linear", "How the exponent rises.", choices=["linear", "cosine"])
+
+
+@dataclass
 class TeacherArguments:
     """What a pruned model learns from."""
 
@@ -86,6 +97,7 @@ class RecipeConfig(SFTConfig):
 
     bf16: bool | None = option(None, "Compute in bfloat16; without a word, where there is a GPU that can.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    use_cache: bool = option(True, "Written to the config.json of the model; training itself uses no cache.")
     resume_from_checkpoint: str | None = option(
         None, "true: go on from the last checkpoint in the output folder, if there is one; or the path of one."
     )

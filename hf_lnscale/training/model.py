@@ -9,14 +9,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..families import family_of, text_config
-from ..scaling import DROPPED
-from .arguments import DepthArguments, layers_of
+from ..scaling import DROPPED, get_ln_scaling
+from .arguments import DepthArguments, WarmupArguments, layers_of
 
 
 def load(
-    model: ModelConfig, training: SFTConfig, depth: DepthArguments | None = None, **kwargs: Any
+    model: ModelConfig, training: SFTConfig, depth: DepthArguments, warmup: WarmupArguments | None = None
 ) -> tuple[PreTrainedModel, Any]:
     """The checkpoint to train, and its tokenizer.
+
+    Args:
+        model: which checkpoint, in which dtype, quantized or not.
+        training: whether its own code is trusted.
+        depth: the layers to leave out.
+        warmup: whether a Pre-LN checkpoint is to be led over to LayerNorm Scaling. It is loaded with the scale at the
+            start of its warmup, where it does nothing yet.
 
     Raises:
         ValueError: if there is no checkpoint of that name, or layers do not exist.
@@ -28,7 +35,11 @@ def load(
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"model_name_or_path: there is no folder {name!r}")
     common = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    family_of(AutoConfig.from_pretrained(name, **common))
+    config = AutoConfig.from_pretrained(name, **common)
+    family_of(config)
+    kwargs: dict[str, Any] = {"drop_layers": layers_of(depth.drop_layers)}
+    if warmup is not None and warmup.ln_scaling and not get_ln_scaling(config):
+        kwargs["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
     tokenizer = AutoTokenizer.from_pretrained(name, **common)
     quantization = get_quantization_config(model)
     if quantization is not None:
@@ -39,7 +50,6 @@ def load(
         name,
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
-        drop_layers=layers_of(depth.drop_layers) if depth else None,
         **common,
         **kwargs,
     )

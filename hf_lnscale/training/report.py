@@ -18,6 +18,7 @@ from transformers import Trainer
 from .._version import __version__
 from ..depth.measure import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
+from .depth_stats import plot_depth_stats
 
 
 def write_report(
@@ -184,4 +185,7 @@ def _plot(history: list[dict[str, float]], folder: Path) -> list[str]:
         figure.savefig(folder / "loss.png", dpi=150)
         plt.close(figure)
         pictures.append("loss.png")
+    if any(key.startswith("depth/") for entry in history for key in entry):
+        plot_depth_stats(history, folder / "depth.png")
+        pictures.append("depth.png")
     return pictures

@@ -19,8 +19,11 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..scaling import LNScalingConfig, get_ln_scaling, text_stack
 from .arguments import RecipeConfig, command
+from .depth_stats import DepthStatsCallback
 from .report import write_report
+from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
 # What makes two runs the same: all that the recipe was told but how, where and how often it computes and writes.
@@ -78,10 +81,6 @@ class Run:
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
         return str(wanted)
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """What watches the depth of the model."""
-        return []
-
     def begin(self) -> None:
         """Marks the folder as this run's, once all that was asked for is known to be right."""
         if self.training.process_index == 0:
@@ -100,6 +99,11 @@ class Run:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
         """
         stop = StopOnSignal()
+        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(trainer.model).model.config))  # type: ignore[arg-type]
+        if scaling is not None and scaling.warming_up:
+            trainer.add_callback(LNScalingWarmupCallback())
+        if self.training.depth_stats_steps:
+            trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
         trainer.add_callback(_Begin(self))
         trainer.add_callback(stop)
         # Of padding-free batches no mask says what is padding, as none is; of others it does.
