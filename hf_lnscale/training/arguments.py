@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from trl import SFTConfig, TrlParser
 
+from .scripts import find_config
 from .shapes import SHAPES
 
 
@@ -106,6 +107,8 @@ class RecipeConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        # Several processes on a machine without an accelerator would else not find one another.
+        self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory &= torch.cuda.is_available()
@@ -179,6 +182,10 @@ class ChatConfig(RecipeConfig):
     num_train_epochs: float = option(1.0, "Passes over the data.")
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    pass
+
+
 def parse(recipe: str, *types: Any, description: str | None = None) -> tuple[Any, ...]:
     """Reads the command line, and the YAML file after `--config`, whose values the command line overrides.
 
@@ -192,24 +199,13 @@ def parse(recipe: str, *types: Any, description: str | None = None) -> tuple[Any
     if "--config" in words[:-1]:
         at = words.index("--config") + 1
         words[at] = str(find_config(recipe, words[at]))
-    parser = TrlParser(types, prog=Path(sys.argv[0]).name, description=description)
+    parser = TrlParser(
+        types,
+        usage="%(prog)s [--config NAME_OR_FILE] [OPTIONS]",
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
     return parser.parse_args_and_config(words)
-
-
-def recipes_folder() -> Path:
-    """The scripts with their configs: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parents[1] / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
-
-
-def find_config(recipe: str, name: str) -> Path:
-    """The path of a config: a file, or the name of one that comes with the recipe."""
-    own = recipes_folder() / "configs" / recipe
-    for path in (Path(name), own / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in own.glob("*.yaml")))
-    raise FileNotFoundError(f"--config: there is no file {name!r}; those that come with {recipe} are {known}")
 
 
 def layers_of(values: list[Any] | None) -> Any:
@@ -222,8 +218,3 @@ def layers_of(values: list[Any] | None) -> Any:
     if len(words) > 1:
         raise ValueError(f"drop_layers: {words} are neither layer indices nor the path of one pruning plan")
     return words[0]
-
-
-def command() -> str:
-    """The command line as it was given."""
-    return shlex.join(["python", *sys.argv])

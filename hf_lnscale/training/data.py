@@ -11,7 +11,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import is_conversational
 
 from . import sample
-from .arguments import ChatConfig, DataArguments, recipes_folder
+from .arguments import ChatConfig, DataArguments
+from .scripts import recipes_folder
 
 # Of a text file, so many lines are one row: rows are what is shuffled and held out.
 LINES_A_ROW = 100

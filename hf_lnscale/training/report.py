@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from .._version import __version__
 from ..depth.measure import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
 from .depth_stats import plot_depth_stats
+
+
+# What the card says of the training, besides what the recipe was told.
+_SETTINGS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "bf16",
+    "gradient_checkpointing",
+)  # fmt: skip
+_OF_ADAPTERS = ("lora_", "use_dora", "use_rslora", "bnb_")
 
 
 def write_report(
@@ -69,6 +79,9 @@ def write_report(
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         state.save_to_json(str(folder / "trainer_state.json"))
         pictures = _plot(state.log_history, folder)
+        told = {key: value for key, value in told.items() if told.get("use_peft") or not key.startswith(_OF_ADAPTERS)}
+        settings = ((key, getattr(trainer.args, key)) for key in _SETTINGS)
+        told |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
         _card(recipe, model, metrics, told, command, pictures).save(folder / "README.md")
         console = Console(highlight=False)
         console.print(_table(metrics))
@@ -134,7 +147,7 @@ def _card(
     if hasattr(model, "peft_config"):
         notes.append("It is an adapter, for the base model loaded in the same way as it was trained on.")
     figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
-    given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False))
+    given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
     plots = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
     made_with = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     name = Path(base).name if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"

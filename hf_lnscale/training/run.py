@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..scaling import LNScalingConfig, get_ln_scaling, text_stack
-from .arguments import RecipeConfig, command
+from .arguments import RecipeConfig
 from .depth_stats import DepthStatsCallback
 from .report import write_report
+from .scripts import command
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
@@ -49,6 +50,9 @@ class Run:
         words = {key: value for part in told for key, value in dataclasses.asdict(part).items()}
         words |= {key: getattr(training, key) for key in _IDENTITY}
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != training.world_size:
+            raise RuntimeError(f"{started} processes were started, and this one sees {training.world_size} of them")
         self.checkpoint = self._checkpoint()
         # No process writes before every process has looked.
         training.distributed_state.wait_for_everyone()
@@ -105,6 +109,9 @@ class Run:
         if self.training.depth_stats_steps:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
         trainer.add_callback(_Begin(self))
+        # The progress bar last, so that it does not begin before one of the others refuses the run.
+        if (progress := trainer.pop_callback(ProgressCallback)) is not None:
+            trainer.add_callback(progress)
         trainer.add_callback(stop)
         # Of padding-free batches no mask says what is padding, as none is; of others it does.
         trainer.args.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
@@ -202,7 +209,7 @@ def script(main: Callable[[], Any]) -> Callable[[], Any]:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{Path(sys.argv[0]).stem}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+                print(f"{Path(sys.argv[0]).stem.split()[-1]}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
             raise SystemExit(1) from None
 
     return run
