@@ -35,7 +35,9 @@ def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, te
     if new.tokenizer_name or new.config_name or run.checkpoint:
         return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
     trained = [train_tokenizer(texts, new.vocab_size) if training.process_index == 0 else None]
-    return broadcast_object_list(trained)[0]
+    tokenizer = broadcast_object_list(trained)[0]
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    return tokenizer
 
 
 @script

@@ -84,7 +84,7 @@ def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
     elif path.endswith((".jinja", ".j2")):
         if not Path(path).is_file():
             raise FileNotFoundError(f"chat_template_path: there is no file {path!r}")
-        template = Path(path).read_text(encoding="utf-8")
+        template = tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     else:
         return
     if training.assistant_only_loss and not has_generation_markers(template):

@@ -91,6 +91,7 @@ def new_config(
         max_position_embeddings=max(2048, max_length),
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id,
+        # The embedding of the padding gets no gradient: it must not be that of the end of a text.
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
         **numbers,
     )
