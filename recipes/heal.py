@@ -16,12 +16,11 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
 `--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
 """
 
-from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from hf_lnscale.training.arguments import DataArguments, DepthArguments, HealConfig, TeacherArguments, parse
 from hf_lnscale.training.data import load_text
-from hf_lnscale.training.model import load, require_pruned
+from hf_lnscale.training.model import load, load_teacher, require_pruned
 from hf_lnscale.training.run import Run, script
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
@@ -46,8 +45,7 @@ def main() -> None:
     if teacher.teacher is None:
         run.train(RecipeTrainer(**common))
     else:
-        unpruned = AutoModelForCausalLM.from_pretrained(teacher.teacher, dtype=teacher.teacher_dtype)
-        run.train(DistillationTrainer(unpruned, **common))
+        run.train(DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype), **common))
 
 
 if __name__ == "__main__":

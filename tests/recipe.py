@@ -55,7 +55,7 @@ def save_model(folder: Path, **changes: Any) -> None:
     """A tiny Llama with dropout, in which a seed that is not restored would show, and its tokenizer."""
     reader = tokenizer()
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), reader.eos_token_id)
-    model = tiny.model(vocab_size=len(reader), attention_dropout=0.1, **special, **changes)
+    model = tiny.model(**({"vocab_size": len(reader), "attention_dropout": 0.1} | special | changes))
     model.save_pretrained(folder)
     reader.save_pretrained(folder)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accelerate.utils import patch_environment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..families import family_of, text_config
@@ -54,6 +56,19 @@ def load(
         **kwargs,
     )
     return loaded, tokenizer
+
+
+def load_teacher(name: str, dtype: str) -> PreTrainedModel:
+    """A model to learn from: whole in every process, however the one that is trained is sharded.
+
+    Raises:
+        ValueError: under DeepSpeed ZeRO-3, which takes every model apart that is loaded.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would take the teacher apart; use ZeRO-2 or FSDP2")
+    # For FSDP, accelerate has all processes but one load no weights, as those of the model that is wrapped come later.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def require_pruned(model: PreTrainedModel) -> None:
