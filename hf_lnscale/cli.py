@@ -185,9 +185,12 @@ def train(
     from .training.scripts import RECIPES, recipes_folder, start
 
     if recipe in ("", "--help"):
-        print(f"usage: hf-lnscale train {{{','.join(RECIPES)}}} [--config NAME_OR_FILE] [OPTIONS]; --help after the name")
-        print(f"lists the options. On several GPUs: accelerate launch -m hf_lnscale.cli train ...\n{recipes_folder()}")
-        print("holds the scripts, their configs, and configs for accelerate.")
+        print(
+            f"usage: hf-lnscale train {{{','.join(RECIPES)}}} [--config NAME_OR_FILE] [OPTIONS]\n\n"
+            "hf-lnscale train sft --help lists the options of sft. On several GPUs, with a config of accelerate's:\n"
+            "accelerate launch --config_file FILE -m hf_lnscale.cli train sft ...\n\n"
+            f"Scripts, their configs and those for accelerate are in\n{recipes_folder()}"
+        )
         return
     start(recipe, context.args)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from accelerate.utils import patch_environment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
@@ -66,9 +65,7 @@ def load_teacher(name: str, dtype: str) -> PreTrainedModel:
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would take the teacher apart; use ZeRO-2 or FSDP2")
-    # For FSDP, accelerate has all processes but one load no weights, as those of the model that is wrapped come later.
-    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def require_pruned(model: PreTrainedModel) -> None:
