@@ -1,4 +1,4 @@
-r"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; the answers alone are learned.
+r"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; only the answers are learned.
 
     python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --chat_template_path chatml \
         --output_dir runs/sft

@@ -16,10 +16,30 @@ from hf_lnscale.training.sample import documents, train_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # A run of a second.
-SMALL = (
-    "--max_length 32 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --max_steps 6 --logging_steps 1 "
-    "--eval_samples 4 --save_steps 100 --learning_rate 1e-2 --warmup_steps 0 --depth_stats_steps 3 --disable_tqdm true"
-).split()
+SMALL = [
+    "--max_length",
+    "32",
+    "--per_device_train_batch_size",
+    "2",
+    "--per_device_eval_batch_size",
+    "2",
+    "--max_steps",
+    "6",
+    "--logging_steps",
+    "1",
+    "--eval_samples",
+    "4",
+    "--save_steps",
+    "100",
+    "--learning_rate",
+    "1e-2",
+    "--warmup_steps",
+    "0",
+    "--depth_stats_steps",
+    "3",
+    "--disable_tqdm",
+    "true",
+]
 CHAT = [
     {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}. " * 3}]}
     for i in range(40)

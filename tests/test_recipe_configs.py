@@ -14,7 +14,17 @@ from hf_lnscale.training.scripts import RECIPES
 
 CONFIGS = sorted((recipe.RECIPES / "configs").glob("*/*.yaml"))
 ACCELERATE = sorted((recipe.RECIPES / "accelerate").glob("*.yaml"))
-MODELS = "smollm2-135m smollm2-1.7b llama-3.2-1b llama-3.1-8b qwen2.5-0.5b qwen2.5-7b qwen3-0.6b qwen3-8b small".split()
+MODELS = [
+    "smollm2-135m",
+    "smollm2-1.7b",
+    "llama-3.2-1b",
+    "llama-3.1-8b",
+    "qwen2.5-0.5b",
+    "qwen2.5-7b",
+    "qwen3-0.6b",
+    "qwen3-8b",
+    "small",
+]
 
 
 class ParsedError(Exception):
@@ -68,7 +78,9 @@ def test_accelerate_config(path):
         assert hasattr(arguments, key), key  # it lets these pass, whatever they are
     arguments, _, _ = _validate_launch_command(arguments)
     assert arguments.num_processes == config.num_processes
-    kind = "use_fsdp" if "fsdp" in path.stem or "nodes" in path.stem else "use_deepspeed" if "zero" in path.stem else None
+    kind = (
+        "use_fsdp" if "fsdp" in path.stem or "nodes" in path.stem else "use_deepspeed" if "zero" in path.stem else None
+    )
     assert (arguments.use_fsdp, arguments.use_deepspeed) == (kind == "use_fsdp", kind == "use_deepspeed")
 
 

@@ -129,7 +129,15 @@ def test_sft(data, tmp_path, here):
 
 
 def test_heal_by_distillation_and_by_lora(tmp_path, here):
-    common = ["--model_name_or_path", here / "scaled", "--drop_layers", 1, "--dataset_name", here / "text.jsonl", *SMALL]
+    common = [
+        "--model_name_or_path",
+        here / "scaled",
+        "--drop_layers",
+        1,
+        "--dataset_name",
+        here / "text.jsonl",
+        *SMALL,
+    ]
     words = [*common, "--learning_rate", 1e-3, "--teacher", here / "scaled", "--output_dir", tmp_path / "full"]
     assert recipe.run("heal", *words) == 0
     complete(tmp_path / "full")
@@ -251,7 +259,11 @@ BAD = {
     "family": ("continue_pretrain", "--model_name_or_path gpt2", r"gpt2"),
     "no checkpoint": ("continue_pretrain", "--model_name_or_path /nowhere/x", r"there is no folder '/nowhere/x'"),
     "no model": ("continue_pretrain", "", r"name the checkpoint to train"),
-    "long warmup": ("continue_pretrain", "--model_name_or_path pre-ln --ln_scaling --ln_scaling_warmup_steps 7", r"only 6"),
+    "long warmup": (
+        "continue_pretrain",
+        "--model_name_or_path pre-ln --ln_scaling --ln_scaling_warmup_steps 7",
+        r"only 6",
+    ),
     "layer": ("continue_pretrain", "--drop_layers 9", r"layer 9 does not exist"),
     "layers": ("continue_pretrain", "--drop_layers 1 x", r"neither layer indices nor"),
     "unpruned": ("heal", "", r"has all its layers; give --drop_layers"),

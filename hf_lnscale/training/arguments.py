@@ -1,4 +1,4 @@
-"""What a recipe can be told, beside TRL's own arguments: dataclasses for TRL's parser. `--help` prints the help texts."""
+"""What a recipe can be told, beside TRL's own arguments: dataclasses for TRL's parser, whose `--help` prints them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .shapes import SHAPES
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with its help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -96,14 +97,17 @@ class TeacherArguments:
 class RecipeConfig(SFTConfig):
     """TRL's arguments, with defaults for every recipe."""
 
-    bf16: bool | None = option(None, "Compute in bfloat16; without a word, where there is a GPU that can.")
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None, "Compute in bfloat16; without a word, where there is a GPU that can."
+    )
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
     use_cache: bool = option(True, "Written to the config.json of the model; training itself uses no cache.")
     resume_from_checkpoint: str | None = option(
         None, "true: go on from the last checkpoint in the output folder, if there is one; or the path of one."
     )
     depth_stats_steps: int = option(
-        100, "Measure every layer's residual variance, gradient norm and angular distance every so many steps; 0: never."
+        100,
+        "Measure every layer's residual variance, gradient norm and angular distance every so many steps; 0: never.",
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +175,7 @@ class HealConfig(TextConfig):
 class ChatConfig(RecipeConfig):
     """TRL's defaults, but that the assistant's answers alone are learned wherever the data is a chat."""
 
-    assistant_only_loss: bool | None = option(
+    assistant_only_loss: bool | None = option(  # type: ignore[assignment]
         None, "Learn the assistant's answers alone; without a word: yes where the data has messages."
     )
     chat_template_path: str | None = option(

@@ -55,15 +55,15 @@ def load_conversations(arguments: DataArguments, seed: int) -> tuple[Any, Any]:
             if set(wanted) <= set(has):
                 return data.select_columns(wanted + [more for more in ("tools", "chat_template_kwargs") if more in has])
         raise ValueError(
-            f"dataset_name: {name!r} has columns {', '.join(has)}; sft.py reads 'messages', or 'prompt' and 'completion'"
-            + ("; for raw text there is continue_pretrain.py" if "text" in has else "")
+            f"dataset_name: {name!r} has columns {', '.join(has)}; sft.py reads 'messages', or 'prompt' and "
+            "'completion'" + ("; for raw text there is continue_pretrain.py" if "text" in has else "")
         )
 
     return _held_out(arguments, _load(arguments, arguments.dataset_train_split), seed, only_conversations)
 
 
 def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
-    """Settles, for the data at hand, which chat template there is and whether the assistant's answers alone are learned.
+    """Settles, for the data at hand, which chat template there is, and whether only the assistant's answers are learned.
 
     Raises:
         ValueError: if the data is a chat and there is no template for it, or one that does not mark the answers.
@@ -92,8 +92,8 @@ def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
             get_training_chat_template(tokenizer)
         except ValueError:
             raise ValueError(
-                f"the chat template of {path or tokenizer.name_or_path!r} does not say which tokens are the assistant's; "
-                f"{advice}, or learn all tokens with --assistant_only_loss false"
+                f"the chat template of {path or tokenizer.name_or_path!r} does not say which tokens are the "
+                f"assistant's; {advice}, or learn all tokens with --assistant_only_loss false"
             ) from None
 
 

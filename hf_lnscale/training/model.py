@@ -76,6 +76,6 @@ def require_pruned(model: PreTrainedModel) -> None:
     """
     if not vars(text_config(model.config)).get(DROPPED):
         raise ValueError(
-            f"{model.config.name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that hf-lnscale prune "
-            "wrote"
+            f"{model.config.name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
+            "hf-lnscale prune wrote"
         )

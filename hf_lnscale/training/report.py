@@ -21,7 +21,6 @@ from ..depth.measure import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
 from .depth_stats import plot_depth_stats
 
-
 # What the card says of the training, besides what the recipe was told.
 _SETTINGS = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -75,7 +74,7 @@ def write_report(
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
+        folder = Path(trainer.args.output_dir or "")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         state.save_to_json(str(folder / "trainer_state.json"))
         pictures = _plot(state.log_history, folder)
@@ -138,8 +137,8 @@ def _card(
     notes = []
     if text.get(ACTIVE):
         notes.append(
-            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a plain "
-            "checkpoint with `hf-lnscale export`."
+            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a "
+            "plain checkpoint with `hf-lnscale export`."
         )
     if record := text.get(DROPPED):
         gone = ", ".join(map(str, record["layers"]))
@@ -185,7 +184,12 @@ def _plot(history: list[dict[str, float]], folder: Path) -> list[str]:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
     pictures = []
     with plt.rc_context(style):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -64,7 +64,9 @@ class Run:
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             if not (self.folder / RUN_FILE).is_file():
-                raise FileExistsError(f"{shown} is not empty, and no run of a recipe made it; choose another --output_dir")
+                raise FileExistsError(
+                    f"{shown} is not empty, and no run of a recipe made it; choose another --output_dir"
+                )
             there = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))["identity"]
             for key in {**there, **self.identity}:
                 if there.get(key) != self.identity.get(key):
@@ -209,7 +211,10 @@ def script(main: Callable[[], Any]) -> Callable[[], Any]:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{Path(sys.argv[0]).stem.split()[-1]}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+                print(
+                    f"{Path(sys.argv[0]).stem.split()[-1]}: {lines[0] if lines else type(error).__name__}",
+                    file=sys.stderr,
+                )
             raise SystemExit(1) from None
 
     return run

@@ -86,7 +86,8 @@ def new_config(
             f"{numbers['num_key_value_heads']}"
         )
     end = tokenizer.eos_token_id
-    return CONFIG_MAPPING[family](
+    made: Any = CONFIG_MAPPING[family]
+    return made(
         vocab_size=len(tokenizer),
         max_position_embeddings=max(2048, max_length),
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,

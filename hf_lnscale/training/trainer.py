@@ -38,12 +38,12 @@ class RecipeTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._loss_sum, self._token_count = 0.0, 0
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if not self._token_count:
             raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
-        output.metrics[f"{prefix}_loss"] = self._loss_sum / self._token_count
-        output.metrics[f"{prefix}_tokens"] = self._token_count
+        exact = {f"{prefix}_loss": self._loss_sum / self._token_count, f"{prefix}_tokens": self._token_count}
+        output.metrics.update(exact)
         return output
 
 
@@ -68,7 +68,9 @@ class DistillationTrainer(RecipeTrainer):
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}; their vocabularies must be one")
+            raise ValueError(
+                f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}; their vocabularies must be one"
+            )
         self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
         _add_divergence(student)
 
