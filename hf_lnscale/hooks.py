@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -342,14 +343,28 @@ def _train(original: Any) -> Any:
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         config = getattr(self.model, "config", None)
-        if folder and isinstance(config, PreTrainedConfig) and os.path.isfile(os.path.join(folder, "config.json")):
-            step = _require_same_model(config, str(folder))
+        if folder and isinstance(config, PreTrainedConfig):
+            if os.path.isfile(os.path.join(folder, "config.json")):
+                step = _require_same_model(config, str(folder))
+            else:  # of an adapter, or sharded
+                step = _recorded_step(config, Path(folder))
             if step is not None and self.model is not None:  # the weights that are loaded next belong to it
                 scaling.set_ln_scaling_step(self.model, step)
         _require_led_warmup(self, config)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train
+
+
+def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
+    """The step of a warmup that was saved with the state of the Trainer, if the model has a warmup."""
+    from .training.warmup import recorded_scaling
+
+    own, state = scaling.LNScalingConfig.of(scaling.get_ln_scaling(config)), folder / "trainer_state.json"
+    if own is None or not own.warmup_steps or not state.is_file():
+        return None
+    recorded = recorded_scaling(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks") or {})
+    return recorded.step if recorded else None
 
 
 def _require_led_warmup(trainer: Trainer, config: Any) -> None:
@@ -362,8 +377,8 @@ def _require_led_warmup(trainer: Trainer, config: Any) -> None:
         held = scaling.LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
         raise ValueError(
             f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "
-            "this Trainer moves it. Add callbacks=[hf_lnscale.training.LNScalingWarmupCallback()], or keep the exponent "
-            f"as it is: hf_lnscale.apply_ln_scaling(model, {held})"
+            "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
+            f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
         )
 
 

@@ -257,6 +257,8 @@ def scale_parameter(
         return parameter * scale
     # One rounding at the end: in bfloat16, s * w and + (s - 1) would round twice, and a tensor would be rounded first.
     wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
+        scale = scale.to(parameter.device)  # the replicas of nn.DataParallel share the first one's
     return (wide * scale + (scale - 1.0) if one_plus_weight else wide * scale).to(parameter.dtype)
 
 

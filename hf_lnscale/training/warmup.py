@@ -1,11 +1,12 @@
 """The scale over training: what moves the warmup of a model's `ln_scaling` in a Trainer.
 
-Where a warmup stands is part of the model's configuration, so every checkpoint says it. An adapter's checkpoint holds
-no configuration of its base; for these, the state of the callback is saved with that of the Trainer.
+Where a warmup stands is part of the model's configuration, so every checkpoint says it. An adapter's checkpoint and a
+sharded one hold no configuration; for these, it is saved with the state of the Trainer too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,14 +26,16 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         Trainer(model=model, ..., callbacks=[LNScalingWarmupCallback()]).train()
 
     Raises:
-        ValueError: when training starts, if the model has no warmup, or the run is too short to end it.
+        ValueError: when training starts, if the model has no warmup, another one than the checkpoint that is resumed,
+            or one that the run is too short to end.
     """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.ln_scaling: dict[str, Any] | None = None  # the model's, for the state that is saved
+        self._offset = 0  # steps of the warmup that were done before the first of the run
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"step": self.step}}
+        return {"args": {}, "attributes": {"ln_scaling": self.ln_scaling}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,19 +48,22 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
                 f"{type(self).__name__}: the model has {has}, so there is no warmup to lead. Load or build it with "
                 'ln_scaling={"warmup_steps": N}, or leave the callback out.'
             )
-        # The Trainer restores the state of callbacks only if it is asked to.
-        callbacks: Any = state.stateful_callbacks  # a dict, whatever its annotation says
-        saved = callbacks.get(type(self).__name__) if state.global_step else None
-        self.step = (saved[0] if isinstance(saved, list) else saved)["attributes"]["step"] if saved else scaling.step
-        self._offset = self.step - state.global_step
-        left, steps = scaling.warmup_steps - self.step, state.max_steps - state.global_step
+        if state.global_step and (resumed := recorded_scaling(state.stateful_callbacks)):
+            if dataclasses.replace(resumed, step=scaling.step) != scaling:
+                raise ValueError(
+                    f"{type(self).__name__}: the run to resume had ln_scaling={resumed.to_dict()}, the model has "
+                    f"{scaling.to_dict()}; build the model with the same ln_scaling to resume"
+                )
+            scaling = resumed
+        left, steps = scaling.warmup_steps - scaling.step, state.max_steps - state.global_step
         if left > steps:
             raise ValueError(
                 f"{type(self).__name__}: the warmup has {left} steps to go (warmup_steps={scaling.warmup_steps}), the "
                 f"run only {steps}: it would end with a model that is neither Pre-LN nor LNS. Train for longer, or "
                 "give ln_scaling fewer warmup_steps."
             )
-        set_ln_scaling_step(model, self.step)
+        self._offset, self.ln_scaling = scaling.step - state.global_step, None
+        self._move(model, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._move(kwargs["model"], state.global_step)
@@ -70,12 +76,19 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
             self._move(kwargs["model"], state.best_global_step)
 
     def _move(self, model: Any, global_step: int) -> None:
-        scaling = _scaling(model)
-        assert scaling is not None
-        step = min(global_step + self._offset, scaling.warmup_steps)
-        if step != self.step:
+        step = global_step + self._offset
+        if self.ln_scaling is None or min(step, self.ln_scaling["warmup_steps"]) != self.ln_scaling["step"]:
             set_ln_scaling_step(model, step)
-            self.step = step
+            self.ln_scaling = get_ln_scaling(text_stack(model).model.config)
+
+
+def recorded_scaling(stateful_callbacks: Any) -> LNScalingConfig | None:
+    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
+    for saved in stateful_callbacks.values():
+        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
+            if stood := one["attributes"].get("ln_scaling"):
+                return LNScalingConfig.of(stood)
+    return None
 
 
 def _scaling(model: Any) -> LNScalingConfig | None:
