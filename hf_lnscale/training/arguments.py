@@ -126,8 +126,8 @@ class TextConfig(RecipeConfig):
     packing: bool = option(True, "Join texts and cut them into windows of max_length tokens.")
     packing_strategy: str = option(
         "wrapped",
-        "wrapped: one stream, windows cut anywhere; bfd, bfd_split: texts are kept apart, which needs FlashAttention to "
-        "be fast.",
+        "wrapped: one stream, windows cut anywhere; bfd, bfd_split: texts are kept apart, which needs FlashAttention "
+        "to be fast.",
         choices=["bfd", "bfd_split", "wrapped"],
     )
 
@@ -180,8 +180,8 @@ class ChatConfig(RecipeConfig):
     )
     chat_template_path: str | None = option(
         None,
-        "Chat template to train with: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take it "
-        "from.",
+        "Chat template to train with: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take "
+        "it from.",
     )
     num_train_epochs: float = option(1.0, "Passes over the data.")
 

@@ -63,7 +63,7 @@ def load_conversations(arguments: DataArguments, seed: int) -> tuple[Any, Any]:
 
 
 def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
-    """Settles, for the data at hand, which chat template there is, and whether only the assistant's answers are learned.
+    """Settles for the data which chat template there is, and whether only the assistant's answers are learned.
 
     Raises:
         ValueError: if the data is a chat and there is no template for it, or one that does not mark the answers.
