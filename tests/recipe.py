@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import runpy
 import sys
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from hf_lnscale.training.sample import documents, train_tokenizer
 
+# Each run collects garbage several times; what is loaded by now is none.
+gc.freeze()
 RECIPES = Path(__file__).parents[1] / "recipes"
 # A run of a second.
 SMALL = [

@@ -87,8 +87,10 @@ def test_pretrain(ln_scaling, tmp_path, here):
 
 
 def test_pretrain_as_it_stands(tmp_path, monkeypatch):
-    """No data, no tokenizer, no sizes named; a config by its name."""
+    """No data, no tokenizer, no sizes named; a config by its name. On less of the text, as there is much of it."""
     monkeypatch.chdir(tmp_path)
+    some = recipe.documents(standard_library=False)[:40]
+    monkeypatch.setattr("hf_lnscale.training.sample.documents", lambda: some)
     assert recipe.run("pretrain", "--config", "small", *SMALL, "--max_steps", 6, "--output_dir", "out") == 0
     complete(tmp_path / "out")
 
@@ -184,6 +186,13 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Half of the time of a run of this size."""
+    monkeypatch.setattr("hf_lnscale.training.report._plot", lambda history, folder: [])
+
+
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path, here, monkeypatch, capsys):
     name, words = WAYS[way]
@@ -213,6 +222,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path
         assert stopped[figure] == whole[figure], figure
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, monkeypatch):
     words = ["--num_hidden_layers", 2, "--vocab_size", 300, "--dataset_name", here / "text.jsonl", *SMALL]
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "whole") == 0
@@ -295,6 +305,7 @@ def test_wrong_input_is_one_line_before_training(case, tmp_path, wrong, capsys):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
     common = ["--dataset_name", here / "text.jsonl", *SMALL, "--max_steps", 1, "--output_dir", tmp_path / "out"]
     words = ["--model_name_or_path", here / "scaled", *common]

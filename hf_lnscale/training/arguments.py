@@ -158,6 +158,7 @@ class ContinueConfig(TextConfig):
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "The cosine ends at a tenth."}
     )
     warmup_steps: float = option(0.01, "Steps to the peak, or their share of all.")
+    eval_on_start: bool = option(True, "Evaluate before the first step too: what the checkpoint was worth before.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
 
 
@@ -168,6 +169,7 @@ class HealConfig(TextConfig):
     learning_rate: float = option(1e-4, "Peak.")
     lr_scheduler_type: str = option("cosine", "Schedule after the warmup.")
     warmup_steps: float = option(40, "Steps to the peak, or their share of all.")
+    eval_on_start: bool = option(True, "Evaluate before the first step too: what the checkpoint was worth before.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
 
 
@@ -183,6 +185,7 @@ class ChatConfig(RecipeConfig):
         "Chat template to train with: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take "
         "it from.",
     )
+    eval_on_start: bool = option(True, "Evaluate before the first step too: what the checkpoint was worth before.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
 
 

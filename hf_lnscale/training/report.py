@@ -51,14 +51,18 @@ def write_report(
     loss = trainer.evaluate()["eval_loss"]
     state = trainer.state
     session_tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
+    first = int(Path(resumed).name.rpartition("-")[2]) if resumed else -1
+    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > first]
+    before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": recipe,
+        "eval_loss_before": before[0] if before else None,
         "eval_loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "steps": state.global_step,
         "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": session_tokens / seconds,
+        "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
         "wall_seconds": seconds,
         "resumed_from": resumed,
         "peak_memory_bytes": peak_bytes,
@@ -100,7 +104,9 @@ def _versions() -> dict[str, str]:
 
 
 def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
+    before = metrics["eval_loss_before"]
+    rows = [] if before is None else [("evaluation loss before", f"{before:.4f}")]
+    rows += [
         ("evaluation loss", f"{metrics['eval_loss']:.4f}"),
         ("perplexity", f"{metrics['perplexity']:,.2f}"),
         ("steps", f"{metrics['steps']:,}"),

@@ -117,6 +117,7 @@ class Run:
         trainer.add_callback(stop)
         # Of padding-free batches no mask says what is padding, as none is; of others it does.
         trainer.args.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
+        trainer.args.eval_on_start &= self.checkpoint is None
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
