@@ -26,7 +26,7 @@ from hf_lnscale.training.arguments import DataArguments, PretrainArguments, Pret
 from hf_lnscale.training.data import first_texts, load_text
 from hf_lnscale.training.run import Run, script
 from hf_lnscale.training.sample import train_tokenizer
-from hf_lnscale.training.shapes import SIZES, new_config
+from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
 from hf_lnscale.training.trainer import RecipeTrainer
 
 
@@ -43,6 +43,8 @@ def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, te
 @script
 def main() -> None:
     new, data, training = parse("pretrain", PretrainArguments, DataArguments, PretrainConfig, description=__doc__)
+    if training.learning_rate is None:
+        training.learning_rate = SHAPES[new.shape].learning_rate
     run = Run("pretrain", training, new, data)
     column = training.dataset_text_field
     train, held_out = load_text(data, column, training.seed)

@@ -3,14 +3,17 @@
 import re
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from transformers import LlamaForCausalLM
 
 import hf_lnscale.training.run
 import recipe
 from hf_lnscale.families import FAMILIES
 from hf_lnscale.training.scripts import RECIPES
+from hf_lnscale.training.shapes import SIZES, new_config
 
 CONFIGS = sorted((recipe.RECIPES / "configs").glob("*/*.yaml"))
 ACCELERATE = sorted((recipe.RECIPES / "accelerate").glob("*.yaml"))
@@ -62,6 +65,14 @@ def test_config(path, monkeypatch):
     assert (training.learning_rate, training.output_dir) == (0.125, "other")
 
 
+@pytest.mark.parametrize(("shape", "learning_rate"), [("130M", 1e-3), ("350M", 1e-3), ("1B", 5e-4)])
+def test_the_paper_s_learning_rate_goes_with_its_shapes(shape, learning_rate, monkeypatch):
+    training, *_ = parsed(monkeypatch, "pretrain", "--shape", shape)
+    assert training.learning_rate == learning_rate
+    training, *_ = parsed(monkeypatch, "pretrain", "--shape", shape, "--learning_rate", "0.5")
+    assert training.learning_rate == 0.5
+
+
 def test_there_is_a_config_of_every_recipe_for_every_model():
     for name in ("continue_pretrain", "sft", "heal"):
         assert {path.stem for path in CONFIGS if path.parent.name == name} == set(MODELS)
@@ -96,3 +107,20 @@ def test_a_recipe_opens_with_the_command_lines_that_run_it(name, monkeypatch):
         words = [word for word in line.split() if word != "..."]
         words = [str(recipe.RECIPES.parent / word) if word.startswith("recipes/") else word for word in words]
         parsed(monkeypatch, name, *words)
+
+
+@pytest.mark.parametrize(("shape", "hidden", "mlp", "heads", "layers"), [
+    ("130M", 768, 2048, 12, 12), ("250M", 768, 2560, 16, 24), ("350M", 1024, 2736, 16, 24), ("1B", 2048, 5461, 32, 24),
+    ("7B", 4096, 11008, 32, 32),
+])  # fmt: skip
+def test_shapes_are_the_paper_s(shape, hidden, mlp, heads, layers):
+    """arXiv 2502.05795, the table of model sizes."""
+    config = new_config(
+        recipe.tokenizer(), family="llama", shape=shape, config_name=None, max_length=256, sizes=dict.fromkeys(SIZES)
+    )
+    assert (config.hidden_size, config.intermediate_size) == (hidden, mlp)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (heads, heads, layers)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    embeddings = 2 * config.vocab_size * hidden
+    assert model.num_parameters() == embeddings + layers * (4 * hidden**2 + 3 * hidden * mlp + 2 * hidden) + hidden

@@ -136,7 +136,9 @@ class TextConfig(RecipeConfig):
 class PretrainConfig(TextConfig):
     """The paper's settings (arXiv 2502.05795, section 5), but for the batch of 512, which depends on the machine."""
 
-    learning_rate: float = option(1e-3, "Peak; the paper's is 1e-3 up to 350M, 5e-4 at 1B.")
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None, "Peak; without one, the paper's: 1e-3 for shapes up to 350M, 5e-4 from 1B on."
+    )
     lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warmup.")
     lr_scheduler_kwargs: dict | str | None = field(
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "The cosine ends at a tenth."}

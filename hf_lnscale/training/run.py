@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -53,6 +54,8 @@ class Run:
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != training.world_size:
             raise RuntimeError(f"{started} processes were started, and this one sees {training.world_size} of them")
+        if training.process_index:
+            datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
         # No process writes before every process has looked.
         training.distributed_state.wait_for_everyone()
