@@ -344,10 +344,8 @@ def _train(original: Any) -> Any:
             folder = get_last_checkpoint(self.args.output_dir)
         config = getattr(self.model, "config", None)
         if folder and isinstance(config, PreTrainedConfig):
-            if os.path.isfile(os.path.join(folder, "config.json")):
-                step = _require_same_model(config, str(folder))
-            else:  # of an adapter, or sharded
-                step = _recorded_step(config, Path(folder))
+            has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
+            step = _require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
             if step is not None and self.model is not None:  # the weights that are loaded next belong to it
                 scaling.set_ln_scaling_step(self.model, step)
         _require_led_warmup(self, config)

@@ -68,11 +68,17 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._move(kwargs["model"], state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        # The weights of the best checkpoint are loaded by then, without a look at its configuration.
-        if args.load_best_model_at_end and state.best_global_step is not None:
+        # The last message of a run comes just before the weights of its best checkpoint are loaded, without a look at
+        # where the warmup stood.
+        if "train_runtime" in (logs or {}) and args.load_best_model_at_end and state.best_global_step is not None:
             self._move(kwargs["model"], state.best_global_step)
 
     def _move(self, model: Any, global_step: int) -> None:
