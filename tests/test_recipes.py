@@ -130,6 +130,20 @@ def test_sft(data, tmp_path, here):
         assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_qlora(tmp_path, here):
+    """On a CPU, an evaluation on the way would let no gradient through bitsandbytes' weights afterwards."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 4}
+    recipe.save_model(tmp_path / "wide", ln_scaling=True, **sizes)
+    words = ["--model_name_or_path", tmp_path / "wide", "--dataset_name", here / "pairs.jsonl", *SMALL, "--use_peft"]
+    words += ["--load_in_4bit", "--lora_target_modules", "all-linear"]
+    assert recipe.run("sft", *words, "--output_dir", tmp_path / "out") == 0
+    assert recipe.losses(tmp_path / "out")[-1] < recipe.losses(tmp_path / "out")[0]
+    evaluated = ["--eval_strategy", "steps", "--eval_steps", 1, "--output_dir", tmp_path / "evaluated"]
+    assert recipe.run("sft", *words, *evaluated) == 0
+    recipe.same_weights(tmp_path / "out", tmp_path / "evaluated")
+
+
 def test_heal_by_distillation_and_by_lora(tmp_path, here):
     common = [
         "--model_name_or_path",
@@ -265,6 +279,11 @@ BAD = {
     "no file": ("continue_pretrain", "--dataset_name no.jsonl", r"no file '.*no\.jsonl'"),
     "no template": ("sft", "--dataset_name chat.jsonl", r"has no chat template; name one with --chat_template_path"),
     "unmarked": ("sft", "--dataset_name chat.jsonl --chat_template_path plain.jinja", r"does not say which tokens are"),
+    "long prompts": (
+        "sft",
+        "--dataset_name chat.jsonl --chat_template_path chatml --max_length 4",
+        r"36 of 36 rows have",
+    ),
     "text for sft": ("sft", "--dataset_name text.jsonl", r"columns text; sft\.py reads 'messages'.*continue_pretrain"),
     "family": ("continue_pretrain", "--model_name_or_path gpt2", r"gpt2"),
     "no checkpoint": ("continue_pretrain", "--model_name_or_path /nowhere/x", r"there is no folder '/nowhere/x'"),

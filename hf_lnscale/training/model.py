@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..families import family_of, text_config
@@ -47,6 +49,10 @@ def load(
         if not model.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
         kwargs["quantization_config"] = quantization
+        if model.load_in_4bit and not torch.accelerator.is_available():
+            # On a CPU, bitsandbytes repacks 4-bit weights when a model is evaluated, and lets no gradient through then.
+            print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
+            training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
     loaded = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=model.dtype,

@@ -9,6 +9,7 @@ import types
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +23,22 @@ class RecipeTrainer(SFTTrainer):
 
     Trainer's own is a mean of the batches' means, in which a token of a short answer counts more than one of a long
     one, and in which the samples count twice that fill up the last batch of several processes.
+
+    Raises:
+        ValueError: if no row of the training data has a token to learn within `max_length`.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        given, kept = kwargs["train_dataset"], self.train_dataset
+        if not isinstance(kept, Dataset) or self.args.packing:
+            return
+        gone, rows = len(given) - len(kept), len(given)
+        what = f"{gone} of {rows} rows have nothing to learn in their first {self.args.max_length} tokens (max_length)"
+        if not len(kept):
+            raise ValueError(what)
+        if gone and self.args.process_index == 0:
+            print(f"{what} and are left out")
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
