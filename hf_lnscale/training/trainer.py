@@ -30,14 +30,14 @@ class RecipeTrainer(SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        given, kept = kwargs["train_dataset"], self.train_dataset
-        if not isinstance(kept, Dataset) or self.args.packing:
+        arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
+        if not isinstance(kept, Dataset) or arguments.packing:
             return
         gone, rows = len(given) - len(kept), len(given)
-        what = f"{gone} of {rows} rows have nothing to learn in their first {self.args.max_length} tokens (max_length)"
+        what = f"{gone} of {rows} rows have nothing to learn in their first {arguments.max_length} tokens (max_length)"
         if not len(kept):
             raise ValueError(what)
-        if gone and self.args.process_index == 0:
+        if gone and arguments.process_index == 0:
             print(f"{what} and are left out")
 
     def prediction_step(
