@@ -9,40 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+
+pytest.importorskip("trl", minversion="1.16")  # which needs Python 3.11
+
 from hf_lnscale.training.sample import documents, train_tokenizer
 
 # Each run collects garbage several times; what is loaded by now is none.
 gc.freeze()
 RECIPES = Path(__file__).parents[1] / "recipes"
 # A run of a second.
+# fmt: off
 SMALL = [
-    "--max_length",
-    "32",
-    "--per_device_train_batch_size",
-    "2",
-    "--per_device_eval_batch_size",
-    "2",
-    "--max_steps",
-    "6",
-    "--logging_steps",
-    "1",
-    "--eval_samples",
-    "4",
-    "--save_steps",
-    "100",
-    "--learning_rate",
-    "1e-2",
-    "--warmup_steps",
-    "0",
-    "--depth_stats_steps",
-    "3",
-    "--disable_tqdm",
-    "true",
+    "--max_length", "32", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_steps", "6",
+    "--logging_steps", "1", "--eval_samples", "4", "--save_steps", "100", "--learning_rate", "1e-2",
+    "--warmup_steps", "0", "--depth_stats_steps", "3", "--disable_tqdm", "true",
 ]
+# fmt: on
 CHAT = [
     {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}. " * 3}]}
     for i in range(40)

@@ -109,6 +109,19 @@ def test_a_recipe_opens_with_the_command_lines_that_run_it(name, monkeypatch):
         parsed(monkeypatch, name, *words)
 
 
+@pytest.mark.parametrize("page", ["docs/recipes.md", "recipes/README.md"])
+def test_the_commands_in_the_docs_are_some(page, monkeypatch):
+    text = (recipe.RECIPES.parent / page).read_text().replace("\\\n", " ")
+    found = re.findall(
+        r"(?:hf-lnscale train |recipes/)(pretrain|continue_pretrain|continue|sft|heal)(?:\.py)? (--.+)", text
+    )
+    assert len(found) >= 4
+    for name, line in found:
+        words = [word for word in line.split("#")[0].split() if not word.startswith("...")]
+        if "--help" not in words:
+            parsed(monkeypatch, RECIPES.get(name, name), *words)
+
+
 @pytest.mark.parametrize(("shape", "hidden", "mlp", "heads", "layers"), [
     ("130M", 768, 2048, 12, 12), ("250M", 768, 2560, 16, 24), ("350M", 1024, 2736, 16, 24), ("1B", 2048, 5461, 32, 24),
     ("7B", 4096, 11008, 32, 32),

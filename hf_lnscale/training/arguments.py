@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import parse_flag_from_env
+from packaging.version import Version
 from trl import SFTConfig, TrlParser
 
 from .scripts import find_config
 from .shapes import SHAPES
+
+if Version(trl.__version__) < Version("1.16"):
+    raise ImportError(f"the recipes need trl 1.16 or newer, and with it Python 3.11; this is trl {trl.__version__}")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
