@@ -586,11 +586,11 @@ def _sweep(
     removed: Iterable[int],
     candidates: Iterable[int] | None,
     measure: str,
-    progress: bool | Callable[[], object],
+    progress: bool | Callable[[float], object],
 ) -> tuple[float, dict[int, float]]:
     """Mean over tokens of the measure without `removed` (of "loss" only), and of that without each candidate too.
 
-    `progress` says whether a bar is shown, or is called after each candidate of each batch.
+    `progress` says whether a bar is shown, or is called with the share of the work that was done since the last call.
     """
     if measure not in ("loss", "kl"):
         raise ValueError(f"measure must be 'loss' or 'kl', got {measure!r}")
@@ -606,9 +606,14 @@ def _sweep(
     current, count = 0.0, 0
     totals = dict.fromkeys(candidates, 0.0)
     bar = logging.tqdm(
-        total=len(batches) * len(candidates), desc=f"{measure} without a layer", disable=progress is not True, leave=False
+        total=len(batches) * len(candidates),
+        desc=f"{measure} without a layer",
+        disable=progress is not True,
+        leave=False,
     )
-    advance = progress if callable(progress) else bar.update
+    advance = progress if callable(progress) else None
+    # Of a batch the layers are one half of the work and the head is the other, near enough for a bar.
+    share = 0.5 / max(len(batches), 1)
     with evaluating(model), bar:
         for batch in batches:
             picked_BT, targets_N = _predictions(batch)
@@ -623,7 +628,9 @@ def _sweep(
                 # A state is needed once; what comes of it takes its place in memory.
                 start = (candidate, states.pop(candidate))
                 finals[candidate] = _pick(halves.hidden(batch, gone, start), picked_BT)
-                advance()
+                bar.update()
+                if advance:
+                    advance(share / len(candidates))
             for part in halves.parts(len(full_ND)):
                 if measure == "loss":
                     score = _cross_entropy_to(targets_N[part])
@@ -632,6 +639,8 @@ def _sweep(
                     score = _divergence_from(halves.logits(full_ND[part]))
                 for candidate, x_ND in finals.items():
                     totals[candidate] += score(halves.logits(x_ND[part]))
+                if advance:
+                    advance(share * len(full_ND[part]) / len(full_ND))
             count += len(full_ND)
     if not count:
         raise ValueError("data: there is no token to predict; sequences must hold two tokens or more")

@@ -1,7 +1,7 @@
 """The residual stream of a model that runs: what the measurements over depth share.
 
-Shapes: B batch, T tokens, D hidden size, L layers, P = L + 1 places in the stream (place i is in front of layer i, place
-L after the last layer).
+Shapes: B batch, T tokens, D hidden size, L layers, P = L + 1 places in the stream (place i is in front of layer i,
+place L after the last layer).
 """
 
 from __future__ import annotations

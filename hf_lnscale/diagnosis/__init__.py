@@ -1,10 +1,10 @@
 """Measurements over depth: how the residual stream grows, and what each layer is worth.
 
-Layers are counted as in `model.model.layers`: the first is 0. All measurements run without dropout, and leave the model as
-it was: same mode, no hooks, no gradients, no cache.
+Layers are counted as in `model.model.layers`: the first is 0. All measurements run without dropout, and leave the model
+as it was: same mode, no hooks, no gradients, no cache.
 """
 
-from .diagnose import diagnose
+from .examine import diagnose
 from .measure import loss_added_by_removing_each_layer, residual_variance
 from .result import Diagnosis
 

@@ -3,8 +3,8 @@
 The pass holds one batch and, of each layer, sums. The walk holds the L states of one batch and the graph of one layer.
 Every sum is taken in at least float32 and added up in float64.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, L layers, P = L + 1 places in the residual stream
-(place i is in front of layer i, place L after the last layer).
+Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, L layers, P = L + 1 places in the residual
+stream (place i is in front of layer i, place L after the last layer).
 """
 
 from __future__ import annotations
@@ -120,7 +120,14 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
 
 
 class _Pass:
-    """The sums of a pass. On the device while a batch runs; fetched once a batch, as waiting at each layer costs more."""
+    """The sums of a pass: on the device while a batch runs, fetched once a batch, as to wait at each layer costs more.
+
+    Attributes:
+        before, middle: the state in front of the layer that runs, and that between attention and MLP; with their norms.
+    """
+
+    before: tuple[torch.Tensor, torch.Tensor]
+    middle: tuple[torch.Tensor, torch.Tensor]
 
     def __init__(self, stack: Stack) -> None:
         layers = len(stack.layers)
@@ -337,8 +344,8 @@ def jacobian_distances(
 
     J is that of all of a sequence's outputs but the first token's, with respect to all of its inputs: a matrix of
     (T - 1) D rows. For u of independent entries +1 and -1 in these rows, the mean of |(J - I)^T u|^2 is |J - I|_F^2
-    (Hutchinson 1990), and |I|_F^2 is (T - 1) D. Products from the left are one backward pass each, which every attention
-    kernel and every quantized weight has; for forward products that does not hold.
+    (Hutchinson 1990), and |I|_F^2 is (T - 1) D. Products from the left are one backward pass each, which every
+    attention kernel and every quantized weight has; for forward products that does not hold.
 
     Args:
         probes: products for each sequence.

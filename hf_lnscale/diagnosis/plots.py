@@ -66,7 +66,9 @@ def variance(diagnoses: Sequence[Diagnosis]) -> Any:
         layers = [place["place"] - 1 for place in residual]
         axis.plot(layers, [p["largest_channel_variance"] for p in residual], ":", color="gray", label="largest channel")
         axis.plot(layers, [p["variance"] for p in residual], "--", color="gray", label="all tokens")
-        axis.plot(layers, [p["variance_without_first"] for p in residual], color="gray", lw=1, label="without first tokens")
+        axis.plot(
+            layers, [p["variance_without_first"] for p in residual], color="gray", lw=1, label="without first tokens"
+        )
         axis.plot(layers, [p["typical"] for p in residual], "o-", ms=4, color=color, label="typical token")
         axis.set(xlabel="after layer", yscale="log")
         axis.legend(frameon=False)

@@ -130,8 +130,8 @@ _FIGURES = (
     _Spec(
         "variance",
         "How the residual stream grows",
-        "A typical token is the geometric mean over tokens of the mean square, which the norm in front of a layer divides "
-        "by. Where the other curves leave it, a few tokens or channels carry massive activations.",
+        "A typical token is the geometric mean over tokens of the mean square, which the norm in front of a layer "
+        "divides by. Where the other curves leave it, a few tokens or channels carry massive activations.",
         "variance, behind the layer",
         (
             _Line("residual.typical", "typical token", "accent solid dots"),
@@ -178,8 +178,8 @@ _FIGURES = (
     _Spec(
         "gradient",
         "What each layer learns from",
-        "Norm of the gradient of the loss with respect to all weights of the layer, mean over batches with its standard "
-        "error. It depends on the size of the batches: compare layers, and models on the same data.",
+        "Norm of the gradient of the loss with respect to all weights of the layer, mean over batches with its "
+        "standard error. It depends on the size of the batches: compare layers, and models on the same data.",
         "gradient norm",
         (_Line("gradient_norm", "gradient norm", "accent solid dots"),),
     ),
@@ -199,8 +199,8 @@ def _figure(spec: _Spec, diagnoses: Sequence[Diagnosis]) -> dict[str, Any] | Non
         most = max(len(one.layers) for one in diagnoses)
         panels = [_heat_map(one, number_, top, most) for number_, one in enumerate(diagnoses)]
         says = (
-            "Angular distance of a block's input and output at the last token of each sequence, as a share of pi. Every "
-            "cell is a block: its first layer along the bottom, its size upwards. Dots: the least of each size."
+            "Angular distance of a block's input and output at the last token of each sequence, as a share of pi. "
+            "Every cell is a block: its first layer along the bottom, its size upwards. Dots: the least of each size."
         )
         return {"spec": spec, "says": says, "panels": panels, "top": number(top)}
     values = [
@@ -297,7 +297,7 @@ def _panel(spec: _Spec, one: Diagnosis, which: int, axis: _Axis, layers: int) ->
             ]
     if spec.scale == "symlog":
         parts.append(f'<path class="axis" d="M{LEFT} {axis.to(0.0):.1f}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<rect class="cursor" y="{TOP}" width="{_step(layers):.1f}" height="{bottom - TOP}" hidden="hidden"/>')
+    parts.append(f'<rect class="cursor" y="{TOP}" width="{_step(layers):.1f}" height="{bottom - TOP}" hidden=""/>')
     return _svg(spec, one, which, parts, _in_words(spec, one), layers)
 
 
@@ -321,11 +321,17 @@ def _grid(axis: _Axis, layers: int, unit: str) -> str:
     for tick in axis.ticks:
         y = axis.to(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" dy="0.35em" text-anchor="end">{_tick(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" dy="0.35em" text-anchor="end">{_tick(tick)}</text>'
+        )
     parts.append(_layers_axis(layers))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}"/>')
     parts.append(_labels("layer", unit))
     return "".join(parts)
+
+
+def _tick_beside(y: float, text: str) -> str:
+    return f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" dy="0.35em" text-anchor="end">{text}</text>'
 
 
 def _layers_axis(layers: int) -> str:
@@ -343,7 +349,8 @@ def _labels(below: str, beside: str) -> str:
     middle = (TOP + HEIGHT - BOTTOM) / 2
     return (
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{below}</text>'
-        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>'
+        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(beside)}</text>"
     )
 
 
@@ -375,10 +382,10 @@ def _heat_map(one: Diagnosis, which: int, top: float, layers: int) -> Markup:
     parts.append(_layers_axis(layers))
     for size in range(_every(layers), layers + 1, _every(layers)):
         y = bottom - (size - 0.5) * height
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" dy="0.35em" text-anchor="end">{size}</text>')
+        parts.append(_tick_beside(y, str(size)))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}"/>')
     parts.append(_labels("first layer of the block", "layers in the block"))
-    parts.append(f'<rect class="cursor" width="{width:.2f}" height="{height:.2f}" hidden="hidden"/>')
+    parts.append(f'<rect class="cursor" width="{width:.2f}" height="{height:.2f}" hidden=""/>')
     named = [(size, first) for size, first in best if size in (1, 2, 4, 8, 16, 32)]
     words = "; ".join(
         f"least of {size}: layers {ranges(list(range(first, first + size)))}, {number(one.angular[first][size - 1])}"
@@ -396,11 +403,12 @@ def _color(share: float) -> str:
 
 
 def _svg(spec: _Spec, one: Diagnosis, which: int, parts: list[str], words: str, layers: int) -> Markup:
-    key = f"{spec.key}-{which}"
+    key, name = f"{spec.key}-{which}", escape(f"{spec.title}: {one.name}")
     # No <title>: browsers would show it as a tooltip of their own.
     return Markup(
         f'<svg class="chart model-{which}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{escape(f"{spec.title}: {one.name}")}" aria-describedby="{key}-desc" data-figure="{spec.key}" data-model="{which}" data-axis="{layers}" '
+        f'aria-label="{name}" aria-describedby="{key}-desc" '
+        f'data-figure="{spec.key}" data-model="{which}" data-axis="{layers}" '
         f'data-fields="{" ".join(line.field for line in spec.lines)}">'
         f'<desc id="{key}-desc">{escape(words)}</desc>{"".join(parts)}</svg>'
     )

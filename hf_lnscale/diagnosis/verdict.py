@@ -27,7 +27,7 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
     """Least-squares fits of three kinds of growth over depth, in the logarithm of the variance.
 
     arXiv 2502.05795, section 3: without a remedy the variance lies between a linear and an exponential function of
-    depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so that the errors compare.
+    depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors compare.
 
     Args:
         values: variance after layer 1, 2, ..., L; L at least 3.
@@ -105,7 +105,7 @@ def judge(
 ) -> dict[str, Any]:
     """The verdict: facts in numbers, and sentences made of them."""
     grown, spikes = growth(residual), massive(residual)
-    signs = {
+    signs: dict[str, dict[str, Any] | None] = {
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
         "near_identity": _halves(layers, "jacobian_distance"),
         "deep_layers_worth_little": _halves(layers, "loss_added"),
@@ -116,7 +116,7 @@ def judge(
     inside = None
     if cuts is not None and baseline:
         inside = {f"{budget:.0%}": _inside(cuts, baseline["perplexity"], budget) for budget in BUDGETS}
-    found = {
+    found: dict[str, Any] = {
         "growth": grown, "massive_activations": spikes, "signs": signs, "idle_layers": idle, "removable": inside,
     }  # fmt: skip
     measured = [sign for sign in signs.values() if sign]
@@ -139,7 +139,7 @@ def _halves(layers: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
     fitting = [cut for cut in cuts if cut["perplexity"] <= perplexity * (1 + budget)]
-    best = fitting[-1] if fitting else {"layers": [], "perplexity": perplexity}
+    best: dict[str, Any] = fitting[-1] if fitting else {"layers": [], "perplexity": perplexity}
     return {"count": len(best["layers"]), "layers": sorted(best["layers"]), "perplexity": best["perplexity"]}
 
 
@@ -147,11 +147,11 @@ def _on_growth(grown: dict[str, Any], num_layers: int) -> list[str]:
     factor = grown["factor"]
     text = (
         f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
-        f"{number(grown['last'])} after the last: {times(factor)}"
+        f"{number(grown['last'])} after the last, {times(factor)} as much"
     )
     if factor > 1.5 and "fastest" in grown:
         first, last = grown["fastest"]["layers"]
-        text += f", {times(grown['fastest']['factor'])} of it in layers {first} to {last}"
+        text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
     sentences = [text + "."]
     if fits := grown["fits"]:
         said = {
@@ -174,8 +174,8 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
     if not spikes:
         return []
     text = (
-        f"A few tokens carry massive activations, from layer {spikes['layer']} on: counted in, the variance behind it is "
-        f"{times(spikes['factor'])} that of a typical token"
+        f"A few tokens carry massive activations, from layer {spikes['layer']} on: counted in, the variance behind it "
+        f"is {times(spikes['factor'])} that of a typical token"
     )
     if spikes["factor_without_first"] < MASSIVE:
         text += ", and all of that is the first token of each sequence"
@@ -204,21 +204,24 @@ def _on_layers(
         if idle:
             sentences.append(
                 f"{_layers(idle)} {'does' if len(idle) == 1 else 'do'} almost nothing: without {_it(idle)}, one at a "
-                f"time, perplexity rises by less than {IDLE:.0%}."
+                f"time, perplexity rises by less than {100 * IDLE:.0f} %."
             )
         else:
             least = min(layers, key=lambda one: one["loss_added"])
             sentences.append(
                 f"No layer does almost nothing: the least needed is layer {least['layer']}, without which perplexity "
                 f"rises from {number(baseline['perplexity'])} to {number(least['perplexity_without'])} "
-                f"({math.expm1(least['loss_added']):+.1%})."
+                f"({100 * math.expm1(least['loss_added']):+.1f} %)."
             )
     if removable := found["removable"]:
         five, ten = (removable[f"{budget:.0%}"] for budget in BUDGETS)
-        text = f"Within 5 % of perplexity {_could_go(five)}, within 10 % {_could_go(ten)}"
+        same = five["count"] == ten["count"]
+        text = f"Within {'5 % or 10 %' if same else '5 %'} of perplexity {_could_go(five)}"
         sentences.append(
-            text + "; removed together in the order of what each costs alone, without healing. `hf-lnscale prune` "
-            "searches and heals."
+            text
+            + ("" if same else f", within 10 % {_could_go(ten)}")
+            + ". Removed together, in the order of what each "
+            "costs alone, without healing; hf-lnscale prune searches and heals."
         )
     return sentences
 
@@ -260,11 +263,11 @@ def number(value: float | None) -> str:
 
 
 def times(factor: float) -> str:
-    return f"{number(factor)} times" if factor >= 10 else f"{factor:.2f} times"
+    return f"{number(factor) if factor >= 10 else format(factor, '.2f')} times"
 
 
 def _percent(fit: dict[str, float]) -> str:
-    return f"{fit['off_by'] - 1:.0%}" if fit["off_by"] < 10 else times(fit["off_by"])
+    return f"{100 * (fit['off_by'] - 1):.0f} %" if fit["off_by"] < 10 else times(fit["off_by"])
 
 
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
@@ -294,5 +297,9 @@ def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
     )
     for budget in BUDGETS:
         key = f"{budget:.0%}"
-        row(f"layers that could go inside {key}", [(v["removable"] or {}).get(key, {}).get("count") for _, v, _ in both], str)
+        row(
+            f"layers that could go inside {100 * budget:.0f} % of perplexity",
+            [(v["removable"] or {}).get(key, {}).get("count") for _, v, _ in both],
+            str,
+        )
     return rows

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .._version import __version__
@@ -62,7 +63,7 @@ def diagnose(
       sequences alone.
 
     What is announced, with `progress`, is the sum for the model at hand. Memory beyond the model: the pass holds one
-    batch; the rest L states of one batch, shape (L, B, T, D), and the graph of one layer. `batch_size` 1 makes it small.
+    batch; the rest L states of one batch, shape (L, B, T, D), and the graph of one layer. A small `batch_size` helps.
 
     Args:
         model: a model of a known family, in any wrapper, on any devices; for `loss` and `gradients` with its language
@@ -103,8 +104,9 @@ def diagnose(
         full, added, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
         if loss:
             with bar.part("loss"):
-                step = costs["loss"] / len(batches) / len(stack.layers)
-                full, without = _sweep(model, batches, (), None, "loss", lambda: bar.advance(step))
+                full, without = _sweep(
+                    model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
+                )
                 added = [one - full for one in without.values()]
             with bar.part("cuts"):
                 cuts = _nested_cuts(model, batches, added, full, bar)
@@ -215,12 +217,17 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
         "model_type": config.model_type,
         "num_layers": len(stack.layers),
         "hidden_size": config.hidden_size,
-        "parameters": (model if hasattr(model, "num_parameters") else stack.model).num_parameters(),
+        "parameters": _parameters(model, stack),
         "dtype": str(stack.model.dtype).removeprefix("torch."),
         "quantized": getattr(config, "quantization_config", None) is not None,
         "ln_scaling": get_ln_scaling(config),
         "dropped_layers": (vars(config).get(DROPPED) or {}).get("layers", []),
     }
+
+
+def _parameters(model: nn.Module, stack: Stack) -> int:
+    """Also of packed weights, which transformers knows to count."""
+    return (model if isinstance(model, PreTrainedModel) else stack.model).num_parameters()
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
