@@ -151,7 +151,7 @@ def _require_finite(stack: Stack, streamed: Streamed) -> None:
         if not math.isfinite(moments.variance):
             where = f"after layer {place - 1}" if place else "after the embedding"
             raise ValueError(
-                f"model: the residual stream {where} is not finite in {stack.model.dtype}; load the model in bfloat16 "
+                f"model: the residual stream {where} is not finite in {_dtype(stack)}; load the model in bfloat16 "
                 "or float32"
             )
 
@@ -218,11 +218,15 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
         "num_layers": len(stack.layers),
         "hidden_size": config.hidden_size,
         "parameters": _parameters(model, stack),
-        "dtype": str(stack.model.dtype).removeprefix("torch."),
+        "dtype": _dtype(stack),
         "quantized": getattr(config, "quantization_config", None) is not None,
         "ln_scaling": get_ln_scaling(config),
         "dropped_layers": (vars(config).get(DROPPED) or {}).get("layers", []),
     }
+
+
+def _dtype(stack: Stack) -> str:
+    return str(stack.model.dtype).removeprefix("torch.")
 
 
 def _parameters(model: nn.Module, stack: Stack) -> int:
