@@ -21,7 +21,14 @@ from ..depth.layers import _public_name
 from ..depth.scores import _Halves, _sweep, loss_without
 from ..scaling import DROPPED, Stack, get_ln_scaling, text_stack
 from . import verdict
-from .measure import Streamed, gradient_norms, jacobian_distances, stream, weights_have_gradients
+from .measure import (
+    NotDifferentiableError,
+    Streamed,
+    gradient_norms,
+    jacobian_distances,
+    stream,
+    weights_have_gradients,
+)
 from .result import Diagnosis
 
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
@@ -96,7 +103,7 @@ def diagnose(
     wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
     costs = _costs(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
     costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
-    notes = []
+    notes: list[str] = []
     with _Progress(costs, batches.num_tokens, progress) as bar:
         with bar.part("stream"):
             streamed = stream(model, batches, lambda share: bar.advance(share * costs["stream"]))
@@ -111,12 +118,12 @@ def diagnose(
             with bar.part("cuts"):
                 cuts = _nested_cuts(model, batches, added, full, bar)
         if gradients:
-            with bar.part("gradients"):
+            with bar.part("gradients"), _noting("gradients", notes):
                 weights_NL, states_L = gradient_norms(model, batches, bar.advance, costs["gradients"])
-            if not weights_have_gradients(stack):
+            if states_L is not None and not weights_have_gradients(stack):
                 notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
         if jacobian:
-            with bar.part("jacobian"):
+            with bar.part("jacobian"), _noting("jacobian_distance", notes):
                 distances_SL = jacobian_distances(model, few, jacobian_probes, bar.advance, costs["jacobian"])
     residual = _residual(streamed)
     layers = _layers(streamed, full, added, weights_NL, states_L, distances_SL)
@@ -134,6 +141,15 @@ def diagnose(
         notes=notes,
         versions={"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
     )
+
+
+@contextmanager
+def _noting(what: str, notes: list[str]) -> Iterator[None]:
+    """What no gradient goes through is not measured, and that is said."""
+    try:
+        yield
+    except NotDifferentiableError as error:
+        notes.append(f"{what}: {error}")
 
 
 def _require_head(model: nn.Module) -> None:

@@ -203,6 +203,26 @@ class _Pass:
 # --- with gradients ---------------------------------------------------------------------------------------------------
 
 
+class NotDifferentiableError(ValueError):
+    """A layer computes with an operation that no gradient goes through."""
+
+
+def _require_differentiable(y: torch.Tensor) -> None:
+    """Kernels made for inference may have no backward: autograd goes around them with a warning, and is silently wrong.
+
+    (So does bitsandbytes' on a CPU, once a pass without gradients has packed the weights.)
+    """
+    queue, seen = [y.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "NotImplemented" in node.name():
+            raise NotDifferentiableError("the layers compute with a kernel that no gradient goes through")
+        queue += [after for after, _ in node.next_functions]
+
+
 @dataclass
 class _Call:
     """How a layer was called in a pass, to call it again by itself."""
@@ -285,6 +305,7 @@ def gradient_norms(
 
     Raises:
         ValueError: for a model without a language head, and if there is no token to predict.
+        NotDifferentiableError: if no gradient goes through a layer.
     """
     halves = _Halves(model)
     layers = halves.stack.layers
@@ -330,6 +351,7 @@ def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Ten
     x_BTD = call.x_BTD.detach().requires_grad_()
     with torch.enable_grad(), _requiring_gradients(parameters):
         y_BTD = call.again(x_BTD)
+        _require_differentiable(y_BTD)
         found = torch.autograd.grad(
             y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True
         )  # experts that no token went to have none
@@ -353,6 +375,9 @@ def jacobian_distances(
 
     Returns:
         Shape (sequences, L), the mean over the probes; sequences of a single token are left out.
+
+    Raises:
+        NotDifferentiableError: if no gradient goes through a layer.
     """
     stack = text_stack(model)
     generator = torch.Generator().manual_seed(0)
@@ -369,6 +394,7 @@ def jacobian_distances(
                 x_BTD = call.x_BTD.detach().requires_grad_()
                 with torch.enable_grad():
                     y_BTD = call.again(x_BTD)
+                _require_differentiable(y_BTD)
                 for probe in range(probes):
                     u_BTD = torch.randint(0, 2, x_BTD.shape, generator=generator) * 2 - 1
                     u_BTD = (u_BTD * rest_BT[..., None]).to(y_BTD)
