@@ -92,7 +92,7 @@ def with_hooked_norms(plain: nn.Module, norms: Sequence[str], scales: Sequence[f
     return hooked
 
 
-# --- measures over depth: the papers' formulas, on states that forward hooks record ------------------------------------
+# --- measures over depth: the papers' formulas, on states that forward hooks record -----------------------------------
 
 
 def residual_stream(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -252,7 +252,7 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
 
     def loss(removed):
         cut = copy.deepcopy(model)
-        cut.model.layers = nn.ModuleList(l for i, l in enumerate(cut.model.layers) if i not in removed)
+        cut.model.layers = nn.ModuleList(layer for i, layer in enumerate(cut.model.layers) if i not in removed)
         cut.config.num_hidden_layers = len(cut.model.layers)
         with torch.no_grad():
             logits = cut(ids, use_cache=False).logits[:, :-1]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of a figure, in its own units; on a wide screen these are pixels.
 WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 8, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 8, 34, 48
 # Colours of the heat map, from nothing to much: viridis, reversed (van der Walt and Smith 2015), at nine points.
 _HEAT = ("#fde725", "#aadc32", "#5ec962", "#27ad81", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
 _SHADES = 32
@@ -43,6 +43,7 @@ def render(diagnoses: Sequence[Diagnosis]) -> str:
         columns=[column for column in _COLUMNS if any(_column(one, column) for one in diagnoses)],
         rows=_rows,
         data=[_data(one) for one in diagnoses],
+        geometry=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         number=number, times=times, ranges=ranges, heat=_HEAT, budgets=verdict.BUDGETS,
     )  # fmt: skip
 
@@ -336,7 +337,7 @@ def _tick_beside(y: float, text: str) -> str:
 
 def _layers_axis(layers: int) -> str:
     return "".join(
-        f'<text class="tick" x="{_x(layer, layers):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{layer}</text>'
+        f'<text class="tick" x="{_x(layer, layers):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{layer}</text>'
         for layer in range(0, layers, _every(layers))
     )
 
@@ -346,11 +347,10 @@ def _every(layers: int) -> int:
 
 
 def _labels(below: str, beside: str) -> str:
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    # Above the axis and not along it: read without turning the head, and in nobody's way on a phone.
     return (
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{below}</text>'
-        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(beside)}</text>"
+        f'<text class="label" x="4" y="18">{escape(beside)}</text>'
     )
 
 
