@@ -162,7 +162,7 @@ _FIGURES = (
     ),
     _Spec(
         "jacobian",
-        "How near each layer is to doing nothing",
+        "How near each layer is to the identity",
         "Distance of the layer's Jacobian from the identity, |J - I| / |I| in the Frobenius norm, with its standard "
         "error. 0 is a layer that hands its input on.",
         "distance from the identity",
@@ -173,12 +173,11 @@ _FIGURES = (
         "How far each layer turns the stream",
         "Block Influence: 1 - mean cosine of a layer's input and output.",
         "Block Influence",
-        (_Line("block_influence", "Block Influence", "accent"),),
-        bars=True,
+        (_Line("block_influence", "Block Influence", "accent solid dots"),),
     ),
     _Spec(
         "gradient",
-        "What each layer learns from",
+        "The gradient of each layer",
         "Norm of the gradient of the loss with respect to all weights of the layer, mean over batches with its "
         "standard error. It depends on the size of the batches: compare layers, and models on the same data.",
         "gradient norm",
@@ -186,7 +185,7 @@ _FIGURES = (
     ),
     _Spec(
         "state_gradient",
-        "How much the loss depends on the stream",
+        "The gradient that comes back through the stream",
         "Norm of the gradient of a sequence's loss with respect to a token's state in front of the layer.",
         "gradient norm of a state",
         (_Line("state_gradient_norm", "gradient norm", "accent solid dots"),),

@@ -155,18 +155,18 @@ def _on_growth(grown: dict[str, Any], num_layers: int) -> list[str]:
     sentences = [text + "."]
     if fits := grown["fits"]:
         said = {
-            "linear": f"linear (misses by {_percent(fits['linear'])})",
-            "polynomial": f"polynomial, l^{fits['polynomial']['power']:.1f} ({_percent(fits['polynomial'])})",
-            "exponential": f"exponential, {times(fits['exponential']['rate'])} a layer "
-            f"({_percent(fits['exponential'])})",
+            "linear": "linear",
+            "polynomial": f"polynomial, l^{fits['polynomial']['power']:.1f}",
+            "exponential": f"exponential, {times(fits['exponential']['rate'])} a layer",
         }
-        fitted = "; ".join(said.values())
+        order = sorted(said, key=lambda kind: fits[kind]["off_by"])
+        fitted = "; ".join(f"{said[kind]} (misses by {_percent(fits[kind])})" for kind in order)
         if factor <= 1.5:
             sentences.append("It hardly grows, so it has no kind of growth.")
         elif grown["kind"]:
-            sentences.append(f"Its growth is {grown['kind']} rather than anything else. Fits: {fitted}.")
+            sentences.append(f"The best fit of its growth is {fitted}.")
         else:
-            sentences.append(f"Which kind of growth it is cannot be told. Fits: {fitted}.")
+            sentences.append(f"No fit of its growth is clearly the best: {fitted}.")
     return sentences
 
 
@@ -254,12 +254,14 @@ def ranges(layers: list[int]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, with separators for large numbers."""
+    """Three digits, those of thousands apart."""
     if value is None:
         return "-"
-    if value and (abs(value) < 0.001 or abs(value) >= 1e7):
+    if not value:
+        return "0"
+    if abs(value) < 0.001 or abs(value) >= 1e7:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
 def times(factor: float) -> str:
