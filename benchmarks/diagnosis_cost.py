@@ -3,10 +3,10 @@
     python benchmarks/diagnosis_cost.py                                    # a small random Llama
     python benchmarks/diagnosis_cost.py --checkpoint NAME --text FILE --dtype bfloat16
 
-Prints one table. Each part is run in turn with plain passes, so that a machine whose speed drifts slows both; the ratio
-of each pair is taken, and the median of the ratios and their quartiles are printed, beside what `diagnose` announces.
-The plain pass is the model's own, in evaluation mode, without gradients and without a cache: with the head for the parts
-that need it, without for the stream, whose promise is at most 2.
+Prints one table. Each part is run in turn with plain passes, so that a machine whose speed drifts slows both; the
+ratio of each pair is taken, and the median of the ratios and their quartiles are printed, beside what `diagnose`
+announces. The plain pass is the model's own, in evaluation mode, without gradients and without a cache: with the head
+for the parts that need it, without for the stream, whose promise is at most 2.
 """
 
 from __future__ import annotations

@@ -119,6 +119,13 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     )  # fmt: skip
 
 
+def _moments(x: torch.Tensor) -> torch.Tensor:
+    """Variance and mean of each channel, shape (2, D). In two steps, which take a third of the time of `var_mean`."""
+    tokens = tuple(range(x.dim() - 1))
+    mean_D = x.mean(tokens)
+    return torch.stack([(x - mean_D).square_().mean(tokens), mean_D])
+
+
 class _Pass:
     """The sums of a pass: on the device while a batch runs, fetched once a batch, as to wait at each layer costs more.
 
@@ -163,9 +170,7 @@ class _Pass:
         # Without padding a view, else a copy.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
         for found, part, count in zip(self.moments, parts, self.counts, strict=True):
-            part = part.flatten(0, -2) if part.is_contiguous() else part
-            dims = tuple(range(part.dim() - 1))
-            found.append(torch.stack(torch.var_mean(part, dims, correction=0)) if count else part.new_zeros(2, 0))
+            found.append(_moments(part) if count else part.new_zeros(2, 0))
 
     def between(self, place: int, m_BTD: torch.Tensor) -> None:
         m_BTD = wide(m_BTD)
