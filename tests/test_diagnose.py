@@ -426,6 +426,18 @@ def places(typical, variance=None):
     ]
 
 
+def test_kinds_that_fit_alike_are_not_told_apart():
+    found = verdict.growth(places([2.0 * i for i in range(1, 9)]))  # linear, and l ** 1
+    assert found["kind"] is None
+    assert found["factor"] == 8
+    text = verdict.judge(places([2.0 * i for i in range(1, 9)]), layers_of([1] * 8, [1] * 8), None, None)["sentences"]
+    assert "No fit of its growth is clearly the best" in text[1]
+    assert verdict.growth(places([2.0 * 1.5**i for i in range(8)]))["fastest"]["layers"] == [1, 2]
+    step = verdict.growth(places([1.0] * 5 + [9.0] * 3))["fastest"]
+    assert step["factor"] == 9
+    assert 5 in range(step["layers"][0], step["layers"][1] + 1)
+
+
 def layers_of(jacobian, added):
     return [
         {"layer": i, "jacobian_distance": j, "loss_added": a, "perplexity_without": 10 * math.exp(a)}

@@ -19,7 +19,7 @@ IDLE = 0.01
 BUDGETS = (0.05, 0.10)
 # Massive activations: these few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
-# Two kinds of growth cannot be told apart if one misses by less than this much more than the other, in log units.
+# Of two kinds of growth one is the better if the other misses by more than this many times as much, and 1 %.
 TIE = 1.1
 
 
@@ -79,7 +79,7 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
         off = {kind: math.log(fit["off_by"]) for kind, fit in found["fits"].items()}
         best = min(off, key=off.__getitem__)
         # A model whose stream does not grow has no kind of growth.
-        if found["factor"] > 1.5 and all(off[kind] > TIE * off[best] for kind in off if kind != best):
+        if found["factor"] > 1.5 and all(off[kind] > TIE * off[best] + 0.01 for kind in off if kind != best):
             found["kind"] = best
     return found
 
