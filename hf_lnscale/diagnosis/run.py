@@ -64,7 +64,10 @@ def run(
         raise ValueError("--device and --device-map: give one of the two")
     names = [checkpoint] if compare is None else [checkpoint, compare]
     for name in names:  # a second one that is none is told before the first is measured
-        family_of(AutoConfig.from_pretrained(name), "diagnose")
+        config = AutoConfig.from_pretrained(name)
+        family_of(config, "diagnose")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{name!r} is no causal language model; diagnose it from Python, with hf_lnscale.diagnose")
     found = []
     for name in names:
         model = _load(name, dtype, device, device_map)
