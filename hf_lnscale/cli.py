@@ -22,7 +22,7 @@ app = typer.Typer(
     name="hf-lnscale",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Against the curse of depth, for Hugging Face transformers: LayerNorm Scaling, layers dropped by measurement.",
+    help="Against the curse of depth in transformers models: LayerNorm Scaling, and layers dropped by measurement.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 
