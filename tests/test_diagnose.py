@@ -171,7 +171,12 @@ def test_memory_does_not_grow_with_the_batches(parts, ids):
         live.append(sum(isinstance(o, torch.Tensor) and o.numel() >= size for o in gc.get_objects()))
 
     model.model.embed_tokens.register_forward_pre_hook(count)
-    diagnose(model, [ids] * 4, **CHEAP | parts)
+    gc.collect()
+    gc.freeze()  # what was there before need not be gone through each time
+    try:
+        diagnose(model, [ids] * 4, **CHEAP | parts)
+    finally:
+        gc.unfreeze()
     assert len(live) >= 4
     assert live[-1] == live[-3]
 
@@ -226,13 +231,13 @@ def test_jacobians_are_near_the_exact_ones(family):
     ids = tiny.tokens(3, 5)
     model = build(family)
     exact = torch.stack([distance_from_identity(model, ids, layer) for layer in range(LAYERS)])
-    many = {"jacobian": True, "jacobian_probes": 200}
+    many = {"jacobian": True, "jacobian_probes": 100}
     found = diagnose(model, ids, **CHEAP | many)
-    assert of(found, "jacobian_distance") == near(exact.mean(1).sqrt(), rel=0.05)
+    assert of(found, "jacobian_distance") == near(exact.mean(1).sqrt(), rel=0.07)
     assert max(of(found, "jacobian_distance")) > 2 * min(of(found, "jacobian_distance"))
     # The error bar is that of the mean over sequences, through the root.
-    samples = jacobian_distances(model, token_batches(ids), 200, lambda share: None, 1.0)
-    assert torch.allclose(samples, exact.T, rtol=0.1)
+    samples = jacobian_distances(model, token_batches(ids), 100, lambda share: None, 1.0)
+    assert torch.allclose(samples, exact.T, rtol=0.15)
     error = samples.std(0) / 3**0.5 / (2 * samples.mean(0).sqrt())
     assert of(found, "jacobian_distance_error") == near(error)
     # On fewer sequences, those that are asked for.
