@@ -24,6 +24,7 @@ from .scaling import (
     fold_ln_scaling,
     ln_scales,
     remove_ln_scaling,
+    set_ln_scaling_step,
     unfold_ln_scaling,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "register_family",
     "remove_ln_scaling",
     "score_layers",
+    "set_ln_scaling_step",
     "unfold_ln_scaling",
 ]
 

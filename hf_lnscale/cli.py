@@ -72,10 +72,10 @@ def info(
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
     state = "no LayerNorm Scaling"
-    if found.active:
-        state = f"LayerNorm Scaling, exponent {found.active['exponent']:g}, active: needs hf_lnscale to run"
-    elif found.folded:
-        state = f"LayerNorm Scaling, exponent {found.folded['exponent']:g}, folded into the weights: runs anywhere"
+    if scaling := LNScalingConfig.of(found.active or found.folded):
+        way = f" (step {scaling.step} of {scaling.warmup_steps} on the way to {scaling.exponent:g})"
+        where = "active: needs hf_lnscale to run" if found.active else "folded into the weights: runs anywhere"
+        state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{way if scaling.warming_up else ''}, {where}"
     console = Console()
     console.print(f"[bold]{found.path}[/bold]", highlight=False)
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
@@ -86,7 +86,6 @@ def info(
         base = f" of {found.dropped['base']}" if found.dropped["base"] else ""
         console.print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}", highlight=False)
     console.print(f"  scaling  {state}", highlight=False)
-    scaling = LNScalingConfig.of(found.active or found.folded)
     if scaling:
         table = Table("layer", "depth", "scale")
         scaling = scaling.for_layers(found.num_layers)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -341,14 +343,45 @@ def _train(original: Any) -> Any:
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         config = getattr(self.model, "config", None)
-        if folder and isinstance(config, PreTrainedConfig) and os.path.isfile(os.path.join(folder, "config.json")):
-            _require_same_model(config, str(folder))
+        if folder and isinstance(config, PreTrainedConfig):
+            has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
+            step = _require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
+            if step is not None and self.model is not None:  # the weights that are loaded next belong to it
+                scaling.set_ln_scaling_step(self.model, step)
+        _require_led_warmup(self, config)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train
 
 
-def _require_same_model(config: PreTrainedConfig, folder: str) -> None:
+def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
+    """The step of a warmup that was saved with the state of the Trainer, if the model has a warmup."""
+    from .training.warmup import recorded_scaling
+
+    own, state = scaling.LNScalingConfig.of(scaling.get_ln_scaling(config)), folder / "trainer_state.json"
+    if own is None or not own.warmup_steps or not state.is_file():
+        return None
+    recorded = recorded_scaling(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks") or {})
+    return recorded.step if recorded else None
+
+
+def _require_led_warmup(trainer: Trainer, config: Any) -> None:
+    scale = scaling.LNScalingConfig.of(scaling.get_ln_scaling(config)) if isinstance(config, PreTrainedConfig) else None
+    if scale is None or not scale.warming_up:
+        return
+    from .training.warmup import LNScalingWarmupCallback
+
+    if not any(isinstance(callback, LNScalingWarmupCallback) for callback in trainer.callback_handler.callbacks):
+        held = scaling.LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
+        raise ValueError(
+            f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "
+            "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
+            f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
+        )
+
+
+def _require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
+    """The step of a warmup that the checkpoint stands at, if the model has the same one."""
     saved, _ = type(config).get_config_dict(folder)
     there, here = (layers.original_layers(one) for one in (type(config).from_dict(dict(saved)), config))
     if there != here:
@@ -359,8 +392,13 @@ def _require_same_model(config: PreTrainedConfig, folder: str) -> None:
     active = _active(saved)
     resumed = copy.deepcopy(config)
     vars(scaling.text_config(resumed))[scaling.ON_DISK] = active
-    if scaling.trained_without(resumed) is not None:
+    own, trained = (scaling.LNScalingConfig.of(one) for one in (scaling.get_ln_scaling(config), active))
+    if own and trained and trained.warmup_steps and own == dataclasses.replace(trained, step=own.step):
+        return trained.step
+    warming_up = any(one and one.warming_up for one in (own, trained))
+    if warming_up or scaling.trained_without(resumed) is not None:
         raise ValueError(
             f"resume_from_checkpoint={folder!r} was trained with ln_scaling={active}, the model has "
             f"ln_scaling={scaling.get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
+    return None
