@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_lnscale.depth.data import TokenBatches, token_batches
 from hf_lnscale.depth.heal import healed
-from hf_lnscale.depth.scores import loss_without
+from hf_lnscale.depth.scores import METHODS as ONE_SHOT
+from hf_lnscale.depth.scores import loss_without, score_layers
 from hf_lnscale.depth.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
@@ -54,6 +55,10 @@ def choose(model: torch.nn.Module, method: str, counts: list[int], data: TokenBa
         file = cache / f"{method}.json" if cache else None
         plan = plan_pruning(model, data, num_layers=max(counts), method=method, resume=file)
         return {n: plan.steps[n - 1]["layers"] for n in counts}
+    calibration, _ = data.split(0.25)  # as plan_pruning does
+    if method in ONE_SHOT:
+        scores = score_layers(model, calibration, method)
+        return {n: scores.lowest(n) for n in counts}
     return {n: list(plan_pruning(model, data, num_layers=n, method=method).layers) for n in counts}
 
 

@@ -65,7 +65,8 @@ def measure(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak(device: str) -> int:
+def peak_memory(device: str) -> int:
+    """The most bytes that were ever in use: of the device's memory on a GPU, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -117,7 +118,7 @@ def main(
     found: dict[str, float] = {
         "load_seconds": time.perf_counter() - started,
         "bytes_read": _bytes_read() - read,
-        "load_peak_bytes": _peak(device),
+        "load_peak_bytes": peak_memory(device),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +140,7 @@ def main(
     # The first of each is warming up.
     found["prefill_tokens_per_second"] = prompt_tokens / statistics.median(prefill[1:])
     found["decode_tokens_per_second"] = new_tokens / statistics.median(decode[1:])
-    found["peak_bytes"] = _peak(device)
+    found["peak_bytes"] = peak_memory(device)
     print(json.dumps(found))
 
 
