@@ -69,8 +69,8 @@ def export_gguf(
     Raises:
         FileExistsError: if `out` exists, without `force`.
         FileNotFoundError: if there is no converter, or no checkpoint.
-        ValueError: if `out` is no name of a GGUF file, if the checkpoint is one already, or if layers were dropped from a
-            model whose layers differ by a pattern that llama.cpp has built in.
+        ValueError: if `out` is no name of a GGUF file, if the checkpoint is one already, or if layers were dropped from
+            a model whose layers differ by a pattern that llama.cpp may have built in.
         RuntimeError: if the converter fails; the message is what it said last.
     """
     target = Path(out)
@@ -114,6 +114,6 @@ def _require_no_pattern(config: Any, shown: str) -> None:
         pattern = getattr(text, name, None)
         if pattern and (name == "mlp_only_layers" or len(set(pattern)) > 1):
             raise ValueError(
-                f"{shown!r} has dropped layers, and its family's layers differ ({name}): llama.cpp has that pattern built "
-                "in, counts it from the first layer, and would compute another function"
+                f"{shown!r} has dropped layers, and its family's layers differ ({name}): llama.cpp may have that "
+                "pattern built in, counted from the first layer, and would then compute another function"
             )

@@ -73,9 +73,9 @@ def push(
 ) -> Upload:
     """Uploads a checkpoint with its model card, in one commit.
 
-    The card is the folder's README.md, or a new one, with the measured table in it: of `evaluation`, of `evaluation.json` in
-    the folder, of its pruning plan, or of the trainer's last evaluation; whichever is there first. A table that was put
-    there before is replaced. The folder itself is not changed.
+    The card is the folder's README.md, or a new one, with the measured table in it: of `evaluation`, of
+    `evaluation.json` in the folder, of its pruning plan, or of the trainer's last evaluation; whichever is there first.
+    A table that was put there before is replaced. The folder itself is not changed.
 
     Args:
         folder: folder of a checkpoint.
@@ -89,8 +89,8 @@ def push(
 
     Raises:
         FileNotFoundError: if `folder` holds no checkpoint, or `evaluation` is no file.
-        ValueError: if a scale is active, without `allow_scaled`; if `repo_id` cannot be one; if `evaluation` is not what
-            `evaluate` writes.
+        ValueError: if a scale is active, without `allow_scaled`; if `repo_id` cannot be one; if `evaluation` is not
+            what `evaluate` writes.
         OSError: if the Hub refuses.
     """
     path = Path(folder)
@@ -109,8 +109,8 @@ def push(
     config = AutoConfig.from_pretrained(name, **where)
     if get_ln_scaling(config) and not allow_scaled:
         raise ValueError(
-            f"{str(folder)!r} has an active scale: only who has hf_lnscale can load it. Fold it first (hf-lnscale export), "
-            "or use --allow-scaled"
+            f"{str(folder)!r} has an active scale: only who has hf_lnscale can load it. Fold it first (hf-lnscale "
+            "export), or use --allow-scaled"
         )
     table = _measured(path, evaluation)
     upload = Upload(repo_id, private, files, _card(path, repo_id, config, base_model, table), path)
@@ -137,7 +137,8 @@ def _measured(path: Path, evaluation: str | os.PathLike | None) -> str:
     if file.is_file():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {_versions(found['settings']['versions'])}."
+            versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
+            return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"evaluation: {str(file)!r} is not what hf-lnscale evaluate --out writes") from None
     if (path / PLAN_FILE).is_file():
@@ -159,16 +160,12 @@ def _measured(path: Path, evaluation: str | os.PathLike | None) -> str:
     return ""
 
 
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
 def _card(path: Path, repo_id: str, config: Any, base_model: str | None, table: str) -> str:
     section = f"{_BEGIN}\n## Measured\n\n{table}\n{_END}" if table else ""
     readme = path / "README.md"
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
-        if not section or (path / PLAN_FILE).is_file() and "Measured by `hf-lnscale evaluate`" not in section:
+        if not section or ((path / PLAN_FILE).is_file() and "Measured by `hf-lnscale evaluate`" not in section):
             return text  # what prune wrote has its table
         if _BEGIN in text and _END in text:
             return re.sub(re.escape(_BEGIN) + ".*?" + re.escape(_END), lambda _: section, text, flags=re.DOTALL)
@@ -182,22 +179,23 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, table: 
     about = [f"A `{config.model_type}` of {text_config(config).num_hidden_layers} layers."]
     if scaling:
         about.append(
-            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is active in it: install `hf_lnscale` and import it "
-            "before loading. Without it, loading fails."
+            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is active in it: install `hf_lnscale` and "
+            "import it before loading. Without it, loading fails."
         )
     elif folded:
         about.append(
-            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is folded into its norm weights: it loads like any "
-            "other model."
+            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is folded into its norm weights: it loads "
+            "like any other model."
         )
     if dropped:
         layers = ", ".join(map(str, dropped["layers"]))
         about.append(
-            f"Layers {layers} of the original's {dropped['num_hidden_layers']}, counted from 0, were dropped. Dropping layers "
+            f"Layers {layers} of the original's {dropped['num_hidden_layers']}, counted from 0, were dropped. That "
             "keeps classification better than generation (arXiv 2602.01997)."
         )
-    load = "import hf_lnscale\n" if scaling else ""
-    code = f'{load}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{repo_id}")'
+    code = "import hf_lnscale\n" if scaling else ""
+    code += "from transformers import AutoModelForCausalLM\n\n"
+    code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
         " ".join(about),

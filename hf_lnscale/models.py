@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -47,7 +47,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     return str(model), {"gguf_file": found[0]}
 
 
-def load(model: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def load(model: str | os.PathLike, **kwargs: Any) -> Any:
     """Loads a causal language model from whatever `locate` finds, in evaluation mode.
 
     The weights of a GGUF file are dequantized on loading; the model is then an ordinary one, and can be saved.

@@ -1,8 +1,8 @@
 """Run by every Python process that `hf-lnscale run` starts, and that these start: the flags go on with transformers.
 
 Python imports a module of this name at its start, and this folder is the first of PYTHONPATH. A process that does not
-import transformers is left as it is; one that does imports hf_lnscale right after it. Nothing but the standard library is
-imported here: the interpreter may be another one, without hf_lnscale.
+import transformers is left as it is; one that does imports hf_lnscale right after it. Nothing but the standard library
+is imported here: the interpreter may be another one, without hf_lnscale.
 """
 
 import importlib.abc

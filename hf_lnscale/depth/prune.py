@@ -30,7 +30,6 @@ from .scores import loss_without
 from .search import SEARCH_METHODS, OtherSearchError, plan_pruning
 
 
-
 def prune(
     checkpoint: str,
     data: Any,
@@ -75,8 +74,8 @@ def prune(
         progress: show progress bars.
 
     Returns:
-        The plan, with what both cost in its notes, and a table of before and after: layers, parameters, size, perplexity,
-        speed, memory.
+        The plan, with what both cost in its notes, and a table of before and after: layers, parameters, size,
+        perplexity, speed, memory.
 
     Raises:
         FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
@@ -99,7 +98,7 @@ def prune(
             f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    model: Any = load(checkpoint, dtype=dtype).to(device)  # type: ignore[operator]
+    model: Any = load(checkpoint, dtype=dtype).to(device)
     batches = token_batches(
         data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
     )
@@ -154,9 +153,7 @@ def prune(
             for path in (checkpoint, str(partial))
         ]
         sizes = [size_on_disk(path) for path in (checkpoint, partial)]
-        before, after = (
-            asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True)
-        )
+        before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
         plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
         plan.save(partial / PLAN_FILE)
         rows = _rows(plan, costs, sizes)

@@ -10,11 +10,11 @@ has it, in place of its oldest token: such models go astray without.
 Bits per byte. Perplexity is of a model's own tokens; two tokenizers cannot be compared by it. All nats of a text over
 ln 2 and over the bytes of that text in UTF-8 can: the tokens predicted are the whole text, so the bytes are too.
 
-Standard errors. Tokens of one passage are not independent, so the text is cut into blocks (a document, or about 2 kB of a
-long one, at a space), and a mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of the
-ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 6.4). Blocks are places in the text, the same for every
-model, so two models are compared in pairs of blocks, which takes out how hard the text is: "clustered" and "paired"
-standard errors of arXiv 2411.00640, section 2. They say how much another text of the kind could differ, and nothing about
+Standard errors. Tokens of one passage are not independent, so the text is cut into blocks (a document, or about 2 kB of
+a long one, at a space), and a mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
+the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are places in the text, the same for
+every model, so two models are compared in pairs of blocks, which takes out how hard the text is (the clustered and the
+paired standard errors of arXiv 2411.00640). They say how much another text of the kind could differ, and nothing about
 another training seed.
 
 Shapes: B windows, T tokens of input, V vocabulary, K blocks.
@@ -61,8 +61,8 @@ class Perplexity:
         num_tokens: tokens that were predicted.
         num_bytes: bytes of UTF-8 that these tokens stand for.
         num_documents: documents they are from.
-        unknown_tokens: tokens of the text that the tokenizer does not know; what they hide is not predicted, and bits per
-            byte are too low by as much.
+        unknown_tokens: tokens of the text that the tokenizer does not know; what they hide is not predicted, and bits
+            per byte are too low by as much.
         text: digest of the text.
         tokenization: digest of the token ids; models are compared by the token where it is the same.
         block_nats: shape (K,), float64; None if the tokenizer does not say where in the text a token is.
@@ -95,9 +95,7 @@ class Perplexity:
     @property
     def bits_per_byte(self) -> Estimate:
         """Bits a byte of the text."""
-        return Estimate(
-            self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2))
-        )
+        return Estimate(self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2)))
 
     def minus(self, reference: Perplexity) -> dict[str, Estimate]:
         """Differences to a reference on the same text, with the standard errors of the pairs of blocks.
@@ -137,13 +135,9 @@ def _stderr(residuals: torch.Tensor) -> float:
     return math.sqrt(count / (count - 1) * residuals.square().sum().item())
 
 
-def _difference(
-    ours: Estimate, theirs: Estimate, our_residuals: Any, their_residuals: Any, unit: float
-) -> Estimate:
+def _difference(ours: Estimate, theirs: Estimate, our_residuals: Any, their_residuals: Any, unit: float) -> Estimate:
     known = our_residuals is not None and their_residuals is not None
-    return Estimate(
-        ours.value - theirs.value, _stderr((our_residuals - their_residuals) / unit) if known else None
-    )
+    return Estimate(ours.value - theirs.value, _stderr((our_residuals - their_residuals) / unit) if known else None)
 
 
 def perplexity(
@@ -170,8 +164,8 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for sizes that are not positive or do not go together, for text without a token to predict, and for a
-            model whose outputs are not numbers.
+        ValueError: for sizes that are not positive or do not go together, for text without a token to predict, and for
+            a model whose outputs are not numbers.
     """
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
@@ -283,9 +277,7 @@ def _windows(document: int, length: int, seq_len: int, stride: int) -> Iterator[
         done = end
 
 
-def _nats(
-    model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere: bool
-) -> Iterator[torch.Tensor]:
+def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere: bool) -> Iterator[torch.Tensor]:
     """Minus the log-likelihood of what each window predicts, float64."""
     longest = max(window.end - window.start for window in batch)
     ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)

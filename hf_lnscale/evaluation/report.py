@@ -138,10 +138,10 @@ class Evaluation:
                 add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), _show_timing)  # type: ignore[misc]
             add(
                 "first token, ms",
-                lambda one: one.speed.first_token_seconds,
+                lambda one: one.speed and one.speed.first_token_seconds,
                 lambda value: _show_timing(Timing(*(1000 * part for part in asdict(value).values()))),
             )
-            add("peak memory", lambda one: one.speed.peak_bytes, show_bytes)
+            add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
             cells = []
             for one in self.models:
@@ -176,8 +176,8 @@ class Evaluation:
         if first.speed:
             speed = self.settings["speed"]
             notes.append(
-                f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, median "
-                f"of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
+                f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
                 f"{self.settings['device']}, {first.dtype}."
             )
         if first.tasks:
@@ -211,19 +211,19 @@ def evaluate(
 ) -> Evaluation:
     """Measures models in the same way and compares them with the first: quality, speed, memory, size.
 
-    One model is in memory at a time. Everything that can be wrong with the arguments is found before anything is measured.
+    One model is in memory at a time. What can be wrong with the arguments is found before anything is measured.
 
     Args:
         models: a folder, name on the Hub or GGUF file; or several. The first is what the others are compared with.
-        data: text for perplexity and bits per byte, see `perplexity`; a column "messages" is rendered by the first model's
-            chat template, so that the text is the same for all.
+        data: text for perplexity and bits per byte, see `perplexity`; a column "messages" is rendered by the first
+            model's chat template, so that the text is the same for all.
         tasks: tasks of lm-evaluation-harness by name, or paths of task files.
         include_path: a folder of task files.
         limit: only so many documents of each task.
         num_fewshot: in place of the tasks' own.
         max_bytes: only the first of the text's bytes.
-        seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that one
-            of the models was made for.
+        seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that
+            one of the models was made for.
         batch_size: windows, or requests of tasks, at a time.
         speed: measure speed and memory.
         prompt_tokens, new_tokens, repeats: see `measure`.
@@ -249,7 +249,8 @@ def evaluate(
     if data is not None:
         positions = [most for config in configs if (most := max_positions(config))]
         seq_len = min([SEQ_LEN, *positions]) if seq_len is None else seq_len
-        stride = [check_windows(config, seq_len, stride, batch_size) for config in configs][0]
+        for config in configs:
+            stride = check_windows(config, seq_len, stride, batch_size)
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
         texts = first_bytes(documents(data, AutoTokenizer.from_pretrained(found[0][0], **found[0][1])), max_bytes)
 
@@ -262,7 +263,7 @@ def evaluate(
             cost = measure(
                 name, dtype=dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
             )
-        model: Any = load(name, dtype=dtype).to(device)  # type: ignore[operator]
+        model: Any = load(name, dtype=dtype).to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
         text_figures = None
         if texts is not None:

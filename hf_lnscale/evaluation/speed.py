@@ -95,8 +95,11 @@ def measure(
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise RuntimeError(f"measuring {str(checkpoint)!r} failed: {last[0]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Speed(**{name: Timing(**value) if isinstance(value, dict) else value for name, value in found.items()})
+    found: Any = {
+        name: Timing(**value) if isinstance(value, dict) else value
+        for name, value in json.loads(done.stdout.splitlines()[-1]).items()
+    }
+    return Speed(**found)
 
 
 def peak_bytes(device: str = "cpu") -> int:

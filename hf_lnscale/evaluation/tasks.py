@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,12 +47,13 @@ class TaskResult:
     def minus(self, reference: TaskResult) -> tuple[Estimate, bool]:
         """The difference to a reference, and whether its standard error is of pairs.
 
-        It is where both have the metric of the same documents (arXiv 2411.00640, section 4.2). Else, as for groups of
+        It is where both have the metric of the same documents (arXiv 2411.00640). Else, as for groups of
         tasks, the two are taken for independent: for models that err on the same documents that is too large.
         """
         difference = self.value - reference.value
-        if self.samples is not None and reference.samples is not None and self.samples.keys() == reference.samples.keys():
-            pairs = [self.samples[number] - reference.samples[number] for number in self.samples]
+        ours, theirs = self.samples, reference.samples
+        if ours is not None and theirs is not None and ours.keys() == theirs.keys():
+            pairs = [ours[number] - theirs[number] for number in ours]
             count = len(pairs)
             if count < 2:
                 return Estimate(difference, None), True
@@ -62,7 +64,7 @@ class TaskResult:
         return Estimate(difference, math.hypot(self.stderr, reference.stderr)), False
 
 
-def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+def task_manager(tasks: Sequence[str], include_path: str | os.PathLike | None = None) -> Any:
     """lm-evaluation-harness's `TaskManager`, after a look whether it knows the tasks.
 
     Args:
