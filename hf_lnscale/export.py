@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from .checkpoint import parts, protect, unprotect
 from .families import Family, family_of, text_config
-from .models import locate
+from .models import locate, read_config
 from .scaling import ACTIVE, DROPPED, FOLDED, LNScalingConfig, scale_parameter
 
 # Not copied: the state of a training run, and weights beside the model's safetensors files.
@@ -72,8 +72,7 @@ def read_info(path: str) -> CheckpointInfo:
         OSError: if there is no such checkpoint.
         ValueError: if its scaling is not a valid one.
     """
-    name, where = locate(path)
-    config = AutoConfig.from_pretrained(name, **where)
+    config = read_config(path)
     text = text_config(config)
     num_layers = text.num_hidden_layers
     active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig
 
 from .export import export
-from .models import locate
+from .models import locate, read_config
 from .run import STARTUP
 from .scaling import DROPPED, get_ln_scaling, text_config
 
@@ -82,7 +81,7 @@ def export_gguf(
     name, where = locate(checkpoint)
     if where:
         raise ValueError(f"{str(checkpoint)!r} is a GGUF file already")
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     _require_no_pattern(config, str(checkpoint))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

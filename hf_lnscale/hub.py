@@ -14,13 +14,12 @@ import transformers
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from transformers import AutoConfig
 
 from ._version import __version__
 from .depth.plan import PLAN_FILE, read_plan
 from .evaluation.report import EVALUATION_FILE
 from .evaluation.table import markdown, show_bytes
-from .models import locate
+from .models import locate, read_config
 from .scaling import DROPPED, FOLDED, get_ln_scaling, text_config
 
 # Of a training run, not of the model: states, logs, and a pickle with paths of the machine.
@@ -100,13 +99,12 @@ def push(
         raise ValueError(f"repo_id: {error}") from None
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}")
-    name, where = locate(path)
-    if not where and not (path / "config.json").is_file():
+    if not locate(path)[1] and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no checkpoint: it has no config.json")
     files = _files(path)
     if not any(file.endswith((".safetensors", ".bin", ".gguf")) for file in files):
         raise FileNotFoundError(f"{str(folder)!r} is no checkpoint: it has no weights")
-    config = AutoConfig.from_pretrained(name, **where)
+    config = read_config(path)
     if get_ln_scaling(config) and not allow_scaled:
         raise ValueError(
             f"{str(folder)!r} has an active scale: only who has hf_lnscale can load it. Fold it first (hf-lnscale "

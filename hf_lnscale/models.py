@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -45,6 +45,22 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     if len(found) > 1:
         raise ValueError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
     return str(model), {"gguf_file": found[0]}
+
+
+def read_config(model: str | os.PathLike) -> Any:
+    """Reads a model's configuration from whatever `locate` finds; no weight is read.
+
+    Raises:
+        OSError: if there is no such model; the message names it.
+        ValueError: as `AutoConfig` does, and `locate`.
+    """
+    name, where = locate(model)
+    try:
+        return AutoConfig.from_pretrained(name, **where)
+    except OSError as error:
+        if str(model) in str(error):
+            raise
+        raise OSError(f"cannot read {str(model)!r}: {error}") from error
 
 
 def load(model: str | os.PathLike, **kwargs: Any) -> Any:

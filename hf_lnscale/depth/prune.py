@@ -13,12 +13,12 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .._version import __version__
 from ..evaluation.speed import Speed, measure
 from ..evaluation.table import show_bytes
-from ..models import load, locate, size_on_disk
+from ..models import load, locate, read_config, size_on_disk
 from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
 from .heal import METHODS as HEAL_METHODS
@@ -93,7 +93,7 @@ def prune(
         raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, where = locate(checkpoint)
-    if type(AutoConfig.from_pretrained(name, **where)) not in AutoModelForCausalLM._model_mapping:
+    if type(read_config(checkpoint)) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
         )

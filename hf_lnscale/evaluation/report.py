@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .._version import __version__
 from ..depth.data import documents
-from ..models import load, locate, size_on_disk
+from ..models import load, locate, read_config, size_on_disk
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, max_positions, perplexity
 from .speed import Speed, Timing, measure
 from .table import markdown, show_bytes, terminal
@@ -243,7 +243,7 @@ def evaluate(
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = [locate(name) for name in names]
-    configs = [AutoConfig.from_pretrained(name, **where) for name, where in found]
+    configs = [read_config(name) for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
     if data is not None:
