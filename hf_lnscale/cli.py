@@ -375,7 +375,7 @@ def main() -> None:
     """Runs the command line; a failure is one line on stderr, with a hint, and exit code 1."""
     warnings.showwarning = _show_warning
     try:
-        app()
+        app(prog_name="hf-lnscale")
     except Exception as error:
         if _debug:
             raise

@@ -79,7 +79,8 @@ def load(model: str | os.PathLike, **kwargs: Any) -> Any:
     name, where = locate(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
     if where:
-        vars(loaded.config).pop("quantization_config", None)
+        # The weights are unpacked already, but a model that came from GGUF counts as quantized and is not saved.
+        loaded.hf_quantizer.remove_quantization_config(loaded)
     return loaded.eval()
 
 
