@@ -18,6 +18,7 @@ from .run import STARTUP
 from .scaling import DROPPED, get_ln_scaling, text_config
 
 CONVERTER = "convert_hf_to_gguf.py"
+_PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def find_converter(path: str | os.PathLike | None = None) -> Path:
@@ -106,12 +107,14 @@ def _without_the_flags() -> dict[str, str]:
 
 
 def _require_no_pattern(config: Any, shown: str) -> None:
+    """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
     text = text_config(config)
     if DROPPED not in vars(text):
         return
-    for name in ("layer_types", "no_rope_layers", "mlp_only_layers"):
-        pattern = getattr(text, name, None)
-        if pattern and (name == "mlp_only_layers" or len(set(pattern)) > 1):
+    plain = {key: value for key, value in text.to_dict().items() if key not in (*_PATTERNS, DROPPED)}
+    family = type(text).from_dict(plain)
+    for name in _PATTERNS:
+        if getattr(text, name, None) != getattr(family, name, None):
             raise ValueError(
                 f"{shown!r} has dropped layers, and its family's layers differ ({name}): llama.cpp may have that "
                 "pattern built in, counted from the first layer, and would then compute another function"

@@ -1,4 +1,4 @@
-"""The command line as a whole: help, errors, exit codes, completion, what a model may be; verbs have their own tests."""
+"""The command line as a whole: help, errors, exit codes, completion, what a model may be."""
 
 from __future__ import annotations
 

@@ -263,6 +263,7 @@ def folder(tmp_path_factory):
         "output_type": "multiple_choice",
         "doc_to_target": "{{gold}}",
         "doc_to_choice": "{{choices}}",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
     likelihood = shared | {
