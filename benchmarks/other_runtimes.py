@@ -4,8 +4,8 @@
     python benchmarks/other_runtimes.py CHECKPOINT --converter PATH/OF/llama.cpp
 
 From a plain checkpoint, three are made: one with an active scale that computes the same as before (its norm weights are
-divided by the scale), exported, and so folded, by `hf_lnscale.gguf.export_gguf`; one without some of the layers; and, as
-a control, the first with its scale lost, as if a converter ignored it. Each is compared with the model in transformers:
+divided by the scale), exported, and so folded, by `hf_lnscale.gguf.export_gguf`; one without some layers; and, as a
+control, the first with its scale lost, as if a converter ignored it. Each is compared with the model in transformers:
 greedy tokens of several prompts, and the logits at each place of what transformers wrote.
 
 It also says what the converter makes of the checkpoint whose scale is active.
@@ -139,21 +139,13 @@ def main(
         name = f"without layers {', '.join(map(str, dropped))}"
         rows.append((name, compare(pruned, tokenizer, convert(pruned, "pruned"), new_tokens)))
 
+    title = f"{Path(checkpoint).name}, GGUF {outtype}"
     table = Table(
-        f"{Path(checkpoint).name}, GGUF {outtype}",
-        "same texts",
-        "same next token",
-        "largest difference of logits",
-        "lead",
+        title, "same texts", "same next token", "largest difference of logits", "largest lead of another token"
     )
     for name, it in rows:
-        table.add_row(
-            name,
-            f"{it.texts} of {len(PROMPTS)}",
-            f"{it.places} of {it.total}",
-            f"{it.difference:.2g}",
-            f"{it.margin:.2g}",
-        )
+        texts, places = f"{it.texts} of {len(PROMPTS)}", f"{it.places} of {it.total}"
+        table.add_row(name, texts, places, f"{it.difference:.2g}", f"{it.margin:.2g}")
     console = Console(width=140)
     console.print(table)
     console.print(f"{script.name} on the checkpoint with an active scale, {said}", highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from .depth.layers import drop_layers
 from .depth.plan import PruningPlan
 from .depth.scores import LayerScores, score_layers
 from .depth.search import plan_pruning
+from .evaluation import evaluate
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
 from .scaling import (
@@ -37,6 +38,7 @@ __all__ = [
     "draft_model",
     "drop_layers",
     "enable",
+    "evaluate",
     "fold_ln_scaling",
     "heal",
     "is_enabled",

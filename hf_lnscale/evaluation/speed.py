@@ -1,7 +1,4 @@
-"""What a checkpoint costs to run, measured in a process of its own: nothing else is in its memory.
-
-python -m hf_lnscale.evaluation.speed CHECKPOINT
-"""
+"""What a checkpoint costs to run, measured in a process of its own: nothing else is in its memory."""
 
 from __future__ import annotations
 
@@ -17,6 +14,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
+from ..models import load
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def measure(
     arguments = ["--dtype", dtype, "--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--repeats", repeats]
     arguments += ["--drop", ",".join(map(str, drop_layers))] if drop_layers else []
     arguments += ["--device", device] if device else []
-    command = [sys.executable, "-m", "hf_lnscale.evaluation.speed", str(checkpoint), *map(str, arguments)]
+    start = "import typer; from hf_lnscale.evaluation.speed import main; typer.run(main)"
+    command = [sys.executable, "-c", start, str(checkpoint), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -125,9 +125,6 @@ def main(
     repeats: int = 3,
 ) -> None:
     """Prints what loading and running a checkpoint costs, as one line of JSON."""
-    import hf_lnscale  # noqa: F401
-    from hf_lnscale.models import load
-
     keywords: dict[str, Any] = {"drop_layers": [int(layer) for layer in drop.split(",")]} if drop else {}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
@@ -160,7 +157,3 @@ def main(
         first_token_seconds=Timing.of(prefill),
     )
     print(json.dumps(asdict(found)))
-
-
-if __name__ == "__main__":
-    typer.run(main)
