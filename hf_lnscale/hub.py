@@ -72,14 +72,14 @@ def push(
 ) -> Upload:
     """Uploads a checkpoint with its model card, in one commit.
 
-    The card is the folder's README.md, or a new one, with the measured table in it: of `evaluation`, of
-    `evaluation.json` in the folder, of its pruning plan, or of the trainer's last evaluation; whichever is there first.
-    A table that was put there before is replaced. The folder itself is not changed.
+    The card is the folder's README.md, with the table of the evaluation in it if there is one (in place of one that was
+    put there before); or a new card with that table, or else that of the pruning plan, or of the trainer's last
+    evaluation. The folder itself is not changed.
 
     Args:
         folder: folder of a checkpoint.
         repo_id: name of a repository on the Hub; made if it does not exist.
-        evaluation: a JSON file that `hf-lnscale evaluate --out` wrote.
+        evaluation: a JSON file that `hf-lnscale evaluate --out` wrote; else `evaluation.json` in the folder.
         base_model: name on the Hub of the model that this one was made from, for the card.
         allow_scaled: upload a checkpoint with an active scale, which needs hf_lnscale to load.
         private: make a new repository private.
@@ -110,8 +110,9 @@ def push(
             f"{str(folder)!r} has an active scale: only who has hf_lnscale can load it. Fold it first (hf-lnscale "
             "export), or use --allow-scaled"
         )
-    table = _measured(path, evaluation)
-    upload = Upload(repo_id, private, files, _card(path, repo_id, config, base_model, table), path)
+    upload = Upload(
+        repo_id, private, files, _card(path, repo_id, config, base_model, _evaluated(path, evaluation)), path
+    )
     if dry_run:
         return upload
     api = HfApi(library_name="hf_lnscale", library_version=__version__)
@@ -127,18 +128,23 @@ def _files(path: Path) -> dict[str, int]:
     return {name: (path / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=LEFT_OUT)}
 
 
-def _measured(path: Path, evaluation: str | os.PathLike | None) -> str:
-    """A section of Markdown with figures, or ""."""
+def _evaluated(path: Path, evaluation: str | os.PathLike | None) -> str:
+    """The table that `evaluate` found, in Markdown, or ""."""
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
-    if evaluation and not file.is_file():
-        raise FileNotFoundError(f"evaluation: there is no file {str(file)!r}")
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
-            return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"evaluation: {str(file)!r} is not what hf-lnscale evaluate --out writes") from None
+    if not file.is_file():
+        if evaluation:
+            raise FileNotFoundError(f"evaluation: there is no file {str(file)!r}")
+        return ""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
+        return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"evaluation: {str(file)!r} is not what hf-lnscale evaluate --out writes") from None
+
+
+def _noted(path: Path) -> str:
+    """A table of the figures that pruning or training left in the folder, or ""."""
     if (path / PLAN_FILE).is_file():
         plan = read_plan(path)
         if {"before", "after"} <= plan.perplexity.keys() and plan.data.get("held_out"):
@@ -158,13 +164,16 @@ def _measured(path: Path, evaluation: str | os.PathLike | None) -> str:
     return ""
 
 
-def _card(path: Path, repo_id: str, config: Any, base_model: str | None, table: str) -> str:
-    section = f"{_BEGIN}\n## Measured\n\n{table}\n{_END}" if table else ""
+def _section(table: str) -> str:
+    return f"{_BEGIN}\n## Measured\n\n{table}\n{_END}" if table else ""
+
+
+def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluated: str) -> str:
     readme = path / "README.md"
     if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-        if not section or ((path / PLAN_FILE).is_file() and "Measured by `hf-lnscale evaluate`" not in section):
-            return text  # what prune wrote has its table
+        text, section = readme.read_text(encoding="utf-8"), _section(evaluated)
+        if not section:
+            return text
         if _BEGIN in text and _END in text:
             return re.sub(re.escape(_BEGIN) + ".*?" + re.escape(_END), lambda _: section, text, flags=re.DOTALL)
         return f"{text.rstrip()}\n\n{section}\n"
@@ -198,7 +207,7 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, table: 
         f"# {repo_id.rpartition('/')[2]}",
         " ".join(about),
         f"```python\n{code}\n```",
-        section,
+        _section(evaluated or _noted(path)),
         f"Made with hf_lnscale {__version__}, transformers {transformers.__version__}, torch {torch.__version__}.",
     ]
     card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
