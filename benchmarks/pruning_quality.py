@@ -4,13 +4,16 @@
 
 Layers are chosen and healing is fitted on the first part of the text; perplexity is on its last windows, which neither
 has seen. Peers are run by their rule, on the same data: "deepest" and "angular" of Gromov et al. (arXiv 2403.17887),
-"block_influence" of ShortGPT (2403.03853), "angular" with "linear" healing, which is ReplaceMe (2505.02819).
+"block_influence" of ShortGPT (2403.03853), "angular" healed by "replaceme" as that is published (2505.02819, section 3:
+plain least squares over all tokens), and by our "linear", the same map with a penalty that held-out loss chooses.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +25,15 @@ from transformers import AutoModelForCausalLM
 
 from hf_lnscale.depth.data import TokenBatches, token_batches
 from hf_lnscale.depth.heal import healed
-from hf_lnscale.depth.scores import loss_without
+from hf_lnscale.depth.scores import METHODS as ONE_SHOT
+from hf_lnscale.depth.scores import loss_without, score_layers
 from hf_lnscale.depth.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
-OURS = ("perplexity", "kl", "greedy", "greedy_healed", "beam", "best_of")
+STEPWISE = ("greedy", "greedy_healed", "beam")
+# They measure the model without each layer, and those above at every step.
+COSTLY = ("perplexity", "kl", *STEPWISE)
+OURS = (*COSTLY, "best_of")
 
 
 def parts(
@@ -44,11 +51,45 @@ def choose(model: torch.nn.Module, method: str, counts: list[int], data: TokenBa
     total = model.config.num_hidden_layers
     if method == "deepest":
         return {n: list(range(total - 1 - n, total - 1)) for n in counts}
-    if method in ("greedy", "greedy_healed", "beam"):  # nested: the longest search has them all
+    if method in STEPWISE:  # step by step: the longest one has them all
         file = cache / f"{method}.json" if cache else None
         plan = plan_pruning(model, data, num_layers=max(counts), method=method, resume=file)
         return {n: plan.steps[n - 1]["layers"] for n in counts}
+    calibration, _ = data.split(0.25)  # as plan_pruning does
+    if method in ONE_SHOT:
+        scores = score_layers(model, calibration, method)
+        return {n: scores.lowest(n) for n in counts}
     return {n: list(plan_pruning(model, data, num_layers=n, method=method).layers) for n in counts}
+
+
+@contextmanager
+def replaceme(model: torch.nn.Module, gone: list[int], data: TokenBatches) -> Iterator[None]:
+    """ReplaceMe's closed form, T = (M^T M)^-1 M^T (L - Y), folded into `down_proj`; written anew from the paper.
+
+    M is the MLP's output in front of the cut, Y what it is added to, L the state behind the cut. No penalty, nothing
+    held out.
+    """
+    layers, seen = model.model.layers, {}
+    before, after = layers[gone[0] - 1], layers[gone[-1]]
+    mm, ml = 0.0, 0.0
+    watched = {"m": before.mlp, "y": before, "l": after}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, name=name: seen.__setitem__(name, output.double().flatten(0, 1))
+        )
+        for name, module in watched.items()
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model.model(**batch.to(model.device).model_inputs(), use_cache=False)
+            mm, ml = mm + seen["m"].T @ seen["m"], ml + seen["m"].T @ (seen["l"] - (seen["y"] - seen["m"]))
+        for hook in hooks:
+            hook.remove()
+        weight = before.mlp.down_proj.weight
+        saved = weight.clone()
+        weight.copy_(torch.linalg.solve(mm, ml).T @ weight.double())
+        yield
+        weight.copy_(saved)
 
 
 def main(
@@ -56,8 +97,12 @@ def main(
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file.")],
     layers: Annotated[str, typer.Option(help="Numbers of layers to drop.")] = "2,4,6,8",
     methods: Annotated[str, typer.Option(help="Rules to run.")] = ",".join((*PEERS, *OURS)),
-    heals: Annotated[str, typer.Option(help="Healings to run after each.")] = "linear,refit",
+    heals: Annotated[str, typer.Option(help="Healings to run after each.")] = "replaceme,linear,refit",
     calibration: Annotated[int, typer.Option(help="Tokens to choose and to fit by; a quarter judges.")] = 32_768,
+    search: Annotated[
+        int | None,
+        typer.Option(help=f"Fewer tokens to choose by for {', '.join(COSTLY)}, which measure without each layer."),
+    ] = None,
     test: Annotated[int, typer.Option(help="Tokens at the end of the text to measure on.")] = 8_192,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
@@ -66,6 +111,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     data, last = parts(text, model, calibration, test, seq_len)
+    fewer, _ = parts(text, model, search or calibration, test, seq_len)
     counts = [int(n) for n in layers.split(",")]
     full = math.exp(loss_without(model, last))
     table = Table(
@@ -77,9 +123,11 @@ def main(
     )
     notes = []
     for method in methods.split(","):
-        chosen = choose(model, method, counts, data, cache)
+        chosen = choose(model, method, counts, fewer if method in COSTLY else data, cache)
         notes += [f"{method}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
         for heal in (None, *heals.split(",")):
+            if heal == "replaceme" and method not in ("deepest", "angular"):
+                continue  # it is for one contiguous block
             if method == "best_of" and heal:  # it chooses by what healing makes of the proposals
                 chosen = {n: list(plan_pruning(model, data, num_layers=n, heal=heal).layers) for n in counts}
                 notes += [f"{method} with {heal}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
@@ -88,7 +136,12 @@ def main(
                 if heal is None:
                     loss = loss_without(model, last, gone)
                 else:
-                    with healed(model, gone, data, method=heal, progress=False):
+                    block = heal == "replaceme"
+                    with (
+                        replaceme(model, gone, data)
+                        if block
+                        else healed(model, gone, data, method=heal, progress=False)
+                    ):
                         loss = loss_without(model, last, gone)
                 cells.append(f"{math.exp(loss):,.1f}")
             table.add_row(method, heal or "none", *cells)

@@ -43,8 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Against the curse of depth, for Hugging Face transformers: LayerNorm Scaling, and layers dropped by "
-    "measurement.",
+    help="Against the curse of depth in transformers models: LayerNorm Scaling, and layers dropped by measurement.",
     epilog=_EPILOG,
 )
 

@@ -46,8 +46,7 @@ def plan(full=None, **options):
     return plan_pruning(full or model(), CALIBRATION, **settings)
 
 
-def test_greedy_is_greedy(monkeypatch):
-    monkeypatch.setattr(search, "_FIRST_PART", 0)  # every candidate on all of the data
+def test_greedy_is_greedy():
     full, dropped = model(), []
     for _ in range(3):
         rest = [layer for layer in range(L) if layer not in dropped]
@@ -59,22 +58,6 @@ def test_greedy_is_greedy(monkeypatch):
     assert found.perplexity["before"] == pytest.approx(math.exp(loss_of(full, [], HELD_OUT)), rel=1e-5)
     assert found.perplexity["after"] == pytest.approx(math.exp(loss_of(full, dropped, HELD_OUT)), rel=1e-5)
     assert torch.equal(full(tiny.tokens()).logits, before)
-
-
-def test_only_promising_candidates_are_measured_on_all_of_the_data(monkeypatch):
-    full, measured = model(), []
-    sweep = search.sweep_losses
-
-    def watched(model, batches, dropped, candidates, **options):
-        measured.append((batches.num_sequences, sorted(candidates)))
-        return sweep(model, batches, dropped, candidates, **options)
-
-    monkeypatch.setattr(search, "sweep_losses", watched)
-    found = plan(full, num_layers=1)
-    part = torch.cat(CALIBRATION)[-2:]
-    best = sorted(range(L), key=lambda layer: loss_of(full, [layer], [part]))[:2]
-    assert measured == [(2, list(range(L))), (12, sorted(best))]
-    assert found.layers == (min(best, key=lambda layer: loss_of(full, [layer], CALIBRATION)),)
 
 
 def test_a_wide_beam_finds_the_best_pair():
@@ -221,7 +204,6 @@ def test_a_plan_for_a_draft(tmp_path):
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "_FIRST_PART", 0)
     whole = plan(num_layers=3)
     sweeps = []
 

@@ -26,9 +26,6 @@ from .scores import LayerScores, loss_without, score_layers, sweep_losses
 ONE_SHOT = ("block_influence", "magnitude", "taylor", "perplexity", "kl")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", "greedy", "greedy_healed", "beam")
 
-# A candidate that is far from the best on a part of the data is not measured on all of it.
-_FIRST_PART = 1 / 8
-_GO_ON = 1 / 4
 # "best_of": blocks that are proposed, and proposals that are healed.
 _BLOCKS = 8
 _HEALED = 4
@@ -75,8 +72,8 @@ def plan_pruning(
     - "best_of": tries what one pass over the data proposes (the contiguous blocks of lowest angular distance, and the
       layers of lowest Block Influence), and takes what does best; with `heal`, what does best when healed.
     - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
-      2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on an
-      eighth of the data, and the best quarter of them on all of it.
+      2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on all of
+      the data, from the states in front of it on.
     - "greedy_healed": the same, with the cut so far healed (`heal`, or "refit") before candidates are measured.
     - "beam": as "greedy", keeping the `beam_width` best sets of each size.
     - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
@@ -417,7 +414,7 @@ def _steps(
                 else nullcontext()
             )
             with repaired:
-                for layer, loss in _cheapest(model, stack, calibration, dropped, width, progress).items():
+                for layer, loss in sweep_losses(model, calibration, dropped, progress=progress).items():
                     found.setdefault(frozenset((*dropped, layer)), (loss, (*dropped, layer)))
         best = sorted(found.values())[:width]
         sets = [dropped for _, dropped in best]
@@ -455,16 +452,3 @@ def _best_of(
                 one["healed"] = report.perplexity_after
     best = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": best["layers"], "tried": tried}
-
-
-def _cheapest(
-    model: nn.Module, stack: Stack, calibration: TokenBatches, dropped: tuple[int, ...], width: int, progress: bool
-) -> dict[int, float]:
-    """The loss without each of the most promising layers, on top of those that are dropped: in nats a token."""
-    candidates = [layer for layer in range(len(stack.layers)) if layer not in dropped]
-    go_on = max(width + 1, math.ceil(len(candidates) * _GO_ON))
-    if calibration.num_sequences * _FIRST_PART >= 1 and go_on < len(candidates):
-        _, first = calibration.split(_FIRST_PART)
-        losses = sweep_losses(model, first, dropped, candidates, progress=progress)
-        candidates = sorted(candidates, key=losses.__getitem__)[:go_on]
-    return sweep_losses(model, calibration, dropped, candidates, progress=progress)
