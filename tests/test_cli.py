@@ -181,11 +181,28 @@ def test_evaluate(cli, folder, tmp_path):
     assert cli("evaluate", *given, "--markdown")[0].strip() == (tmp_path / "found.md").read_text().strip()
 
 
+def test_export_to_gguf_without_a_converter(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _, err = cli("export", folder / "plain", "--out", tmp_path / "x.gguf", "--format", "gguf", code=1)
+    assert "convert_hf_to_gguf.py, and it is not at --converter (not given), LLAMA_CPP (not given) or on PATH" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_dry_run(cli, folder):
+    out, _ = cli("push", folder / "plain", "me/model", "--dry-run")
+    assert out.startswith("me/model: ")
+    assert "  model.safetensors\n" in out
+    found = json.loads(cli("push", folder / "plain", "me/model", "--dry-run", "--json")[0])
+    assert found["files"]["model.safetensors"] == (folder / "plain" / "model.safetensors").stat().st_size
+    assert found["card"] in out
+
+
 # --- a folder with a GGUF file in it ----------------------------------------------------------------------------------
 
 
 def write_gguf(model, path):
-    """A Llama in float32 as llama.cpp's converter would write it, with a tokenizer of single words."""
+    """A Llama in float32 as llama.cpp's converter would write it, with a tokenizer of letters."""
     gguf = pytest.importorskip("gguf")
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -199,8 +216,8 @@ def write_gguf(model, path):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
-    writer.add_token_merges(["w 1"])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *map(chr, range(33, 123)), "Ġ", "w1", "w2"])
+    writer.add_token_merges(["w 1", "w 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
