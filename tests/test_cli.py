@@ -247,6 +247,10 @@ def test_verbs_take_a_folder_with_a_gguf_file(cli, folder, tmp_path):
     write_gguf(plain, tmp_path / "model" / "one.gguf")
     assert json.loads(cli("info", tmp_path / "model", "--json")[0])["num_layers"] == 4
     assert json.loads(cli("info", tmp_path / "model" / "one.gguf", "--json")[0])["model_type"] == "llama"
+    given = ("--data", folder / "text.txt", "--seq-len", 64, "--no-speed", "--json")
+    (found,) = json.loads(cli("evaluate", tmp_path / "model", *given)[0])["models"]
+    assert found["size_on_disk"] == (tmp_path / "model" / "one.gguf").stat().st_size
+    assert found["text"]["num_bytes"] == (folder / "text.txt").stat().st_size
     assert (
         "a GGUF file has no active ln_scaling" in cli("export", tmp_path / "model", "--out", tmp_path / "x", code=1)[1]
     )
