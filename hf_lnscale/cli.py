@@ -48,7 +48,8 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A folder, a .gguf file or the folder that it is in, or a name on the Hub.")
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -235,7 +236,9 @@ def prune(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="What to measure; the others are compared with the first.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="What to measure; the others are compared with the first.")
+    ],
     data: Annotated[
         Path | None, typer.Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
     ] = None,
@@ -287,8 +290,10 @@ def evaluate(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub, as in me/model; made if it does not exist.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
     evaluation: Annotated[
         Path | None, typer.Option(help="JSON that evaluate --out wrote, for the card; else the folder's own figures.")
