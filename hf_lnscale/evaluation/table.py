@@ -19,9 +19,9 @@ def show_bytes(value: float | None) -> str:
 
 
 def markdown(header: Row, rows: Sequence[Row]) -> str:
-    """A table in Markdown; line breaks within a cell become spaces."""
+    """A table in Markdown; line breaks within a cell become commas."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    cells = [[cell.replace("\n", " ").replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[cell.replace("\n", ", ").replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
