@@ -6,11 +6,13 @@
 Prints one table. A ratio of 1.00 says that the scale costs nothing. Both models do one forward (or one step) each in
 turn, so that a machine whose speed drifts slows both; the ratio of each pair is taken, and the median of the ratios
 and their quartiles are printed. The row "plain" compares two models without the scale: what it is away from 1.00 is
-the noise of the measurement. Peak memory is that of a process of its own for each model.
+the noise of the measurement. "warmup" is a model whose exponent moves after every training step, as under
+LNScalingWarmupCallback. Peak memory is that of a process of its own for each model.
 """
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import subprocess
@@ -37,9 +39,10 @@ SIZES = {
     "1B": (2048, 5461, 32, 24, 32000),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALINGS = {"plain": False, "LNS": True, "warmup": {"warmup_steps": 1_000_000}}
 
 
-def build(size: str, scaled: bool, mode: str) -> torch.nn.Module:
+def build(size: str, scaling: str, mode: str) -> torch.nn.Module:
     hidden, mlp, heads, layers, vocabulary = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,7 +54,7 @@ def build(size: str, scaled: bool, mode: str) -> torch.nn.Module:
         use_cache=False,
     )
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, ln_scaling=scaled)
+        model = AutoModelForCausalLM.from_config(config, ln_scaling=SCALINGS[scaling])
     if DEVICE == "cuda":
         model = model.to(torch.bfloat16)
     if mode == "liger":
@@ -73,11 +76,15 @@ def forward(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], Non
 
 def train_step(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    warming_up = "warmup_steps" in (model.config.ln_scaling or {})
+    steps = itertools.count(1)
 
     def run() -> None:
         model(tokens_BT, labels=tokens_BT).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if warming_up:
+            hf_lnscale.set_ln_scaling_step(model, next(steps))
 
     return run
 
@@ -92,10 +99,10 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def pairs(work: Callable, size: str, scaled: bool, mode: str, shape: tuple[int, int], count: int) -> list[float]:
-    """Ratios of the times of a model with the scale (or, not `scaled`, a second one without) to one without."""
+def pairs(work: Callable, size: str, scaling: str, mode: str, shape: tuple[int, int], count: int) -> list[float]:
+    """Ratios of the times of a model with a scaling (or "plain", a second one without) to one without."""
     tokens_BT = torch.randint(0, SIZES[size][4], shape, device=DEVICE)
-    runs = [work(build(size, which, mode), tokens_BT) for which in (False, scaled)]
+    runs = [work(build(size, which, mode), tokens_BT) for which in ("plain", scaling)]
     for run in runs * 3:
         seconds(run)
     ratios = []
@@ -106,16 +113,16 @@ def pairs(work: Callable, size: str, scaled: bool, mode: str, shape: tuple[int, 
     return ratios
 
 
-def peak_memory(size: str, scaled: bool, mode: str, shape: tuple[int, int]) -> float:
+def peak_memory(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> float:
     """MiB at the peak of three training steps, in a process of its own."""
-    code = f"import ln_scaling_overhead as b; print(b.own_peak({size!r}, {scaled}, {mode!r}, {shape}))"
+    code = f"import ln_scaling_overhead as b; print(b.own_peak({size!r}, {scaling!r}, {mode!r}, {shape}))"
     folder = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def own_peak(size: str, scaled: bool, mode: str, shape: tuple[int, int]) -> float:
-    run = train_step(build(size, scaled, mode), torch.randint(0, SIZES[size][4], shape, device=DEVICE))
+def own_peak(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> float:
+    run = train_step(build(size, scaling, mode), torch.randint(0, SIZES[size][4], shape, device=DEVICE))
     for _ in range(3):
         run()
     if DEVICE == "cuda":
@@ -150,17 +157,17 @@ def main(
         f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}",
     )
     for one in mode:
-        memory = [peak_memory(size, scaled, one, (batch, length)) for scaled in (False, True)]
+        memory = [peak_memory(size, scaling, one, (batch, length)) for scaling in ("plain", "LNS")]
         for work in (forward, train_step):
-            for scaled in (False, True):
+            for scaling in SCALINGS:
                 torch._dynamo.reset()
-                ratios = pairs(work, size, scaled, one, (batch, length), count)
+                ratios = pairs(work, size, scaling, one, (batch, length), count)
                 low, _, high = statistics.quantiles(ratios, n=4)
-                show_memory = scaled and work is train_step
+                show_memory = scaling == "LNS" and work is train_step
                 table.add_row(
                     one,
                     work.__name__,
-                    "LNS / plain" if scaled else "plain / plain",
+                    f"{scaling} / plain",
                     f"{statistics.median(ratios):.3f}",
                     f"{low:.3f} to {high:.3f}",
                     f"{memory[0]:.0f} MiB" if show_memory else "",

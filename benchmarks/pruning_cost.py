@@ -272,7 +272,7 @@ LOADING = """
 import json, sys, time
 from pathlib import Path
 import hf_lnscale
-from hf_lnscale.evaluation.speed import peak_bytes
+from hf_lnscale.evaluation.speed import peak_memory
 from transformers import AutoModelForCausalLM
 
 folder, dropped, after, count_bytes = json.loads(sys.argv[1])
@@ -285,7 +285,7 @@ if after:
     for layer in sorted(dropped, reverse=True):
         del model.model.layers[layer]
 costs = {"load_seconds": time.perf_counter() - started, "bytes_read": bytes_read() - read}
-costs |= {"load_peak_bytes": peak_bytes(), "parameters": sum(p.numel() for p in model.parameters())}
+costs |= {"load_peak_bytes": peak_memory(), "parameters": sum(p.numel() for p in model.parameters())}
 print(json.dumps(costs))
 """
 

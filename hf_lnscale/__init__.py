@@ -15,6 +15,7 @@ from .depth.layers import drop_layers
 from .depth.plan import PruningPlan
 from .depth.scores import LayerScores, score_layers
 from .depth.search import plan_pruning
+from .diagnosis import Diagnosis, diagnose
 from .evaluation import evaluate
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
@@ -24,16 +25,19 @@ from .scaling import (
     fold_ln_scaling,
     ln_scales,
     remove_ln_scaling,
+    set_ln_scaling_step,
     unfold_ln_scaling,
 )
 
 __all__ = [
+    "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "__version__",
     "apply_ln_scaling",
+    "diagnose",
     "disable",
     "draft_model",
     "drop_layers",
@@ -47,6 +51,7 @@ __all__ = [
     "register_family",
     "remove_ln_scaling",
     "score_layers",
+    "set_ln_scaling_step",
     "unfold_ln_scaling",
 ]
 

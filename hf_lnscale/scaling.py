@@ -18,7 +18,7 @@ import inspect
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any
 
@@ -42,22 +42,40 @@ DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
 
 
+# How much of the exponent is there after a share of the warmup, both in [0, 1].
+SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class LNScalingConfig:
     """Parameters of LayerNorm Scaling: layer i, of depth d, is scaled by `d ** -exponent`.
+
+    With `warmup_steps` the exponent is led from 0, a Pre-LN model, to its value over as many optimizer steps of
+    training. Where it stands, `step`, is part of the configuration, and so of config.json; in training
+    `hf_lnscale.training.LNScalingWarmupCallback` moves it.
 
     Attributes:
         exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer as it is.
         depths: one positive integer a layer, shape (L,); None stands for 1, 2, ..., L. A pruned model keeps the depths
             that its layers had when they were trained.
+        warmup_steps: optimizer steps from exponent 0 to `exponent`; 0 for the whole exponent at once.
+        schedule: how it gets there, "linear" or "cosine" (half a wave: slow at both ends).
+        step: optimizer steps of the warmup that are done, 0 ... `warmup_steps`.
 
     Raises:
-        ValueError: for an exponent that is negative, not finite or no number, and for depths that are not positive
-            integers; the message names the argument, what was given and what is valid.
+        ValueError: for an exponent that is negative, not finite or no number, for depths that are not positive
+            integers, and for a warmup that is none; the message names the argument, what was given and what is valid.
     """
 
     exponent: float = 0.5
     depths: tuple[int, ...] | None = None
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    step: int = 0
 
     def __post_init__(self) -> None:
         exponent = self.exponent
@@ -67,13 +85,21 @@ class LNScalingConfig:
                 f"ln_scaling: exponent must be a finite number >= 0 (the paper's is 0.5), got {exponent!r}"
             )
         object.__setattr__(self, "exponent", float(min(exponent, sys.float_info.max)))
+        if not _is_integer(self.warmup_steps) or self.warmup_steps < 0:
+            raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if not _is_integer(self.step) or not 0 <= self.step <= self.warmup_steps:
+            raise ValueError(
+                f"ln_scaling: step must be an integer from 0 to warmup_steps, {self.warmup_steps}, got {self.step!r}"
+            )
         if self.depths is None:
             return
         depths = self.depths
         if not isinstance(depths, (list, tuple)) or not depths:
             raise ValueError(f"ln_scaling: depths must be a list of positive integers, one a layer, got {depths!r}")
         for depth in depths:
-            if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+            if not _is_integer(depth) or depth < 1:
                 raise ValueError(
                     f"ln_scaling: depths must be positive integers, one a layer, got {depth!r} in {depths!r}"
                 )
@@ -103,8 +129,28 @@ class LNScalingConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored in `config.json`."""
-        return {"exponent": self.exponent, "depths": None if self.depths is None else list(self.depths)}
+        """What is stored in `config.json`; nothing of a warmup where there is none."""
+        stored: dict[str, Any] = {
+            "exponent": self.exponent,
+            "depths": None if self.depths is None else list(self.depths),
+        }
+        if self.warmup_steps:
+            stored |= {"warmup_steps": self.warmup_steps, "schedule": self.schedule, "step": self.step}
+        return stored
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether there are steps to go to the whole exponent."""
+        return self.step < self.warmup_steps
+
+    @property
+    def exponent_now(self) -> float:
+        """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
+        return (
+            self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
+            if self.warming_up
+            else self.exponent
+        )
 
     def for_layers(self, num_layers: int) -> LNScalingConfig:
         """The same with the depths written out.
@@ -119,19 +165,19 @@ class LNScalingConfig:
                 f"{list(depths)!r} (building a model writes out the depths of ln_scaling=True into its config; for "
                 "another number of layers, set it anew)"
             )
-        return LNScalingConfig(self.exponent, depths)
+        return replace(self, depths=depths)
 
     def scales(self, num_layers: int) -> list[float]:
         """The factor of each layer, shape (L,), computed in double precision (equation 8: `l ** -0.5`)."""
         depths = self.for_layers(num_layers).depths
         assert depths is not None
-        try:
-            scales = [depth**-self.exponent for depth in depths]
+        try:  # at the end of a warmup too, before it begins
+            smallest = max(depths) ** -self.exponent
         except OverflowError:
-            scales = [0.0]
-        if min(scales) < sys.float_info.min:
+            smallest = 0.0
+        if smallest < sys.float_info.min:
             raise ValueError(f"ln_scaling: exponent {self.exponent} makes the scale of a layer of {list(depths)} zero")
-        return scales
+        return [depth**-self.exponent_now for depth in depths]
 
 
 def get_ln_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -162,7 +208,7 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
         )
     if scaling.depths is None and (record := holder.get(DROPPED)):
         own = [layer + 1 for layer in range(record["num_hidden_layers"]) if layer not in record["layers"]]
-        scaling = LNScalingConfig(scaling.exponent, tuple(own))
+        scaling = replace(scaling, depths=tuple(own))
     if scaling.depths is not None and (num_layers := getattr(text, "num_hidden_layers", None)):
         scaling = scaling.for_layers(num_layers)
     holder[ACTIVE] = _Stored(scaling.to_dict())
@@ -194,22 +240,26 @@ def trained_without(config: PreTrainedConfig) -> str | None:
 # --- the scaled norm --------------------------------------------------------------------------------
 
 
-def scale_parameter(parameter: torch.Tensor, scale: float, one_plus_weight: bool = False) -> torch.Tensor:
+def scale_parameter(
+    parameter: torch.Tensor, scale: float | torch.Tensor, one_plus_weight: bool = False
+) -> torch.Tensor:
     """What a norm must read in place of `parameter` so that its output is multiplied by `scale`.
 
     Args:
         parameter: weight or bias of the norm, shape (D,).
-        scale: the factor.
+        scale: the factor, a number or a tensor of shape () in double precision; the same bits come out.
         one_plus_weight: the norm multiplies by `1 + parameter`: `s * (1 + w) = 1 + (s * w + s - 1)`.
 
     Returns:
         Shape (D,), in the parameter's dtype, so that writing it into the parameter changes no bit of the output.
     """
-    if not one_plus_weight:
+    if not one_plus_weight and not isinstance(scale, torch.Tensor):
         return parameter * scale
-    # One rounding at the end: in bfloat16, s * w and + (s - 1) would round twice.
+    # One rounding at the end: in bfloat16, s * w and + (s - 1) would round twice, and a tensor would be rounded first.
     wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-    return (wide * scale + (scale - 1.0)).to(parameter.dtype)
+    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
+        scale = scale.to(parameter.device)  # the replicas of nn.DataParallel share the first one's
+    return (wide * scale + (scale - 1.0) if one_plus_weight else wide * scale).to(parameter.dtype)
 
 
 def unscale_parameter(scaled: torch.Tensor, scale: float, one_plus_weight: bool = False) -> torch.Tensor:
@@ -248,9 +298,14 @@ class _ScaledView:
 
 
 class _ScaledNorm(nn.Module):
-    """Base of the classes that `_scaled_class` makes. `ln_scale` is an attribute of the instance."""
+    """Base of the classes that `_scaled_class` makes. `ln_scale` is an attribute of the instance.
 
-    ln_scale: float
+    It is a number, which `torch.compile` takes for a constant; in a warmup a tensor of shape () that is written in
+    place, so that nothing is compiled anew. Not a buffer: that would be cast with the model, and come from the meta
+    device without a value. A backward pass that would see another scale than its forward fails: autograd counts writes.
+    """
+
+    ln_scale: float | torch.Tensor
     _unscaled_class: type[nn.Module]
     _one_plus_weight: bool
     # The function that a kernel library bound to this instance in place of the class's forward.
@@ -280,7 +335,7 @@ class _ScaledNorm(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self._unscaled_class.extra_repr(self)}, ln_scale={self.ln_scale:.4g}".removeprefix(", ")
+        return f"{self._unscaled_class.extra_repr(self)}, ln_scale={float(self.ln_scale):.4g}".removeprefix(", ")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle is told how to make it again.
@@ -304,10 +359,24 @@ def _new_scaled_norm(base: type[nn.Module], one_plus_weight: bool) -> _ScaledNor
     return cls.__new__(cls)
 
 
-def _scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool) -> None:
+def _scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool, warming_up: bool) -> None:
     if not isinstance(norm, _ScaledNorm):
         norm.__class__ = _scaled_class(type(norm), one_plus_weight)
-    norm.ln_scale = scale  # type: ignore[assignment]
+    if warming_up:
+        _write_scale(norm, scale)
+    else:
+        vars(norm)["ln_scale"] = scale
+
+
+def _write_scale(norm: nn.Module, scale: float) -> None:
+    """Sets the scale of a norm in a warmup, in place unless the norm has moved to another device."""
+    device, held = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
+    # Without weights yet, it waits on the CPU, from where every device takes a tensor of shape ().
+    device = torch.device("cpu") if device.type == "meta" else device
+    if isinstance(held, torch.Tensor) and held.device == device:
+        held.fill_(scale)
+    else:
+        vars(norm)["ln_scale"] = torch.tensor(scale, dtype=torch.float64, device=device)
 
 
 def _unscale_norm(norm: nn.Module) -> None:
@@ -417,7 +486,7 @@ def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
     norms = stack.norms
     _require_free(norms)
     for position, norm in norms:
-        _scale_norm(norm, scales[position], stack.family.one_plus_weight)
+        _scale_norm(norm, scales[position], stack.family.one_plus_weight, scaling.warming_up)
     vars(stack.model.config)[ACTIVE] = _Stored(scaling.to_dict())
 
 
@@ -484,6 +553,43 @@ def remove_ln_scaling(model: nn.Module) -> nn.Module:
     return model
 
 
+def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
+    """Moves the warmup of a model's scale to where it stands after `step` optimizer steps, in place.
+
+    For training loops of one's own, after each optimizer step; `LNScalingWarmupCallback` does it in a Trainer. Works on
+    a model that is wrapped, sharded or compiled, and compiles nothing anew.
+
+    Args:
+        model: a model whose `ln_scaling` has `warmup_steps`.
+        step: an integer >= 0; past the end of the warmup it stays at its end.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no warmup, or for a wrong step.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
+    if scaling is None or not scaling.warmup_steps:
+        raise ValueError(
+            f"the model's ln_scaling is {get_ln_scaling(stack.model.config)}: there is no warmup to move. Give it one: "
+            'ln_scaling={"warmup_steps": 1000}'
+        )
+    if not _is_integer(step) or step < 0:
+        raise ValueError(f"step must be an integer >= 0, got {step!r}")
+    moved = replace(scaling, step=min(step, scaling.warmup_steps))
+    scales = moved.scales(len(stack.layers))
+    with torch.no_grad():
+        for position, norm in stack.norms:
+            _write_scale(norm, scales[position])
+    stored = _Stored(moved.to_dict())
+    for attributes in _configs(model, stack):
+        attributes[ACTIVE] = stored
+    return model
+
+
 def ln_scales(model: nn.Module) -> list[float]:
     """The factor that multiplies the pre-norms of each layer, as applied; 1.0 where none is.
 
@@ -496,7 +602,7 @@ def ln_scales(model: nn.Module) -> list[float]:
     stack = text_stack(model)
     scales = [1.0] * len(stack.layers)
     for position, norm in stack.norms:
-        scales[position] = getattr(norm, "ln_scale", 1.0)
+        scales[position] = float(getattr(norm, "ln_scale", 1.0))
     return scales
 
 
@@ -524,7 +630,7 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
         for _, norm in stack.norms:
             for name, parameter in norm.named_parameters(recurse=False):
                 one_plus = stack.family.one_plus_weight and name == "weight"
-                parameter.copy_(scale_parameter(parameter, norm.ln_scale, one_plus))  # type: ignore[arg-type]
+                parameter.copy_(scale_parameter(parameter, float(norm.ln_scale), one_plus))  # type: ignore[arg-type]
             _unscale_norm(norm)
     for attributes in _configs(model, stack):
         attributes.pop(ACTIVE, None)
@@ -581,7 +687,7 @@ def require_consistent(model: nn.Module) -> None:
             )
         said = scaling.scales(len(stack.layers)) if scaling else [1.0] * len(stack.layers)
         applied = [
-            {norm.ln_scale for norm in layer.modules() if isinstance(norm, _ScaledNorm)} or {1.0}
+            {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, _ScaledNorm)} or {1.0}
             for layer in stack.layers
         ]
         if applied != [{scale} for scale in said]:

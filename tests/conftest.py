@@ -29,13 +29,14 @@ def run_python(tmp_path):
 
     def run(code: str, *args: object, plugin: bool, expect_failure: bool = False) -> str:
         check = "import sys; assert ('hf_lnscale' in sys.modules) == " + repr(plugin)
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent)])  # this very checkout, whichever is installed
         script = "\n".join(["import hf_lnscale" if plugin else "", textwrap.dedent(code), check])
         done = subprocess.run(
             [sys.executable, "-c", script, *map(str, args)],
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
         if expect_failure:
             assert done.returncode != 0, done.stdout

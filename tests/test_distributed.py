@@ -53,15 +53,21 @@ WRAP = {
 # The two processes are started once: all of these tests on one worker.
 pytestmark = pytest.mark.xdist_group("distributed")
 
-CASES = [(way, "llama") for way in WRAP] + [("ddp", "gemma2"), ("fsdp2", "gemma2")]
+# A warmup half-way to exponent 1, moved there when the model is wrapped already, has the scales of LNS.
+WARMUP = {"exponent": 1.0, "warmup_steps": 2}
+SCALINGS = {"LNS": True, "warmup": WARMUP}
+CASES = [(way, "llama", scaling) for way in WRAP for scaling in SCALINGS]
+CASES += [("ddp", "gemma2", "LNS"), ("fsdp2", "gemma2", "LNS"), ("fsdp2", "gemma2", "warmup")]
 
 
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    for way, family in CASES:
-        model = WRAP[way](tiny.model(family, ln_scaling=True))
+    for way, family, scaling in CASES:
+        model = WRAP[way](tiny.model(family, ln_scaling=SCALINGS[scaling]))
+        if scaling == "warmup":
+            hf_lnscale.set_ln_scaling_step(model, 1)
         loss = step(model, tiny.tokens(4)[rank * 2 : rank * 2 + 2])
         dist.all_reduce(loss)
         found = {}
@@ -74,7 +80,7 @@ def worker(rank, port, folder):
             with torch.no_grad():
                 found["folded"] = model(tiny.tokens(4), use_cache=False).logits
         if rank == 0:
-            torch.save(found, f"{folder}/{way} {family}")
+            torch.save(found, f"{folder}/{way} {family} {scaling}")
     dist.destroy_process_group()
 
 
@@ -91,9 +97,9 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("way", "family"), CASES)
-def test_two_processes_equal_one(way, family, two_processes):
-    found = torch.load(two_processes / f"{way} {family}")
+@pytest.mark.parametrize(("way", "family", "scaling"), CASES)
+def test_two_processes_equal_one(way, family, scaling, two_processes):
+    found = torch.load(two_processes / f"{way} {family} {scaling}")
     model = tiny.model(family, ln_scaling=True)
     loss = step(model, tiny.tokens(4))
     assert found["scales"] == pytest.approx([1.0, 2**-0.5, 3**-0.5, 0.5])

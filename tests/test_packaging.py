@@ -50,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the sources, as setuptools leaves its traces beside them."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for package in ("hf_lnscale", "tests"):
+    for package in ("hf_lnscale", "recipes", "tests"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -82,10 +82,12 @@ def bare_environment(wheel: Path) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
-    sources = {path for path in (ROOT / "hf_lnscale").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    files = [path for top in ("hf_lnscale", "recipes") for path in (ROOT / top).rglob("*") if path.is_file()]
+    sources = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".pyc", ".md")}
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == {path.relative_to(ROOT).as_posix() for path in sources}
-    assert "hf_lnscale/py.typed" in package
+    # The recipes lie in the package, so that an installed command finds them.
+    assert package == {f"hf_lnscale/{name}" if name.startswith("recipes/") else name for name in sources}
+    assert {"hf_lnscale/py.typed", "hf_lnscale/recipes/configs/sft/qwen3-8b.yaml"} <= package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -104,6 +106,8 @@ def test_library_and_command_line_work_without_the_extras(bare_environment, tmp_
     again = LlamaForCausalLM.from_pretrained("scaled")
     assert hf_lnscale.ln_scales(again) == [1.0, 2**-0.5]
     hf_lnscale.fold_ln_scaling(again)
+    diagnosis = hf_lnscale.diagnose(again, [list(range(12)), list(range(4, 16))], progress=False)
+    assert "<svg" in diagnosis.report()
     print(hf_lnscale.__file__)
     print(*(one.metadata["Name"] for one in importlib.metadata.distributions()))
     """
@@ -116,6 +120,9 @@ def test_library_and_command_line_work_without_the_extras(bare_environment, tmp_
     command = bare_environment / "bin" / "hf-lnscale"
     assert "demo" in run(command, "--help", cwd=tmp_path)
     assert "pip install 'hf-lnscale[demo]'" in run(command, "demo", cwd=tmp_path, fails=True)
+    assert "pip install 'hf-lnscale[train]'" in run(command, "train", "sft", cwd=tmp_path, fails=True)
+    folder = run(command, "train", cwd=tmp_path).splitlines()[-1]
+    assert (Path(folder) / "sft.py").is_file()
 
 
 # --- make -------------------------------------------------------------------------------------------------------------

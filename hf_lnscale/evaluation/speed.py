@@ -102,8 +102,8 @@ def measure(
     return Speed(**found)
 
 
-def peak_bytes(device: str = "cpu") -> int:
-    """Most memory so far: of the device on a GPU, else of this process."""
+def peak_memory(device: str = "cpu") -> int:
+    """The most bytes that were ever in use: of the device's memory on a GPU, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -129,7 +129,7 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     model: Any = load(checkpoint, dtype=dtype, **keywords).to(device)
-    load_seconds, load_peak_bytes = time.perf_counter() - started, peak_bytes(device)
+    load_seconds, load_peak_bytes = time.perf_counter() - started, peak_memory(device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, prompt_tokens), generator=generator).to(device)
     prefill, decode = [], []
@@ -151,7 +151,7 @@ def main(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         load_seconds=load_seconds,
         load_peak_bytes=load_peak_bytes,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=peak_memory(device),
         prefill_tokens_per_second=Timing.of([prompt_tokens / seconds for seconds in prefill]),
         decode_tokens_per_second=Timing.of([new_tokens / seconds for seconds in decode]),
         first_token_seconds=Timing.of(prefill),

@@ -1,0 +1,98 @@
+"""The shapes of "The Curse of Depth in Large Language Models" (arXiv 2502.05795), and models of any family and size."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from ..families import FAMILIES, family_of
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama, and the learning rate that the paper trains it with."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    learning_rate: float
+
+
+SHAPES = {
+    # Not of the paper: as deep as its smallest, for a run of a minute.
+    "demo": Shape(128, 344, 4, 12, 1e-3),
+    "130M": Shape(768, 2048, 12, 12, 1e-3),
+    "250M": Shape(768, 2560, 16, 24, 1e-3),
+    "350M": Shape(1024, 2736, 16, 24, 1e-3),
+    "1B": Shape(2048, 5461, 32, 24, 5e-4),
+    "7B": Shape(4096, 11008, 32, 32, 5e-4),
+}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def new_config(
+    tokenizer: Any, *, family: str, shape: str, config_name: str | None, max_length: int, sizes: dict[str, int | None]
+) -> PreTrainedConfig:
+    """The configuration of a model to train from scratch.
+
+    Args:
+        tokenizer: gives the vocabulary and the special tokens.
+        family: a `model_type`, such as "llama" or "qwen3".
+        shape: a key of `SHAPES`.
+        config_name: folder or name on the Hub to take the configuration from instead, vocabulary and all.
+        max_length: tokens that the model must be able to read, at the least.
+        sizes: any of `SIZES`, each in place of the shape's or of the configuration's own; None leaves it.
+
+    Raises:
+        ValueError: for a shape or size that does not exist or does not go together; the message says what is valid.
+        UnsupportedArchitectureError: if the family is not in the table.
+    """
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if config_name is not None:
+        config = AutoConfig.from_pretrained(config_name, **given)
+        family_of(config)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"config_name: the model of {config_name!r} has {config.vocab_size} tokens, the tokenizer "
+                f"{len(tokenizer)}; name the tokenizer that belongs to it with --tokenizer_name"
+            )
+        return config
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if family not in FAMILIES or family not in CONFIG_MAPPING:
+        raise ValueError(f"family must be one of {', '.join(name for name in FAMILIES if name in CONFIG_MAPPING)}, "
+                         f"got {family!r}; for models inside others, give --config_name")  # fmt: skip
+    numbers = SHAPES[shape]._asdict()
+    numbers.pop("learning_rate")
+    numbers |= given
+    numbers.setdefault("num_key_value_heads", numbers["num_attention_heads"])
+    numbers.setdefault("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])
+    if "head_dim" not in given and numbers["hidden_size"] % numbers["num_attention_heads"]:
+        raise ValueError(
+            f"hidden_size {numbers['hidden_size']} is not a multiple of num_attention_heads "
+            f"{numbers['num_attention_heads']}; give --head_dim"
+        )
+    if numbers["num_attention_heads"] % numbers["num_key_value_heads"]:
+        raise ValueError(
+            f"num_attention_heads {numbers['num_attention_heads']} is not a multiple of num_key_value_heads "
+            f"{numbers['num_key_value_heads']}"
+        )
+    end = tokenizer.eos_token_id
+    made: Any = CONFIG_MAPPING[family]
+    return made(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max(2048, max_length),
+        bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
+        eos_token_id=end,
+        # The embedding of the padding gets no gradient: it must not be that of the end of a text.
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
+        **numbers,
+    )

@@ -1,0 +1,147 @@
+"""TRL's SFTTrainer with an evaluation loss that counts tokens, and one that learns from a teacher's logits.
+
+Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from trl import SFTTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+
+class RecipeTrainer(SFTTrainer):
+    """SFTTrainer, but that `eval_loss` is the mean over all predicted tokens, on any number of processes.
+
+    Trainer's own is a mean of the batches' means, in which a token of a short answer counts more than one of a long
+    one, and in which the samples count twice that fill up the last batch of several processes.
+
+    Raises:
+        ValueError: if no row of the training data has a token to learn within `max_length`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
+        if not isinstance(kept, Dataset) or arguments.packing:
+            return
+        gone, rows = len(given) - len(kept), len(given)
+        what = f"{gone} of {rows} rows have nothing to learn in their first {arguments.max_length} tokens (max_length)"
+        if not len(kept):
+            raise ValueError(what)
+        if gone and arguments.process_index == 0:
+            print(f"{what} and are left out")
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+        loss_B, count_B = self.accelerator.gather_for_metrics(sums_B)
+        self._loss_sum += loss_B.double().sum().item()
+        self._token_count += int(count_B.sum())
+        return sums_B[0].sum() / sums_B[1].sum().clamp(min=1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._loss_sum, self._token_count = 0.0, 0
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if not self._token_count:
+            raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
+        exact = {f"{prefix}_loss": self._loss_sum / self._token_count, f"{prefix}_tokens": self._token_count}
+        output.metrics.update(exact)
+        return output
+
+
+class DistillationTrainer(RecipeTrainer):
+    """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
+
+    The loss of Minitron (arXiv 2407.14679, section 3: logits alone, no other term). TRL's DistillationTrainer has the
+    student write what it is taught on; a pruned model that stammers is better taught on text. The divergence is TRL's
+    kernel, which projects hidden states on the vocabulary tile by tile: no (B, T, V) logits of either model exist.
+
+    Args:
+        teacher: a causal language model with the student's vocabulary. Every process holds the whole of it.
+        kwargs: as for SFTTrainer.
+
+    Raises:
+        ValueError: if the vocabularies differ.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        student = self.accelerator.unwrap_model(self.model)
+        student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}; their vocabularies must be one"
+            )
+        self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        _add_divergence(student)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels_BT = inputs["labels"]
+        without_labels = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        with torch.no_grad():
+            hidden_BTD = self.teacher.base_model(**without_labels).last_hidden_state
+        divergence_N = model(**without_labels, labels=labels_BT, teacher=(hidden_BTD, self.teacher)).loss
+        tokens = (labels_BT[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = divergence_N.sum() / torch.as_tensor(tokens, device=divergence_N.device).clamp(min=1)
+        # `num_items_in_batch` counts the tokens of every process, over which the gradients are averaged.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+
+def _add_divergence(student: PreTrainedModel) -> None:
+    """Teaches the student's forward the keyword `teacher`: it then returns the divergence of each predicted token.
+
+    Inside the forward, as DDP and FSDP want it, for the parameters of the output head too.
+    """
+    forward = student.forward
+
+    def forward_with_teacher(self: Any, *args: Any, teacher: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        if teacher is None:
+            return forward(*args, **({"labels": labels} if labels is not None else {}), **kwargs)
+        teacher_hidden_BTD, teacher_model = teacher
+        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
+        # The hidden state at a position predicts the token at the next one.
+        predicted_BT = labels[:, 1:] != -100
+        divergence_N, _ = ChunkedDivergenceFunction.apply(
+            hidden_BTD[:, :-1][predicted_BT],
+            *_head(self),
+            teacher_hidden_BTD[:, :-1][predicted_BT],
+            *_head(teacher_model),
+            0.0,  # forward KL
+            1.0,  # temperature
+            *_logit_transform(self.config),
+            *_logit_transform(teacher_model.config),
+        )
+        return ModelOutput(loss=divergence_N)
+
+    student.forward = types.MethodType(forward_with_teacher, student)  # type: ignore[method-assign]
+
+
+def _head(model: PreTrainedModel) -> list[torch.Tensor | None]:
+    head = model.get_output_embeddings()
+    parts = (head.weight, getattr(head, "bias", None))
+    return [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+
+
+def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """What a family of the table does to its logits: a factor (Granite divides), and a soft cap (Gemma)."""
+    text = config.get_text_config()
+    return 1.0 / getattr(text, "logits_scaling", 1.0), getattr(text, "final_logit_softcapping", None)

@@ -1,0 +1,101 @@
+"""The scale over training: what moves the warmup of a model's `ln_scaling` in a Trainer.
+
+Where a warmup stands is part of the model's configuration, so every checkpoint says it. An adapter's checkpoint and a
+sharded one hold no configuration; for these, it is saved with the state of the Trainer too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..scaling import LNScalingConfig, get_ln_scaling, set_ln_scaling_step, text_stack
+
+
+class LNScalingWarmupCallback(TrainerCallback, ExportableState):
+    """Leads a model's exponent from 0 to its value while a Trainer trains it, one move an optimizer step.
+
+    What is led where, and over how many steps, is the model's own: `ln_scaling={"warmup_steps": 1000}`. The step that
+    is trained next sees the exponent that belongs to the number of steps done, so the first one trains a Pre-LN model.
+    A run that is resumed goes on from where the checkpoint was; one that starts from a model half-way, from there.
+
+        model = AutoModelForCausalLM.from_pretrained(name, ln_scaling={"warmup_steps": 1000})
+        Trainer(model=model, ..., callbacks=[LNScalingWarmupCallback()]).train()
+
+    Raises:
+        ValueError: when training starts, if the model has no warmup, another one than the checkpoint that is resumed,
+            or one that the run is too short to end.
+    """
+
+    def __init__(self) -> None:
+        self.ln_scaling: dict[str, Any] | None = None  # the model's, for the state that is saved
+        self._offset = 0  # steps of the warmup that were done before the first of the run
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"ln_scaling": self.ln_scaling}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        scaling = _scaling(model)
+        if scaling is None or not scaling.warmup_steps:
+            has = "no ln_scaling" if scaling is None else f"ln_scaling={scaling.to_dict()}"
+            raise ValueError(
+                f"{type(self).__name__}: the model has {has}, so there is no warmup to lead. Load or build it with "
+                'ln_scaling={"warmup_steps": N}, or leave the callback out.'
+            )
+        if state.global_step and (resumed := recorded_scaling(state.stateful_callbacks)):
+            if dataclasses.replace(resumed, step=scaling.step) != scaling:
+                raise ValueError(
+                    f"{type(self).__name__}: the run to resume had ln_scaling={resumed.to_dict()}, the model has "
+                    f"{scaling.to_dict()}; build the model with the same ln_scaling to resume"
+                )
+            scaling = resumed
+        left, steps = scaling.warmup_steps - scaling.step, state.max_steps - state.global_step
+        if left > steps:
+            raise ValueError(
+                f"{type(self).__name__}: the warmup has {left} steps to go (warmup_steps={scaling.warmup_steps}), the "
+                f"run only {steps}: it would end with a model that is neither Pre-LN nor LNS. Train for longer, or "
+                "give ln_scaling fewer warmup_steps."
+            )
+        self._offset, self.ln_scaling = scaling.step - state.global_step, None
+        self._move(model, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._move(kwargs["model"], state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The last message of a run comes just before the weights of its best checkpoint are loaded, without a look at
+        # where the warmup stood.
+        if "train_runtime" in (logs or {}) and args.load_best_model_at_end and state.best_global_step is not None:
+            self._move(kwargs["model"], state.best_global_step)
+
+    def _move(self, model: Any, global_step: int) -> None:
+        step = global_step + self._offset
+        if self.ln_scaling is None or min(step, self.ln_scaling["warmup_steps"]) != self.ln_scaling["step"]:
+            set_ln_scaling_step(model, step)
+            self.ln_scaling = get_ln_scaling(text_stack(model).model.config)
+
+
+def recorded_scaling(stateful_callbacks: Any) -> LNScalingConfig | None:
+    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
+    for saved in stateful_callbacks.values():
+        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
+            if stood := one["attributes"].get("ln_scaling"):
+                return LNScalingConfig.of(stood)
+    return None
+
+
+def _scaling(model: Any) -> LNScalingConfig | None:
+    return LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))

@@ -1,0 +1,52 @@
+r"""Heals a pruned model: trains it, by LoRA or in full, on text, or on what the unpruned model says to the text.
+
+    python recipes/heal.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --drop_layers 12 14 \
+        --teacher HuggingFaceTB/SmolLM2-135M --output_dir runs/healed
+    hf-lnscale prune Qwen/Qwen3-0.6B-Base --data text.jsonl --layers 4 --out pruned
+    python recipes/heal.py --model_name_or_path pruned --teacher Qwen/Qwen3-0.6B-Base --dataset_name text.jsonl \
+        --output_dir runs/healed
+
+By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, and on eight GPUs:
+
+    python recipes/heal.py --config recipes/configs/heal/llama-3.2-1b.yaml --model_name_or_path pruned --use_peft \
+        --output_dir runs/healed
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
+        --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
+
+`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+"""
+
+from trl import ModelConfig, get_peft_config
+
+from hf_lnscale.training.arguments import DataArguments, DepthArguments, HealConfig, TeacherArguments, parse
+from hf_lnscale.training.data import load_text
+from hf_lnscale.training.model import load, load_teacher, require_pruned
+from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
+
+
+@script
+def main() -> None:
+    teacher, depth, data, checkpoint, training = parse(
+        "heal", TeacherArguments, DepthArguments, DataArguments, ModelConfig, HealConfig, description=__doc__
+    )
+    run = Run("heal", training, teacher, depth, data, checkpoint)
+    train, held_out = load_text(data, training.dataset_text_field, training.seed)
+    model, tokenizer = load(checkpoint, training, depth)
+    require_pruned(model)
+    common = {
+        "model": model,
+        "args": training,
+        "train_dataset": train,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(checkpoint),
+    }
+    if teacher.teacher is None:
+        run.train(RecipeTrainer(**common))
+    else:
+        run.train(DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype), **common))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+r"""Pre-trains a model from scratch on text, with LayerNorm Scaling.
+
+A model of a minute, on text that comes with Python:
+
+    python recipes/pretrain.py --output_dir runs/pretrain
+
+The paper's 130M (arXiv 2502.05795) on C4, on one GPU and on eight:
+
+    python recipes/pretrain.py --config recipes/configs/pretrain/130m.yaml --output_dir runs/130m
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/pretrain.py \
+        --config recipes/configs/pretrain/130m.yaml --output_dir runs/130m
+
+Another family and other sizes, on your text, and the Pre-LN model to compare with:
+
+    python recipes/pretrain.py --family qwen3 --shape 250M --num_key_value_heads 4 --dataset_name text.jsonl \
+        --tokenizer_name Qwen/Qwen3-0.6B-Base --output_dir runs/lns
+    python recipes/pretrain.py ... --no_ln_scaling --output_dir runs/pre-ln
+
+`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+"""
+
+from accelerate.utils import broadcast_object_list
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_lnscale.training.arguments import DataArguments, PretrainArguments, PretrainConfig, parse
+from hf_lnscale.training.data import first_texts, load_text
+from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.sample import train_tokenizer
+from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
+from hf_lnscale.training.trainer import RecipeTrainer
+
+
+def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, texts):
+    """The one that is named, that of the checkpoint to resume, or one that is trained: by one process for all."""
+    if new.tokenizer_name or new.config_name or run.checkpoint:
+        return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
+    trained = [train_tokenizer(texts, new.vocab_size) if training.process_index == 0 else None]
+    tokenizer = broadcast_object_list(trained)[0]
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    return tokenizer
+
+
+@script
+def main() -> None:
+    new, data, training = parse("pretrain", PretrainArguments, DataArguments, PretrainConfig, description=__doc__)
+    if training.learning_rate is None:
+        training.learning_rate = SHAPES[new.shape].learning_rate
+    run = Run("pretrain", training, new, data)
+    column = training.dataset_text_field
+    train, held_out = load_text(data, column, training.seed)
+    tokenizer = get_tokenizer(new, training, run, first_texts(train, column))
+    config = new_config(
+        tokenizer,
+        family=new.family,
+        shape=new.shape,
+        config_name=new.config_name,
+        max_length=training.max_length,
+        sizes={name: getattr(new, name) for name in SIZES},
+    )
+    set_seed(training.seed)
+    # Plain normal initialization: with LayerNorm Scaling it does better than the one scaled with depth (the paper's
+    # table of scalings).
+    model = AutoModelForCausalLM.from_config(config, ln_scaling=new.ln_scaling)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    run.train(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+r"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; only the answers are learned.
+
+    python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --chat_template_path chatml \
+        --output_dir runs/sft
+    python recipes/sft.py --config recipes/configs/sft/qwen3-0.6b.yaml --dataset_name chats.jsonl --output_dir runs/sft
+
+LoRA, and QLoRA on a model that would not fit otherwise:
+
+    python recipes/sft.py --config recipes/configs/sft/qwen3-0.6b.yaml --use_peft --lora_r 16 --learning_rate 2e-4 \
+        --output_dir runs/lora
+    python recipes/sft.py --config recipes/configs/sft/llama-3.1-8b.yaml --output_dir runs/qlora
+
+On eight GPUs:
+
+    accelerate launch --config_file recipes/accelerate/zero3.yaml recipes/sft.py \
+        --config recipes/configs/sft/qwen3-8b.yaml --output_dir runs/sft
+
+`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+"""
+
+from trl import ModelConfig, get_peft_config
+
+from hf_lnscale.training.arguments import ChatConfig, DataArguments, DepthArguments, parse
+from hf_lnscale.training.data import load_conversations, prepare_chat
+from hf_lnscale.training.model import load
+from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.trainer import RecipeTrainer
+
+
+@script
+def main() -> None:
+    depth, data, checkpoint, training = parse(
+        "sft", DepthArguments, DataArguments, ModelConfig, ChatConfig, description=__doc__
+    )
+    run = Run("sft", training, depth, data, checkpoint)
+    train, held_out = load_conversations(data, training.seed)
+    model, tokenizer = load(checkpoint, training, depth)
+    prepare_chat(training, tokenizer, train)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(checkpoint),
+    )
+    run.train(trainer)
+
+
+if __name__ == "__main__":
+    main()
