@@ -203,7 +203,7 @@ WAYS = {
 @pytest.fixture
 def no_plots(monkeypatch):
     """Half of the time of a run of this size."""
-    monkeypatch.setattr("hf_lnscale.training.report._plot", lambda history, folder: [])
+    monkeypatch.setattr("hf_lnscale.training.report._plot", lambda *told: [])
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -81,7 +81,8 @@ def write_report(
         folder = Path(trainer.args.output_dir or "")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         state.save_to_json(str(folder / "trainer_state.json"))
-        pictures = _plot(state.log_history, folder)
+        learned = "divergence from the teacher, training" if told.get("teacher") else "training"
+        pictures = _plot(state.log_history, folder, learned)
         told = {key: value for key, value in told.items() if told.get("use_peft") or not key.startswith(_OF_ADAPTERS)}
         settings = ((key, getattr(trainer.args, key)) for key in _SETTINGS)
         told |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
@@ -180,8 +181,17 @@ Made by `{command}`, with {made_with}, from the data `{data or "text that comes 
     )
 
 
-def _plot(history: list[dict[str, float]], folder: Path) -> list[str]:
-    """Loss over steps, and what was measured over depth; the names of the pictures, none without matplotlib."""
+def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
+    """Loss over steps, and what was measured over depth.
+
+    Args:
+        history: what the trainer logged.
+        folder: to write to.
+        learned: what the training loss is.
+
+    Returns:
+        The names of the pictures; none without matplotlib.
+    """
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []
@@ -199,7 +209,7 @@ def _plot(history: list[dict[str, float]], folder: Path) -> list[str]:
     pictures = []
     with plt.rc_context(style):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
+        for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=marker, ms=4, label=label)
