@@ -28,6 +28,7 @@ _EPILOG = """
 [bold]Examples[/bold]
 
 hf-lnscale info MODEL
+hf-lnscale diagnose MODEL --data text.txt --out report
 hf-lnscale prune MODEL --data text.txt --layers 2 --out smaller
 hf-lnscale evaluate MODEL smaller --data text.txt --tasks arc_easy
 hf-lnscale export trained --out plain
@@ -186,7 +187,10 @@ def diagnose(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a diagnosis that is there.")] = False,
 ) -> None:
-    """See the curse of depth in a model: what each layer does, what it is worth, and a report to look at."""
+    """See what each layer of a model does and is worth: a report.
+
+    The curse of depth in a model of yours: tables here, plots in the report.
+    """
     from .diagnosis.run import run
 
     found = run(
@@ -420,7 +424,10 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="pretrain, continue, sft or heal.")] = "",
 ) -> None:
-    """Train a model by a recipe: pretrain, continue, sft or heal. `hf-lnscale train sft --help` lists all options."""
+    """Train a model by a recipe: pretrain, continue, sft or heal.
+
+    `hf-lnscale train sft --help` lists all options.
+    """
     from .training.scripts import RECIPES, recipes_folder, start
 
     if recipe in ("", "--help"):

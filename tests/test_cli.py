@@ -17,7 +17,7 @@ import hf_lnscale
 import tiny
 from hf_lnscale import cli as module
 
-VERBS = ("demo", "info", "evaluate", "prune", "export", "push", "run", "env")
+VERBS = ("demo", "info", "diagnose", "train", "evaluate", "prune", "export", "push", "run", "env")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_help(cli, monkeypatch):
         # One line each: the next begins with another verb, or the box ends.
         (at,) = (i for i, line in enumerate(listed) if line.strip("│ ").split()[:1] == [verb])
         following = listed[at + 1].strip("│ ").split(" ")[0]
-        assert following in {*VERBS, "train", "diagnose"} or listed[at + 1].startswith("╰"), verb
+        assert following in VERBS or listed[at + 1].startswith("╰"), verb
     assert ["hf-lnscale", "run", "accelerate", "launch", "train.py"] in lines
     assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted" in out
 
@@ -70,7 +70,7 @@ def test_help(cli, monkeypatch):
 def test_help_of_a_verb(cli, verb):
     out, _ = cli(verb, "--help")
     assert f"hf-lnscale {verb}" in out
-    if verb in ("info", "evaluate", "prune", "push", "env"):
+    if verb in ("info", "diagnose", "evaluate", "prune", "push", "env"):
         assert "--json" in out
 
 

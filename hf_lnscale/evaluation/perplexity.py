@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..depth.data import documents
-from ..diagnosis import _evaluating
+from ..depth.stream import evaluating, wide
 
 BLOCK_SIZE = 2048  # characters
 SEQ_LEN = 1024
@@ -184,7 +184,7 @@ def perplexity(
         raise ValueError("data: there is no token to predict in the text")
     nats = [torch.zeros(max(0, len(ids.ids) - 1), dtype=torch.float64) for ids in encoded]
     bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
-    with _evaluating(model), bar:
+    with evaluating(model), bar:
         for at in range(0, len(windows), batch_size):
             batch = windows[at : at + batch_size]
             for window, values in zip(batch, _nats(model, encoded, batch, everywhere), strict=True):
@@ -306,11 +306,6 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         if not values.isfinite().all():
             raise ValueError(f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help")
         yield values
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor], tokenizer: Any) -> Perplexity:
