@@ -457,9 +457,14 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of every way on the second part.", min=10)] = Settings.steps,
     layers: Annotated[int, typer.Option(help="Layers.", min=2)] = Settings.layers,
     learning_rate: Annotated[float, typer.Option(help="Highest of every way.")] = Settings.learning_rate,
+    way: Annotated[
+        list[str], typer.Option(help="Only this way, by its name in the table; more than once for more.")
+    ] = [],  # noqa: B006
     only_print: Annotated[bool, typer.Option("--only-print", help="Train nothing; print what is finished.")] = False,
 ) -> None:
     settings = Settings(base_steps=base_steps, steps=steps, layers=layers, learning_rate=learning_rate)
+    if unknown := [name for name in way if name not in ways(settings)]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(ways(settings))}", param_hint="--way")
     saved = out / "settings.json"
     if saved.exists() and json.loads(saved.read_text(encoding="utf-8")) != asdict(settings):
         raise typer.BadParameter(
@@ -475,7 +480,8 @@ def main(
             folder = out / f"seed-{seed}"
             folder.mkdir(exist_ok=True)
             for name, convert in ways(settings).items():
-                run_way(name, convert, data, settings, seed, folder)
+                if not way or name in way:
+                    run_way(name, convert, data, settings, seed, folder)
     report(out, settings)
 
 

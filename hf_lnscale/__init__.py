@@ -15,6 +15,7 @@ from .depth.layers import drop_layers
 from .depth.plan import PruningPlan
 from .depth.scores import LayerScores, score_layers
 from .depth.search import plan_pruning
+from .diagnosis import Diagnosis, diagnose
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
 from .scaling import (
@@ -28,12 +29,14 @@ from .scaling import (
 )
 
 __all__ = [
+    "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "__version__",
     "apply_ln_scaling",
+    "diagnose",
     "disable",
     "draft_model",
     "drop_layers",

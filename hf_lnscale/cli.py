@@ -109,6 +109,44 @@ def export(
     print(f"wrote {path}: a plain checkpoint, loads without hf_lnscale")
 
 
+@app.command()
+def diagnose(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, diagnosis.json and the plots.")],
+    compare: Annotated[str | None, typer.Option(help="A second checkpoint, shown beside the first.")] = None,
+    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
+    gradients: Annotated[bool, typer.Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
+    jacobian: Annotated[
+        bool, typer.Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")
+    ] = True,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Write PNG and SVG; needs matplotlib.")] = True,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data to use.")] = 16_384,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Such as auto: spread over devices, or offloaded.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a diagnosis that is there.")] = False,
+) -> None:
+    """See the curse of depth in a model: what each layer does, what it is worth, and a report to look at."""
+    from .diagnosis.run import run
+
+    found = run(
+        model, data, out, compare=compare, dtype=dtype, device=device, device_map=device_map, draw=plots, force=force,
+        loss=loss, gradients=gradients, jacobian=jacobian, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
+    )  # fmt: skip
+    if as_json:
+        documents = [json.loads(one.to_json()) for one in found]
+        print(json.dumps(documents if compare else documents[0], indent=1))
+        return
+    print("\n".join(str(one) for one in found))
+    print(f"wrote {out / 'report.html'}")
+
+
 def _share(value: str | None) -> float | None:
     """Reads "10%" or "0.1"."""
     if value is None:

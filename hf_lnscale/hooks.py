@@ -1,4 +1,4 @@
-"""The only file that touches the inside of transformers: what `enable()` puts in place and `disable()` takes out.
+"""The only file that touches the inside of transformers and PEFT: what `enable()` puts in, and `disable()` takes out.
 
 Every hook is a thin wrapper around the function that was there, and does nothing for a model without a scale.
 tests/test_hooks.py fails, by name, when a hooked function changes its signature or its role.
@@ -14,16 +14,20 @@ import json
 import os
 import sys
 import threading
+import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file, is_peft_available
 
-from . import scaling
+from . import adapters, scaling
 from ._warnings import warn
 from .checkpoint import parts, protect, unprotect
 from .depth import layers
@@ -65,7 +69,25 @@ def _hooks() -> dict[tuple[type, str], Any]:
         (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): _load_distributed(
             PreTrainedModel._load_and_finalize_distributed_pretrained_model
         ),
+        (PeftAdapterMixin, "load_adapter"): _load_adapter_into_model(PeftAdapterMixin.__dict__["load_adapter"]),
         (Trainer, "train"): _train(Trainer.__dict__["train"]),
+    }
+
+
+def _peft_hooks() -> dict[tuple[type, str], Any]:
+    """The same for PEFT. Where it is installed, transformers' Trainer has imported it already."""
+    from peft import PeftModel
+    from peft.auto import _BaseAutoPeftModel
+    from peft.config import PeftConfigMixin
+
+    return {
+        (PeftConfigMixin, "from_json_file"): _from_json_file(PeftConfigMixin.__dict__["from_json_file"]),
+        (PeftConfigMixin, "save_pretrained"): _save_adapter_config(PeftConfigMixin.__dict__["save_pretrained"]),
+        (PeftModel, "save_pretrained"): _save_adapter(PeftModel.__dict__["save_pretrained"]),
+        (PeftModel, "from_pretrained"): _adapter_from_pretrained(PeftModel.__dict__["from_pretrained"]),
+        (PeftModel, "load_adapter"): _load_adapter(PeftModel.__dict__["load_adapter"]),
+        # Private: what AutoPeftModelForCausalLM and its sisters share, the one place that loads the base by its path.
+        (_BaseAutoPeftModel, "from_pretrained"): _auto_adapter(_BaseAutoPeftModel.__dict__["from_pretrained"]),
     }
 
 
@@ -74,10 +96,16 @@ def enable() -> None:
     with _lock:
         if _installed:
             return
-        for (owner, name), hook in _hooks().items():
-            _originals[owner, name] = owner.__dict__.get(name, _MISSING)
-            _installed[owner, name] = hook
-            setattr(owner, name, hook)
+        _install(_hooks())
+        if is_peft_available():
+            _install(_peft_hooks())
+
+
+def _install(hooks: dict[tuple[type, str], Any]) -> None:
+    for (owner, name), hook in hooks.items():
+        _originals[owner, name] = owner.__dict__.get(name, _MISSING)
+        _installed[owner, name] = hook
+        setattr(owner, name, hook)
 
 
 def disable() -> None:
@@ -165,7 +193,8 @@ def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         scaling.require_consistent(self)
-        return original(self, *args, **kwargs)
+        with _noting(self.config):  # it may hold adapters, which are then what is saved
+            return original(self, *args, **kwargs)
 
     return save_pretrained
 
@@ -179,6 +208,10 @@ def _from_pretrained(original: Any) -> Any:
         config: Any = None,
         **kwargs: Any,
     ) -> Any:
+        adapter = _adapter_to_load(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            given = config if isinstance(config, PreTrainedConfig) else None
+            kwargs = {**adapters.keywords(adapter, given), **kwargs}
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
             # With a configuration object, keywords would go on to the model's `__init__`.
@@ -189,7 +222,7 @@ def _from_pretrained(original: Any) -> Any:
                 _note_what_is_on_disk(config, name, kwargs)
         _refuse_gguf_without_layers(config, kwargs)
         loaded = original.__func__(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        if pretrained_model_name_or_path is not None:
+        if pretrained_model_name_or_path is not None and adapter is None:
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
             _warn_if_cold(model.config, pretrained_model_name_or_path)
         return loaded
@@ -270,22 +303,15 @@ def _load_pretrained_model(original: Any) -> Any:
         expected_keys: list[str] | None = None,
     ) -> Any:
         name = load_config.pretrained_model_name_or_path
-        # `expected_keys` are given for an adapter alone.
         positions = None
-        if expected_keys is not None:
-            if vars(model).get("_layers_left_out"):
-                raise ValueError(
-                    f"drop_layers: {str(name)!r} is an adapter of the model with all its layers, and goes by their "
-                    "numbers; merge it into its base first"
-                )
-        elif scaling.DROPPED in vars(scaling.text_config(model.config)):
+        # `expected_keys` are given for an adapter alone, which has the numbers of the model that it is put on.
+        if expected_keys is None and scaling.DROPPED in vars(scaling.text_config(model.config)):
             if name is not None:
                 positions = _positions_on_disk(model, name, load_config)
             elif state_dict is not None:
                 positions = layers.positions_in_state_dict(model.config, model, state_dict)
         if positions is None:
             return original.__func__(model, state_dict, checkpoint_files, load_config, expected_keys)
-        vars(model)["_layers_left_out"] = True
         with contextlib.ExitStack() as opened:
             if state_dict is None:
                 state_dict = _checkpoint_tensors(checkpoint_files or [], load_config, opened)
@@ -348,6 +374,8 @@ def _train(original: Any) -> Any:
             step = _require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
             if step is not None and self.model is not None:  # the weights that are loaded next belong to it
                 scaling.set_ln_scaling_step(self.model, step)
+            if not has_config:
+                _require_base(folder, {}, self.model)
         _require_led_warmup(self, config)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
@@ -402,3 +430,118 @@ def _require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
             f"ln_scaling={scaling.get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
     return None
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+# Of the model whose adapter is being saved.
+_base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
+
+
+@contextlib.contextmanager
+def _noting(base: PreTrainedConfig | None) -> Any:
+    token = _base.set(base)
+    try:
+        yield
+    finally:
+        _base.reset(token)
+
+
+def _read_adapter(name: Any, where: dict[str, Any]) -> dict[str, Any] | None:
+    """The dict of an adapter's adapter_config.json, or None if there is none."""
+    known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    where = {key: where[key] for key in known if where.get(key) is not None}
+    file = find_adapter_config_file(os.fspath(name), **where)
+    return adapters.without_tripwire(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
+
+
+def _adapter_to_load(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The adapter that `from_pretrained` is going to put on the base it loads."""
+    given = kwargs.get("adapter_kwargs") or {}
+    if (found := given.get("_adapter_model_path")) is not None:  # AutoModel has looked
+        return _read_adapter(found, {**kwargs, **given})
+    # On the Hub, looking would cost every model a request; `load_adapter` will look there, and refuse.
+    folder = isinstance(name, (str, os.PathLike)) and os.path.isdir(name)
+    return _read_adapter(name, {"subfolder": kwargs.get("subfolder")}) if folder else None
+
+
+def _require_base(name: Any, where: dict[str, Any], model: Any) -> None:
+    """Refuses to put an adapter on another base than its own."""
+    adapter = _read_adapter(name, where)
+    if adapter is not None:
+        base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+        adapters.require_base(adapter, os.fspath(name), base)
+
+
+def _load_adapter_into_model(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        load_config = kwargs.get("load_config")
+        name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+        if name is not None:
+            where = getattr(load_config, "download_kwargs", None) or {}
+            _require_base(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
+        return original(self, peft_model_id, *args, **kwargs)
+
+    return load_adapter
+
+
+def _from_json_file(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        return adapters.without_tripwire(original.__func__(cls, path_json_file, **kwargs))
+
+    return classmethod(from_json_file)
+
+
+def _save_adapter_config(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
+        original(self, save_directory, **kwargs)
+        if (base := _base.get()) is not None:
+            adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
+
+    return save_pretrained
+
+
+def _save_adapter(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        scaling.require_consistent(self)
+        base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
+        with _noting(base):
+            original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _adapter_from_pretrained(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        _require_base(model_id, kwargs, model)  # before the model is changed
+        return original.__func__(cls, model, model_id, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
+def _load_adapter(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        _require_base(model_id, kwargs, self)
+        return original(self, model_id, *args, **kwargs)
+
+    return load_adapter
+
+
+def _auto_adapter(original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        adapter = _read_adapter(pretrained_model_name_or_path, kwargs)
+        with warnings.catch_warnings():
+            if adapter is not None and (found := adapters.keywords(adapter)):
+                kwargs = {**found, **kwargs}
+                # Not cold: that is how the adapter was trained.
+                warnings.filterwarnings("ignore", message="ln_scaling was")
+            return original.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return classmethod(from_pretrained)

@@ -90,3 +90,79 @@ def with_hooked_norms(plain: nn.Module, norms: Sequence[str], scales: Sequence[f
         for name in norms:
             layer.get_submodule(name).register_forward_hook(lambda _module, _args, output, scale=scale: output * scale)
     return hooked
+
+
+# --- measures over depth: the papers' formulas, on states that forward hooks record -----------------------------------
+
+
+def residual_stream(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Inputs of all decoder layers and the output of the last, shape (L + 1, B, T, D), in float64."""
+    found, layers = [], decoder_layers(model)
+
+    def record(layer, args, output):
+        found.extend([args[0], output] if layer is layers[-1] else [args[0]])
+
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    with torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).double()
+
+
+def sublayer_outputs(model: nn.Module, tokens_BT: torch.Tensor, paths: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+    """What the modules at `paths` of each layer return; the first path that a layer has counts. Each (L, B, T, D)."""
+    found: list[list[torch.Tensor]] = [[] for _ in paths]
+    hooks = []
+    for layer in decoder_layers(model):
+        for outputs, names in zip(found, paths, strict=True):
+            module = next(layer.get_submodule(name) for name in names if hasattr(layer, name))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _module, _args, output, outputs=outputs: outputs.append(
+                        output[0] if isinstance(output, tuple) else output
+                    )
+                )
+            )
+    with torch.no_grad():
+        model(input_ids=tokens_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.stack(outputs).double() for outputs in found]
+
+
+def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a * b).sum(-1) / (a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt())).mean().item()
+
+
+def angular_distance(stream_PBTD: torch.Tensor, start: int, size: int) -> float:
+    """Gromov et al., arXiv 2403.17887, equation 7: at the last token, mean over sequences, as a share of pi."""
+    a, b = stream_PBTD[start][:, -1], stream_PBTD[start + size][:, -1]
+    cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    return (cosine.arccos() / torch.pi).mean().item()
+
+
+def distance_from_identity(model: nn.Module, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
+    """|J - I|_F^2 / |I|_F^2 of one layer for each sequence, by the whole Jacobian, shape (B,).
+
+    Rows of the first token's outputs are left out. arXiv 2502.05795, section 3: J tends to the identity with depth.
+    """
+    calls = []
+    module = decoder_layers(model)[layer]
+    hook = module.register_forward_pre_hook(
+        lambda _module, args, kwargs: calls.append((args[0].detach(), kwargs)), with_kwargs=True
+    )
+    model(input_ids=tokens_BT, use_cache=False)
+    hook.remove()
+    (x_BTD, kwargs), distances = calls[0], []
+    for row in range(len(x_BTD)):
+
+        def one(x_TD: torch.Tensor, row: int = row) -> torch.Tensor:
+            return module(torch.cat([x_BTD[:row], x_TD[None], x_BTD[row + 1 :]]), **kwargs)[row, 1:]
+
+        jacobian = torch.autograd.functional.jacobian(one, x_BTD[row])
+        rows = jacobian.shape[0] * jacobian.shape[1]
+        matrix = jacobian.reshape(rows, -1)
+        identity = torch.eye(matrix.shape[1], dtype=matrix.dtype)[-rows:]
+        distances.append((matrix - identity).square().sum() / rows)
+    return torch.stack(distances)

@@ -2,9 +2,12 @@
 
 import inspect
 
+import peft
+import peft.auto
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.integrations.peft import PeftAdapterMixin
 
 import hf_lnscale
 import tiny
@@ -22,7 +25,16 @@ HOOKED = {
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
+    (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
+}
+HOOKED_IN_PEFT = {
+    (peft.config.PeftConfigMixin, "from_json_file"),
+    (peft.config.PeftConfigMixin, "save_pretrained"),
+    (peft.PeftModel, "save_pretrained"),
+    (peft.PeftModel, "from_pretrained"),
+    (peft.PeftModel, "load_adapter"),
+    (peft.auto._BaseAutoPeftModel, "from_pretrained"),
 }
 
 
@@ -36,8 +48,13 @@ def disabled():
 def test_disable_puts_back_exactly_what_was_there(run_python):
     code = """
     import sys
+    from peft import PeftModel
+    from peft.auto import _BaseAutoPeftModel
+    from peft.config import PeftConfigMixin
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer
-    classes = (PreTrainedConfig, PreTrainedModel, Trainer)
+    from transformers.integrations.peft import PeftAdapterMixin
+    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer)
+    classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin)
     before = [dict(vars(cls)) for cls in classes]
 
     import hf_lnscale
@@ -56,11 +73,11 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     del sys.modules["hf_lnscale"]
     """
     changed = run_python(code, plugin=False).split()
-    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED)
+    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED | HOOKED_IN_PEFT)
 
 
 def test_exactly_these_attributes_are_hooked():
-    assert set(hooks._installed) == HOOKED
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
 
 
 def test_disabled_is_stock(disabled, tmp_path):
@@ -86,7 +103,7 @@ def test_disable_does_not_undo_another_library(monkeypatch):
     with pytest.raises(RuntimeError, match=r"PreTrainedModel\.post_init was replaced after"):
         hf_lnscale.disable()
     assert hf_lnscale.is_enabled()
-    assert set(hooks._installed) == HOOKED
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
 
 
 # What each hook relies on. A failure here says: transformers changed, read hooks.py again.
@@ -106,7 +123,14 @@ SIGNATURES = {
         "expected_keys",
     ],
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
+    (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],
+    (peft.config.PeftConfigMixin, "from_json_file"): ["cls", "path_json_file"],
+    (peft.config.PeftConfigMixin, "save_pretrained"): ["self", "save_directory", "kwargs"],
+    (peft.PeftModel, "save_pretrained"): ["self", "save_directory"],
+    (peft.PeftModel, "from_pretrained"): ["cls", "model", "model_id"],
+    (peft.PeftModel, "load_adapter"): ["self", "model_id", "adapter_name"],
+    (peft.auto._BaseAutoPeftModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path"],
 }
 
 

@@ -413,15 +413,6 @@ def test_a_state_dict_instead_of_a_checkpoint():
         )
 
 
-def test_an_adapter_of_all_layers_is_refused(tmp_path):
-    """LoRA of layer 2 would sit on what was layer 3."""
-    tiny.model().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is an adapter of the model with all its layers"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", drop_layers=[1])
-
-
 def test_tensors_that_transformers_ignores(tmp_path):
     """Qwen3-Next has layers for predicting several tokens beside the decoder's, DeepSeek-V3 behind them."""
     for family, name in (("qwen3_next", "mtp.layers.0."), ("deepseek_v3", "model.layers.4.")):

@@ -106,6 +106,8 @@ def test_library_and_command_line_work_without_the_extras(bare_environment, tmp_
     again = LlamaForCausalLM.from_pretrained("scaled")
     assert hf_lnscale.ln_scales(again) == [1.0, 2**-0.5]
     hf_lnscale.fold_ln_scaling(again)
+    diagnosis = hf_lnscale.diagnose(again, [list(range(12)), list(range(4, 16))], progress=False)
+    assert "<svg" in diagnosis.report()
     print(hf_lnscale.__file__)
     print(*(one.metadata["Name"] for one in importlib.metadata.distributions()))
     """

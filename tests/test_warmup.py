@@ -55,13 +55,14 @@ class Tokens(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer(model, folder, callbacks=(), **arguments):
+def trainer(model, folder, callbacks=(), model_init=None, **arguments):
     settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
     settings |= {"report_to": "none", "use_cpu": True, "seed": 1, "learning_rate": 1e-2, "disable_tqdm": True}
     arguments = TrainingArguments(str(folder), **(settings | arguments))
     if callbacks == ():
         callbacks = [LNScalingWarmupCallback()]
-    return Trainer(model, arguments, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=list(callbacks))
+    data = {"train_dataset": Tokens(), "eval_dataset": Tokens()}
+    return Trainer(model, arguments, **data, model_init=model_init, callbacks=list(callbacks))
 
 
 class Watch(TrainerCallback):
@@ -466,6 +467,20 @@ def test_the_weights_of_the_best_checkpoint_come_with_its_scale(lora, tmp_path):
         assert torch.equal(logits(run.model.eval()), logits(best))
 
 
+def test_resumed_with_a_model_that_the_trainer_builds_anew(tmp_path):
+    """By `model_init`, after the checkpoint's position has been looked up for the first one."""
+
+    def build():
+        return tiny.model(ln_scaling=WARMUP)
+
+    whole = trainer(None, tmp_path / "whole", model_init=build)
+    whole.train()
+    resumed = trainer(None, tmp_path / "resumed", model_init=build)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert ln_scales(resumed.model) == FULL
+
+
 @pytest.mark.parametrize("start", [0, 1])
 def test_lora_resumed(start, tmp_path):
     """An adapter's checkpoint has no config.json: the position is in that of the Trainer."""
@@ -524,10 +539,11 @@ def test_resuming_with_another_warmup_is_refused(trained, resumed, tmp_path):
 def test_after_the_warmup_a_run_is_resumed_without_the_callback(tmp_path):
     whole = trainer(tiny.model(ln_scaling=WARMUP), tmp_path / "whole")
     whole.train()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/checkpoint-4")
-    resumed = trainer(model, tmp_path / "resumed", [])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
-    assert losses(resumed) == losses(whole)
+    checkpoint = tmp_path / "whole/checkpoint-4"
+    for model in (AutoModelForCausalLM.from_pretrained(checkpoint), tiny.model(ln_scaling=WARMUP)):
+        resumed = trainer(model, tmp_path / "resumed", [])
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert losses(resumed) == losses(whole)
 
 
 def test_a_warmup_that_nothing_moves_is_refused(tmp_path):

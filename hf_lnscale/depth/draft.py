@@ -15,7 +15,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FunctionType
 from typing import Any
@@ -31,6 +30,7 @@ from ..scaling import Stack, text_stack
 from .data import Batch, token_batches
 from .layers import delete_layers, normalize_layers, prune_config
 from .plan import PruningPlan
+from .stream import evaluating
 
 # --- the draft ------------------------------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ def choose_draft(
     prompts = token_batches(
         data, _generator(model), tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
     )
-    with _evaluating(model):
+    with evaluating(model):
         parts = [
             [answer for batch in part for answer in _answers(model, batch, max_new_tokens, temperature)]
             for part in prompts.split(held_out)
@@ -425,7 +425,7 @@ def measure_draft(
     settings = _settings(max_new_tokens, temperature)
     rounds: list[tuple[int, int, bool]] = []
     speedups, same = [], []
-    with _evaluating(model):
+    with evaluating(model):
         _generate(model, prompts[0], settings, draft)  # the first is slow, whatever it is
         for turn, ids_1T in enumerate(prompts):
             rates, answers = {}, {}
@@ -602,19 +602,6 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is back in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _require_count(name: str, value: Any, most: int | None = None) -> None:

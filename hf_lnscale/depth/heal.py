@@ -29,13 +29,13 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
-from ..diagnosis import _evaluating, _hidden_states
 from ..families import UnsupportedArchitectureError, submodule
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .layers import normalize_layers
 from .plan import PruningPlan
 from .scores import _cross_entropy, _Halves, _pick, _predictions, _tuples
+from .stream import evaluating, hidden_states
 
 __all__ = ["METHODS", "REACHES", "HealReport", "HealedLayer", "heal", "healed", "why_not_healable"]
 
@@ -256,7 +256,7 @@ def heal(
 
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
-        with _evaluating(model):
+        with evaluating(model):
             halves = _Halves(model)
             halves.tuples = _tuples(stack)
             full, pruned = ([_Stream(halves, part, gone) for part in (batches, held_out)] for gone in ((), dropped))
@@ -405,7 +405,7 @@ class _Stream:
 
         if place < len(layers):
             hook = layers[place].register_forward_pre_hook(
-                lambda layer, args, kwargs: stop(_hidden_states(args, kwargs)), with_kwargs=True
+                lambda layer, args, kwargs: stop(hidden_states(args, kwargs)), with_kwargs=True
             )
         else:
             hook = layers[-1].register_forward_hook(lambda layer, args, output: stop(_first(output)))

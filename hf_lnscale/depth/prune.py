@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from .._folders import require_free, written
 from .._version import __version__
 from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
@@ -81,7 +81,7 @@ def prune(
         ValueError: for wrong arguments, and if the written checkpoint does not give the perplexity that the plan says.
     """
     target = Path(out).resolve()
-    _require_free(target, checkpoint, data, str(out), force)
+    require_free(target, (checkpoint, data), str(out), force)
     if method not in SEARCH_METHODS:
         raise ValueError(f"method must be one of {', '.join(SEARCH_METHODS)}, got {method!r}")
     if heal not in (None, "auto", *HEAL_METHODS):
@@ -137,9 +137,7 @@ def prune(
         report.forget()
     drop_layers(model, list(plan.layers))
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        partial = Path(scratch) / "partial"
+    with written(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         plan.save(partial / PLAN_FILE)
@@ -154,37 +152,11 @@ def prune(
         ]
         rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
         _card(checkpoint, plan, rows, command, config).save(partial / "README.md")
-        replaced = Path(scratch) / "replaced"
-        if target.exists():
-            os.replace(target, replaced)
-        try:
-            os.replace(partial, target)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
     search.unlink(missing_ok=True)
     table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
     for row in rows:
         table.add_row(*row)
     return plan, table
-
-
-def _require_free(target: Path, checkpoint: str, data: Any, shown: str, force: bool) -> None:
-    """Refuses a folder to write that is not empty, or that holds what is read; before anything is computed."""
-    for what in (checkpoint, data if isinstance(data, (str, os.PathLike)) else ""):
-        if what and Path(what).exists():
-            read = Path(what).resolve()
-            if target in (read, *read.parents) or read in target.parents:
-                raise ValueError(f"--out {shown!r} must not be, hold or lie in what is read ({what})")
-    if target == Path.cwd():
-        raise ValueError(f"--out {shown!r} is the current folder; choose another")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not force:
-        raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
-    if not (target / "config.json").is_file():
-        raise FileExistsError(f"--out {shown!r} is no checkpoint; --force replaces only what it could have written")
 
 
 def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:

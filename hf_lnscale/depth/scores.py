@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..diagnosis import _evaluating, _hidden_states
 from ..scaling import Stack, text_stack
 from .data import Batch, TokenBatches, token_batches
+from .stream import evaluating, hidden_states, visiting, wide
 
 __all__ = ["METHODS", "LayerScores", "loss_without", "score_layers", "sweep_losses"]
 
@@ -338,27 +338,6 @@ def sweep_losses(
 # --- the residual stream ----------------------------------------------------------------------------
 
 
-@contextmanager
-def _visiting(stack: Stack, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within it, `visit(place, x_BTD)` is called with each of the P states of a pass, in order."""
-
-    def in_front(place: int) -> Any:
-        return lambda layer, args, kwargs: visit(place, _hidden_states(args, kwargs))
-
-    def after_last(layer: nn.Module, args: Any, output: Any) -> None:
-        visit(len(stack.layers), output[0] if isinstance(output, tuple) else output)
-
-    hooks = [
-        layer.register_forward_pre_hook(in_front(place), with_kwargs=True) for place, layer in enumerate(stack.layers)
-    ]
-    hooks.append(stack.layers[-1].register_forward_hook(after_last))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
     stack = text_stack(model)
     total_L = torch.zeros(len(stack.layers), dtype=torch.float64)
@@ -367,7 +346,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
         nonlocal before
-        x_BTD = _wide(x_BTD)
+        x_BTD = wide(x_BTD)
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
         if place:
             assert before is not None
@@ -377,7 +356,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
             sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
         before = (x_BTD, norm_BT)
 
-    with _evaluating(model), _visiting(stack, visit):
+    with evaluating(model), visiting(stack, visit):
         for batch in _track(batches, "block_influence", progress):
             real_BT = batch.attention_mask
             sums.clear()
@@ -396,7 +375,7 @@ def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: boo
     def visit(place: int, x_BTD: torch.Tensor) -> None:
         states.append(x_BTD[picked_BT.to(x_BTD.device)])
 
-    with _evaluating(model), _visiting(stack, visit):
+    with evaluating(model), visiting(stack, visit):
         for batch in _track(batches, "angular", progress):
             picked_BT = batch.attention_mask
             if tokens == "last":
@@ -434,7 +413,7 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
 
 def _magnitude(stack: Stack) -> torch.Tensor:
     with torch.no_grad():
-        sums = [sum(_wide(w).abs().sum().cpu().double() for w in layer) for layer in _matrices(stack)]
+        sums = [sum(wide(w).abs().sum().cpu().double() for w in layer) for layer in _matrices(stack)]
     return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in sums])
 
 
@@ -447,7 +426,7 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
     def fold(position: int) -> Callable[[torch.Tensor], None]:
         def into_score(weight: torch.Tensor) -> None:
             assert weight.grad is not None
-            total_L[position] += (_wide(weight.detach()) * _wide(weight.grad)).abs().sum().cpu().double()
+            total_L[position] += (wide(weight.detach()) * wide(weight.grad)).abs().sum().cpu().double()
             weight.grad = None
 
         return into_score
@@ -462,7 +441,7 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
             for weight in layer:
                 weight.requires_grad_(True)
                 hooks.append(weight.register_post_accumulate_grad_hook(fold(position)))
-        with _evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             for batch in _track(batches, "taylor", progress):
                 picked_BT, targets_N = _predictions(batch)
                 if not len(targets_N):
@@ -566,7 +545,7 @@ class _Halves:
         ids_1N = torch.zeros(1, len(x_ND), dtype=torch.long, device=x_ND.device)
         with _replaced(self.parent, {self.name: _StandIn(self.stack.model, lambda *_, **__: output)}):
             logits_1NV = self.head(input_ids=ids_1N, **_PLAIN).logits
-        return _wide(logits_1NV[0])
+        return wide(logits_1NV[0])
 
     def parts(self, count: int) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit into memory."""
@@ -579,7 +558,7 @@ class _Halves:
         wrap = self.tuples[position]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = _hidden_states(args, kwargs) if x_BTD is None else x_BTD
+            output = hidden_states(args, kwargs) if x_BTD is None else x_BTD
             return (output,) if wrap else output
 
         return _StandIn(self.stack.layers[position], forward)
@@ -607,9 +586,12 @@ def _sweep(
     removed: Iterable[int],
     candidates: Iterable[int] | None,
     measure: str,
-    progress: bool,
+    progress: bool | Callable[[float], object],
 ) -> tuple[float, dict[int, float]]:
-    """Mean over tokens of the measure without `removed` (of "loss" only), and of that without each candidate too."""
+    """Mean over tokens of the measure without `removed` (of "loss" only), and of that without each candidate too.
+
+    `progress` says whether a bar is shown, or is called with the share of the work that was done since the last call.
+    """
     if measure not in ("loss", "kl"):
         raise ValueError(f"measure must be 'loss' or 'kl', got {measure!r}")
     halves = _Halves(model)
@@ -624,9 +606,15 @@ def _sweep(
     current, count = 0.0, 0
     totals = dict.fromkeys(candidates, 0.0)
     bar = logging.tqdm(
-        total=len(batches) * len(candidates), desc=f"{measure} without a layer", disable=not progress, leave=False
+        total=len(batches) * len(candidates),
+        desc=f"{measure} without a layer",
+        disable=progress is not True,
+        leave=False,
     )
-    with _evaluating(model), bar:
+    advance = progress if callable(progress) else None
+    # Of a batch the layers are one half of the work and the head is the other, near enough for a bar.
+    share = 0.5 / max(len(batches), 1)
+    with evaluating(model), bar:
         for batch in batches:
             picked_BT, targets_N = _predictions(batch)
             if measure == "kl":
@@ -641,6 +629,8 @@ def _sweep(
                 start = (candidate, states.pop(candidate))
                 finals[candidate] = _pick(halves.hidden(batch, gone, start), picked_BT)
                 bar.update()
+                if advance:
+                    advance(share / len(candidates))
             for part in halves.parts(len(full_ND)):
                 if measure == "loss":
                     score = _cross_entropy_to(targets_N[part])
@@ -649,6 +639,8 @@ def _sweep(
                     score = _divergence_from(halves.logits(full_ND[part]))
                 for candidate, x_ND in finals.items():
                     totals[candidate] += score(halves.logits(x_ND[part]))
+                if advance:
+                    advance(share * len(full_ND[part]) / len(full_ND))
             count += len(full_ND)
     if not count:
         raise ValueError("data: there is no token to predict; sequences must hold two tokens or more")
@@ -660,7 +652,7 @@ def _keeping(layers: nn.ModuleList, positions: Iterable[int], states: dict[int, 
     """Within it, what goes into the layers at `positions` is put into `states`."""
 
     def keep(position: int) -> Any:
-        return lambda layer, args, kwargs: states.__setitem__(position, _hidden_states(args, kwargs))
+        return lambda layer, args, kwargs: states.__setitem__(position, hidden_states(args, kwargs))
 
     hooks = [layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in positions]
     try:
@@ -713,10 +705,6 @@ def _inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
     return (batch if device.type == "meta" else batch.to(device)).model_inputs()
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum(values: torch.Tensor) -> float:

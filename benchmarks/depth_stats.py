@@ -1,0 +1,121 @@
+"""What DepthStatsCallback costs: a step of the Trainer that is measured against the next one, which is not.
+
+    python benchmarks/depth_stats.py                      # a small Llama, on the GPU if there is one
+    python benchmarks/depth_stats.py --size 130M --mode eager --mode compile
+
+Prints one table. Every second step of one run is measured; the ratio of each pair of steps is taken, and the median of
+the ratios and their quartiles are printed. The row "none" is the same run without the callback: the noise. Between
+measured steps the callback does nothing, so the last column, the cost at the default interval, is the median's excess
+divided by that interval; for a compiled model, whose measured steps run eagerly, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import tempfile
+import time
+from typing import Annotated
+
+import torch
+import typer
+from datasets import Dataset
+from ln_scaling_overhead import DEVICE, SIZES, build
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hf_lnscale
+from hf_lnscale.training import DepthStatsCallback
+
+INTERVAL = inspect.signature(DepthStatsCallback).parameters["every_n_steps"].default
+
+
+class Start(TrainerCallback):
+    """When each step begins, before the other callbacks'; added first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.times.append(now())
+
+
+class End(TrainerCallback):
+    """When each step ends, after the other callbacks'; added last."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.times.append(now())
+
+
+def now() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
+    """Time of each measured step over that of the step after it; the first pairs warm up and are left out."""
+    model = build(size, scaled=True, mode="eager")
+    ids = torch.randint(0, SIZES[size][4], (64, shape[1])).tolist()
+    start, end, warm = Start(), End(), 4
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            per_device_train_batch_size=shape[0],
+            max_steps=2 * (count + warm) + 1,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=DEVICE == "cpu",
+            torch_compile=mode == "compile",
+        )
+        trainer = Trainer(
+            model, args, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}), callbacks=[start]
+        )
+        if measured:
+            trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=2))
+        trainer.add_callback(end)
+        trainer.train()
+    seconds = [after - before for before, after in zip(start.times, end.times, strict=True)]
+    seconds = seconds[1 + 2 * warm :]  # steps 2, 4, ... are measured
+    return [one / other for one, other in zip(seconds[::2], seconds[1::2], strict=True)]
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
+    mode: Annotated[list[str], typer.Option(help="eager or compile; more than once for more.")] = ["eager"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Pairs to time.")] = 40,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+) -> None:
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(
+        "mode",
+        "callback",
+        "measured step / next step",
+        "quartiles",
+        f"cost at one step in {INTERVAL}",
+        title=f"DepthStatsCallback, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
+        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}",
+    )
+    for one in mode:
+        for measured in (False, True):
+            torch._dynamo.reset()
+            found = ratios(size, one, measured, (batch, length), count)
+            low, median, high = statistics.quantiles(found, n=4)
+            cost = f"{(median - 1) / INTERVAL:.3%}" if measured else ""
+            table.add_row(
+                one, "every 2nd step" if measured else "none", f"{median:.3f}", f"{low:.3f} to {high:.3f}", cost
+            )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,51 @@
+"""Folders that appear under their name when they are complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def require_free(
+    target: Path, read_from: Iterable[Any], shown: str, force: bool, mark: str = "config.json", what: str = "checkpoint"
+) -> None:
+    """Refuses a folder to write that is not empty, or that holds what is read; before anything is computed.
+
+    With `force` a folder is replaced that holds the file `mark`, by which it is known as `what`.
+    """
+    for one in read_from:
+        if isinstance(one, (str, os.PathLike)) and str(one) and Path(one).exists():
+            read = Path(one).resolve()
+            if target in (read, *read.parents) or read in target.parents:
+                raise ValueError(f"--out {shown!r} must not be, hold or lie in what is read ({one})")
+    if target == Path.cwd():
+        raise ValueError(f"--out {shown!r} is the current folder; choose another")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
+    if not (target / mark).is_file():
+        raise FileExistsError(f"--out {shown!r} is no {what}; --force replaces only what it could have written")
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """A new folder to write into, beside the target; it takes the target's place at the end, and is gone on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        partial = Path(scratch) / "partial"
+        partial.mkdir()
+        yield partial
+        replaced = Path(scratch) / "replaced"
+        if target.exists():
+            os.replace(target, replaced)
+        try:
+            os.replace(partial, target)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise

@@ -1,0 +1,307 @@
+"""From measurements to words: how the residual stream grows, which layers do little, how many could go.
+
+Every sentence carries its numbers, and the thresholds are here, in one place. Nothing is said of what was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+# A model shows a sign of the curse of depth if ...
+GROWTH = 10.0  # ... the stream of a typical token grows this much from the first layer to the last,
+SHARE = 0.5  # ... what the deeper half does is less than this share of what the other half does.
+# A layer does almost nothing if perplexity rises by less than this without it.
+IDLE = 0.01
+BUDGETS = (0.05, 0.10)
+# Massive activations: these few tokens make the variance this much larger than a typical token's.
+MASSIVE = 3.0
+# Of two kinds of growth one is the better if the other misses by more than this many times as much, and 1 %.
+TIE = 1.1
+
+
+def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
+    """Least-squares fits of three kinds of growth over depth, in the logarithm of the variance.
+
+    arXiv 2502.05795, section 3: without a remedy the variance lies between a linear and an exponential function of
+    depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors compare.
+
+    Args:
+        values: variance after layer 1, 2, ..., L; L at least 3.
+
+    Returns:
+        Kind -> its parameters, and `off_by`: the factor by which the fit misses on average (root mean square of the
+        logarithm). With l the number of layers passed: "linear" is start * (1 + slope * (l - 1)), "polynomial" is
+        start * l ** power, "exponential" is start * rate ** (l - 1).
+    """
+    y_L = np.log(np.asarray(values, dtype=np.float64))
+    depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
+
+    def straight(x_L: np.ndarray) -> tuple[float, float, float]:
+        slope, start = np.polyfit(x_L, y_L, 1)
+        return start, slope, float(np.sqrt(np.mean((start + slope * x_L - y_L) ** 2)))
+
+    start, power, off = straight(np.log(depth_L))
+    fits = {"polynomial": {"start": math.exp(start), "power": power, "off_by": math.exp(off)}}
+    start, rate, off = straight(depth_L - 1)
+    fits["exponential"] = {"start": math.exp(start), "rate": math.exp(rate), "off_by": math.exp(off)}
+
+    # For a given slope the best start is known: search over the slope, finer and finer around the best. Slopes below
+    # -1 / (L - 1) would make the variance negative.
+    falling = -1 / (len(y_L) - 1)
+    slopes = np.concatenate([falling * (1 - np.geomspace(1e-6, 1, 400)), np.geomspace(1e-6, 1e6, 2000)])
+    for _ in range(6):
+        logs = np.log1p(slopes[:, None] * (depth_L - 1))
+        starts = (y_L - logs).mean(1)
+        errors = ((logs + starts[:, None] - y_L) ** 2).mean(1)
+        best = int(errors.argmin())
+        around = slopes[max(best - 1, 0)], slopes[min(best + 1, len(slopes) - 1)]
+        slope, start, off = slopes[best], starts[best], math.sqrt(errors[best])
+        slopes = np.linspace(*around, 400)
+    fits["linear"] = {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}
+    return {kind: fits[kind] for kind in ("linear", "polynomial", "exponential")}
+
+
+def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the stream of a typical token grows from the first layer to the last; the step into it is left out."""
+    values = [place["typical"] for place in residual[1:]]
+    found: dict[str, Any] = {"first": values[0], "last": values[-1], "factor": values[-1] / values[0]}
+    window = max(1, round(len(values) / 4))
+    if len(values) > window:
+        at = max(range(len(values) - window), key=lambda i: values[i + window] / values[i])
+        found["fastest"] = {"layers": [at + 1, at + window], "factor": values[at + window] / values[at]}
+    found["fits"] = fit_growth(values) if len(values) >= 3 else None
+    found["kind"] = None
+    if found["fits"]:
+        off = {kind: math.log(fit["off_by"]) for kind, fit in found["fits"].items()}
+        best = min(off, key=off.__getitem__)
+        # A model whose stream does not grow has no kind of growth.
+        if found["factor"] > 1.5 and all(off[kind] > TIE * off[best] + 0.01 for kind in off if kind != best):
+            found["kind"] = best
+    return found
+
+
+def massive(residual: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where a few tokens make up the variance: the layer after which they first do, and how much they add."""
+    for place in residual[1:]:
+        if place["variance"] > MASSIVE * place["typical"]:
+            return {
+                "layer": place["place"] - 1,
+                "factor": place["variance"] / place["typical"],
+                "factor_without_first": place["variance_without_first"] / place["typical"],
+                "channel": place["largest_channel"],
+            }
+    return None
+
+
+def judge(
+    residual: list[dict[str, Any]],
+    layers: list[dict[str, Any]],
+    baseline: dict[str, float] | None,
+    cuts: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """The verdict: facts in numbers, and sentences made of them."""
+    grown, spikes = growth(residual), massive(residual)
+    signs: dict[str, dict[str, Any] | None] = {
+        "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
+        "near_identity": _halves(layers, "jacobian_distance"),
+        "deep_layers_worth_little": _halves(layers, "loss_added"),
+    }
+    idle = None
+    if baseline:
+        idle = [one["layer"] for one in layers if one["loss_added"] < math.log1p(IDLE)]
+    inside = None
+    if cuts is not None and baseline:
+        inside = {f"{budget:.0%}": _inside(cuts, baseline["perplexity"], budget) for budget in BUDGETS}
+    found: dict[str, Any] = {
+        "growth": grown, "massive_activations": spikes, "signs": signs, "idle_layers": idle, "removable": inside,
+    }  # fmt: skip
+    measured = [sign for sign in signs.values() if sign]
+    count = sum(sign["present"] for sign in measured)
+    found["headline"] = f"{count} of {len(measured)} signs of the curse of depth"
+    found["sentences"] = [*_on_growth(grown, len(layers)), *_on_massive(spikes), *_on_layers(found, layers, baseline)]
+    return found
+
+
+def _halves(layers: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Median over the deeper half of the layers against that over the other half. The median, as first and last layers
+    are a kind of their own in most models."""
+    values = [one[name] for one in layers]
+    if len(values) < 2 or any(value is None for value in values):
+        return None
+    middle = len(values) // 2
+    first, deep = median(values[:middle]), median(values[middle:])
+    return {"present": deep < SHARE * first, "first_half": first, "deeper_half": deep, "threshold": SHARE}
+
+
+def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
+    fitting = [cut for cut in cuts if cut["perplexity"] <= perplexity * (1 + budget)]
+    best: dict[str, Any] = fitting[-1] if fitting else {"layers": [], "perplexity": perplexity}
+    return {"count": len(best["layers"]), "layers": sorted(best["layers"]), "perplexity": best["perplexity"]}
+
+
+def _on_growth(grown: dict[str, Any], num_layers: int) -> list[str]:
+    factor = grown["factor"]
+    text = (
+        f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
+        f"{number(grown['last'])} after the last, {times(factor)} as much"
+    )
+    if factor > 1.5 and "fastest" in grown:
+        first, last = grown["fastest"]["layers"]
+        text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
+    sentences = [text + "."]
+    if fits := grown["fits"]:
+        said = {
+            "linear": "linear",
+            "polynomial": f"polynomial, l^{fits['polynomial']['power']:.1f}",
+            "exponential": f"exponential, {times(fits['exponential']['rate'])} a layer",
+        }
+        order = sorted(said, key=lambda kind: fits[kind]["off_by"])
+        fitted = "; ".join(f"{said[kind]} (misses by {_percent(fits[kind])})" for kind in order)
+        if factor <= 1.5:
+            sentences.append("It hardly grows, so it has no kind of growth.")
+        elif grown["kind"]:
+            sentences.append(f"The best fit of its growth is {fitted}.")
+        else:
+            sentences.append(f"No fit of its growth is clearly the best: {fitted}.")
+    return sentences
+
+
+def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
+    if not spikes:
+        return []
+    text = (
+        f"A few tokens carry massive activations, from layer {spikes['layer']} on: counted in, the variance behind it "
+        f"is {times(spikes['factor'])} that of a typical token"
+    )
+    if spikes["factor_without_first"] < MASSIVE:
+        text += ", and all of that is the first token of each sequence"
+    elif spikes["factor_without_first"] < spikes["factor"] / 2:
+        text += f"; {times(spikes['factor_without_first'])} without the first token of each sequence"
+    return [text + ". That is not growth of the stream, and is left out of the fits."]
+
+
+def _on_layers(
+    found: dict[str, Any], layers: list[dict[str, Any]], baseline: dict[str, float] | None
+) -> list[str]:  # fmt: skip
+    sentences = []
+    if near := found["signs"]["near_identity"]:
+        sentences.append(
+            f"Distance of a layer's Jacobian from the identity: median {near['deeper_half']:.2f} in the deeper half of "
+            f"the layers, {near['first_half']:.2f} in the other half."
+        )
+    if baseline:
+        worth = found["signs"]["deep_layers_worth_little"]
+        if worth:
+            sentences.append(
+                f"Loss added by removing a layer: median {worth['deeper_half']:.3f} nats in the deeper half, "
+                f"{worth['first_half']:.3f} in the other half."
+            )
+        idle = found["idle_layers"]
+        if idle:
+            sentences.append(
+                f"{_layers(idle)} {'does' if len(idle) == 1 else 'do'} almost nothing: without {_it(idle)}, one at a "
+                f"time, perplexity rises by less than {100 * IDLE:.0f} %."
+            )
+        else:
+            least = min(layers, key=lambda one: one["loss_added"])
+            sentences.append(
+                f"No layer does almost nothing: the least needed is layer {least['layer']}, without which perplexity "
+                f"rises from {number(baseline['perplexity'])} to {number(least['perplexity_without'])} "
+                f"({100 * math.expm1(least['loss_added']):+.1f} %)."
+            )
+    if removable := found["removable"]:
+        five, ten = (removable[f"{budget:.0%}"] for budget in BUDGETS)
+        same = five["count"] == ten["count"]
+        text = f"Within {'5 % or 10 %' if same else '5 %'} of perplexity {_could_go(five)}"
+        sentences.append(
+            text
+            + ("" if same else f", within 10 % {_could_go(ten)}")
+            + ". Removed together, in the order of what each "
+            "costs alone, without healing; hf-lnscale prune searches and heals."
+        )
+    return sentences
+
+
+def _could_go(part: dict[str, Any]) -> str:
+    if not part["count"]:
+        return "no layer could go"
+    return f"{_layers(part['layers'], small=True)} could go (perplexity {number(part['perplexity'])})"
+
+
+def _layers(layers: list[int], small: bool = False) -> str:
+    word = "layer" if len(layers) == 1 else f"{len(layers)} layers"
+    text = f"{word} {layers[0]}" if len(layers) == 1 else f"{word} ({ranges(layers)})"
+    return text if small else text[0].upper() + text[1:]
+
+
+def _it(layers: list[int]) -> str:
+    return "it" if len(layers) == 1 else "them"
+
+
+def ranges(layers: list[int]) -> str:
+    """Sorted numbers in words: [1, 2, 3, 7] is "1-3, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def number(value: float | None) -> str:
+    """Three digits, those of thousands apart."""
+    if value is None:
+        return "-"
+    if not value:
+        return "0"
+    if abs(value) < 0.001 or abs(value) >= 1e7:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".removesuffix(".")
+
+
+def times(factor: float) -> str:
+    return f"{number(factor) if factor >= 10 else format(factor, '.2f')} times"
+
+
+def _percent(fit: dict[str, float]) -> str:
+    return f"{100 * (fit['off_by'] - 1):.0f} %" if fit["off_by"] < 10 else times(fit["off_by"])
+
+
+def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
+    """Rows of what differs between two diagnoses: name, value in the first, value in the second."""
+    rows: list[tuple[str, str, str]] = []
+    both = [(one.model, one.verdict, one.baseline) for one in (before, after)]
+
+    def row(name: str, values: list[Any], show: Any = number) -> None:
+        if any(value is not None for value in values):
+            rows.append((name, *("not measured" if value is None else show(value) for value in values)))  # type: ignore[arg-type]
+
+    row("layers", [model["num_layers"] for model, _, _ in both], str)
+    row("perplexity", [baseline and baseline["perplexity"] for _, _, baseline in both])
+    row("growth of a typical token, first to last layer", [v["growth"]["factor"] for _, v, _ in both], times)
+    row("kind of growth", [v["growth"]["kind"] or "cannot be told" for _, v, _ in both], str)
+    for half in ("first_half", "deeper_half"):
+        name = half.replace("_", " ")
+        for sign, what in (
+            ("near_identity", "distance of the Jacobian from the identity"),
+            ("deep_layers_worth_little", "loss added by removing a layer, nats"),
+        ):
+            row(f"{what}, median of the {name}", [(v["signs"][sign] or {}).get(half) for _, v, _ in both])
+    row(
+        "layers that do almost nothing",
+        [None if v["idle_layers"] is None else len(v["idle_layers"]) for _, v, _ in both],
+        str,
+    )
+    for budget in BUDGETS:
+        key = f"{budget:.0%}"
+        row(
+            f"layers that could go inside {100 * budget:.0f} % of perplexity",
+            [(v["removable"] or {}).get(key, {}).get("count") for _, v, _ in both],
+            str,
+        )
+    return rows
