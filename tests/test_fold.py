@@ -292,4 +292,4 @@ def test_info(scaled, tmp_path, cli):
 
     tiny.model().save_pretrained(tmp_path / "plain")
     assert "no LayerNorm Scaling" in cli("info", tmp_path / "plain")
-    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 1
+    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 2  # what is wrong, and a hint
