@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/diagnosis.md", "docs/families.md", "docs/pruning.md", "recipes/README.md"]
+PAGES = [
+    "README.md",
+    "docs/converting.md",
+    "docs/diagnosis.md",
+    "docs/families.md",
+    "docs/pruning.md",
+    "recipes/README.md",
+]
 IN_PLACE_OF = {
     "Qwen/Qwen3-0.6B-Base": "qwen3",
     "HuggingFaceTB/SmolLM2-135M": "qwen3",
