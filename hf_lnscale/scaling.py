@@ -87,7 +87,7 @@ class LNScalingConfig:
         object.__setattr__(self, "exponent", float(min(exponent, sys.float_info.max)))
         if not _is_integer(self.warmup_steps) or self.warmup_steps < 0:
             raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in list(SCHEDULES):  # a list, as it may be unhashable
             raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if not _is_integer(self.step) or not 0 <= self.step <= self.warmup_steps:
             raise ValueError(
@@ -146,11 +146,9 @@ class LNScalingConfig:
     @property
     def exponent_now(self) -> float:
         """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
-        return (
-            self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
-            if self.warming_up
-            else self.exponent
-        )
+        if not self.warming_up:
+            return self.exponent
+        return self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
 
     def for_layers(self, num_layers: int) -> LNScalingConfig:
         """The same with the depths written out.

@@ -14,6 +14,7 @@ import tiny
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
+    "docs/converting.md",
     "docs/diagnosis.md",
     "docs/evaluation.md",
     "docs/families.md",

@@ -225,7 +225,8 @@ def test_norms_that_are_missing_on_disk_are_noticed(scaled, tmp_path):
 def test_a_killed_export_leaves_nothing_that_loads(scaled, tmp_path):
     """Killed while the weights are being written: slowed down so that the moment is met."""
     code = """
-import sys, time, hf_lnscale.export as e
+import signal, sys, time, hf_lnscale.export as e
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background, it is ignored
 copy = e.shutil.copyfile
 def slow(source, target):
     copy(source, target)

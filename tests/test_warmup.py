@@ -114,6 +114,7 @@ def scaled_norms(model):
         ({"warmup_steps": 1.5}, "warmup_steps must be an integer >= 0, got 1.5"),
         ({"warmup_steps": True}, "warmup_steps must be an integer >= 0, got True"),
         ({"warmup_steps": 4, "schedule": "sqrt"}, "schedule must be one of linear, cosine, got 'sqrt'"),
+        ({"warmup_steps": 4, "schedule": ["linear"]}, "schedule must be one of linear, cosine, got"),
         ({"warmup_steps": 4, "step": 5}, "step must be an integer from 0 to warmup_steps, 4, got 5"),
         ({"warmup_steps": 4, "step": -1}, "step must be an integer from 0 to warmup_steps, 4, got -1"),
         ({"step": 1}, "step must be an integer from 0 to warmup_steps, 0, got 1"),
