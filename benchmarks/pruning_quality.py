@@ -97,7 +97,9 @@ def main(
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file.")],
     layers: Annotated[str, typer.Option(help="Numbers of layers to drop.")] = "2,4,6,8",
     methods: Annotated[str, typer.Option(help="Rules to run.")] = ",".join((*PEERS, *OURS)),
-    heals: Annotated[str, typer.Option(help="Healings to run after each.")] = "replaceme,linear,refit",
+    heals: Annotated[
+        str, typer.Option(help="Healings to run after each; an empty string for none.")
+    ] = "replaceme,linear,refit",
     calibration: Annotated[int, typer.Option(help="Tokens to choose and to fit by; a quarter judges.")] = 32_768,
     search: Annotated[
         int | None,
@@ -125,7 +127,7 @@ def main(
     for method in methods.split(","):
         chosen = choose(model, method, counts, fewer if method in COSTLY else data, cache)
         notes += [f"{method}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
-        for heal in (None, *heals.split(",")):
+        for heal in (None, *filter(None, heals.split(","))):
             if heal == "replaceme" and method not in ("deepest", "angular"):
                 continue  # it is for one contiguous block
             if method == "best_of" and heal:  # it chooses by what healing makes of the proposals
