@@ -26,8 +26,11 @@ Part "decode": tokens per second without a quarter and without half of the layer
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,9 +49,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import hf_lnscale
 from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.measure import measure
 from hf_lnscale.depth.scores import score_layers, sweep_losses
 from hf_lnscale.depth.search import plan_pruning
+from hf_lnscale.evaluation.speed import measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -263,6 +266,37 @@ def on_disk(it: Subject) -> Iterator[str]:
         yield folder
 
 
+# Loads a checkpoint without layers, or whole and deletes them then, as is done by hand. Not in the dtype of the file:
+# tensors that are merely mapped are in no process's memory. Bytes are counted by the system, if files are not mapped.
+LOADING = """
+import json, sys, time
+from pathlib import Path
+import hf_lnscale
+from hf_lnscale.evaluation.speed import peak_memory
+from transformers import AutoModelForCausalLM
+
+folder, dropped, after, count_bytes = json.loads(sys.argv[1])
+counters = Path("/proc/self/io")
+bytes_read = lambda: int(counters.read_text().split()[1]) if counters.exists() else 0
+keywords = {} if after else {"drop_layers": dropped}
+read, started = bytes_read(), time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float16", disable_mmap=count_bytes, **keywords)
+if after:
+    for layer in sorted(dropped, reverse=True):
+        del model.model.layers[layer]
+costs = {"load_seconds": time.perf_counter() - started, "bytes_read": bytes_read() - read}
+costs |= {"load_peak_bytes": peak_memory(), "parameters": sum(p.numel() for p in model.parameters())}
+print(json.dumps(costs))
+"""
+
+
+def loading(folder: str, dropped: list[int], after: bool, count_bytes: bool = False) -> dict[str, float]:
+    """What loading costs, in a process of its own; memory and time are not the usual ones where bytes are counted."""
+    arguments = json.dumps([folder, dropped, after, count_bytes])
+    done = subprocess.run([sys.executable, "-c", LOADING, arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def load(it: Subject) -> Table:
     """Time, bytes read and peak memory of loading less."""
     num_layers = it.model.config.num_hidden_layers
@@ -274,10 +308,8 @@ def load(it: Subject) -> Table:
     pairs = []
     with on_disk(it) as folder:
         for _ in track(range(max(3, it.count // 5)), "load", transient=True):
-            # Not in the dtype of the file: tensors that are merely mapped are in no process's memory.
-            settings = {"drop_layers": dropped, "dtype": "float16", "prompt_tokens": 8, "new_tokens": 1, "repeats": 1}
-            pairs.append([measure(folder, delete_after=after, **settings) for after in (False, True)])
-        counted = [measure(folder, delete_after=after, count_bytes=True, **settings) for after in (False, True)]
+            pairs.append([loading(folder, dropped, after=after) for after in (False, True)])
+        counted = [loading(folder, dropped, after=after, count_bytes=True) for after in (False, True)]
     for pair in pairs:
         for costs, bytes_read in zip(pair, counted, strict=True):
             costs["bytes_read"] = bytes_read["bytes_read"]
@@ -315,11 +347,12 @@ def decode(it: Subject) -> Table:
                 pairs.append([measure(folder, drop_layers=list(range(gone))) for gone in (n, 0)])
             ratio = {
                 what: statistics.median(
-                    a[f"{what}_tokens_per_second"] / b[f"{what}_tokens_per_second"] for a, b in pairs
+                    getattr(a, f"{what}_tokens_per_second").median / getattr(b, f"{what}_tokens_per_second").median
+                    for a, b in pairs
                 )
                 for what in ("decode", "prefill")
             }
-            speed = statistics.median(a["decode_tokens_per_second"] for a, _ in pairs)
+            speed = statistics.median(a.decode_tokens_per_second.median for a, _ in pairs)
             ideal = num_layers / (num_layers - n)
             table.add_row(str(n), f"{speed:.1f}", f"{ratio['decode']:.3f}", f"{ideal:.3f}", f"{ratio['prefill']:.3f}")
     return table

@@ -16,6 +16,7 @@ from .depth.plan import PruningPlan
 from .depth.scores import LayerScores, score_layers
 from .depth.search import plan_pruning
 from .diagnosis import Diagnosis, diagnose
+from .evaluation import evaluate
 from .families import UnsupportedArchitectureError, register_family
 from .hooks import disable, enable, is_enabled
 from .scaling import (
@@ -41,6 +42,7 @@ __all__ = [
     "draft_model",
     "drop_layers",
     "enable",
+    "evaluate",
     "fold_ln_scaling",
     "heal",
     "is_enabled",

@@ -1,4 +1,8 @@
-"""The command line, a thin face on the library."""
+"""The command line, a thin face on the library.
+
+A verb is a function with `@app.command()`: the first line of its docstring is what `hf-lnscale --help` says of it, and
+whatever it raises becomes a line on stderr, in `main`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import dataclasses
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # typer and rich come with transformers, whose own command line is made of them.
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,15 +24,37 @@ from transformers.utils import logging
 
 from . import __version__
 
+_EPILOG = """
+[bold]Examples[/bold]
+
+hf-lnscale info MODEL
+hf-lnscale diagnose MODEL --data text.txt --out report
+hf-lnscale prune MODEL --data text.txt --layers 2 --out smaller
+hf-lnscale evaluate MODEL smaller --data text.txt --tasks arc_easy
+hf-lnscale export trained --out plain
+hf-lnscale run accelerate launch train.py
+
+A MODEL is a folder, a .gguf file or the folder that it is in, or a name on the Hub.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; run has those of the program.
+"""
+
 app = typer.Typer(
     name="hf-lnscale",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Against the curse of depth in transformers models: LayerNorm Scaling, and layers dropped by measurement.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    epilog=_EPILOG,
 )
 
-Checkpoint = Annotated[str, typer.Argument(help="Folder of a checkpoint, or name of a repository on the Hub.")]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_debug = False
 
 
 def _version(show: bool) -> None:
@@ -37,10 +65,13 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
+    global _debug
+    _debug = debug
     logging.set_verbosity_error()
 
 
@@ -52,7 +83,11 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
 ) -> None:
-    """See the curse of depth in a real model, train with and without the cure, ship the result, and cut a model."""
+    """See the curse of depth, and the cures, in minutes.
+
+    Measures a real model layer by layer, trains a small one with and without
+    LayerNorm Scaling, ships it, and cuts a model.
+    """
     from .demo import run
 
     run(out, fast=fast, seed=seed)
@@ -61,9 +96,12 @@ def demo(
 @app.command()
 def info(
     checkpoint: Checkpoint,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show family, layers, the scale of each layer, what was folded and what was dropped; reads no weights."""
+    """Show what a checkpoint is: family, layers, scales, cuts.
+
+    Reads no weights.
+    """
     from .export import read_info
     from .scaling import LNScalingConfig
 
@@ -99,10 +137,27 @@ def info(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
+    format: Annotated[str, typer.Option(help="safetensors, or gguf: by llama.cpp's converter.")] = "safetensors",
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; else LLAMA_CPP and PATH are looked in."),
+    ] = None,
+    outtype: Annotated[str, typer.Option(help="Of a GGUF's weights: f32, f16, bf16, q8_0, auto.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Fold the scale of a checkpoint into its weights: a plain checkpoint for any runtime."""
+    """Fold the scale into the weights, for any runtime; or GGUF.
+
+    With --format gguf it becomes one file for llama.cpp; a checkpoint without
+    a scale is taken as it is then.
+    """
+    if format == "gguf":
+        from .gguf import export_gguf
+
+        print(f"wrote {export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force)}")
+        return
+    if format != "safetensors":
+        raise typer.BadParameter(f"{format!r} is none of safetensors, gguf", param_hint="--format")
     from .export import export as write
 
     path = write(checkpoint, out, force=force)
@@ -132,7 +187,10 @@ def diagnose(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a diagnosis that is there.")] = False,
 ) -> None:
-    """See the curse of depth in a model: what each layer does, what it is worth, and a report to look at."""
+    """See what each layer of a model does and is worth: a report.
+
+    The curse of depth in a model of yours: tables here, plots in the report.
+    """
     from .diagnosis.run import run
 
     found = run(
@@ -190,8 +248,12 @@ def prune(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Drop layers of a checkpoint, chosen by measurement, and write a smaller plain checkpoint."""
+    """Drop layers, chosen by measurement: a smaller checkpoint.
+
+    Give one of the three: --layers, --max-ppl-increase or --drop.
+    """
     from .depth.prune import prune as run
     from .scaling import get_ln_scaling
 
@@ -201,6 +263,9 @@ def prune(
         drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens,
         seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
     )  # fmt: skip
+    if as_json:
+        print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
+        return
     Console().print(table)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
@@ -208,6 +273,147 @@ def prune(
         print(f"wrote {out}: its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint")
     else:
         print(f"wrote {out}: a plain checkpoint, loads without hf_lnscale")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="What to measure; the others are compared with the first.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of lm-evaluation-harness, as in hellaswag,arc_easy; or files of tasks.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with files of tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in front of each question of a task.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Only the first of the text's bytes.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens that a window moves on by; half of it.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, at a time.")] = 4,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that speed is measured with.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs that speed is the median of.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
+    device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write it too: a file .json or .md, or the model's folder.")] = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Measure models side by side: quality, speed, memory, size.
+
+    Perplexity and bits per byte of a text, tasks of lm-evaluation-harness,
+    tokens per second, time to the first token, peak memory, parameters, size
+    on disk. The first model is the reference; differences have standard errors.
+    """
+    from .evaluation import evaluate as run
+
+    found = run(
+        models, data, tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+        include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,
+        stride=stride, batch_size=batch_size, speed=speed, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        repeats=repeats, dtype=dtype, device=device,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif as_markdown:
+        print(found.markdown())
+    else:
+        console = Console()
+        console.print(found.table())
+        console.print(found.notes, highlight=False, markup=False)
+    if out is not None:
+        print(f"wrote {found.save(out)}", file=sys.stderr)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="JSON that evaluate --out wrote, for the card; else the folder's own figures.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model that it was made from.")] = None,
+    allow_scaled: Annotated[
+        bool, typer.Option("--allow-scaled", help="Upload an active scale, which needs hf_lnscale to load.")
+    ] = False,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a repository made new.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the Hub, its figures in the card.
+
+    What belongs to a training run (optimizer, logs, checkpoints) stays here.
+    """
+    from .hub import push as run
+
+    done = run(
+        folder, repo, evaluation=evaluation, base_model=base_model, allow_scaled=allow_scaled, private=private,
+        message=message, dry_run=dry_run,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(done), "folder": str(done.folder)}, indent=2))
+    elif done.url:
+        print(f"uploaded {len(done.files) + 1} files: {done.url}")
+    else:
+        print(done)
+
+
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
+def run(
+    context: typer.Context,
+    program: Annotated[
+        str, typer.Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
+    ],
+    module: Annotated[bool, typer.Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
+) -> None:
+    """Run any Python program with the flags on, unchanged.
+
+    In the processes that it starts too. What follows PROGRAM is the
+    program's own; so is the exit code.
+
+    hf-lnscale run lm_eval --model hf --model_args pretrained=X,ln_scaling=True
+    hf-lnscale run trl sft --config sft.yaml
+    hf-lnscale run accelerate launch train.py
+    """
+    from .run import run as execute
+
+    execute(program, context.args, module=module)
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show versions, what is installed, devices."""
+    from .environment import environment
+
+    found = environment()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    packages, optional = found["packages"], {name for names in found["extras"].values() for name in names}
+    console = Console(highlight=False, soft_wrap=True)
+    rows: list[tuple[str, Any]] = [
+        ("hf_lnscale", f"{found['hf_lnscale']['version']}  {found['hf_lnscale']['path']}"),
+        ("python", f"{found['python']['version']}  {found['python']['path']}"),
+        ("platform", found["platform"]),
+        *((name, version) for name, version in packages.items() if name not in optional),
+        *(
+            (extra, ", ".join(f"{name} {packages[name] or 'no'}" for name in names))
+            for extra, names in found["extras"].items()
+        ),
+        ("devices", "; ".join(found["devices"])),
+        ("threads", found["threads"]),
+        ("flags", "on" if found["flags"] else "off"),
+        ("llama.cpp", found["llama_cpp"] or "no converter to GGUF found"),
+    ]  # fmt: skip
+    for name, value in rows:
+        console.print(f"{name:16} {value}", markup=False)
 
 
 @app.command(
@@ -218,7 +424,10 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="pretrain, continue, sft or heal.")] = "",
 ) -> None:
-    """Train a model by a recipe: pretrain, continue, sft or heal. `hf-lnscale train sft --help` lists all options."""
+    """Train a model by a recipe: pretrain, continue, sft or heal.
+
+    `hf-lnscale train sft --help` lists all options.
+    """
     from .training.scripts import RECIPES, recipes_folder, start
 
     if recipe in ("", "--help"):
@@ -233,13 +442,36 @@ def train(
 
 
 def main() -> None:
-    """Runs the command line; an expected failure is one line on stderr and exit code 1."""
+    """Runs the command line; a failure is one line on stderr, with a hint, and exit code 1."""
+    warnings.showwarning = _show_warning
     try:
-        app()
-    except (ValueError, OSError, ImportError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        print(f"hf-lnscale: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        app(prog_name="hf-lnscale")
+    except Exception as error:
+        if _debug:
+            raise
+        print(f"hf-lnscale: {_message(error)}\n  hint: {_hint(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    print(f"hf-lnscale: warning: {message}", file=sys.stderr)
+
+
+def _message(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else ""
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "a smaller --batch-size or --seq-len, or --dtype bfloat16, needs less memory"
+    if "is not a local folder" in str(error) or "couldn't connect" in str(error):
+        return "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return f"hf-lnscale {verb} --help says what is valid; hf-lnscale --debug {verb} ... shows where it happened"
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from .checkpoint import parts, protect, unprotect
 from .families import Family, family_of, text_config
+from .models import locate, read_config
 from .scaling import ACTIVE, DROPPED, FOLDED, LNScalingConfig, scale_parameter
 
 # Not copied: the state of a training run, and weights beside the model's safetensors files.
@@ -73,8 +72,7 @@ def read_info(path: str) -> CheckpointInfo:
         OSError: if there is no such checkpoint.
         ValueError: if its scaling is not a valid one.
     """
-    _require_checkpoint(path)
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     text = text_config(config)
     num_layers = text.num_hidden_layers
     active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
@@ -117,8 +115,10 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
         ValueError: if no scale is active in `src`, if `out` is `src` or lies in it, or if the norms on disk are not
             those of the model's family.
     """
-    source, target = Path(src), Path(out)
-    _require_checkpoint(str(src))
+    name, where = locate(src)
+    if where:
+        raise ValueError(f"{str(src)!r} needs no export: a GGUF file has no active ln_scaling")
+    source, target = Path(name), Path(out)
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
@@ -150,15 +150,6 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
             os.replace(target, Path(scratch) / "replaced")
         os.replace(partial, target)
     return target
-
-
-def _require_checkpoint(path: str) -> None:
-    if Path(path).is_dir():
-        return
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        raise FileNotFoundError(f"{path!r} is neither a folder nor the name of a repository on the Hub") from None
 
 
 def _weight_files(source: Path) -> list[Path]:

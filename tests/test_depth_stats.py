@@ -429,6 +429,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
+@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_log_what_one_would(way, two_processes):
     """Of the whole batch, on every process; with more padding on one than on the other."""

@@ -1,6 +1,7 @@
 """The Python in README and docs runs as it stands, on a small model in place of the one that is named."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ PAGES = [
     "README.md",
     "docs/converting.md",
     "docs/diagnosis.md",
+    "docs/evaluation.md",
     "docs/families.md",
     "docs/pruning.md",
     "recipes/README.md",
@@ -37,6 +39,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         tokenizer_object=tokenizer, unk_token="<unk>", model_input_names=["input_ids"]
     ).save_pretrained("qwen3")
     Path("text.txt").write_text(" ".join(f"w{i}" for i in tiny.tokens(1, 1600)[0].tolist()))
+    shutil.copytree("qwen3", "smaller")
     tiny.model("qwen3", ln_scaling=True).save_pretrained("scaled")
     text = (ROOT / page).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))

@@ -225,7 +225,8 @@ def test_norms_that_are_missing_on_disk_are_noticed(scaled, tmp_path):
 def test_a_killed_export_leaves_nothing_that_loads(scaled, tmp_path):
     """Killed while the weights are being written: slowed down so that the moment is met."""
     code = """
-import sys, time, hf_lnscale.export as e
+import signal, sys, time, hf_lnscale.export as e
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background, it is ignored
 copy = e.shutil.copyfile
 def slow(source, target):
     copy(source, target)
@@ -292,4 +293,4 @@ def test_info(scaled, tmp_path, cli):
 
     tiny.model().save_pretrained(tmp_path / "plain")
     assert "no LayerNorm Scaling" in cli("info", tmp_path / "plain")
-    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 1
+    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 2  # what is wrong, and a hint

@@ -332,7 +332,15 @@ def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
 
 
 def test_prune_given_layers(checkpoint, text, tmp_path):
-    prune(checkpoint, "--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out")
+    given = ("--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out", "--json")
+    command = [sys.executable, "-m", "hf_lnscale.cli", "prune", *map(str, (checkpoint, *given))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)  # and nothing else is printed there
+    assert found["layers"] == [1, 4]
+    costs = found["notes"]["cost"]
+    assert costs["after"]["size_on_disk"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert costs["after"]["parameters"] < costs["before"]["parameters"]
+    assert PruningPlan.load(tmp_path / "out").notes["cost"] == costs
     expected = drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), [1, 4])
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(got(tiny.tokens()).logits, expected(tiny.tokens()).logits)

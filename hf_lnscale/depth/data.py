@@ -177,6 +177,23 @@ def token_batches(
     return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, num_tokens, seq_len, batch_size, source), source)
 
 
+def documents(data: Any, tokenizer: Any = None) -> list[str]:
+    """The texts in whatever a user has, as `token_batches` finds them: each text, or row, one by itself.
+
+    Args:
+        data: texts, rows, or a path, as for `token_batches`, but no token ids; a text file is one document.
+        tokenizer: its chat template renders a column "messages".
+
+    Raises:
+        ValueError, FileNotFoundError: as `token_batches` does.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return list(_texts(_file_rows(Path(data)), tokenizer))
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise ValueError(f"data must be texts, rows of a dataset or a path, got {type(data).__name__}")
+    return list(_texts(data, tokenizer))
+
+
 def _ids(row: Any) -> Batch:
     if isinstance(row, Batch):
         return row.to("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,22 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .._folders import require_free, written
 from .._version import __version__
+from ..evaluation.speed import Speed, measure
+from ..evaluation.table import show_bytes
+from ..models import load, locate, read_config, size_on_disk
 from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
 from .heal import METHODS as HEAL_METHODS
 from .heal import heal as heal_model
 from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
-from .measure import measure
 from .plan import PLAN_FILE, PruningPlan, fingerprint
 from .scores import loss_without
 from .search import SEARCH_METHODS, OtherSearchError, plan_pruning
-
-_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def prune(
@@ -74,7 +74,8 @@ def prune(
         progress: show progress bars.
 
     Returns:
-        The plan, and a table of before and after: layers, parameters, size, perplexity, speed, memory.
+        The plan, with what both cost in its notes, and a table of before and after: layers, parameters, size,
+        perplexity, speed, memory.
 
     Raises:
         FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
@@ -91,13 +92,13 @@ def prune(
     if sum(value is not None for value in (num_layers, max_perplexity_increase, drop)) != 1:
         raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if type(AutoConfig.from_pretrained(checkpoint)) not in AutoModelForCausalLM._model_mapping:
+    name, where = locate(checkpoint)
+    if type(read_config(checkpoint)) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    model = model.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    model: Any = load(checkpoint, dtype=dtype).to(device)
     batches = token_batches(
         data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
     )
@@ -140,7 +141,6 @@ def prune(
     with written(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        plan.save(partial / PLAN_FILE)
         config = model.config
         del model  # one at a time
         _require_as_planned(partial, plan, held_out, dtype, device)
@@ -150,7 +150,11 @@ def prune(
             measure(path, dtype=dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
             for path in (checkpoint, str(partial))
         ]
-        rows = _rows(plan, costs, [_size(Path(checkpoint)), _size(partial)])
+        sizes = [size_on_disk(path) for path in (checkpoint, partial)]
+        before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
+        plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
+        plan.save(partial / PLAN_FILE)
+        rows = _rows(plan, costs, sizes)
         _card(checkpoint, plan, rows, command, config).save(partial / "README.md")
     search.unlink(missing_ok=True)
     table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
@@ -175,8 +179,8 @@ def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: s
 
 def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: str, device: str) -> None:
     """What was written is read again: it must do what the plan says."""
-    written: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    found = math.exp(loss_without(written.to(device).eval(), held_out))
+    written: Any = load(folder, dtype=dtype)
+    found = math.exp(loss_without(written.to(device), held_out))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
     if abs(found - said) > 0.01 * said:
         raise ValueError(
@@ -184,24 +188,12 @@ def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: s
         )
 
 
-def _size(folder: Path) -> int | None:
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in files) or None
-
-
-def _bytes(value: float | None) -> str:
-    if value is None:
-        return "-"
-    unit = next((name for name, size in _UNITS.items() if value >= size), "KiB")
-    return f"{value / _UNITS[unit]:,.1f} {unit}"
-
-
-def _rows(plan: PruningPlan, costs: list[dict[str, float]], sizes: list[int | None]) -> list[tuple[str, str, str, str]]:
+def _rows(plan: PruningPlan, costs: list[Speed], sizes: list[int | None]) -> list[tuple[str, str, str, str]]:
     total = plan.model["num_hidden_layers"]
     figures: list[tuple[str, list[Any], Any]] = [
         ("layers", [total, total - len(plan.layers)], str),
-        ("parameters", [cost["parameters"] for cost in costs], lambda value: f"{value / 1e6:,.1f} M"),
-        ("checkpoint", list(sizes), _bytes),
+        ("parameters", [cost.parameters for cost in costs], lambda value: f"{value / 1e6:,.1f} M"),
+        ("checkpoint", list(sizes), show_bytes),
         ("perplexity, held out", [plan.perplexity["before"], plan.perplexity["after"]], lambda value: f"{value:.2f}"),
     ]
     if "healed" in plan.perplexity:
@@ -209,9 +201,9 @@ def _rows(plan: PruningPlan, costs: list[dict[str, float]], sizes: list[int | No
             ("perplexity, healed", [plan.perplexity["before"], plan.perplexity["healed"]], lambda value: f"{value:.2f}")
         )
     for name in ("prefill", "decode"):
-        speeds = [cost[f"{name}_tokens_per_second"] for cost in costs]
+        speeds = [getattr(cost, f"{name}_tokens_per_second").median for cost in costs]
         figures.append((f"{name}, tokens/s", speeds, lambda value: f"{value:,.1f}"))
-    figures.append(("peak memory", [cost["peak_bytes"] for cost in costs], _bytes))
+    figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
     rows = []
     for name, (before, after), show in figures:
         change = f"{after / before - 1:+.1%}" if before and after else ""

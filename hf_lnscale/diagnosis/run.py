@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .._folders import require_free, written
 from ..families import family_of
+from ..models import load, locate, read_config
 from . import plots
 from .examine import diagnose
 from .result import FILE, Diagnosis
@@ -64,14 +65,16 @@ def run(
         raise ValueError("--device and --device-map: give one of the two")
     names = [checkpoint] if compare is None else [checkpoint, compare]
     for name in names:  # a second one that is none is told before the first is measured
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
         family_of(config, "diagnose")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"{name!r} is no causal language model; diagnose it from Python, with hf_lnscale.diagnose")
     found = []
     for name in names:
         model = _load(name, dtype, device, device_map)
-        found.append(diagnose(model, data, **settings))
+        folder, where = locate(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if where else None
+        found.append(diagnose(model, data, tokenizer=tokenizer, **settings))
         del model
         gc.collect()
     if len(found) == 2 and found[0].name == found[1].name:
@@ -87,10 +90,8 @@ def run(
 
 
 def _load(name: str, dtype: str, device: str | None, device_map: str | None) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, **({"device_map": device_map} if device_map else {})
-    )
+    model: Any = load(name, dtype=dtype, **({"device_map": device_map} if device_map else {}))
     # A quantized one is where its quantizer has put it.
     if not device_map and not getattr(model, "is_quantized", False):
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
+    return model

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ..diagnosis import _hidden_states, _merge
+from ..depth.stream import hidden_states
 from ..scaling import text_stack
 
 logger = logging.get_logger(__name__)
@@ -141,7 +141,7 @@ class DepthStatsCallback(TrainerCallback):
     def _after_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._counting_BT is not None:
             after_BTD = output[0] if isinstance(output, tuple) else output
-            self._passes[-1].append(_statistics(_hidden_states(args, kwargs), after_BTD, self._counting_BT))
+            self._passes[-1].append(_statistics(hidden_states(args, kwargs), after_BTD, self._counting_BT))
 
     def _over_processes(self, passes: list[list[torch.Tensor]], squares_L: torch.Tensor | None) -> dict[str, float]:
         """One number a layer and measure, the same on every process. Every process must call it."""
@@ -251,6 +251,15 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
                 copies //= size
         gradient = gradient.to_local()
     return torch.linalg.vector_norm(gradient, dtype=torch.float32) ** 2 / copies
+
+
+def _merge(moments: tuple[int, float, float], count: int, mean: float, variance: float) -> tuple[int, float, float]:
+    """Moments of two sets together (Chan, Golub & LeVeque 1983), in double precision."""
+    old_count, old_mean, old_squares = moments
+    total = old_count + count
+    difference = mean - old_mean
+    squares = old_squares + variance * count + difference**2 * old_count * count / total
+    return total, old_mean + difference * count / total, squares
 
 
 def _is_compiled(model: nn.Module) -> bool:

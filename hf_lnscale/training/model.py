@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
+from .._warnings import warn
 from ..families import family_of, text_config
 from ..scaling import DROPPED, get_ln_scaling
 from .arguments import DepthArguments, WarmupArguments, layers_of
@@ -43,6 +44,10 @@ def load(
     kwargs: dict[str, Any] = {"drop_layers": layers_of(depth.drop_layers)}
     if warmup is not None and warmup.ln_scaling and not get_ln_scaling(config):
         kwargs["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
+        warn(
+            f"ln_scaling: {name!r} was trained without it. Where we measured it, a model that was led over ended worse "
+            "than one that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, **common)
     quantization = get_quantization_config(model)
     if quantization is not None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import Trainer
 
 from .._version import __version__
-from ..depth.measure import peak_memory
+from ..evaluation.speed import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
 from .depth_stats import plot_depth_stats
 

@@ -1,0 +1,62 @@
+"""Run by every Python process that `hf-lnscale run` starts, and that these start: the flags go on with transformers.
+
+Python imports a module of this name at its start, and this folder is the first of PYTHONPATH. A process that does not
+import transformers is left as it is; one that does imports hf_lnscale right after it. Nothing but the standard library
+is imported here: the interpreter may be another one, without hf_lnscale.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds transformers as it would be found, with a loader that loads hf_lnscale behind it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers":
+            return None
+        # May be asked without an import, just to see whether it is there.
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if importlib.util.find_spec("hf_lnscale") is None:
+            print(
+                f"hf-lnscale run: {sys.executable} imports transformers and has no hf_lnscale: no flags there",
+                file=sys.stderr,
+            )
+            return
+        import hf_lnscale  # noqa: F401
+
+
+def _run_the_one_that_this_hides():
+    """There may be another sitecustomize further down the path, as of a Linux distribution or of a profiler."""
+    path = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", path)
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+sys.meta_path.insert(0, _Finder())
+_run_the_one_that_this_hides()

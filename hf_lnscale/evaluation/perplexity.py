@@ -1,0 +1,358 @@
+"""How well a model predicts a text: perplexity over strided windows, bits per byte, and their standard errors.
+
+Which tokens count. A document is a sequence of tokens t_1 ... t_N, and every one of them is predicted exactly once; t_1
+from the token that begins a text (`bos_token`, or `eos_token` where there is none, as lm-evaluation-harness has it).
+Windows hold `seq_len` tokens of input. The first predicts `seq_len` tokens; each further one moves on by `stride` and
+predicts these alone, from at least `seq_len - stride` tokens in front of them; the last one reaches back as far as it
+needs to be full. If the tokenizer itself puts the beginning token in front of a text (Llama, Gemma), then every window
+has it, in place of its oldest token: such models go astray without.
+
+Bits per byte. Perplexity is of a model's own tokens; two tokenizers cannot be compared by it. All nats of a text over
+ln 2 and over the bytes of that text in UTF-8 can: the tokens predicted are the whole text, so the bytes are too.
+
+Standard errors. Tokens of one passage are not independent, so the text is cut into blocks (a document, or about 2 kB of
+a long one, at a space), and a mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
+the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are places in the text, the same for
+every model, so two models are compared in pairs of blocks, which takes out how hard the text is (the clustered and the
+paired standard errors of arXiv 2411.00640). They say how much another text of the kind could differ, and nothing about
+another training seed.
+
+Shapes: B windows, T tokens of input, V vocabulary, K blocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from ..depth.data import documents
+from ..depth.stream import evaluating, wide
+
+BLOCK_SIZE = 2048  # characters
+SEQ_LEN = 1024
+# Logits in float32 at a time: 64 MiB.
+_MAX_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, or a difference of means, and its standard error; None where it cannot be known."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Perplexity:
+    """How a model predicted a text.
+
+    Attributes:
+        nats: minus the log-likelihood of the text.
+        num_tokens: tokens that were predicted.
+        num_bytes: bytes of UTF-8 that these tokens stand for.
+        num_documents: documents they are from.
+        unknown_tokens: tokens of the text that the tokenizer does not know; what they hide is not predicted, and bits
+            per byte are too low by as much.
+        text: digest of the text.
+        tokenization: digest of the token ids; models are compared by the token where it is the same.
+        block_nats: shape (K,), float64; None if the tokenizer does not say where in the text a token is.
+        block_tokens: shape (K,), float64.
+        block_bytes: shape (K,), float64.
+    """
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+    unknown_tokens: int
+    text: str
+    tokenization: str
+    block_nats: torch.Tensor | None
+    block_tokens: torch.Tensor
+    block_bytes: torch.Tensor
+
+    @property
+    def loss(self) -> Estimate:
+        """Nats a token."""
+        return Estimate(self.nats / self.num_tokens, self._stderr(self.block_tokens, 1.0))
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp(loss); its standard error is the loss's times the perplexity (delta method)."""
+        loss, value = self.loss, math.exp(self.nats / self.num_tokens)
+        return Estimate(value, None if loss.stderr is None else value * loss.stderr)
+
+    @property
+    def bits_per_byte(self) -> Estimate:
+        """Bits a byte of the text."""
+        return Estimate(self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2)))
+
+    def minus(self, reference: Perplexity) -> dict[str, Estimate]:
+        """Differences to a reference on the same text, with the standard errors of the pairs of blocks.
+
+        Returns:
+            `bits_per_byte`; and, if the tokens are the same, `loss` (nats a token) and `perplexity`.
+
+        Raises:
+            ValueError: if the texts are not the same.
+        """
+        if self.text != reference.text:
+            raise ValueError("perplexities of different texts cannot be compared")
+        ours, theirs = (_residuals(one, one.block_bytes, one.num_bytes) for one in (self, reference))
+        found = {"bits_per_byte": _difference(self.bits_per_byte, reference.bits_per_byte, ours, theirs, math.log(2))}
+        if self.tokenization == reference.tokenization:
+            ours, theirs = (_residuals(one, one.block_tokens, one.num_tokens) for one in (self, reference))
+            found["loss"] = _difference(self.loss, reference.loss, ours, theirs, 1.0)
+            if ours is not None and theirs is not None:  # delta method: d exp(x) = exp(x) dx
+                ours, theirs = ours * self.perplexity.value, theirs * reference.perplexity.value
+            found["perplexity"] = _difference(self.perplexity, reference.perplexity, ours, theirs, 1.0)
+        return found
+
+    def _stderr(self, sizes: torch.Tensor, unit: float) -> float | None:
+        residuals = _residuals(self, sizes, sizes.sum().item())
+        return None if residuals is None else unit * _stderr(residuals)
+
+
+def _residuals(one: Perplexity, sizes: torch.Tensor, total: float) -> torch.Tensor | None:
+    """What each block adds to the error of the ratio sum(nats) / sum(sizes), linearized."""
+    if one.block_nats is None or len(one.block_nats) < 2:
+        return None
+    return (one.block_nats - one.nats / total * sizes) / total
+
+
+def _stderr(residuals: torch.Tensor) -> float:
+    count = len(residuals)
+    return math.sqrt(count / (count - 1) * residuals.square().sum().item())
+
+
+def _difference(ours: Estimate, theirs: Estimate, our_residuals: Any, their_residuals: Any, unit: float) -> Estimate:
+    known = our_residuals is not None and their_residuals is not None
+    return Estimate(ours.value - theirs.value, _stderr((our_residuals - their_residuals) / unit) if known else None)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+    max_bytes: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Measures how well a causal language model predicts a text.
+
+    Args:
+        model: any causal language model.
+        data: texts, a path, or rows, as for `token_batches`; each text, or row, is a document of its own.
+        tokenizer: loaded by the model's name if none is given.
+        seq_len: tokens of input in a window; None is 1024, or as many as the model has positions for.
+        stride: tokens that each window but the first predicts, at most `seq_len`; None is half of it.
+        batch_size: windows at a time.
+        max_bytes: take only the first of the text's bytes.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for sizes that are not positive or do not go together, for text without a token to predict, and for
+            a model whose outputs are not numbers.
+    """
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    if seq_len is None:
+        seq_len = min(SEQ_LEN, max_positions(model.config) or SEQ_LEN)
+    stride = check_windows(model.config, seq_len, stride, batch_size)
+    texts = [text for text in first_bytes(documents(data, tokenizer), max_bytes) if text]
+    prefix, everywhere = _beginning(tokenizer)
+    encoded = [_encode(text, tokenizer, prefix) for text in texts]
+    windows = sorted(
+        (window for i, ids in enumerate(encoded) for window in _windows(i, len(ids), seq_len, stride)),
+        key=lambda window: window.end - window.start,
+        reverse=True,
+    )
+    if not windows:
+        raise ValueError("data: there is no token to predict in the text")
+    nats = [torch.zeros(max(0, len(ids.ids) - 1), dtype=torch.float64) for ids in encoded]
+    bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
+    with evaluating(model), bar:
+        for at in range(0, len(windows), batch_size):
+            batch = windows[at : at + batch_size]
+            for window, values in zip(batch, _nats(model, encoded, batch, everywhere), strict=True):
+                nats[window.document][window.first - 1 : window.end] = values
+            bar.update(len(batch))
+    return _gather(texts, encoded, nats, tokenizer)
+
+
+def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int) -> int:
+    """Raises a ValueError for sizes that cannot be; returns the stride."""
+    stride = max(1, seq_len // 2) if stride is None else stride
+    for name, value in {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if stride > seq_len:
+        raise ValueError(f"stride must be at most seq_len ({seq_len}), or tokens would be left out; got {stride}")
+    if (most := max_positions(config)) and seq_len > most:
+        raise ValueError(f"seq_len must be at most {most}, the positions of {config.name_or_path!r}; got {seq_len}")
+    return stride
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
+    """The texts up to so many bytes of UTF-8; the last one is cut between two characters."""
+    if max_bytes is None:
+        return list(texts)
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    taken, left = [], max_bytes
+    for text in texts:
+        if left <= 0:
+            break
+        raw = text.encode()
+        taken.append(text if len(raw) <= left else raw[:left].decode(errors="ignore"))
+        left -= len(raw)
+    return taken
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A document: `ids` with what it begins with at [0], and where in the text each token starts, if that is known."""
+
+    ids: torch.Tensor
+    starts: list[int] | None
+    prefixed: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Inputs [start, end) of a document's ids; predicts the tokens first ... end, counted as in these ids."""
+
+    document: int
+    start: int
+    end: int
+    first: int
+
+
+def _beginning(tokenizer: Any) -> tuple[int | None, bool]:
+    """The token that a text begins with, and whether the tokenizer itself puts it there."""
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id, tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.eos_token_id, False
+
+
+def _encode(text: str, tokenizer: Any, prefix: int | None) -> _Encoded:
+    fast = tokenizer.is_fast
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    starts = [start for start, _ in encoded["offset_mapping"]] if fast else None
+    ids = list(encoded["input_ids"])
+    if prefix is not None:
+        return _Encoded(torch.tensor([prefix, *ids]), starts, True)
+    if not fast and len(ids) > 1:
+        raise ValueError("tokenizer: it has neither bos_token nor eos_token to begin a text with")
+    return _Encoded(torch.tensor(ids, dtype=torch.long), starts, False)
+
+
+def _windows(document: int, length: int, seq_len: int, stride: int) -> Iterator[_Window]:
+    """Windows over `length` ids, of which all but [0] are predicted."""
+    done, last = 0, length - 1
+    while done < last:
+        end = min(last, seq_len if done == 0 else done + stride)
+        yield _Window(document, max(0, end - seq_len), end, done + 1)
+        done = end
+
+
+def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere: bool) -> Iterator[torch.Tensor]:
+    """Minus the log-likelihood of what each window predicts, float64."""
+    longest = max(window.end - window.start for window in batch)
+    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, window in enumerate(batch):
+        ids = encoded[window.document].ids
+        size = window.end - window.start
+        ids_BT[row, :size] = ids[window.start : window.end]
+        mask_BT[row, :size] = 1
+        if everywhere and window.start:
+            ids_BT[row, 0] = ids[0]
+    device = model.get_input_embeddings().weight.device
+    # Without padding there is no mask, so that fast kernels apply. Padding is behind all that is read.
+    inputs = {} if mask_BT.all() else {"attention_mask": mask_BT.to(device)}
+    logits_BTV = model(input_ids=ids_BT.to(device), use_cache=False, **inputs).logits
+    for row, window in enumerate(batch):
+        size = window.end - window.first + 1
+        logits_NV = logits_BTV[row, window.end - window.start - size : window.end - window.start]
+        targets_N = encoded[window.document].ids[window.first : window.end + 1].to(logits_NV.device)
+        part = max(1, _MAX_LOGITS // logits_NV.shape[-1])
+        found = [
+            F.cross_entropy(wide(some_NV), targets, reduction="none").double().cpu()
+            for some_NV, targets in zip(logits_NV.split(part), targets_N.split(part), strict=True)
+        ]
+        values = torch.cat(found)
+        if not values.isfinite().all():
+            raise ValueError(f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help")
+        yield values
+
+
+def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor], tokenizer: Any) -> Perplexity:
+    text_digest, token_digest = hashlib.sha256(), hashlib.sha256()
+    blocks: list[list[float]] = []  # nats, tokens, bytes
+    unknown = 0
+    rare = tokenizer.unk_token_id
+    for text, document, values in zip(texts, encoded, nats, strict=True):
+        text_digest.update(hashlib.sha256(text.encode()).digest())
+        token_digest.update(hashlib.sha256(document.ids.numpy().tobytes()).digest())
+        if rare is not None and rare not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            unknown += int((document.ids == rare).sum())
+        if document.starts is None:
+            blocks.append([values.sum().item(), len(values), len(text.encode())])
+            continue
+        # Without a token to begin with, the first one is not predicted, and its bytes do not count.
+        starts = document.starts if document.prefixed else document.starts[1:]
+        begin = 0 if document.prefixed else (starts[0] if starts else len(text))
+        cuts, first = block_cuts(text), len(blocks)
+        for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+            blocks.append([0.0, 0, len(text[max(start, begin) : max(end, begin)].encode())])
+        for start, value in zip(starts, values.tolist(), strict=True):
+            block = blocks[first + bisect.bisect_right(cuts, start) - 1]
+            block[0] += value
+            block[1] += 1
+    table = torch.tensor(blocks, dtype=torch.float64)
+    placed = all(document.starts is not None for document in encoded)
+    return Perplexity(
+        nats=math.fsum(value for values in nats for value in values.tolist()),
+        num_tokens=sum(map(len, nats)),
+        num_bytes=round(table[:, 2].sum().item()),
+        num_documents=sum(len(values) > 0 for values in nats),
+        unknown_tokens=unknown,
+        text=text_digest.hexdigest(),
+        tokenization=token_digest.hexdigest(),
+        block_nats=table[:, 0] if placed else None,
+        block_tokens=table[:, 1],
+        block_bytes=table[:, 2],
+    )
+
+
+def block_cuts(text: str, size: int = BLOCK_SIZE) -> list[int]:
+    """Where the blocks of a document begin: about every `size` characters, in front of a space if one is near."""
+    cuts, at = [0], size
+    while at <= len(text) - size // 2:
+        space = re.compile(r"(?<=\S)\s").search(text, at, at + size // 4)
+        at = space.start() if space else at
+        cuts.append(at)
+        at += size
+    return cuts

@@ -1,0 +1,168 @@
+"""Tasks of lm-evaluation-harness, run by it on a model that is loaded already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .perplexity import Estimate
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A metric of a task.
+
+    Attributes:
+        task, metric, filter: as lm-evaluation-harness names them.
+        value, stderr: as it reports them; no standard error where it reports none.
+        num_samples: documents of the task that were used.
+        higher_is_better: whether it is, as far as the task says.
+        version: of the task.
+        num_fewshot: examples in front of each question.
+        samples: the metric of each document by its number, if the reported value is their mean; None else.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    num_samples: int | None
+    higher_is_better: bool | None
+    version: Any
+    num_fewshot: int | None
+    samples: dict[int, float] | None = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
+
+    def minus(self, reference: TaskResult) -> tuple[Estimate, bool]:
+        """The difference to a reference, and whether its standard error is of pairs.
+
+        It is where both have the metric of the same documents (arXiv 2411.00640). Else, as for groups of
+        tasks, the two are taken for independent: for models that err on the same documents that is too large.
+        """
+        difference = self.value - reference.value
+        ours, theirs = self.samples, reference.samples
+        if ours is not None and theirs is not None and ours.keys() == theirs.keys():
+            pairs = [ours[number] - theirs[number] for number in ours]
+            count = len(pairs)
+            if count < 2:
+                return Estimate(difference, None), True
+            variance = math.fsum((pair - difference) ** 2 for pair in pairs) / (count - 1)
+            return Estimate(difference, math.sqrt(variance / count)), True
+        if self.stderr is None or reference.stderr is None:
+            return Estimate(difference, None), False
+        return Estimate(difference, math.hypot(self.stderr, reference.stderr)), False
+
+
+def task_manager(tasks: Sequence[str], include_path: str | os.PathLike | None = None) -> Any:
+    """lm-evaluation-harness's `TaskManager`, after a look whether it knows the tasks.
+
+    Args:
+        tasks: names of tasks, groups or tags, or paths of task files.
+        include_path: a folder with task files, to be called by their names.
+
+    Raises:
+        ImportError: if lm-evaluation-harness is missing; the message names the extra.
+        ValueError: for a task that it does not know.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ImportError("tasks need lm-evaluation-harness: pip install 'hf-lnscale[eval]'") from None
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path: there is no folder {str(include_path)!r}")
+    manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if task not in manager.task_index and not (task.endswith((".yaml", ".yml")) and Path(task).is_file()):
+            close = [name for name in manager.all_tasks if task.lower() in name.lower()][:5]
+            hint = f"; did you mean {', '.join(close)}?" if close else "; 'lm_eval ls tasks' lists them"
+            raise ValueError(f"tasks: {task!r} is neither a task of lm-evaluation-harness nor a task file{hint}")
+    return manager
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    batch_size: int = 4,
+    max_length: int | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> list[TaskResult]:
+    """Runs tasks on a model.
+
+    Args:
+        model, tokenizer: a causal language model, on its device.
+        tasks, manager: see `task_manager`.
+        batch_size: requests at a time.
+        max_length: tokens of a request at most; None is what the model has positions for.
+        limit: only so many documents of each task.
+        num_fewshot: in place of the tasks' own.
+
+    Raises:
+        whatever a task raises, such as an OSError if its data cannot be downloaded.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints, and what is printed here may be JSON
+        found: Any = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=True,
+        )
+    results = []
+    for task, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, _, which = key.partition(",")
+            if not which or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{which}")
+            results.append(
+                TaskResult(
+                    task=task,
+                    metric=metric,
+                    filter=which,
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    num_samples=(found.get("n-samples", {}).get(task) or {}).get("effective"),
+                    higher_is_better=(found.get("higher_is_better", {}).get(task) or {}).get(metric),
+                    version=found.get("versions", {}).get(task),
+                    num_fewshot=found.get("n-shot", {}).get(task),
+                    samples=_samples(found.get("samples", {}).get(task), metric, which, float(value)),
+                )
+            )
+    return results
+
+
+def _samples(rows: Any, metric: str, which: str, value: float) -> dict[int, float] | None:
+    """The metric of each document; None where the reported value is something else than their mean."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in rows or []:
+        if row.get("filter", "none") == which:
+            if not isinstance(row.get(metric), (int, float)):
+                return None
+            found[row["doc_id"]].append(float(row[metric]))
+    if not found or any(len(values) > 1 for values in found.values()):
+        return None
+    single = {number: values[0] for number, values in found.items()}
+    mean = math.fsum(single.values()) / len(single)
+    return single if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9) else None

@@ -1,0 +1,99 @@
+"""What a user calls a model: a name on the Hub, a folder, a folder with a GGUF file in it, or that file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """Turns what a user calls a model into the arguments of every `from_pretrained`.
+
+    Args:
+        model: name of a repository on the Hub, a folder, or a GGUF file.
+
+    Returns:
+        The name or folder, and `{"gguf_file": ...}` where the weights are in one: a folder that holds other weights too
+        is read from these.
+
+    Raises:
+        FileNotFoundError: if it is none of the three, or a folder without a model.
+        ValueError: if there are several GGUF files to choose from.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir():
+        try:
+            validate_repo_id(str(model))
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"{str(model)!r} is neither a folder, nor a .gguf file, nor the name of a repository on the Hub"
+            ) from None
+        return str(model), {}
+    found = sorted(file.name for file in path.glob("*.gguf"))
+    if not found or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+        return str(model), {}
+    if len(found) > 1:
+        raise ValueError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
+    return str(model), {"gguf_file": found[0]}
+
+
+def read_config(model: str | os.PathLike) -> Any:
+    """Reads a model's configuration from whatever `locate` finds; no weight is read.
+
+    Raises:
+        OSError: if there is no such model; the message names it.
+        ValueError: as `AutoConfig` does, and `locate`.
+    """
+    name, where = locate(model)
+    try:
+        return AutoConfig.from_pretrained(name, **where)
+    except OSError as error:
+        if str(model) in str(error):
+            raise
+        raise OSError(f"cannot read {str(model)!r}: {error}") from error
+
+
+def load(model: str | os.PathLike, **kwargs: Any) -> Any:
+    """Loads a causal language model from whatever `locate` finds, in evaluation mode.
+
+    The weights of a GGUF file are dequantized on loading; the model is then an ordinary one, and can be saved.
+
+    Args:
+        model: see `locate`.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: as `from_pretrained` does, and `locate`.
+    """
+    name, where = locate(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
+    if where:
+        # The weights are unpacked already, but a model that came from GGUF counts as quantized and is not saved.
+        loaded.hf_quantizer.remove_quantization_config(loaded)
+    return loaded.eval()
+
+
+def size_on_disk(model: str | os.PathLike) -> int | None:
+    """Bytes of a model's weight files; None for a name on the Hub of which none are in the cache."""
+    name, where = locate(model)
+    folder = Path(name)
+    if where:
+        return (folder / where["gguf_file"]).stat().st_size
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(_WEIGHTS), local_files_only=True))
+        except OSError:
+            return None
+    files = next((files for pattern in _WEIGHTS if (files := list(folder.glob(pattern)))), [])
+    return sum(file.stat().st_size for file in files) or None

@@ -1,0 +1,60 @@
+"""Any Python program, unchanged, with the flags on, in the processes that it starts too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STARTUP = Path(__file__).parent / "_startup"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment variables, with those that turn the flags on in every Python process below it."""
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and Path(part) != STARTUP]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(STARTUP), *path])}
+
+
+def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
+    """What is to be executed for a program.
+
+    Args:
+        program: a script, a command of this Python environment or of PATH, or with `module` the name of a module.
+        arguments: what it gets.
+        module: run `python -m program`.
+
+    Raises:
+        FileNotFoundError: if there is no such program; the message says where it was looked for.
+    """
+    if module:
+        return [sys.executable, "-m", program, *arguments]
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise FileNotFoundError(f"there is no script {program!r}")
+        return [sys.executable, program, *arguments]
+    # Not resolved: in a virtual environment the interpreter is a link, and the commands lie beside the link.
+    commands = Path(sys.executable).parent
+    found = shutil.which(program, path=str(commands)) or shutil.which(program)
+    if found is None:
+        raise FileNotFoundError(
+            f"there is no program {program!r} in {commands} or on PATH; -m {program} runs a module of that name"
+        )
+    return [found, *arguments]
+
+
+def run(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
+    """Becomes the program: its output, its signals and its exit code are this process's. Does not return.
+
+    Raises:
+        FileNotFoundError: if there is no such program.
+        PermissionError: if it cannot be executed.
+    """
+    command = command_line(program, arguments, module=module)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":  # exec there starts another process and leaves
+        raise SystemExit(subprocess.call(command, env=environment()))
+    os.execve(command[0], command, environment())
