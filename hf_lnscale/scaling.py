@@ -369,8 +369,8 @@ def _scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool, warming_up
 def _write_scale(norm: nn.Module, scale: float) -> None:
     """Sets the scale of a norm in a warmup, in place unless the norm has moved to another device."""
     device, held = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
-    # Without weights yet, it waits on the CPU, from where every device takes a tensor of shape ().
-    device = torch.device("cpu") if device.type == "meta" else device
+    # Every device takes a tensor of shape () from the CPU, where it stays without weights or double precision.
+    device = torch.device("cpu") if device.type in ("meta", "mps") else device
     if isinstance(held, torch.Tensor) and held.device == device:
         held.fill_(scale)
     else:
