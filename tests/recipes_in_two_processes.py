@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 
+import processes
 import recipe
 from hf_lnscale.training import report
 from hf_lnscale.training.trainer import RecipeTrainer
@@ -70,3 +71,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    processes.leave()

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import socket
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import processes
 import tiny
 from hf_lnscale.depth.scores import score_layers
 from hf_lnscale.diagnosis import residual_variance
@@ -417,15 +417,13 @@ def distributed_worker(rank, port, folder):
     found["fsdp2"] = logged(run)
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
+    processes.leave()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(distributed_worker, (port, str(folder)), nprocs=2)
+    mp.spawn(distributed_worker, (processes.free_port(), str(folder)), nprocs=2)
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 

@@ -1,7 +1,6 @@
 """DDP and FSDP2 on two CPU processes over gloo: the loss and the gradients of one process on the same data."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_lnscale
+import processes
 import tiny
 from oracles import decoder_layers
 
@@ -82,18 +82,13 @@ def worker(rank, port, folder):
         if rank == 0:
             torch.save(found, f"{folder}/{way} {family} {scaling}")
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    processes.leave()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
-    mp.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    mp.spawn(worker, (processes.free_port(), str(folder)), nprocs=2)
     return folder
 
 

@@ -1,7 +1,6 @@
 """`accelerate launch` on two CPU processes, once for all: DDP and FSDP2 do what one process does with the same data."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import processes
 import recipe
 from hf_lnscale import ln_scales
 from recipe import SMALL
@@ -25,10 +25,7 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     recipe.save_model(folder / "scaled", ln_scaling=True, attention_dropout=0.0)
     recipe.write_rows(folder / "text.jsonl", recipe.text_rows())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", processes.free_port()]
     command += ["--config_file", recipe.RECIPES / "accelerate" / "cpu.yaml", TESTS / "recipes_in_two_processes.py"]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
