@@ -1,8 +1,9 @@
-"""Folders that appear under their name when they are complete."""
+"""Folders that appear under their name when they are complete, and the names by which others may know them."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ def require_free(
         raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
     if not (target / mark).is_file():
         raise FileExistsError(f"--out {shown!r} is no {what}; --force replaces only what it could have written")
+
+
+def public_name(name: str) -> str:
+    """A name on the Hub as it is, of a local path only the last part: where it lies is nobody's business."""
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+
+
+def public_command(words: Iterable[str]) -> str:
+    """A command line, with paths and the values of `--option=path` by their public names."""
+    shown = []
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        shown.append(option + equals + (public_name(value) if value else ""))
+    return shlex.join(shown)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from . import __version__
+from ._folders import public_command
 
 _EPILOG = """
 [bold]Examples[/bold]
@@ -257,11 +257,11 @@ def prune(
     from .depth.prune import prune as run
     from .scaling import get_ln_scaling
 
-    words = " ".join(shlex.quote(word) for word in sys.argv[1:])
     plan, table = run(
         checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
         drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens,
-        seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, force=force, command=f"hf-lnscale {words}",
+        seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, force=force,
+        command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip
     if as_json:
         print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import recipe
+import tiny
 from hf_lnscale import ln_scales
 from hf_lnscale.training.trainer import RecipeTrainer
 from recipe import SMALL
@@ -50,6 +51,8 @@ def complete(folder: Path, plots: bool = True) -> None:
     assert f"{figures['eval_loss']:.4f}" in card
     assert ".py " in card
     assert figures["versions"]["trl"] in card
+    if (folder / "config.json").is_file():  # of an adapter, PEFT notes where its base lies
+        assert not tiny.uploaded_that_say(folder.parent.parent, folder)
 
 
 def eval_loss(model, reader, texts: list[str]) -> float:

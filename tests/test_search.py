@@ -310,6 +310,7 @@ def test_prune(checkpoint, text, tmp_path):
     assert "2 of 6 layers dropped" in card
     assert "hf-lnscale prune" in card
     assert "| perplexity, held out |" in card
+    assert not tiny.uploaded_that_say(tmp_path.parent, tmp_path / "out")
     # The plan names the same layers to whoever loads the whole checkpoint with it.
     again = AutoModelForCausalLM.from_pretrained(checkpoint, drop_layers=tmp_path / "out")
     assert again.config.dropped_layers["layers"] == pruned.config.dropped_layers["layers"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_lnscale.hub import push
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
 
@@ -127,3 +130,10 @@ def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def uploaded_that_say(path: Path, folder: Path) -> list[str]:
+    """The files that `push` would upload from a folder, the model card with them, in which a path is written."""
+    upload = push(folder, "user/model", allow_scaled=True, dry_run=True)
+    contents = {name: (folder / name).read_bytes() for name in upload.files} | {"README.md": upload.card.encode()}
+    return [name for name, content in contents.items() if str(path).encode() in content]

@@ -11,7 +11,6 @@ import gc
 import json
 import numbers
 import operator
-import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._folders import public_name
 from .._warnings import warn
 from ..checkpoint import parts
 from ..families import UnsupportedArchitectureError, family_of, text_config
@@ -191,7 +191,7 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     kept = kept_layers(num_layers, dropped)
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
-    base = (vars(text).get(DROPPED) or {}).get("base") or _public_name(config.name_or_path or "")
+    base = (vars(text).get(DROPPED) or {}).get("base") or public_name(config.name_or_path or "")
 
     for name in (ACTIVE, FOLDED, ON_DISK):
         if (stored := vars(text).get(name)) is not None:
@@ -202,11 +202,6 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         _FOLLOW[name](text, kept)
     text.num_hidden_layers = len(kept)
     vars(text)[DROPPED] = {"layers": gone, "num_hidden_layers": original, "base": base}
-
-
-def _public_name(name: str) -> str:
-    """A name on the Hub as it is, of a local folder only the last part: where it lies is nobody's business."""
-    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
 
 
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:

@@ -44,7 +44,7 @@ class PruningPlan:
     Attributes:
         layers: positions to drop, sorted, in the numbering of the model that the plan was made for.
         model: fingerprint of that model: model_type, sizes, and what had been dropped from it before.
-        model_name: its name or path, for the record.
+        model_name: its name on the Hub, or that of its folder, for the record.
         method: how the layers were chosen, in words and numbers.
         data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256.
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from .._folders import require_free, written
+from .._folders import public_name, require_free, written
 from .._version import __version__
 from ..evaluation.speed import Speed, measure
 from ..evaluation.table import show_bytes
@@ -170,7 +170,7 @@ def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: s
     return PruningPlan(
         layers=tuple(layers),
         model=fingerprint(stack.model.config),
-        model_name=stack.model.config.name_or_path or "",
+        model_name=public_name(stack.model.config.name_or_path or ""),
         method={"search": "given"},
         data={"calibration": calibration.describe() if heal else None, "held_out": held_out.describe()},
         perplexity={"before": before, "after": after},

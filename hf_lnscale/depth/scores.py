@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .._folders import public_name
 from ..scaling import Stack, text_stack
 from .data import Batch, TokenBatches, token_batches
 from .stream import evaluating, hidden_states, visiting, wide
@@ -266,7 +267,7 @@ def score_layers(
     if tokens not in ("last", "all"):
         raise ValueError(f"tokens must be 'last' or 'all', got {tokens!r}")
     stack = text_stack(model)
-    name = getattr(stack.model.config, "name_or_path", "") or ""
+    name = public_name(stack.model.config.name_or_path or "")
     if method == "magnitude":
         return LayerScores(method, _magnitude(stack), name)
     if data is None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .._folders import public_name
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .draft import choose_draft
@@ -170,7 +171,7 @@ def plan_pruning(
     return PruningPlan(
         layers=tuple(sorted(chosen)),
         model=model_print,
-        model_name=getattr(stack.model.config, "name_or_path", "") or "",
+        model_name=public_name(stack.model.config.name_or_path or ""),
         method=how,
         data=about,
         perplexity=perplexity,
@@ -188,7 +189,7 @@ def _draft_plan(
     return PruningPlan(
         layers=tuple(choice.layers),
         model=fingerprint(stack.model.config),
-        model_name=getattr(stack.model.config, "name_or_path", "") or "",
+        model_name=public_name(stack.model.config.name_or_path or ""),
         method={"search": "draft", "target": {"num_layers": num_layers} if num_layers else {}},
         data={"prompts": found.pop("data")},
         steps=found.pop("steps"),

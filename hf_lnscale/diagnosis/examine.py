@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .._folders import public_name
 from .._version import __version__
 from ..depth.data import Batch, TokenBatches, token_batches
-from ..depth.layers import _public_name
 from ..depth.scores import _Halves, _sweep, loss_without
 from ..scaling import DROPPED, Stack, get_ln_scaling, text_stack
 from . import verdict
@@ -229,7 +229,7 @@ def _nested_cuts(
 def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
     config = stack.model.config
     return {
-        "name": _public_name(config.name_or_path or "") or type(model).__name__,
+        "name": public_name(config.name_or_path or "") or type(model).__name__,
         "model_type": config.model_type,
         "num_layers": len(stack.layers),
         "hidden_size": config.hidden_size,

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer
 
+from .._folders import public_name
 from .._version import __version__
 from ..evaluation.speed import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
@@ -64,7 +65,7 @@ def write_report(
         "tokens_seen": state.num_input_tokens_seen,
         "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
         "wall_seconds": seconds,
-        "resumed_from": resumed,
+        "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,
         "peak_memory_of": trainer.args.device.type if trainer.args.device.type != "cpu" else "process",
         "processes": trainer.args.world_size,
@@ -153,6 +154,7 @@ def _card(
     if hasattr(model, "peft_config"):
         notes.append("It is an adapter, for the base model loaded in the same way as it was trained on.")
     figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
+    told = {key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()}
     given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
     plots = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
     made_with = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
@@ -172,7 +174,7 @@ def _card(
 
 {plots}
 
-Made by `{command}`, with {made_with}, from the data `{data or "text that comes with Python"}`.
+Made by `{command}`, with {made_with}, from the data `{told.get("dataset_name") or "text that comes with Python"}`.
 
 | argument | |
 | --- | --- |

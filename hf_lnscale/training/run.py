@@ -129,7 +129,7 @@ class Run:
         seconds = time.perf_counter() - started
         if stop.signal is not None:
             self._leave(trainer, stop.signal)
-        return write_report(self.recipe, trainer, self.identity, command(), self.checkpoint, seconds)
+        return write_report(self.recipe, trainer, self.identity, command(public=True), self.checkpoint, seconds)
 
     def _leave(self, trainer: Trainer, number: int) -> None:
         step = trainer.state.global_step

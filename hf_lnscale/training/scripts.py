@@ -8,6 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from .._folders import public_command
+
 RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft", "heal": "heal"}
 _started_as: list[str] = []  # how, where it was not as a script
 
@@ -53,6 +55,7 @@ def start(recipe: str, words: list[str]) -> None:
         _started_as.clear()
 
 
-def command() -> str:
-    """The command line that this process was started with."""
-    return shlex.join([*(_started_as or ["python", sys.argv[0]]), *sys.argv[1:]])
+def command(public: bool = False) -> str:
+    """The command line that this process was started with; to show to others, without where its paths lie."""
+    words = [*(_started_as or ["python", sys.argv[0]]), *sys.argv[1:]]
+    return public_command(words) if public else shlex.join(words)
