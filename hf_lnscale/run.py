@@ -9,6 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# They take the configuration from transformers and read the weights by themselves: of a scaled checkpoint, without its
+# scale and without an error. By the first part of their names.
+_READ_WEIGHTS = ("convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "vllm", "sglang", "mlx_lm")
+
 STARTUP = Path(__file__).parent / "_startup"
 
 
@@ -28,7 +32,14 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
 
     Raises:
         FileNotFoundError: if there is no such program; the message says where it was looked for.
+        ValueError: if the program is known to read weights past transformers, and would lose the scale.
     """
+    name = Path(program).name.partition(".")[0]
+    if name in _READ_WEIGHTS:
+        raise ValueError(
+            f"{program!r} reads weights by itself and would lose the scale of a checkpoint without an error; write a "
+            f"plain one with hf-lnscale export, and run {name} on that without hf-lnscale run"
+        )
     if module:
         return [sys.executable, "-m", program, *arguments]
     if program.endswith(".py"):
@@ -49,7 +60,7 @@ def run(program: str, arguments: Sequence[str] = (), *, module: bool = False) ->
     """Becomes the program: its output, its signals and its exit code are this process's. Does not return.
 
     Raises:
-        FileNotFoundError: if there is no such program.
+        FileNotFoundError, ValueError: as `command_line`.
         PermissionError: if it cannot be executed.
     """
     command = command_line(program, arguments, module=module)

@@ -237,6 +237,14 @@ def test_what_a_program_may_be(tmp_path, monkeypatch):
         command_line("nowhere")
 
 
+@pytest.mark.parametrize(
+    ("program", "module"), [("llama.cpp/convert_hf_to_gguf.py", False), ("vllm", False), ("vllm.entrypoints.cli", True)]
+)
+def test_a_program_that_would_lose_the_scale_is_refused(program, module):
+    with pytest.raises(ValueError, match="hf-lnscale export"):
+        command_line(program, ["scaled"], module=module)
+
+
 def test_the_process_becomes_the_program(tmp_path):
     """Its number is the same, its arguments are untouched, and signals and exit codes go straight to it."""
     script = """\
