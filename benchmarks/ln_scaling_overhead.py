@@ -13,7 +13,6 @@ LNScalingWarmupCallback. Peak memory is that of a process of its own for each mo
 from __future__ import annotations
 
 import itertools
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_lnscale
+from hf_lnscale.evaluation import speed
 
 # Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on the paper's shapes (arXiv 2502.05795, table 8).
 SIZES = {
@@ -125,14 +125,7 @@ def own_peak(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> floa
     run = train_step(build(size, scaling, mode), torch.randint(0, SIZES[size][4], shape, device=DEVICE))
     for _ in range(3):
         run()
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss starts with that of the process that started this one
-        return next(
-            int(line.split()[1]) / 2**10 for line in status.read_text().splitlines() if line.startswith("VmHWM")
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return speed.peak_memory(DEVICE) / 2**20
 
 
 def main(

@@ -45,6 +45,7 @@ from transformers.utils import logging
 
 from .depth.prune import prune
 from .diagnosis import loss_added_by_removing_each_layer, residual_variance
+from .models import load
 from .scaling import fold_ln_scaling
 from .training.sample import documents as _documents
 from .training.sample import train_tokenizer as _train_tokenizer
@@ -202,10 +203,7 @@ def _smollm2(console: Console, convert: bool) -> Path | None:
     with tempfile.TemporaryDirectory(dir=cache) as temporary, console.status("Converting ..."):
         part = Path(temporary) / folder.name
         with redirect_stderr(io.StringIO()):  # a progress bar that has no switch
-            model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
-        # The weights are unpacked already, but a model that came from GGUF counts as quantized and is not saved.
-        model.hf_quantizer.remove_quantization_config(model)
-        model.save_pretrained(part)
+            load(source / SMOLLM2_FILE, dtype=torch.float32).save_pretrained(part)
         AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE).save_pretrained(part)
         try:
             part.rename(folder)
