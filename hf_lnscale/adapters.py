@@ -106,10 +106,12 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
     """
     here, wanted = traits(base), note(adapter)
     if wanted is None:
-        if base is None or not here:
+        if base is None:
             return
         # Trained on a plain base, or without this package on one that is pruned or folded on disk.
-        there = _config_on_disk(adapter)
+        there = _config_on_disk(adapter, local=not here)
+        if there is None and not here:
+            return
         if there is None and ACTIVE not in here:
             warn(
                 f"whether the adapter {name!r} was trained on this base, which has {_describe(here)}, cannot be "
@@ -171,13 +173,13 @@ def _scaling(value: Any) -> dict[str, Any] | None:
     return scaling.to_dict() if scaling else None
 
 
-def _config_on_disk(adapter: dict[str, Any]) -> PreTrainedConfig | None:
-    """The configuration at the path that PEFT noted, or None if it cannot be read."""
+def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedConfig | None:
+    """The configuration at the path that PEFT noted, or None if it cannot be read; `local` asks no Hub for it."""
     name = adapter.get("base_model_name_or_path")
     if not name:
         return None
     try:
-        return AutoConfig.from_pretrained(name, revision=adapter.get("revision"))
+        return AutoConfig.from_pretrained(name, revision=adapter.get("revision"), local_files_only=local)
     except (OSError, ValueError):
         return None
 

@@ -26,9 +26,14 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
     Raises:
         FileNotFoundError: if it is none of the three, or a folder without a model.
-        ValueError: if there are several GGUF files to choose from.
+        ValueError: if there are several GGUF files to choose from, and for the folder of an adapter.
     """
     path = Path(model)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{str(model)!r} is an adapter and no model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
+            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after `import hf_lnscale`"
+        )
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if not path.is_dir():

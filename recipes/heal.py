@@ -8,8 +8,8 @@ r"""Heals a pruned model: trains it, by LoRA or in full, on text, or on what the
 
 By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, and on eight GPUs:
 
-    python recipes/heal.py --config recipes/configs/heal/llama-3.2-1b.yaml --model_name_or_path pruned --use_peft \
-        --output_dir runs/healed
+    python recipes/heal.py --config recipes/configs/heal/llama-3.2-1b.yaml --model_name_or_path pruned \
+        --teacher none --use_peft --learning_rate 3e-4 --output_dir runs/healed
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
@@ -45,7 +45,7 @@ def main() -> None:
     if teacher.teacher is None:
         run.train(RecipeTrainer(**common))
     else:
-        run.train(DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype), **common))
+        run.train(DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), **common))
 
 
 if __name__ == "__main__":

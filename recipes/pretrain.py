@@ -44,6 +44,8 @@ def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, te
 def main() -> None:
     new, data, training = parse("pretrain", PretrainArguments, DataArguments, PretrainConfig, description=__doc__)
     if training.learning_rate is None:
+        if new.config_name:
+            raise ValueError("learning_rate: with --config_name, give one; the paper's go with its shapes")
         training.learning_rate = SHAPES[new.shape].learning_rate
     run = Run("pretrain", training, new, data)
     column = training.dataset_text_field

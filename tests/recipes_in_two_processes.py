@@ -57,6 +57,8 @@ def main(folder):
     heal = [*words, "--drop_layers", 1, "--teacher", f"{folder}/scaled"]
     assert recipe.run("continue_pretrain", *words, "--output_dir", f"{folder}/ddp") == 0
     assert recipe.run("heal", *heal, "--output_dir", f"{folder}/ddp-heal") == 0
+    apart = [*words, "--packing_strategy", "bfd", "--dataset_streaming", "--per_device_eval_batch_size", 4]
+    assert recipe.run("continue_pretrain", *apart, "--output_dir", f"{folder}/ddp-apart") == 0
     pretrain = [*words[:-2], "--num_hidden_layers", 2, "--vocab_size", 300]
     assert recipe.run("pretrain", *pretrain, "--output_dir", f"{folder}/ddp-pretrain") == 0
     fsdp2_on_cpu()

@@ -246,6 +246,9 @@ def test_an_adapter_made_without_the_plugin(tmp_path, run_python):
             assert torch.equal(logits(load(tmp_path / which / "adapter")), expected)
         with pytest.raises(ValueError, match="was trained on a base with"):
             PeftModel.from_pretrained(base(tmp_path / "other", "both by keyword"), tmp_path / which / "adapter")
+        if which != "plain":
+            with pytest.raises(ValueError, match="was trained on a base with"):
+                PeftModel.from_pretrained(base(tmp_path / "whole", "plain"), tmp_path / which / "adapter")
     with pytest.raises(ValueError, match="was trained on a base with"):
         base(tmp_path / "pruned on disk", "pruned on disk and again by keyword").load_adapter(
             tmp_path / "pruned on disk" / "adapter"

@@ -39,6 +39,40 @@ def test_other_data_to_evaluate_on(tmp_path):
     assert texts(held_out) == ["other 0", "other 1", "other 2"]
 
 
+def test_splits_of_files(tmp_path):
+    """A file has none: what is evaluated on is held out of it. Of a folder, files have the names of splits."""
+    folder = tmp_path / "data"  # beside the cache
+    folder.mkdir()
+    paths = {
+        name: recipe.write_rows(folder / name, [{"text": f"{name} {i}"} for i in range(count)])
+        for name, count in {"a.jsonl": 20, "b.jsonl": 5, "test-0001.jsonl": 4, "testament.jsonl": 3}.items()
+    }
+    for streaming in (False, True):
+        common = {"dataset_test_split": "test", "dataset_streaming": streaming, "eval_samples": 2}
+        train, held_out = load_text(DataArguments(dataset_name=str(paths["a.jsonl"]), **common), "text", seed=0)
+        assert sorted(texts(train) + texts(held_out)) == sorted(f"a.jsonl {i}" for i in range(20))
+        train, held_out = load_text(DataArguments(dataset_name=str(folder), **common), "text", seed=0)
+        assert {text.split()[0] for text in texts(train)} == {"a.jsonl", "b.jsonl", "testament.jsonl"}
+        assert texts(held_out) == ["test-0001.jsonl 0", "test-0001.jsonl 1"]
+    (folder / "train").mkdir()
+    paths["a.jsonl"].rename(folder / "train" / "a.jsonl")
+    train, held_out = load_text(DataArguments(dataset_name=str(folder), dataset_test_split="b"), "text", seed=0)
+    assert {text.split()[0] for text in texts(train)} == {"a.jsonl"}
+    assert {text.split()[0] for text in texts(held_out)} == {"b.jsonl"}
+    given = DataArguments(dataset_name=str(paths["b.jsonl"]), eval_dataset_name=str(paths["testament.jsonl"]),
+                          dataset_test_split="test")  # fmt: skip
+    assert {text.split()[0] for text in texts(load_text(given, "text", seed=0)[1])} == {"testament.jsonl"}
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    rows = [{"text": None}, {"text": ""}, *({"text": f"text {i}"} for i in range(6))]
+    path = recipe.write_rows(tmp_path / "text.jsonl", rows)
+    for streaming in (False, True):
+        arguments = DataArguments(dataset_name=str(path), dataset_streaming=streaming, eval_samples=1)
+        train, held_out = load_text(arguments, "text", seed=0)
+        assert sorted(texts(train) + texts(held_out)) == [f"text {i}" for i in range(6)]
+
+
 def test_a_text_file_is_read_as_it_is(tmp_path):
     """No line and no blank line is lost; a hundred lines are a row."""
     lines = [f"line {i}" if i % 3 else "" for i in range(3 * LINES_A_ROW + 8)]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import recipe
 import tiny
 from hf_lnscale import ln_scales
+from hf_lnscale.training.arguments import TeacherArguments
 from hf_lnscale.training.trainer import RecipeTrainer
 from recipe import SMALL
 
@@ -270,9 +271,14 @@ def wrong(here):
     recipe.save_model(here / "wide", hidden_size=64)
     other = recipe.tokenizer()
     other.add_tokens(["<more>"])
-    model = AutoModelForCausalLM.from_pretrained(here / "scaled")
-    model.resize_token_embeddings(len(other))
-    model.save_pretrained(here / "more-tokens")
+    AutoModelForCausalLM.from_pretrained(here / "scaled").save_pretrained(here / "more-tokens")
+    other.save_pretrained(here / "more-tokens")
+    recipe.write_rows(here / "number.jsonl", [{"text": 1}] * 9)
+    (here / "broken.jsonl").write_text('{"text": "some text"}\n{"text"\n')
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    recipe.write_rows(here / "calls.jsonl", [{"messages": [{"role": "user", "content": "go"}, call]}] * 9)
+    (here / "an-adapter").mkdir()
+    (here / "an-adapter" / "adapter_config.json").write_text("{}")
     return here
 
 
@@ -300,7 +306,19 @@ BAD = {
     "layer": ("continue_pretrain", "--drop_layers 9", r"layer 9 does not exist"),
     "layers": ("continue_pretrain", "--drop_layers 1 x", r"neither layer indices nor"),
     "unpruned": ("heal", "", r"has all its layers; give --drop_layers"),
-    "teacher": ("heal", "--drop_layers 1 --teacher more-tokens", r"teacher: it has 301 tokens, the student 300"),
+    "teacher": (
+        "heal",
+        "--drop_layers 1 --teacher more-tokens",
+        r"more-tokens', of 301 tokens, is not the student's, of 300",
+    ),
+    "another loss": ("heal", "--drop_layers 1 --teacher scaled --loss_type dft", r"loss_type .* do not go with it"),
+    "number": ("continue_pretrain", "--dataset_name number.jsonl", r"'text' of .* holds 1, which is no text"),
+    "broken": ("continue_pretrain", "--dataset_name broken.jsonl", r"JSON"),
+    "short stream": ("continue_pretrain", "--dataset_streaming --eval_samples 40", r"no other is left to train on"),
+    "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path chatml", r"content is no text"),
+    "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter and no model; merge it first"),
+    "no rate": ("pretrain", "--config_name scaled", r"learning_rate: with --config_name, give one"),
+    "no state": ("continue_pretrain", "--resume_from_checkpoint scaled", r"has no trainer_state\.json"),
     "4 bit": ("sft", "--dataset_name pairs.jsonl --load_in_4bit", r"add --use_peft"),
     "option": ("sft", "--learnin_rate 1", r"learnin_rate"),
     "config": ("sft", "--config nowhere", r"no file 'nowhere'; those that come with sft are .*qwen3-8b"),
@@ -321,7 +339,8 @@ def test_wrong_input_is_one_line_before_training(case, tmp_path, wrong, capsys):
     if "--dataset_name" not in words:
         words = ["--dataset_name", wrong / "text.jsonl", *words]
     # Later words count, and some of SMALL's are the wrong ones here.
-    assert recipe.run(name, *SMALL, *words, "--output_dir", tmp_path / "out") == 1
+    small = [*SMALL[: SMALL.index("--learning_rate")], *SMALL[SMALL.index("--learning_rate") + 2 :]]
+    assert recipe.run(name, *(small if case == "no rate" else SMALL), *words, "--output_dir", tmp_path / "out") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"{name}: ")
     assert re.search(said, line), line
@@ -350,3 +369,56 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
     other = refused("continue_pretrain", "--model_name_or_path", here / "pre-ln", *common, *resume)
     assert f"its model_name_or_path is '{here / 'scaled'}'" in other
     assert "its max_length is 32" in refused("continue_pretrain", *words, "--max_length", 16, *resume)
+    # The schedule of the optimizer is part of a checkpoint: another rate would be told, and not be taken.
+    assert "its learning_rate is 0.01" in refused("continue_pretrain", *words, "--learning_rate", 1e-5, *resume)
+    assert "its batch is 2" in refused("continue_pretrain", *words, "--gradient_accumulation_steps", 2, *resume)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_to_resume(tmp_path, here, capsys):
+    """The last checkpoint that is complete, or one under any name; options are the same in YAML and as words."""
+    words = ["--model_name_or_path", here / "scaled", "--dataset_name", here / "text.jsonl", *SMALL, "--save_steps", 2]
+    (tmp_path / "config.yaml").write_text("drop_layers: [1]\n")
+    yaml = ["--config", tmp_path / "config.yaml", *words]
+    assert recipe.run("continue_pretrain", *yaml, "--output_dir", tmp_path / "whole") == 0
+    (tmp_path / "whole" / "checkpoint-4").rename(tmp_path / "best")
+    named = ["--output_dir", tmp_path / "named", "--resume_from_checkpoint", tmp_path / "best"]
+    assert recipe.run("continue_pretrain", *yaml, *named) == 0
+    recipe.same_weights(tmp_path / "whole", tmp_path / "named")
+
+    (tmp_path / "best").rename(tmp_path / "whole" / "checkpoint-4")
+    (tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").write_text("")  # killed while it was written
+    weights = tmp_path / "whole" / "model.safetensors"
+    weights.unlink()
+    again = [*words, "--drop_layers", 1, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true"]
+    assert recipe.run("continue_pretrain", *again) == 0
+    assert "checkpoint-6 is not complete, and is left out" in capsys.readouterr().err
+    assert recipe.metrics(tmp_path / "whole")["resumed_from"] == "checkpoint-4"
+    recipe.same_weights(tmp_path / "whole", tmp_path / "named")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_signal_after_the_last_step_stops_nothing(tmp_path, here, monkeypatch):
+    """No checkpoint is written any more, and the model is."""
+    original = RecipeTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            if not done:  # the last one while training; then comes that of the report
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append(1)
+        return original(self, *args, **kwargs)
+
+    done = []
+    monkeypatch.setattr(RecipeTrainer, "evaluate", evaluate)
+    words = ["--model_name_or_path", here / "scaled", "--dataset_name", here / "text.jsonl", *SMALL]
+    words += ["--save_strategy", "no", "--eval_strategy", "steps", "--eval_steps", 6]
+    assert recipe.run("continue_pretrain", *words, "--output_dir", tmp_path / "out") == 0
+    assert len(done) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_no_teacher_in_place_of_the_config_s():
+    assert TeacherArguments(teacher="none").teacher is None
+    assert TeacherArguments(teacher="").teacher is None
+    assert TeacherArguments(teacher="nonesuch").teacher == "nonesuch"

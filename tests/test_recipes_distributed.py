@@ -48,6 +48,8 @@ def alone(launched):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     words = ["--model_name_or_path", folder / "scaled", "--dataset_name", folder / "text.jsonl", *SMALL]
     heal = [*words, "--drop_layers", 1, "--teacher", folder / "scaled"]
+    apart = [*words, "--packing_strategy", "bfd", "--dataset_streaming", "--per_device_eval_batch_size", 4]
+    assert recipe.run("continue_pretrain", *apart, "--output_dir", folder / "alone-apart") == 0
     pretrain = [*words[2:], "--num_hidden_layers", 2, "--vocab_size", 300]
     assert recipe.run("continue_pretrain", *words, "--output_dir", folder / "alone") == 0
     assert recipe.run("heal", *heal, "--output_dir", folder / "alone-heal") == 0
@@ -65,6 +67,13 @@ def test_two_processes_do_what_one_does(way, launched, alone):
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert two["tokens_seen"] == one["tokens_seen"]
     recipe.same_weights(folder / name, folder / way, rtol=1e-2, atol=1e-3)
+
+
+def test_no_row_is_evaluated_twice(launched, alone):
+    """Neither of a stream, nor of batches without padding, of which one is one row; before any step was taken."""
+    folder, _ = launched
+    one, two = recipe.metrics(folder / "alone-apart"), recipe.metrics(folder / "ddp-apart")
+    assert two["eval_loss_before"] == pytest.approx(one["eval_loss_before"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-heal"])

@@ -36,7 +36,11 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of the dataset on the Hub.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str | None = option(None, "Split to evaluate on; without one, rows are held out of training.")
+    dataset_test_split: str | None = option(
+        None,
+        "Split to evaluate on: of a dataset on the Hub, or of a folder with files of that name. Without one, and of a "
+        "file, rows are held out of training.",
+    )
     dataset_streaming: bool = option(False, "Read the data while training, and not before; needs --max_steps.")
     eval_dataset_name: str | None = option(None, "Name or path of other data to evaluate on.")
     eval_samples: int = option(256, "Rows of data to evaluate on; those held out are a tenth of all rows at the most.")
@@ -72,6 +76,10 @@ class DepthArguments:
         None, "Layers to leave out of the checkpoint, as in --drop_layers 12 14, or the path of a pruning plan."
     )
 
+    def __post_init__(self) -> None:
+        # YAML has numbers where the command line has words; it is the same run.
+        self.drop_layers = [str(layer) for layer in self.drop_layers] if self.drop_layers else None
+
 
 @dataclass
 class WarmupArguments:
@@ -92,12 +100,16 @@ class TeacherArguments:
 
     teacher: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; without one, the text "
-        "alone is learned.",
+        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; without one, or with "
+        "none, the text alone is learned.",
     )
     teacher_dtype: str = option(
         "auto", "Of the teacher's weights, auto: its own.", choices=["auto", "bfloat16", "float16", "float32"]
     )
+
+    def __post_init__(self) -> None:
+        if str(self.teacher).lower() in ("none", ""):  # in place of the one that a config names
+            self.teacher = None
 
 
 @dataclass
@@ -173,11 +185,14 @@ class ContinueConfig(TextConfig):
 
 @dataclass
 class HealConfig(TextConfig):
-    """Settings of Minitron (arXiv 2408.11796, section 4) for distillation, which also do for text."""
+    """The peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, which also do for text."""
 
     learning_rate: float = option(1e-4, "Peak.")
-    lr_scheduler_type: str = option("cosine", "Schedule after the warmup.")
-    warmup_steps: float = option(40, "Steps to the peak, or their share of all.")
+    lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warmup.")
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "The cosine ends at a tenth."}
+    )
+    warmup_steps: float = option(0.05, "Steps to the peak, or their share of all.")
     eval_on_start: bool = option(True, "Evaluate before the first step too: what the checkpoint was worth before.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
 
@@ -224,11 +239,10 @@ def parse(recipe: str, *types: Any, description: str | None = None) -> tuple[Any
     return parser.parse_args_and_config(words)
 
 
-def layers_of(values: list[Any] | None) -> Any:
+def layers_of(words: list[str] | None) -> Any:
     """Reads the words after --drop_layers: indices, or the path of a plan."""
-    if not values:
+    if not words:
         return None
-    words = [str(value) for value in values]
     if all(word.lstrip("-").isdigit() for word in words):
         return [int(word) for word in words]
     if len(words) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> tuple[Any, An
     """Text to train on and text that is held out, each with the one column `column`.
 
     Raises:
-        ValueError: if there is no such column, or no row; the message names the dataset and what it has.
+        ValueError: if there is no such column, no text in it, or no row; the message names the dataset and what it has.
         FileNotFoundError: if a path does not exist.
     """
     if arguments.dataset_name is None:
@@ -31,8 +32,13 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> tuple[Any, An
         return _held_out(arguments, embedded, seed, lambda data, name: data)
 
     def only_text(data: Any, name: str) -> Any:
-        if column not in (has := _columns(data, name)):
+        if column not in (has := _first_row(data, name)):
             raise ValueError(f"dataset_text_field: {name!r} has no column {column!r}; it has {', '.join(has)}")
+        if not isinstance(has[column], (str, type(None))):
+            raise ValueError(
+                f"dataset_text_field: column {column!r} of {name!r} holds {has[column]!r}, which is no text"
+            )
+        data = data.filter(_has_text, input_columns=column, batched=True)  # the rest would be rows of nothing but EOS
         # Any other column could make TRL take the rows for something else than text.
         return data.select_columns([column])
 
@@ -50,7 +56,7 @@ def load_conversations(arguments: DataArguments, seed: int) -> tuple[Any, Any]:
         return _held_out(arguments, Dataset.from_list(sample.conversations()), seed, lambda data, name: data)
 
     def only_conversations(data: Any, name: str) -> Any:
-        has = _columns(data, name)
+        has = list(_first_row(data, name))
         for wanted in (["messages"], ["prompt", "completion"], ["conversations"]):
             if set(wanted) <= set(has):
                 return data.select_columns(wanted + [more for more in ("tools", "chat_template_kwargs") if more in has])
@@ -113,12 +119,18 @@ def _held_out(arguments: DataArguments, train: Any, seed: int, only: Any) -> tup
         raise ValueError(f"eval_samples must be at least 1, got {arguments.eval_samples}")
     train = only(train, name)
     other = arguments.eval_dataset_name
-    if other or arguments.dataset_test_split:
+    if other or (arguments.dataset_test_split and _has_splits(arguments)):
         split = arguments.dataset_test_split or "train"
         evaluation = only(_load(arguments, split, other), other or f"{name}, split {split}")
         return train, _first(evaluation, arguments.eval_samples)
     if isinstance(train, IterableDataset):
-        return train.skip(arguments.eval_samples), train.take(arguments.eval_samples)
+        rest = train.skip(arguments.eval_samples)
+        if next(iter(rest), None) is None:
+            raise ValueError(
+                f"eval_samples: the first {arguments.eval_samples} rows of {name!r} are held out, and no other is left "
+                "to train on; lower --eval_samples, or do not stream"
+            )
+        return rest, _first(train, arguments.eval_samples)
     if len(train) < 2:
         raise ValueError(
             f"dataset_name: {name!r} has a single row, of which none can be held out to evaluate on; name other data "
@@ -129,8 +141,27 @@ def _held_out(arguments: DataArguments, train: Any, seed: int, only: Any) -> tup
     return parts["train"], parts["test"]
 
 
-def _first(data: Any, rows: int) -> Any:
-    return data.take(rows) if isinstance(data, IterableDataset) else data.select(range(min(rows, len(data))))
+def _has_text(texts: list[str | None]) -> list[bool]:
+    return [bool(text) for text in texts]
+
+
+def _first(data: Any, rows: int) -> Dataset:
+    """The first rows, in memory: of a stream, Trainer could not tell which of the last ones it has seen twice."""
+    if isinstance(data, IterableDataset):
+        return Dataset.from_list(list(data.take(rows)), features=data.features)
+    return data.select(range(min(rows, len(data))))
+
+
+def _has_splits(arguments: DataArguments) -> bool:
+    """Whether there is a split to evaluate on. A file has none; of a folder, files of its name or in a folder of it."""
+    path, split = Path(arguments.dataset_name or ""), arguments.dataset_test_split
+    assert split is not None
+    return not path.exists() or (path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*")))
+
+
+def _is_of(file: Path, folder: Path, split: str) -> bool:
+    named = re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem) is not None
+    return file.suffix in BUILDERS and (named or split in file.relative_to(folder).parts[:-1])
 
 
 def _load(arguments: DataArguments, split: str, name: str | None = None) -> Any:
@@ -143,6 +174,11 @@ def _load(arguments: DataArguments, split: str, name: str | None = None) -> Any:
         configuration = None if name else arguments.dataset_config
         return load_dataset(given, configuration, split=split, streaming=arguments.dataset_streaming)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
+    if name is None and path.is_dir():
+        test = arguments.dataset_test_split if split == arguments.dataset_train_split else None
+        files = [file for file in files if _is_of(file, path, split)] or [
+            file for file in files if test is None or not _is_of(file, path, test)
+        ]
     kinds = {BUILDERS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
         what = "holds none of" if not kinds else "mixes, or is not one of,"
@@ -161,8 +197,8 @@ def _join_lines(rows: dict[str, list[str]]) -> dict[str, list[str]]:
     return {"text": ["\n".join(rows["text"])]}
 
 
-def _columns(data: Any, name: str) -> list[str]:
+def _first_row(data: Any, name: str) -> dict[str, Any]:
     first = next(iter(data), None)
     if first is None:
         raise ValueError(f"dataset_name: {name!r} is empty")
-    return list(first)
+    return first

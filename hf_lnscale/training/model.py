@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from .._warnings import warn
 from ..families import family_of, text_config
+from ..models import locate
 from ..scaling import DROPPED, get_ln_scaling
 from .arguments import DepthArguments, WarmupArguments, layers_of
 
@@ -38,6 +39,7 @@ def load(
         raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"model_name_or_path: there is no folder {name!r}")
+    locate(name)  # what it refuses
     common = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **common)
     family_of(config)
@@ -68,14 +70,29 @@ def load(
     return loaded, tokenizer
 
 
-def load_teacher(name: str, dtype: str) -> PreTrainedModel:
+def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
     """A model to learn from: whole in every process, however the one that is trained is sharded.
 
+    Args:
+        name: folder, or name on the Hub.
+        dtype: of its weights.
+        tokenizer: the student's.
+
     Raises:
-        ValueError: under DeepSpeed ZeRO-3, which takes every model apart that is loaded.
+        ValueError: if the teacher's tokenizer is another one; under DeepSpeed ZeRO-3, which takes every model apart
+            that is loaded.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would take the teacher apart; use ZeRO-2 or FSDP2")
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError):  # a folder without one
+        vocabulary = tokenizer.get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
+            f"{len(tokenizer)}; they must be one"
+        )
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 

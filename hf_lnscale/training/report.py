@@ -32,7 +32,13 @@ _OF_ADAPTERS = ("lora_", "use_dora", "use_rslora", "bnb_")
 
 
 def write_report(
-    recipe: str, trainer: Trainer, told: dict[str, Any], command: str, resumed: str | None, seconds: float
+    recipe: str,
+    trainer: Trainer,
+    told: dict[str, Any],
+    command: str,
+    resumed: str | None,
+    since: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
 
@@ -42,6 +48,7 @@ def write_report(
         told: what the recipe was told, for the card.
         command: the command line, for the card.
         resumed: the checkpoint that this process started from.
+        since: the step of that checkpoint; without one, -1.
         seconds: of training, in this process: with its evaluations and checkpoints.
 
     Returns:
@@ -49,11 +56,14 @@ def write_report(
     """
     peak = torch.tensor(peak_memory(trainer.args.device.type), device=trainer.args.device)
     peak_bytes = int(trainer.accelerator.gather(peak).max())
+    if trainer.is_fsdp_enabled:
+        # Checkpoints on the way may be sharded; what is shipped is one that opens like any other.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()  # first, so that nothing that goes wrong from here on costs the model
     loss = trainer.evaluate()["eval_loss"]
     state = trainer.state
     session_tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    first = int(Path(resumed).name.rpartition("-")[2]) if resumed else -1
-    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > first]
+    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > since]
     before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
@@ -74,10 +84,6 @@ def write_report(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": _versions(),
     }
-    if trainer.is_fsdp_enabled:
-        # Checkpoints on the way may be sharded; what is shipped is one that opens like any other.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir or "")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

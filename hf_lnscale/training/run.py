@@ -17,8 +17,9 @@ from typing import Any
 import datasets
 import torch
 import torch.distributed as dist
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from jinja2 import TemplateError
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..scaling import LNScalingConfig, get_ln_scaling, text_stack
 from .arguments import RecipeConfig
@@ -28,8 +29,13 @@ from .scripts import command
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
-# What makes two runs the same: all that the recipe was told but how, where and how often it computes and writes.
-_IDENTITY = ("seed", "max_length", "packing", "packing_strategy", "dataset_text_field")
+# What makes two runs the same, besides what the recipe's own arguments say: not how, where and how often it computes
+# and writes, nor how long it goes on.
+_IDENTITY = (
+    "seed", "max_length", "packing", "packing_strategy", "dataset_text_field", "learning_rate", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "loss_type", "assistant_only_loss",
+    "completion_only_loss", "chat_template_path", "eos_token",
+)  # fmt: skip
 
 
 class Run:
@@ -49,11 +55,14 @@ class Run:
         self.recipe, self.training = recipe, training
         self.folder = Path(training.output_dir or "")
         words = {key: value for part in told for key, value in dataclasses.asdict(part).items()}
-        words |= {key: getattr(training, key) for key in _IDENTITY}
+        words |= {key: getattr(training, key, None) for key in _IDENTITY}
+        words["batch"] = (
+            training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
+        )
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != training.world_size:
-            raise RuntimeError(f"{started} processes were started, and this one sees {training.world_size} of them")
+            raise ValueError(f"{started} processes were started, and this one sees {training.world_size} of them")
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
@@ -85,10 +94,26 @@ class Run:
         if wanted is None:
             return None
         if str(wanted).lower() in ("true", "1", "latest", "auto"):
-            return get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
+            return self._last_checkpoint()
         if not Path(str(wanted)).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
+        if not (Path(str(wanted)) / "trainer_state.json").is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: no checkpoint of a run, or not complete"
+            )
         return str(wanted)
+
+    def _last_checkpoint(self) -> str | None:
+        """The last one that is complete: Trainer writes its state last, and may have been killed before."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+            try:
+                resumed_step(path)
+                return str(path)
+            except (OSError, ValueError, KeyError):
+                if self.training.process_index == 0:
+                    print(f"{path} is not complete, and is left out", file=sys.stderr)
+        return None
 
     def begin(self) -> None:
         """Marks the folder as this run's, once all that was asked for is known to be right."""
@@ -121,15 +146,16 @@ class Run:
         # Of padding-free batches no mask says what is padding, as none is; of others it does.
         trainer.args.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
         trainer.args.eval_on_start &= self.checkpoint is None
+        since = resumed_step(self.checkpoint) if self.checkpoint else -1
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         finally:
             stop.restore()
         seconds = time.perf_counter() - started
-        if stop.signal is not None:
+        if stop.stopped and stop.signal is not None:
             self._leave(trainer, stop.signal)
-        return write_report(self.recipe, trainer, self.identity, command(public=True), self.checkpoint, seconds)
+        return write_report(self.recipe, trainer, self.identity, command(public=True), self.checkpoint, since, seconds)
 
     def _leave(self, trainer: Trainer, number: int) -> None:
         step = trainer.state.global_step
@@ -145,6 +171,11 @@ class Run:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         raise SystemExit(128 + number)
+
+
+def resumed_step(checkpoint: str | os.PathLike) -> int:
+    """The step that a checkpoint of Trainer was written after."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 class _Begin(TrainerCallback):
@@ -168,6 +199,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.stopped = False
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore(self) -> None:
@@ -190,7 +222,7 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.signal = int(number) or None
         if self.signal is not None:
-            control.should_save = control.should_training_stop = True
+            self.stopped = control.should_save = control.should_training_stop = True
         return control
 
 
@@ -201,7 +233,10 @@ class _State:
 
 
 def script(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes a recipe's `main` fail with one line, and exit code 1, for what is wrong before training starts."""
+    """Makes a recipe's `main` fail with one line, and exit code 1, for what is wrong before training starts.
+
+    Of what no user could have meant, as of errors while training, the traceback is shown.
+    """
 
     @functools.wraps(main)
     def run() -> Any:
@@ -210,15 +245,15 @@ def script(main: Callable[[], Any]) -> Callable[[], Any]:
         warnings.simplefilter("ignore", FutureWarning)
         try:
             return main()
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, DatasetsError, TemplateError) as error:
             if _State.training:
                 raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(
-                    f"{Path(sys.argv[0]).stem.split()[-1]}: {lines[0] if lines else type(error).__name__}",
-                    file=sys.stderr,
-                )
+            shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+            lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+            # What is wrong may be wrong on one machine alone.
+            rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
+            name = Path(sys.argv[0]).stem.split()[-1]
+            print(f"{rank}{name}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
             raise SystemExit(1) from None
 
     return run

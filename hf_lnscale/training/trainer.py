@@ -30,6 +30,9 @@ class RecipeTrainer(SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if self.padding_free and self.args.world_size > 1:
+            # Samples that fill up the last batch are known by their rows, and a batch without padding is a single one.
+            self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
         if not isinstance(kept, Dataset) or arguments.packing:
             return
@@ -66,26 +69,32 @@ class RecipeTrainer(SFTTrainer):
 class DistillationTrainer(RecipeTrainer):
     """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
 
-    The loss of Minitron (arXiv 2407.14679, section 3: logits alone, no other term). TRL's DistillationTrainer has the
-    student write what it is taught on; a pruned model that stammers is better taught on text. The divergence is TRL's
-    kernel, which projects hidden states on the vocabulary tile by tile: no (B, T, V) logits of either model exist.
+    The loss of Minitron for models pruned in depth (arXiv 2408.11796: logits alone; 2407.14679, its best practice 6,
+    adds hidden states where many layers went). TRL's DistillationTrainer has the student write what it is taught on; a
+    pruned model that stammers is better taught on text. The divergence is TRL's kernel, which projects hidden states on
+    the vocabulary tile by tile: no (B, T, V) logits of either model exist.
 
     Args:
-        teacher: a causal language model with the student's vocabulary. Every process holds the whole of it.
+        teacher: a causal language model with the student's tokenizer; its head may be padded to another number of
+            rows. Every process holds the whole of it.
         kwargs: as for SFTTrainer.
 
     Raises:
-        ValueError: if the vocabularies differ.
+        ValueError: if a head has fewer rows than the tokenizer has tokens, and for another loss than the divergence.
     """
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
+            raise ValueError(
+                "teacher: the loss is the divergence from it; loss_type and label_smoothing_factor do not go with it"
+            )
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] and min(sizes) < (tokens := len(kwargs["processing_class"])):
             raise ValueError(
-                f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}; their vocabularies must be one"
+                f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}, their tokenizer {tokens}; they must be one"
             )
         self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
         _add_divergence(student)
@@ -120,11 +129,14 @@ def _add_divergence(student: PreTrainedModel) -> None:
         hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
         # The hidden state at a position predicts the token at the next one.
         predicted_BT = labels[:, 1:] != -100
+        head, teacher_head = _head(self), _head(teacher_model)
+        # Of one tokenizer; the rows after its tokens are padding.
+        both = min(part.shape[0] for part in (head[0], teacher_head[0]) if part is not None)
         divergence_N, _ = ChunkedDivergenceFunction.apply(
             hidden_BTD[:, :-1][predicted_BT],
-            *_head(self),
+            *(part[:both] if part is not None else None for part in head),
             teacher_hidden_BTD[:, :-1][predicted_BT],
-            *_head(teacher_model),
+            *(part[:both] if part is not None else None for part in teacher_head),
             0.0,  # forward KL
             1.0,  # temperature
             *_logit_transform(self.config),
