@@ -10,10 +10,11 @@ LoRA, and QLoRA on a model that would not fit otherwise:
         --output_dir runs/lora
     python recipes/sft.py --config recipes/configs/sft/llama-3.1-8b.yaml --output_dir runs/qlora
 
-On eight GPUs:
+In full on eight GPUs:
 
-    accelerate launch --config_file recipes/accelerate/zero3.yaml recipes/sft.py \
-        --config recipes/configs/sft/qwen3-8b.yaml --output_dir runs/sft
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py \
+        --config recipes/configs/sft/qwen3-8b.yaml --use_peft false --load_in_4bit false --learning_rate 2e-5 \
+        --lr_scheduler_type cosine --max_grad_norm 1 --gradient_accumulation_steps 2 --output_dir runs/sft
 
 `--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
 """
