@@ -35,7 +35,8 @@ def require_free(
 
 def public_name(name: str) -> str:
     """A name on the Hub as it is, of a local path only the last part: where it lies is nobody's business."""
-    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+    path = name.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or os.path.exists(name)
+    return os.path.basename(os.path.normpath(name)) if path else name
 
 
 def public_command(words: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -79,8 +80,11 @@ def load(model: str | os.PathLike, **kwargs: Any) -> Any:
 
     Raises:
         OSError: if there is no such model.
-        ValueError: as `from_pretrained` does, and `locate`.
+        ValueError: as `from_pretrained` does, and `locate`; for a `dtype` that there is not.
     """
+    dtype = kwargs.get("dtype", "auto")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be auto, or a type of torch as float32, bfloat16 or float16, got {dtype!r}")
     name, where = locate(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
     if where:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 # They take the configuration from transformers and read the weights by themselves: of a scaled checkpoint, without its
 # scale and without an error. By the first part of their names.
-_READ_WEIGHTS = ("convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "vllm", "sglang", "mlx_lm")
+_READ_WEIGHTS = (
+    "convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "ctranslate2", "mlx_lm", "sglang",
+    "vllm",
+)  # fmt: skip
 
 STARTUP = Path(__file__).parent / "_startup"
 
@@ -34,10 +37,13 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
         FileNotFoundError: if there is no such program; the message says where it was looked for.
         ValueError: if the program is known to read weights past transformers, and would lose the scale.
     """
-    name = Path(program).name.partition(".")[0]
+    named = program
+    if Path(program).name.startswith("python") and not module:  # python -m name, or python file
+        named = next((word for word in arguments if not word.startswith("-")), program)
+    name = Path(named).name.partition(".")[0]
     if name in _READ_WEIGHTS:
         raise ValueError(
-            f"{program!r} reads weights by itself and would lose the scale of a checkpoint without an error; write a "
+            f"{named!r} reads weights by itself and would lose the scale of a checkpoint without an error; write a "
             f"plain one with hf-lnscale export, and run {name} on that without hf-lnscale run"
         )
     if module:

@@ -21,7 +21,7 @@ from hf_lnscale import Diagnosis, diagnose
 from hf_lnscale.cli import app
 from hf_lnscale.depth.data import token_batches
 from hf_lnscale.diagnosis import verdict
-from hf_lnscale.diagnosis.measure import jacobian_distances
+from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
 from oracles import (
     angular_distance,
     decoder_layers,
@@ -474,6 +474,15 @@ def test_a_model_with_the_disease_has_all_signs():
     assert "Within 5 % of perplexity layer 6 could go (perplexity 10.0), within 10 % 2 layers (4, 6)" in text
 
 
+def test_of_layers_that_are_worth_nothing_the_deeper_half_is_not_worth_less():
+    """As in a model that has learned nothing: what is measured is noise."""
+    for added in ([0.002] * 4 + [0.0001] * 4, [-0.001] * 4 + [-0.003] * 4):
+        found = verdict.judge(
+            places([2.0] * 8), layers_of([1] * 8, added), {"loss": math.log(10), "perplexity": 10.0}, None
+        )
+        assert not found["signs"]["deep_layers_worth_little"]["present"]
+
+
 def test_massive_activations_are_not_growth():
     found = verdict.judge(places([2.0] * 8, [2.0] * 4 + [2000.0] * 4), layers_of([1] * 8, [1] * 8), None, None)
     assert found["massive_activations"]["layer"] == 4
@@ -591,6 +600,27 @@ def test_a_stream_that_overflows_is_refused(ids):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(ValueError, match=r"after layer 1 is not finite in float16; load the model in bfloat16"):
+        diagnose(model, ids, progress=False)
+
+
+def test_gradients_that_overflow_are_left_out_with_a_note(ids, monkeypatch):
+    def overflown(*told):
+        weights_NL, states_L = gradient_norms(*told)
+        weights_NL[0, 2] = states_L[1] = math.inf
+        return weights_NL, states_L
+
+    monkeypatch.setattr("hf_lnscale.diagnosis.examine.gradient_norms", overflown)
+    found = diagnose(build(), ids, jacobian=False, progress=False)
+    assert "gradient_norm: not finite in layers 2; load the model in bfloat16 or float32" in found.notes
+    assert [one["state_gradient_norm"] is None for one in found.layers] == [False, True, False, False]
+    json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_loss_beyond_numbers_is_refused(ids):
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"its loss is .* nats a token on this data"):
         diagnose(model, ids, progress=False)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from hf_lnscale.evaluation import Estimate, Perplexity, evaluate, perplexity
 from hf_lnscale.evaluation.perplexity import BLOCK_SIZE, block_cuts
 from hf_lnscale.evaluation.speed import measure
 from hf_lnscale.evaluation.tasks import TaskResult
-from hf_lnscale.models import locate
+from hf_lnscale.models import load, locate
 
 TEXT = "hé llo wörld, this is a text. " * 3 + "日本語 and 🙂 end"
 
@@ -376,6 +378,38 @@ def test_json_and_markdown(found, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["found.md", "new"]
 
 
+def test_models_of_other_types_and_equal_names(folder, tmp_path):
+    """What the weights are is told of each; names are as long as it takes, and where they lie is not told."""
+    for name, dtype in (("one", torch.float32), ("other", torch.bfloat16)):
+        shutil.copytree(folder / "plain", tmp_path / name / "model")
+        tf.AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=dtype).save_pretrained(
+            tmp_path / name / "model"
+        )
+    names = [tmp_path / "one" / "model", tmp_path / "other" / "model"]
+    found = evaluate(names, folder / "text.txt", prompt_tokens=4, new_tokens=1, repeats=1, progress=False)
+    lines = found.markdown().splitlines()
+    assert lines[0] == "|  | one/model | other/model |"
+    assert any(line.split("|")[1:4] == [" weights ", " float32 ", " bfloat16 "] for line in lines)
+    assert "float32" not in lines[-1]
+    assert str(tmp_path) not in found.save(tmp_path / "found.json").read_text()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_packed_weights_are_counted_as_what_they_are(folder, tmp_path):
+    model = tiny.model(hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "plain")
+    quantized = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    packed = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=quantized)
+    packed.save_pretrained(tmp_path / "packed")
+    for name in ("plain", "packed"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    found = evaluate(
+        [tmp_path / "plain", tmp_path / "packed"], prompt_tokens=4, new_tokens=1, repeats=1, progress=False
+    ).models
+    assert {one.parameters for one in found} == {one.speed.parameters for one in found} == {model.num_parameters()}
+    assert [one.dtype for one in found] == ["float32", "float32, bitsandbytes"]
+
+
 def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_lnscale.evaluation.report.measure", None)  # would fail if it were called
     monkeypatch.setattr("hf_lnscale.evaluation.report.load", None)
@@ -390,6 +424,8 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate([])
     with pytest.raises(FileNotFoundError, match="data: there is no file"):
         evaluate(plain, "none.txt")
+    with pytest.raises(ValueError, match=r"dtype must be auto, or a type of torch .*, got 'bf16'"):
+        load(plain, dtype="bf16")
     with pytest.raises(ValueError, match="seq_len must be at most 64"):
         evaluate(plain, folder / "text.txt", seq_len=100)
     with pytest.raises(OSError, match="'no-such/model'"):

@@ -238,11 +238,21 @@ def test_what_a_program_may_be(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("program", "module"), [("llama.cpp/convert_hf_to_gguf.py", False), ("vllm", False), ("vllm.entrypoints.cli", True)]
+    "words",
+    [
+        ["llama.cpp/convert_hf_to_gguf.py", "scaled"],
+        ["python", "-u", "llama.cpp/convert_hf_to_gguf.py", "scaled"],
+        ["python3", "-m", "ctranslate2.converters.transformers", "--model", "scaled"],
+        ["vllm", "serve", "scaled"],
+    ],
+    ids=" ".join,
 )
-def test_a_program_that_would_lose_the_scale_is_refused(program, module):
+def test_a_program_that_would_lose_the_scale_is_refused(words):
     with pytest.raises(ValueError, match="hf-lnscale export"):
-        command_line(program, ["scaled"], module=module)
+        command_line(words[0], words[1:])
+    if "-m" in words:
+        with pytest.raises(ValueError, match="hf-lnscale export"):
+            command_line(words[2], words[3:], module=True)
 
 
 def test_the_process_becomes_the_program(tmp_path):

@@ -31,6 +31,9 @@ from .measure import (
 )
 from .result import Diagnosis
 
+# Of a loss, in nats a token: what exp() still takes.
+_MOST = 700.0
+
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
 _PARTS = {
@@ -114,6 +117,10 @@ def diagnose(
                 full, without = _sweep(
                     model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
                 )
+                if not full < _MOST:
+                    raise ValueError(
+                        f"model: its loss is {full:.4g} nats a token on this data; nothing can be compared with that"
+                    )
                 added = [one - full for one in without.values()]
             with bar.part("cuts"):
                 cuts = _nested_cuts(model, batches, added, full, bar)
@@ -127,6 +134,7 @@ def diagnose(
                 distances_SL = jacobian_distances(model, few, jacobian_probes, bar.advance, costs["jacobian"])
     residual = _residual(streamed)
     layers = _layers(streamed, full, added, weights_NL, states_L, distances_SL)
+    notes += _leave_out_infinite(layers)
     baseline = None if full is None else {"loss": full, "perplexity": math.exp(full)}
     return Diagnosis(
         model=_about(model, stack),
@@ -291,7 +299,9 @@ def _layers(
                 "block_influence": streamed.influence_L[layer, 0].item(),
                 "angular_distance": streamed.angles_LL[layer, 0].item(),
                 "loss_added": None if added is None else added[layer],
-                "perplexity_without": None if added is None or full is None else math.exp(full + added[layer]),
+                "perplexity_without": None
+                if added is None or full is None
+                else math.exp(min(full + added[layer], _MOST)),
                 "gradient_norm": _or_none(gradient, layer),
                 "gradient_norm_error": _or_none(gradient_error, layer),
                 "state_gradient_norm": _or_none(None if states_L is None else states_L.tolist(), layer),
@@ -303,6 +313,19 @@ def _layers(
             }
         )
     return found
+
+
+def _leave_out_infinite(layers: list[dict[str, Any]]) -> list[str]:
+    """Makes them None, as JSON has none of them; returns a note for each measure."""
+    notes = []
+    for name in [name for name, value in layers[0].items() if "gradient" in name or "jacobian" in name]:
+        bad = [one for one in layers if one[name] is not None and not math.isfinite(one[name])]
+        for one in bad:
+            one[name] = None
+        if bad:
+            which = ", ".join(str(one["layer"]) for one in bad)
+            notes.append(f"{name}: not finite in layers {which}; load the model in bfloat16 or float32")
+    return notes
 
 
 def _mean_and_error(samples_NL: torch.Tensor | None) -> tuple[list[float] | None, list[float] | None]:

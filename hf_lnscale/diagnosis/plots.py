@@ -106,7 +106,7 @@ def loss_added(diagnoses: Sequence[Diagnosis]) -> Any:
     for axis, one, color in zip(axes[0], diagnoses, COLORS, strict=False):
         axis.bar([layer["layer"] for layer in one.layers], [layer["loss_added"] for layer in one.layers], color=color)
         # A removal can lower the loss, and one layer can be worth a hundred others.
-        axis.set(xlabel="layer removed", yscale="symlog")
+        axis.set(xlabel="layer removed")
         axis.set_yscale("symlog", linthresh=0.01)
         axis.axhline(0, color="black", lw=0.8)
     axes[0, 0].set_ylabel("loss added, nats a token")

@@ -108,7 +108,8 @@ def judge(
     signs: dict[str, dict[str, Any] | None] = {
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
         "near_identity": _halves(layers, "jacobian_distance"),
-        "deep_layers_worth_little": _halves(layers, "loss_added"),
+        # Where neither half is worth anything, as in a model that has learned nothing, which is less is noise.
+        "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
     }
     idle = None
     if baseline:
@@ -126,15 +127,20 @@ def judge(
     return found
 
 
-def _halves(layers: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """Median over the deeper half of the layers against that over the other half. The median, as first and last layers
-    are a kind of their own in most models."""
+def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict[str, Any] | None:
+    """Median over the deeper half of the layers against that over the other half, if that is more than `least`. The
+    median, as first and last layers are a kind of their own in most models."""
     values = [one[name] for one in layers]
     if len(values) < 2 or any(value is None for value in values):
         return None
     middle = len(values) // 2
     first, deep = median(values[:middle]), median(values[middle:])
-    return {"present": deep < SHARE * first, "first_half": first, "deeper_half": deep, "threshold": SHARE}
+    return {
+        "present": first > least and deep < SHARE * first,
+        "first_half": first,
+        "deeper_half": deep,
+        "threshold": SHARE,
+    }
 
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:

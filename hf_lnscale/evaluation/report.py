@@ -17,6 +17,7 @@ import transformers
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from .._folders import public_name
 from .._version import __version__
 from ..depth.data import documents
 from ..models import load, locate, read_config, size_on_disk
@@ -72,7 +73,7 @@ class Evaluation:
         """Everything, as JSON has it; each model but the first with `differences` to it."""
         return {
             "format": 1,
-            "reference": self.models[0].name,
+            "reference": public_name(self.models[0].name),
             "settings": self.settings,
             "models": [_model_dict(one, self.models[0]) for one in self.models],
             "markdown": self.markdown(),  # the table, for a model card
@@ -123,6 +124,8 @@ class Evaluation:
             add("layers", lambda one: one.num_layers, lambda value: "-" if value is None else str(value))
         add("parameters", lambda one: one.parameters, lambda value: f"{value / 1e6:,.1f} M")
         add("size on disk", lambda one: one.size_on_disk, show_bytes)
+        if len({one.dtype for one in self.models}) > 1:
+            rows.append(["weights", *(one.dtype for one in self.models)])
         if first.perplexity:
             measured = [one.perplexity for one in self.models if one.perplexity]
             changes = [{}, *(one.minus(measured[0]) for one in measured[1:])]
@@ -178,7 +181,8 @@ class Evaluation:
             notes.append(
                 f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
                 f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
-                f"{self.settings['device']}, {first.dtype}."
+                f"{self.settings['device']}"
+                + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
             )
         if first.tasks:
             limit = self.settings["tasks"]["limit"]
@@ -279,10 +283,10 @@ def evaluate(
             ModelFigures(
                 name=name,
                 label=label,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                parameters=model.num_parameters(),  # of packed weights too
                 num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
                 size_on_disk=size_on_disk(name),
-                dtype=str(model.dtype).removeprefix("torch."),
+                dtype=_weights(model),
                 perplexity=text_figures,
                 speed=cost,
                 tasks={result.name: result for result in results},
@@ -321,9 +325,22 @@ def _versions(tasks: bool) -> dict[str, str]:
 
 
 def _labels(names: list[str]) -> list[str]:
-    """The last part of each name; the whole where that is not enough to tell them apart."""
-    short = [Path(name).name for name in names]
-    return [part if short.count(part) == 1 else name for part, name in zip(short, names, strict=True)]
+    """The last parts of each name: as many as tell them apart, if any do."""
+    parts = [Path(name).parts for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(one[-count:]) for one in parts]
+        if len(set(labels)) == len({*names}):
+            break
+    return labels
+
+
+def _weights(model: Any) -> str:
+    """The type of a model's weights, and the method that they are quantized by."""
+    dtype, quantization = str(model.dtype).removeprefix("torch."), getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return dtype
+    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
 
 
 def _median(value: Any) -> float:
@@ -343,9 +360,8 @@ def _with_error(value: Estimate, sign: str = "") -> str:
 
 
 def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: getattr(one, name) for name in ("name", "label", "parameters", "num_layers", "size_on_disk", "dtype")
-    }
+    named = ("label", "parameters", "num_layers", "size_on_disk", "dtype")
+    found: dict[str, Any] = {"name": public_name(one.name)} | {name: getattr(one, name) for name in named}
     differences: dict[str, Any] = {}
     if one.perplexity:
         it = one.perplexity

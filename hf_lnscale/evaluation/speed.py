@@ -148,7 +148,7 @@ def main(
             decode.append(time.perf_counter() - started)
     prefill, decode = prefill[1:], decode[1:]
     found = Speed(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.num_parameters(),  # of packed weights too
         load_seconds=load_seconds,
         load_peak_bytes=load_peak_bytes,
         peak_bytes=peak_memory(device),

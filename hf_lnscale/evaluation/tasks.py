@@ -99,7 +99,6 @@ def run_tasks(
     manager: Any,
     *,
     batch_size: int = 4,
-    max_length: int | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> list[TaskResult]:
@@ -109,7 +108,6 @@ def run_tasks(
         model, tokenizer: a causal language model, on its device.
         tasks, manager: see `task_manager`.
         batch_size: requests at a time.
-        max_length: tokens of a request at most; None is what the model has positions for.
         limit: only so many documents of each task.
         num_fewshot: in place of the tasks' own.
 
@@ -122,7 +120,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(sys.stderr):  # it prints, and what is printed here may be JSON
         found: Any = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,

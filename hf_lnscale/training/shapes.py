@@ -89,7 +89,8 @@ def new_config(
     made: Any = CONFIG_MAPPING[family]
     return made(
         vocab_size=len(tokenizer),
-        max_position_embeddings=max(2048, max_length),
+        # What it is trained on: whoever measures it takes no longer windows than it has positions.
+        max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         eos_token_id=end,
         # The embedding of the padding gets no gradient: it must not be that of the end of a text.
