@@ -36,7 +36,7 @@ hf-lnscale run accelerate launch train.py
 
 A MODEL is a folder, a .gguf file or the folder that it is in, or a name on the Hub.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; run has those of the program.
+Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted; run has those of the program.
 """
 
 app = typer.Typer(

@@ -491,7 +491,7 @@ def _drop(console: Console, out: Path, checkpoint: str | None, texts: list[str])
     )  # fmt: skip
     table.title = None
     layers = " and ".join(str(layer + 1) for layer in plan.layers)
-    name = "SmolLM2-135M" if real else "the small LNS model"
+    name = "SmolLM2-135M-Instruct" if real else "the small LNS model"
     console.print(
         f"Out of {name}: layer{'s' * real} {layers}, by Block Influence (ShortGPT); perplexity on held-out documents."
     )

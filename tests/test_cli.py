@@ -63,7 +63,7 @@ def test_help(cli, monkeypatch):
         following = listed[at + 1].strip("│ ").split(" ")[0]
         assert following in VERBS or listed[at + 1].startswith("╰"), verb
     assert ["hf-lnscale", "run", "accelerate", "launch", "train.py"] in lines
-    assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted" in out
+    assert "Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted" in out
 
 
 @pytest.mark.parametrize("verb", VERBS)
