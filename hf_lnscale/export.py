@@ -46,7 +46,7 @@ class CheckpointInfo:
         model_type: family of the whole model, as transformers names it.
         family: family of its text decoder, a key of the table.
         supported: whether the table knows it.
-        num_layers: layers of the text decoder, L.
+        num_layers: layers of the text decoder, L; None if the configuration does not count them, as of no decoder.
         active: the scaling that the plugin applies on loading, or None.
         folded: the scaling that is in the norm weights already, or None.
         scales: L factors that are applied on loading; all 1.0 where none is active.
@@ -58,7 +58,7 @@ class CheckpointInfo:
     model_type: str
     family: str
     supported: bool
-    num_layers: int
+    num_layers: int | None
     active: dict[str, Any] | None
     folded: dict[str, Any] | None
     scales: list[float]
@@ -74,7 +74,8 @@ def read_info(path: str) -> CheckpointInfo:
     """
     config = read_config(path)
     text = text_config(config)
-    num_layers = text.num_hidden_layers
+    num_layers = getattr(text, "num_hidden_layers", None)
+    num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
     active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
     scaling = LNScalingConfig.of(active)
     try:
@@ -89,7 +90,7 @@ def read_info(path: str) -> CheckpointInfo:
         num_layers=num_layers,
         active=active,
         folded=folded,
-        scales=scaling.scales(num_layers) if scaling else [1.0] * num_layers,
+        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
         dropped=vars(text).get(DROPPED),
     )
 

@@ -18,6 +18,7 @@ import tiny
 from hf_lnscale import PruningPlan, drop_layers, families, fold_ln_scaling, ln_scales
 from hf_lnscale.depth.plan import fingerprint
 from hf_lnscale.export import export, read_info
+from hf_lnscale.hooks import _require_same_model
 from oracles import decoder_layers
 
 # What the tiny configurations leave at values with which a mistake would not show.
@@ -208,6 +209,9 @@ def test_a_number_is_the_rule_of_thumb_and_warned_of(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=np.int64(2))
     assert caught[0].filename == __file__
     assert torch.equal(model(tiny.tokens()).logits, deleted(full, [1, 2])(tiny.tokens()).logits)
+    for two in (torch.tensor(2), np.array(2)):
+        with pytest.warns(UserWarning, match=r"drop_layers=2 drops layers \[1, 2\]"):
+            assert drop_layers(tiny.model(), two).config.dropped_layers["layers"] == [1, 2]
 
 
 WRONG = [
@@ -221,6 +225,7 @@ WRONG = [
     ([1.0], "1.0 in .* is no layer index"),
     (True, "must be a list of layer indices.*got True"),
     (1.5, "must be a list of layer indices.*got 1.5"),
+    (torch.tensor(1.5), "must be a list of layer indices.*got 1.5"),
     (4, "a number of layers must be between 1 and 3"),
     (0, "a number of layers must be between 1 and 3"),
     (plan(model=fingerprint(tiny.config("qwen2"))), "made for another model .* with model_type 'qwen2'"),
@@ -506,6 +511,37 @@ def test_resuming_with_other_layers_is_refused(tmp_path):
     for other in (drop_layers(tiny.model(), [2]), tiny.model(num_hidden_layers=3)):
         with pytest.raises(ValueError, match=r"trained with layers \[0, 2, 3\] of 4, the model has layers"):
             trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.ones(3, 32, 32), "labels": index % 2}
+
+
+def test_models_that_count_no_layers(tmp_path):
+    """Training goes on from their checkpoints as without the plugin; dropping layers is refused by name."""
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+
+    def trainer(steps):
+        arguments = {"max_steps": steps, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        model = tf.ResNetForImageClassification(config)
+        return Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=Images())
+
+    trainer(1).train()
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="drop_layers is not supported for model_type 'resnet'"):
+        tf.ResNetForImageClassification.from_pretrained(checkpoint, drop_layers=[1])
+    info = read_info(str(checkpoint))
+    assert (info.family, info.supported, info.num_layers, info.scales) == ("resnet", False, None, [])
+    tf.LxmertConfig().save_pretrained(tmp_path / "lxmert")
+    _require_same_model(tf.LxmertConfig(), str(tmp_path / "lxmert"))
+    assert read_info(str(tmp_path / "lxmert")).num_layers is None
 
 
 BYTES = """

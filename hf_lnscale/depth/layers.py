@@ -42,11 +42,9 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         ValueError: for indices that are no integers, out of range or given twice, or if no layer would be left.
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise ValueError(
-            f"{argument} must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
-            f"{layers!r}; {valid}"
-        )
+    # An array without dimensions has an __iter__ that raises.
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
+        raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
     found: list[int] = []
     for layer in layers:
         try:
@@ -77,10 +75,14 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     Raises:
         ValueError: for a wrong value, and for a plan that was made for another model.
         FileNotFoundError: if there is no plan at the path.
+        UnsupportedArchitectureError: if the family is not in the table.
     """
     if value is None:
         return []
+    family_of(config, "drop_layers")  # others need not count their layers
     num_layers = text_config(config).num_hidden_layers
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
         value = read_plan(value)
     if isinstance(value, PruningPlan):
@@ -98,6 +100,11 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
             "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
         )
         return layers
+    if not isinstance(value, Iterable):
+        raise ValueError(
+            "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
+            f"{value!r}"
+        )
     return normalize_layers(value, num_layers)
 
 
