@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, drop_layers, families, fold_ln_scaling, ln_scales
+from hf_lnscale import PruningPlan, draft_model, drop_layers, families, fold_ln_scaling, ln_scales
 from hf_lnscale.depth.plan import fingerprint
 from hf_lnscale.export import export, read_info
 from hf_lnscale.hooks import _require_same_model
@@ -265,6 +265,25 @@ def test_plan_survives_its_file(tmp_path):
     assert str(full).startswith("drop 2 of 4 layers: [1, 2]")
 
 
+def test_a_plan_that_healed_says_that_dropping_does_not(tmp_path):
+    full = tiny.model()
+    full.save_pretrained(tmp_path)
+    healed = plan(perplexity={"before": 10.0, "after": 15.0, "healed": 12.0})
+    said = r"12.00 is that of the healed model; without healing it is 15.00.*heal\(model, plan.layers, data\)"
+    for drop in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=healed),
+        lambda: drop_layers(tiny.model(), healed),
+    ):
+        with pytest.warns(UserWarning, match=said) as caught:
+            drop()
+        assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drop_layers(tiny.model(), healed.layers)
+        drop_layers(tiny.model(), plan(perplexity={"before": 10.0, "after": 15.0}))
+        draft_model(full, healed)
+
+
 def test_what_was_dropped_is_noted_in_the_original_numbering(tmp_path):
     tiny.model(num_hidden_layers=8).save_pretrained(tmp_path / "full")
     once = AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[0, 3])
@@ -454,6 +473,31 @@ def test_a_configuration_is_not_left_half_changed():
     with pytest.raises(ValueError, match="layer_types has 3 entries for 4 layers"):
         config.drop_layers = [1]
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_layer_types_are_followed_in_every_family(family, tmp_path):
+    types = ["full_attention", "sliding_attention", "full_attention", "chunked_attention"]
+    full = tiny.model(family, layer_types=types)
+    full.save_pretrained(tmp_path)
+    for model in (reload(family, tmp_path, drop_layers=[0, 2]), drop_layers(full, [0, 2])):
+        assert model.config.layer_types == [types[1], types[3]]
+    type(full.config)(**full.config.to_dict())  # valid
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_a_hybrid_without_full_attention_is_refused(family):
+    model, config = tiny.model(family), tiny.config(family)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=r"drop_layers: without layers \[1, 3\] only layers of linear attention"):
+        config.drop_layers = [1, 3]
+    assert config.to_dict() == before
+    with pytest.raises(ValueError, match="only layers of linear attention"):
+        drop_layers(model, [0, 1, 3])
+    assert len(model.model.layers) == 4
+    for dropped in ([0, 2], [1, 2]):
+        pruned = drop_layers(tiny.model(family), dropped)
+        assert pruned.generate(tiny.tokens(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
 def test_quantization_that_names_layers_is_refused():
