@@ -118,13 +118,13 @@ def info(
     console.print(f"[bold]{found.path}[/bold]", highlight=False)
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
     console.print(f"  family   {family}{'' if found.supported else ' (not supported)'}", highlight=False)
-    console.print(f"  layers   {found.num_layers}", highlight=False)
+    console.print(f"  layers   {found.num_layers or 'not counted in its configuration'}", highlight=False)
     if found.dropped:
         gone = ", ".join(map(str, found.dropped["layers"]))
         base = f" of {found.dropped['base']}" if found.dropped["base"] else ""
         console.print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}", highlight=False)
     console.print(f"  scaling  {state}", highlight=False)
-    if scaling:
+    if scaling and found.num_layers:
         table = Table("layer", "depth", "scale")
         scaling = scaling.for_layers(found.num_layers)
         for position, (depth, scale) in enumerate(

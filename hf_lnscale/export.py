@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from ._folders import require_free, written
 from .checkpoint import parts, protect, unprotect
 from .families import Family, family_of, text_config
 from .models import locate, read_config
@@ -46,7 +46,7 @@ class CheckpointInfo:
         model_type: family of the whole model, as transformers names it.
         family: family of its text decoder, a key of the table.
         supported: whether the table knows it.
-        num_layers: layers of the text decoder, L.
+        num_layers: layers of the text decoder, L; None if the configuration does not count them, as of no decoder.
         active: the scaling that the plugin applies on loading, or None.
         folded: the scaling that is in the norm weights already, or None.
         scales: L factors that are applied on loading; all 1.0 where none is active.
@@ -58,7 +58,7 @@ class CheckpointInfo:
     model_type: str
     family: str
     supported: bool
-    num_layers: int
+    num_layers: int | None
     active: dict[str, Any] | None
     folded: dict[str, Any] | None
     scales: list[float]
@@ -74,7 +74,8 @@ def read_info(path: str) -> CheckpointInfo:
     """
     config = read_config(path)
     text = text_config(config)
-    num_layers = text.num_hidden_layers
+    num_layers = getattr(text, "num_hidden_layers", None)
+    num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
     active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
     scaling = LNScalingConfig.of(active)
     try:
@@ -89,7 +90,7 @@ def read_info(path: str) -> CheckpointInfo:
         num_layers=num_layers,
         active=active,
         folded=folded,
-        scales=scaling.scales(num_layers) if scaling else [1.0] * num_layers,
+        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
         dropped=vars(text).get(DROPPED),
     )
 
@@ -103,28 +104,25 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
     Args:
         src: folder of a scaled checkpoint in safetensors files, or the name of a repository on the Hub.
         out: folder to write.
-        force: replace `out` if it exists and is not empty.
+        force: replace a checkpoint that is at `out`.
         progress: show a progress bar.
 
     Returns:
         The path written.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`.
+        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
         FileNotFoundError: if `src` has no config.json or no safetensors weights.
-        ValueError: if no scale is active in `src`, if `out` is `src` or lies in it, or if the norms on disk are not
-            those of the model's family.
+        ValueError: if no scale is active in `src`, if `out` is `src`, holds it or lies in it, or if the norms on disk
+            are not those of the model's family.
     """
     name, where = locate(src)
     if where:
         raise ValueError(f"{str(src)!r} needs no export: a GGUF file has no active ln_scaling")
-    source, target = Path(name), Path(out)
+    source, target = Path(name), Path(out).resolve()
+    require_free(target, (source,), str(out), force)
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise FileExistsError(f"--out {str(out)!r} exists and is not empty; choose another folder or use --force")
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise ValueError(f"--out {str(out)!r} must not be the checkpoint itself or inside it")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{str(src)!r} is no checkpoint: it has no config.json")
     files = _weight_files(source)
@@ -135,10 +133,7 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        partial = Path(scratch) / "partial"
-        partial.mkdir()
+    with written(target) as partial:
         _copy_companions(source, partial)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             shutil.copyfile(file, partial / file.name)
@@ -146,10 +141,7 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
                 _fold_tensor(partial / file.name, name, scales[position], family.one_plus_weight)
         # Last: until it is there, nothing takes the folder for a checkpoint.
         (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if target.exists():
-            os.replace(target, Path(scratch) / "replaced")
-        os.replace(partial, target)
-    return target
+    return Path(out)
 
 
 def _weight_files(source: Path) -> list[Path]:

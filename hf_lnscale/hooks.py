@@ -411,12 +411,14 @@ def _require_led_warmup(trainer: Trainer, config: Any) -> None:
 def _require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     """The step of a warmup that the checkpoint stands at, if the model has the same one."""
     saved, _ = type(config).get_config_dict(folder)
-    there, here = (layers.original_layers(one) for one in (type(config).from_dict(dict(saved)), config))
-    if there != here:
-        raise ValueError(
-            f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}, the model has layers "
-            f"{here[0]} of {here[1]}; load the model with the same drop_layers to resume"
-        )
+    both = (type(config).from_dict(dict(saved)), config)
+    if any(scaling.DROPPED in vars(scaling.text_config(one)) for one in both):  # others need not count their layers
+        there, here = map(layers.original_layers, both)
+        if there != here:
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}, the model has "
+                f"layers {here[0]} of {here[1]}; load the model with the same drop_layers to resume"
+            )
     active = _active(saved)
     resumed = copy.deepcopy(config)
     vars(scaling.text_config(resumed))[scaling.ON_DISK] = active

@@ -1,9 +1,11 @@
 """Folding: the same outputs bit for bit, in memory and on disk, and a checkpoint that any program can open."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +190,37 @@ def test_export_command(scaled, tmp_path, cli):
     assert [path.name for path in out.parent.iterdir()] == ["plain"]
     assert "folded already" in cli("export", out, "--out", tmp_path / "again", code=1)
     assert not (tmp_path / "again").exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("wrong", ["holds the source", "another folder", "a file"])
+def test_forced_export_replaces_nothing_but_a_checkpoint(wrong, scaled, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/text.md").write_text("years of work")
+    out = {"holds the source": tmp_path, "another folder": tmp_path / "thesis", "a file": tmp_path / "thesis/text.md"}
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, FileExistsError), match=r"must not be, hold or lie in|is no checkpoint; --force"):
+        export(scaled, out[wrong], force=True, progress=False)
+    assert contents(tmp_path) == before
+
+
+def test_an_export_that_fails_at_the_last_step_leaves_what_was_there(scaled, tmp_path, monkeypatch):
+    out = export(scaled, tmp_path / "out", progress=False)
+    before, replace, failed = contents(tmp_path), os.replace, []
+
+    def fails(source, target):
+        if Path(target) == out and not failed:
+            failed.append(source)
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        export(scaled, out, force=True, progress=False)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("wrong", ["itself", "inside", "plain", "no folder", "no weights", "no config"])

@@ -11,12 +11,14 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 import oracles
 import tiny
+from hf_lnscale import draft_model, plan_pruning
 from hf_lnscale.depth import heal as heal_module
 from hf_lnscale.depth.data import Batch
 from hf_lnscale.depth.heal import HealReport, heal, healed
@@ -457,3 +459,29 @@ def test_wrong_arguments_are_named():
             quietly(model, layers, ids, **options)
     with pytest.raises(ValueError, match="head"):
         quietly(AutoModel.from_config(tiny.config()), [1], ids)
+
+
+@pytest.mark.parametrize("layers", [2, "plan"])
+def test_layers_are_a_list(layers):
+    with pytest.raises(ValueError, match=f"layers must be a list of layer indices, got {layers!r}; valid are"):
+        quietly(speaker(), layers, tiny.tokens(4))
+    with pytest.raises(ValueError, match=f"drop_layers must be a list of layer indices, got {layers!r}; valid are"):
+        draft_model(speaker(), layers)
+
+
+def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
+    """As docs/pruning.md does it: heal on what the plan was made with, then drop."""
+    model = speaker()
+    words = models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = text_of(model, sequences=48, length=16)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{token}" for token in ids.flatten().tolist()))
+    sizes = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer), "seq_len": 16, "progress": False}
+    plan = plan_pruning(model, text, num_layers=1, heal="linear", num_tokens=640, **sizes)
+    assert plan.perplexity["healed"] < plan.perplexity["after"]
+    taken = plan.data["calibration"]["num_tokens"]
+    assert heal(model, plan.layers, text, method="linear", num_tokens=taken, **sizes).to_dict() == plan.heal
+    drop_layers(model, plan.layers)
+    assert perplexity(model, ids[30:40]) == pytest.approx(plan.perplexity["healed"], rel=1e-6)

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, drop_layers, families, fold_ln_scaling, ln_scales
+from hf_lnscale import PruningPlan, draft_model, drop_layers, families, fold_ln_scaling, ln_scales
 from hf_lnscale.depth.plan import fingerprint
 from hf_lnscale.export import export, read_info
+from hf_lnscale.hooks import _require_same_model
 from oracles import decoder_layers
 
 # What the tiny configurations leave at values with which a mistake would not show.
@@ -208,6 +209,9 @@ def test_a_number_is_the_rule_of_thumb_and_warned_of(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=np.int64(2))
     assert caught[0].filename == __file__
     assert torch.equal(model(tiny.tokens()).logits, deleted(full, [1, 2])(tiny.tokens()).logits)
+    for two in (torch.tensor(2), np.array(2)):
+        with pytest.warns(UserWarning, match=r"drop_layers=2 drops layers \[1, 2\]"):
+            assert drop_layers(tiny.model(), two).config.dropped_layers["layers"] == [1, 2]
 
 
 WRONG = [
@@ -221,6 +225,7 @@ WRONG = [
     ([1.0], "1.0 in .* is no layer index"),
     (True, "must be a list of layer indices.*got True"),
     (1.5, "must be a list of layer indices.*got 1.5"),
+    (torch.tensor(1.5), "must be a list of layer indices.*got 1.5"),
     (4, "a number of layers must be between 1 and 3"),
     (0, "a number of layers must be between 1 and 3"),
     (plan(model=fingerprint(tiny.config("qwen2"))), "made for another model .* with model_type 'qwen2'"),
@@ -258,6 +263,25 @@ def test_plan_survives_its_file(tmp_path):
     assert PruningPlan.load(full.save(tmp_path / "a" / "folder")) == full
     assert full.perplexity_increase == pytest.approx(0.2)
     assert str(full).startswith("drop 2 of 4 layers: [1, 2]")
+
+
+def test_a_plan_that_healed_says_that_dropping_does_not(tmp_path):
+    full = tiny.model()
+    full.save_pretrained(tmp_path)
+    healed = plan(perplexity={"before": 10.0, "after": 15.0, "healed": 12.0})
+    said = r"12.00 is that of the healed model; without healing it is 15.00.*heal\(model, plan.layers, data\)"
+    for drop in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=healed),
+        lambda: drop_layers(tiny.model(), healed),
+    ):
+        with pytest.warns(UserWarning, match=said) as caught:
+            drop()
+        assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drop_layers(tiny.model(), healed.layers)
+        drop_layers(tiny.model(), plan(perplexity={"before": 10.0, "after": 15.0}))
+        draft_model(full, healed)
 
 
 def test_what_was_dropped_is_noted_in_the_original_numbering(tmp_path):
@@ -451,6 +475,31 @@ def test_a_configuration_is_not_left_half_changed():
     assert config.to_dict() == before
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_layer_types_are_followed_in_every_family(family, tmp_path):
+    types = ["full_attention", "sliding_attention", "full_attention", "chunked_attention"]
+    full = tiny.model(family, layer_types=types)
+    full.save_pretrained(tmp_path)
+    for model in (reload(family, tmp_path, drop_layers=[0, 2]), drop_layers(full, [0, 2])):
+        assert model.config.layer_types == [types[1], types[3]]
+    type(full.config)(**full.config.to_dict())  # valid
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_a_hybrid_without_full_attention_is_refused(family):
+    model, config = tiny.model(family), tiny.config(family)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=r"drop_layers: without layers \[1, 3\] only layers of linear attention"):
+        config.drop_layers = [1, 3]
+    assert config.to_dict() == before
+    with pytest.raises(ValueError, match="only layers of linear attention"):
+        drop_layers(model, [0, 1, 3])
+    assert len(model.model.layers) == 4
+    for dropped in ([0, 2], [1, 2]):
+        pruned = drop_layers(tiny.model(family), dropped)
+        assert pruned.generate(tiny.tokens(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
+
+
 def test_quantization_that_names_layers_is_refused():
     config = tiny.config()
     config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"]}
@@ -506,6 +555,37 @@ def test_resuming_with_other_layers_is_refused(tmp_path):
     for other in (drop_layers(tiny.model(), [2]), tiny.model(num_hidden_layers=3)):
         with pytest.raises(ValueError, match=r"trained with layers \[0, 2, 3\] of 4, the model has layers"):
             trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.ones(3, 32, 32), "labels": index % 2}
+
+
+def test_models_that_count_no_layers(tmp_path):
+    """Training goes on from their checkpoints as without the plugin; dropping layers is refused by name."""
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+
+    def trainer(steps):
+        arguments = {"max_steps": steps, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        model = tf.ResNetForImageClassification(config)
+        return Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=Images())
+
+    trainer(1).train()
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="drop_layers is not supported for model_type 'resnet'"):
+        tf.ResNetForImageClassification.from_pretrained(checkpoint, drop_layers=[1])
+    info = read_info(str(checkpoint))
+    assert (info.family, info.supported, info.num_layers, info.scales) == ("resnet", False, None, [])
+    tf.LxmertConfig().save_pretrained(tmp_path / "lxmert")
+    _require_same_model(tf.LxmertConfig(), str(tmp_path / "lxmert"))
+    assert read_info(str(tmp_path / "lxmert")).num_layers is None
 
 
 BYTES = """

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -516,6 +517,26 @@ def test_wrong_numbers_of_layers_are_refused(n):
         THREE.lowest(n)
     with pytest.raises(ValueError, match="n must be an integer from 1 to 3"):
         angular().best_block(n)
+
+
+def test_a_block_without_a_distance_is_not_the_best():
+    """A state that is not finite has no angle to another."""
+    found = angular()
+    found.scores[2, 1] = math.nan
+    rest = [start for start in range(len(found.scores) - 1) if start != 2]
+    start = min(rest, key=lambda start: found.scores[start, 1].item())
+    assert found.best_block(2) == range(start, start + 2)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_an_adapter_s_weights_are_not_taken_for_the_layer_s(method, ids):
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
+    expected = score_layers(build(), ids, method, progress=False).scores
+    adapted = get_peft_model(build(), config)
+    for model in (adapted, adapted.base_model.model):
+        with pytest.raises(ValueError, match=r"'magnitude' and 'taylor'.*PEFT adapter.*merge it first"):
+            score_layers(model, ids, method, progress=False)
+    assert torch.equal(score_layers(adapted.merge_and_unload(), ids, method, progress=False).scores, expected)
 
 
 def test_best_block_needs_angular_distances():

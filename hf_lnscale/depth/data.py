@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
 
@@ -125,17 +127,19 @@ def token_batches(
     """Makes batches of whatever a user has.
 
     Texts are tokenized, joined with the end-of-text token between them, and cut into windows of `seq_len`, so that
-    there is no padding; a remainder that fills no window is left out. Only as much is read as `num_tokens` asks for.
+    there is no padding; a remainder that fills no window is left out, and so are texts of nothing but white space. Only
+    as much is read as `num_tokens` asks for. Where the tokenizer puts a token in front of a text by itself (`bos_token`
+    of Llama or Gemma), every window begins with it, and it counts: it is what these models were trained with.
 
     Args:
         data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
             column "text" or "messages"; the path of a text file, or of a .json or .jsonl file with such a row a line;
-            or token ids: a tensor of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
+            or token ids: a tensor or array of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
             iterable of these, or of lists of ids.
         model: the model whose tokenizer is loaded if none is given.
         tokenizer: turns text into ids; not needed for token ids.
         num_tokens: tokens to take from texts, from their start; None takes all. Batches of ids are taken whole.
-        seq_len: tokens in a window of text.
+        seq_len: tokens in a window of text; no more than `num_tokens`.
         batch_size: windows of text in a batch.
 
     Raises:
@@ -148,11 +152,12 @@ def token_batches(
     for name, value in {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size}.items():
         if value is None and name == "num_tokens":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < (2 if name == "seq_len" else 1):
-            raise ValueError(f"{name} must be an integer of at least {2 if name == 'seq_len' else 1}, got {value!r}")
+        least = 1 if name == "batch_size" else 2
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if isinstance(data, Mapping) and hasattr(data, "column_names"):
         raise ValueError(f"data: choose a split of the dataset, such as data[{next(iter(data), 'train')!r}]")
-    if isinstance(data, (torch.Tensor, Mapping)):
+    if isinstance(data, Mapping) or _is_array(data):
         return TokenBatches([_ids(data)], "token ids")
     if isinstance(data, (str, os.PathLike)):
         source, rows = str(Path(data).name), _file_rows(Path(data))
@@ -166,8 +171,8 @@ def token_batches(
     except StopIteration:
         raise ValueError(f"data: {source} is empty") from None
     rows = itertools.chain([first], rows)
-    ids = isinstance(first, (list, tuple)) and all(isinstance(one, int) for one in first)
-    if ids or isinstance(first, (torch.Tensor, Batch)) or (isinstance(first, Mapping) and "input_ids" in first):
+    ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
+    if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
         return TokenBatches([_ids(row) for row in rows], "token ids")
     if tokenizer is None:
         name = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -194,6 +199,18 @@ def documents(data: Any, tokenizer: Any = None) -> list[str]:
     return list(_texts(data, tokenizer))
 
 
+def added_beginning(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts in front of a text by itself, if it does."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
+
+
+def _is_array(value: Any) -> bool:
+    """Of token ids: a tensor, or a numpy array that holds no texts."""
+    numpy = hasattr(value, "__array_interface__") and value.dtype.kind not in "OSU"
+    return numpy or isinstance(value, torch.Tensor)
+
+
 def _ids(row: Any) -> Batch:
     if isinstance(row, Batch):
         return row.to("cpu")
@@ -216,22 +233,32 @@ def _file_rows(path: Path) -> Iterator[Any]:
         raise FileNotFoundError(f"data: there is no file {str(path)!r} (a text itself must be in a list: data=['...'])")
     if path.suffix in (".jsonl", ".json"):
         return _json_rows(path)
-    return iter([path.read_text(encoding="utf-8")])
+    try:
+        return iter([path.read_text(encoding="utf-8")])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}") from None
+    wanted = 'JSON lines are wanted, a row a line, such as {"text": "..."}'
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}; {wanted}") from None
+                if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
+                    raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")
+                yield row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
 
 
 def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
-    for row in rows:
+    for number, row in enumerate(rows):
         if isinstance(row, str):
             yield row
         elif isinstance(row, Mapping) and isinstance(row.get("text"), str):
@@ -240,6 +267,8 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
             yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        elif isinstance(row, Mapping) and "text" in row:
+            raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")
         else:
             has = f"columns {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(f"data: a row must be a string or have a column 'text' or 'messages', got {has}")
@@ -248,20 +277,29 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
 def _windows(
     texts: Iterator[str], tokenizer: Any, num_tokens: int | None, seq_len: int, batch_size: int, source: str
 ) -> list[Batch]:
-    wanted = None if num_tokens is None else max(num_tokens // seq_len, 1) * seq_len
+    begin = added_beginning(tokenizer)
+    if num_tokens is not None:
+        seq_len = min(seq_len, num_tokens)
+    length = seq_len if begin is None else seq_len - 1  # of the text in a window
+    wanted = None if num_tokens is None else num_tokens // seq_len * length
     ids: list[int] = []
     for text in texts:
+        if not text.strip():
+            continue
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         # A window needs no more characters than this; a long file would else be tokenized to its end.
         if wanted is not None:
             text = text[: 64 * (wanted - len(ids) + 1)]
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids.extend(found if ids or found[:1] != [begin] else found[1:])  # chat templates begin with it too
         if wanted is not None and len(ids) >= wanted:
             ids = ids[:wanted]
             break
-    if len(ids) < 2:
+    if not ids or (len(ids) < 2 and begin is None):
         raise ValueError(f"data: {source} holds {len(ids)} token(s) of text; two are the least to predict one")
-    seq_len = min(seq_len, len(ids))
-    windows_NT = torch.tensor(ids[: len(ids) // seq_len * seq_len]).reshape(-1, seq_len)
+    length = min(length, len(ids))
+    windows_NT = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    if begin is not None:
+        windows_NT = F.pad(windows_NT, (1, 0), value=begin)
     return [Batch(part, torch.ones_like(part, dtype=torch.bool)) for part in windows_NT.split(batch_size)]

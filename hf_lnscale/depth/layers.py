@@ -42,11 +42,9 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         ValueError: for indices that are no integers, out of range or given twice, or if no layer would be left.
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise ValueError(
-            f"{argument} must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
-            f"{layers!r}; {valid}"
-        )
+    # An array without dimensions has an __iter__ that raises.
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
+        raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
     found: list[int] = []
     for layer in layers:
         try:
@@ -72,19 +70,30 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     Args:
         value: indices, a `PruningPlan`, the path of a saved one (or of a folder that holds it), None, or an integer N:
             the deepest N layers but the last, which Gromov et al. (arXiv 2403.17887, section 4.4) propose where
-            nothing is measured.
+            nothing is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
 
     Raises:
         ValueError: for a wrong value, and for a plan that was made for another model.
         FileNotFoundError: if there is no plan at the path.
+        UnsupportedArchitectureError: if the family is not in the table.
     """
     if value is None:
         return []
+    family_of(config, "drop_layers")  # others need not count their layers
     num_layers = text_config(config).num_hidden_layers
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
         value = read_plan(value)
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
+        if "healed" in value.perplexity:
+            warn(
+                f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} is that of the healed model; "
+                f"without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
+                "hf_lnscale.heal(model, plan.layers, data) and then hf_lnscale.drop_layers(model, plan.layers); or use "
+                "`hf-lnscale prune`."
+            )
         return normalize_layers(value.layers, num_layers)
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = operator.index(value)
@@ -98,6 +107,11 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
             "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
         )
         return layers
+    if not isinstance(value, Iterable):
+        raise ValueError(
+            "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
+            f"{value!r}"
+        )
     return normalize_layers(value, num_layers)
 
 
@@ -146,6 +160,17 @@ def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
         )
 
 
+def _require_attention(text: PreTrainedConfig, kept: list[int]) -> None:
+    """The cache of a hybrid counts the tokens so far in a layer that is not of linear attention."""
+    types = getattr(text, "layer_types", None) or []
+    counting = [layer for layer, kind in enumerate(types) if kind != "linear_attention"]
+    if counting and not set(counting).intersection(kept):
+        raise ValueError(
+            f"drop_layers: without layers {counting} only layers of linear attention are left, which cannot generate; "
+            "keep one of them"
+        )
+
+
 def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
     def follow(text: PreTrainedConfig, kept: list[int]) -> None:
         if (value := getattr(text, name, None)) is not None:
@@ -184,11 +209,14 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
             f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
             "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
         )
+    # Every configuration may have it, whether or not its family comes with it.
+    fields = tuple(dict.fromkeys(("layer_types", *fields)))
     _refuse_other_mentions(config)
     for name in fields:
         _require_one_a_layer(text, name)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
+    _require_attention(text, kept)
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
     base = (vars(text).get(DROPPED) or {}).get("base") or public_name(config.name_or_path or "")
@@ -246,7 +274,8 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
 
     Args:
         model: a transformers model of a family in the table.
-        layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers.
+        layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. Of
+            a plan that healed give `plan.layers` if the model is healed: the plan itself warns that it should be.
 
     Returns:
         The same model.

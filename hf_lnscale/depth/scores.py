@@ -109,7 +109,7 @@ class LayerScores:
         if self.method != "angular":
             raise ValueError(f"best_block needs scores of method 'angular', these are of {self.method!r}")
         self._require_count(n, least=1)
-        start = int(self.scores[: self.num_layers - n + 1, n - 1].argmin())
+        start = int(self.scores[: self.num_layers - n + 1, n - 1].nan_to_num(math.inf).argmin())
         return range(start, start + n)
 
     def _require_count(self, n: int, least: int) -> None:
@@ -246,7 +246,8 @@ def score_layers(
     The last two take half a pass for each layer, see `sweep_losses`.
 
     Args:
-        model: a model of a known family, in any wrapper; for "taylor", "perplexity" and "kl" with its language head.
+        model: a model of a known family, in any wrapper, though for "magnitude" and "taylor" without a PEFT adapter;
+            for "taylor", "perplexity" and "kl" with its language head.
         data: texts, a dataset, a path or token ids, see `token_batches`, which the next arguments go to too. More
             decides better: 32,768 tokens is little for "perplexity". Not read for "magnitude".
         method: one of `METHODS`.
@@ -259,7 +260,8 @@ def score_layers(
 
     Raises:
         ValueError: for an unknown method or `tokens`, for data that is missing or holds no token, for a model without
-            a language head where one is needed, and for weights that are quantized or offloaded where they are read.
+            a language head where one is needed, and for weights that are quantized, offloaded or under an adapter
+            where they are read.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     if method not in METHODS:
@@ -401,6 +403,12 @@ def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: boo
 
 def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
     """The weight matrices of each layer; norms and biases are none."""
+    for name, module in stack.layers.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                "method: 'magnitude' and 'taylor' count a layer's own weights, and this model carries a PEFT adapter "
+                f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
+            )
     found = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
     for weight in (weight for layer in found for weight in layer):
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:

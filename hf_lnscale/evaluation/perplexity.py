@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..depth.data import documents
+from ..depth.data import added_beginning, documents
 from ..depth.stream import evaluating, wide
 
 BLOCK_SIZE = 2048  # characters
@@ -252,7 +252,7 @@ class _Window:
 def _beginning(tokenizer: Any) -> tuple[int | None, bool]:
     """The token that a text begins with, and whether the tokenizer itself puts it there."""
     if tokenizer.bos_token_id is not None:
-        return tokenizer.bos_token_id, tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        return tokenizer.bos_token_id, added_beginning(tokenizer) is not None
     return tokenizer.eos_token_id, False
 
 
