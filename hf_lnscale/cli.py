@@ -177,7 +177,9 @@ def diagnose(
     ] = True,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Write PNG and SVG; needs matplotlib.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens of the data to use.")] = 16_384,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 512, or the positions of the model where these are fewer.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,
@@ -243,7 +245,9 @@ def prune(
         typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
     ] = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens of the data to use; a quarter is held out.")] = 65_536,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 512, or the positions of the model where these are fewer.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="To compute on; a GPU if there is one.")] = None,

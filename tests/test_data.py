@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from hf_lnscale import diagnose, plan_pruning
 from hf_lnscale.depth.data import documents, token_batches
+from hf_lnscale.evaluation import perplexity
 
 BOS, EOS = 1, 2
 
@@ -58,6 +60,30 @@ def test_a_chat_that_begins_with_the_token_has_it_once():
     chats.chat_template = "<s> {{ messages[0]['content'] }}"
     rows = [{"messages": [{"role": "user", "content": words(3, 4)}]}]
     assert rows_of(token_batches(rows, tokenizer=chats)) == [[BOS, 3, 4]]
+
+
+def test_a_chat_is_measured_with_the_token_once():
+    chats = tokenizer(bos=True)
+    chats.chat_template = "<s> {{ messages[0]['content'] }}"
+    rows = [{"messages": [{"role": "user", "content": words(3, 4)}]}]
+    model = tiny.model()
+    found = perplexity(model, rows, chats, seq_len=8, progress=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([[BOS, 3, 4]])).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 4]), reduction="sum").item()
+    assert (found.num_tokens, found.num_bytes) == (2, len(f" {words(3, 4)}"))
+    assert found.nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_are_no_longer_than_the_positions_of_the_model():
+    text, model = [words(*[3, 4, 5, 6] * 200)], tiny.model(max_position_embeddings=32)
+    assert len(rows_of(token_batches(text, model, tokenizer=tokenizer()))[0]) == 32
+    assert len(rows_of(token_batches(text, tiny.model(max_position_embeddings=700), tokenizer=tokenizer()))[0]) == 512
+    assert len(rows_of(token_batches(text, tokenizer=tokenizer()))[0]) == 512
+    for measure in (diagnose, plan_pruning):
+        given = {"num_layers": 1} if measure is plan_pruning else {"gradients": False}
+        with pytest.raises(ValueError, match=r"seq_len must be at most 32, the positions of .*; got 33"):
+            measure(model, text, tokenizer=tokenizer(), seq_len=33, progress=False, **given)
 
 
 def test_empty_rows_are_no_texts():

@@ -121,7 +121,7 @@ def token_batches(
     *,
     tokenizer: Any = None,
     num_tokens: int | None = 32_768,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
 ) -> TokenBatches:
     """Makes batches of whatever a user has.
@@ -139,7 +139,8 @@ def token_batches(
         model: the model whose tokenizer is loaded if none is given.
         tokenizer: turns text into ids; not needed for token ids.
         num_tokens: tokens to take from texts, from their start; None takes all. Batches of ids are taken whole.
-        seq_len: tokens in a window of text; no more than `num_tokens`.
+        seq_len: tokens in a window of text, no more than `num_tokens`; None takes 512, or the positions of `model`
+            where these are fewer.
         batch_size: windows of text in a batch.
 
     Raises:
@@ -150,7 +151,7 @@ def token_batches(
     if isinstance(data, TokenBatches):
         return data
     for name, value in {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size}.items():
-        if value is None and name == "num_tokens":
+        if value is None and name != "batch_size":
             continue
         least = 1 if name == "batch_size" else 2
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -179,7 +180,28 @@ def token_batches(
         if not name:
             raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
         tokenizer = AutoTokenizer.from_pretrained(name)
+    seq_len = window_length(seq_len, [] if model is None else [model.config])
     return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, num_tokens, seq_len, batch_size, source), source)
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
+    """The tokens in a window for models of these configurations: `seq_len`, or as many as all can up to the default.
+
+    Raises:
+        ValueError: if there are more than a model has positions: beyond these its figures are not its own.
+    """
+    positions = [(most, config.name_or_path) for config in configs if (most := max_positions(config))]
+    if seq_len is None:
+        return min([default, *(most for most, _ in positions)])
+    for most, name in positions:
+        if seq_len > most:
+            raise ValueError(f"seq_len must be at most {most}, the positions of {name!r}; got {seq_len}")
+    return seq_len
 
 
 def documents(data: Any, tokenizer: Any = None) -> list[str]:
@@ -266,7 +288,9 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
         elif isinstance(row, Mapping) and row.get("messages"):
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
-            yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            # Whoever reads the text puts it in front again.
+            yield rendered.removeprefix(getattr(tokenizer, "bos_token", None) or "")
         elif isinstance(row, Mapping) and "text" in row:
             raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")
         else:
@@ -291,8 +315,7 @@ def _windows(
         # A window needs no more characters than this; a long file would else be tokenized to its end.
         if wanted is not None:
             text = text[: 64 * (wanted - len(ids) + 1)]
-        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids.extend(found if ids or found[:1] != [begin] else found[1:])  # chat templates begin with it too
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if wanted is not None and len(ids) >= wanted:
             ids = ids[:wanted]
             break

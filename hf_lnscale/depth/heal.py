@@ -190,7 +190,7 @@ def heal(
     held_out: Any = None,
     tokenizer: Any = None,
     num_tokens: int | None = 16_384,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> HealReport:

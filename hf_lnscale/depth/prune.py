@@ -41,7 +41,7 @@ def prune(
     method: str = "best_of",
     heal: str | None = "auto",
     num_tokens: int = 65_536,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,

@@ -223,7 +223,7 @@ def score_layers(
     *,
     tokenizer: Any = None,
     num_tokens: int | None = 32_768,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
     tokens: str = "last",
     progress: bool = True,

@@ -48,7 +48,7 @@ def plan_pruning(
     held_out: Any = None,
     tokenizer: Any = None,
     num_tokens: int | None = 65_536,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
     beam_width: int = 3,
     resume: str | os.PathLike | None = None,

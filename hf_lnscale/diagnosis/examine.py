@@ -51,7 +51,7 @@ def diagnose(
     *,
     tokenizer: Any = None,
     num_tokens: int | None = 16_384,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 8,
     loss: bool = True,
     gradients: bool = True,

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .._folders import require_free, written
+from ..depth.data import window_length
 from ..families import family_of
 from ..models import load, locate, read_config
 from . import plots
@@ -64,11 +65,12 @@ def run(
     if device and device_map:
         raise ValueError("--device and --device-map: give one of the two")
     names = [checkpoint] if compare is None else [checkpoint, compare]
-    for name in names:  # a second one that is none is told before the first is measured
-        config = read_config(name)
+    configs = [read_config(name) for name in names]
+    for name, config in zip(names, configs, strict=True):  # a second that is none is told before the first is measured
         family_of(config, "diagnose")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"{name!r} is no causal language model; diagnose it from Python, with hf_lnscale.diagnose")
+    settings["seq_len"] = window_length(settings.get("seq_len"), configs)  # of one length in both
     found = []
     for name in names:
         model = _load(name, dtype, device, device_map)

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..depth.data import added_beginning, documents
+from ..depth.data import added_beginning, documents, window_length
 from ..depth.stream import evaluating, wide
 
 BLOCK_SIZE = 2048  # characters
@@ -169,8 +169,7 @@ def perplexity(
     """
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    if seq_len is None:
-        seq_len = min(SEQ_LEN, max_positions(model.config) or SEQ_LEN)
+    seq_len = window_length(seq_len, [model.config], SEQ_LEN)
     stride = check_windows(model.config, seq_len, stride, batch_size)
     texts = [text for text in first_bytes(documents(data, tokenizer), max_bytes) if text]
     prefix, everywhere = _beginning(tokenizer)
@@ -201,14 +200,8 @@ def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int
             raise ValueError(f"{name} must be at least 1, got {value}")
     if stride > seq_len:
         raise ValueError(f"stride must be at most seq_len ({seq_len}), or tokens would be left out; got {stride}")
-    if (most := max_positions(config)) and seq_len > most:
-        raise ValueError(f"seq_len must be at most {most}, the positions of {config.name_or_path!r}; got {seq_len}")
+    window_length(seq_len, [config])  # refuses one that is too long
     return stride
-
-
-def max_positions(config: Any) -> int | None:
-    """How many positions a model was made for; None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 from .._folders import public_name
 from .._version import __version__
-from ..depth.data import documents
+from ..depth.data import documents, window_length
 from ..models import load, locate, read_config, size_on_disk
-from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, max_positions, perplexity
+from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
 from .speed import Speed, Timing, measure
 from .table import markdown, show_bytes, terminal
 from .tasks import TaskResult, run_tasks, task_manager
@@ -251,8 +251,7 @@ def evaluate(
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
     if data is not None:
-        positions = [most for config in configs if (most := max_positions(config))]
-        seq_len = min([SEQ_LEN, *positions]) if seq_len is None else seq_len
+        seq_len = window_length(seq_len, configs, SEQ_LEN)
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
