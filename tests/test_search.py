@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -224,6 +225,17 @@ def test_a_plan_for_a_draft(tmp_path):
     assert 1 <= len(found.layers) <= 2
     assert found.notes["pays"] == (found.notes["speedup"] > 1.0)
     assert PruningPlan.load(found.save(tmp_path)).notes == found.notes
+    for speedup, pays in ((1.234, "it pays"), (0.8, "it does not pay, plain decoding is faster")):
+        notes = found.notes | {"speedup": speedup, "pays": speedup > 1}
+        assert str(replace(found, notes=notes)) == (
+            f"drop {len(found.layers)} of 6 layers: {list(found.layers)} "
+            f"(as a draft it promises {speedup:.2f} times the speed of plain decoding: {pays})"
+        )
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match=f"num_layers must be an integer of 1 ... 5, got {wrong}"):
+            plan_pruning(full, prompts, objective="draft", num_layers=wrong, progress=False)
+    with pytest.raises(ValueError, match="num_assistant_tokens must be an integer of at least 1, got 0"):
+        draft_model(full, found, num_assistant_tokens=0)
     draft = draft_model(full, found)
     assert draft.generation_config.num_assistant_tokens == found.notes["num_assistant_tokens"]
     assert len(draft.model.layers) == L - len(found.layers)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .._folders import public_name
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
-from .draft import choose_draft
+from .draft import _require_count, choose_draft
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, _perplexity, healed, why_not_healable
 from .heal import heal as heal_model
@@ -246,6 +246,8 @@ def heal_as_planned(
 def _draft_plan(
     model: nn.Module, stack: Stack, data: Any, tokenizer: Any, num_layers: int | None, batch_size: int
 ) -> PruningPlan:
+    if num_layers is not None:
+        _require_count("num_layers", num_layers, len(stack.layers) - 1)
     choice = choose_draft(model, data, tokenizer=tokenizer, max_drop=num_layers, batch_size=batch_size)
     found = choice.to_dict()
     return PruningPlan(
