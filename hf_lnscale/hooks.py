@@ -321,7 +321,12 @@ def _load_pretrained_model(original: Any) -> Any:
                 # It copies whole tensors; slices are materialized for those that are kept.
                 kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
             # Without the files: offloading to disk would read tensors from them by their new names.
-            return original.__func__(model, kept, None, load_config, expected_keys)
+            found, offloaded = original.__func__(model, kept, None, load_config, expected_keys)
+        # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
+        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if offloaded and source in offloaded:
+                offloaded.setdefault(name, offloaded[source])
+        return found, offloaded
 
     return staticmethod(_load_pretrained_model)
 

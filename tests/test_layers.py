@@ -360,6 +360,15 @@ def test_dropping_layers_of_a_scaled_checkpoint_is_no_cold_switch(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny.config(drop_layers=[1]), ln_scaling=True)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_offloaded_to_disk(tied, tmp_path):
+    full = tiny.model(tie_word_embeddings=tied)
+    full.save_pretrained(tmp_path / "full")
+    where = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", drop_layers=[1], **where)
+    assert torch.equal(model(tiny.tokens()).logits, deleted(full, [1])(tiny.tokens()).logits)
+
+
 def test_pipeline(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     made = tf.pipeline(

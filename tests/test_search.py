@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from hf_lnscale import PruningPlan, draft_model, drop_layers
+from hf_lnscale.depth import prune as prune_module
 from hf_lnscale.depth import search
 from hf_lnscale.depth.data import token_batches
 from hf_lnscale.depth.layers import text_stack
@@ -135,6 +137,39 @@ def test_a_budget_that_no_layer_meets_gives_an_empty_plan(tmp_path):
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=found).model.layers) == L
 
 
+def test_a_budget_looks_two_numbers_further(tmp_path):
+    """Sets of several sizes are found without each other: one layer more can cost less."""
+    full = model()
+    scores = score_layers(full, CALIBRATION, "magnitude", progress=False)
+    before = loss_of(full, [], HELD_OUT)
+    increases = [math.exp(loss_of(full, scores.lowest(n), HELD_OUT) - before) - 1 for n in range(1, L)]
+    one, two, three, four, five = increases
+    assert five < three < one < four < two  # or it shows nothing
+    search_of = {"method": "magnitude", "resume": tmp_path / "search.json"}
+    for budget, deepest, looked_at in (
+        ((three + one) / 2, 5, 5),  # 1 and 2 are outside, 3 is inside, 4 outside, 5 inside
+        ((five + three) / 2, 0, 3),  # 1, 2 and 3 are outside: the search ends there
+        (two * 2, 5, 5),
+    ):
+        for _ in range(2):  # the second time by what is noted
+            found = plan(full, max_perplexity_increase=budget, **search_of)
+            assert found.layers == tuple(sorted(scores.lowest(deepest)))
+            assert [step["layers"] for step in found.steps] == [sorted(scores.lowest(n + 1)) for n in range(looked_at)]
+    curve = plan(full, num_layers=L - 1)
+    costs = [step["perplexity"] / curve.perplexity["before"] - 1 for step in curve.steps]
+    outside = next(n for n, cost in enumerate(costs) if cost > 1e-9)
+    assert len(plan(full, max_perplexity_increase=1e-9).steps) == outside + 1  # greedy stops there
+
+
+@pytest.mark.parametrize("method", ["best_of", "greedy", "greedy_healed"])
+def test_what_cannot_be_healed_is_refused_before_the_search(method, monkeypatch):
+    monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
+    with pytest.raises(ValueError, match="heal='linear': healing is not possible for model_type 'gemma2'"):
+        plan(model("gemma2"), num_layers=1, method=method, heal="linear")
+    with pytest.raises(ValueError, match="data: 1 sequence of calibration data is too little for heal='linear'"):
+        plan_pruning(model(), tiny.tokens(2, 12), num_layers=1, method=method, heal="linear", progress=False)
+
+
 def test_a_broken_model_is_no_candidate():
     full = model()
     with torch.no_grad():
@@ -190,6 +225,17 @@ def test_a_plan_for_a_draft(tmp_path):
     assert 1 <= len(found.layers) <= 2
     assert found.notes["pays"] == (found.notes["speedup"] > 1.0)
     assert PruningPlan.load(found.save(tmp_path)).notes == found.notes
+    for speedup, pays in ((1.234, "it pays"), (0.8, "it does not pay, plain decoding is faster")):
+        notes = found.notes | {"speedup": speedup, "pays": speedup > 1}
+        assert str(replace(found, notes=notes)) == (
+            f"drop {len(found.layers)} of 6 layers: {list(found.layers)} "
+            f"(as a draft it promises {speedup:.2f} times the speed of plain decoding: {pays})"
+        )
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match=f"num_layers must be an integer of 1 ... 5, got {wrong}"):
+            plan_pruning(full, prompts, objective="draft", num_layers=wrong, progress=False)
+    with pytest.raises(ValueError, match="num_assistant_tokens must be an integer of at least 1, got 0"):
+        draft_model(full, found, num_assistant_tokens=0)
     draft = draft_model(full, found)
     assert draft.generation_config.num_assistant_tokens == found.notes["num_assistant_tokens"]
     assert len(draft.model.layers) == L - len(found.layers)
@@ -358,6 +404,77 @@ def test_prune_heals_where_it_can(checkpoint, text, tmp_path):
     assert "healing is not possible" in prune(*given, "--heal", "linear", "--force", expect=1)
 
 
+def in_process(checkpoint, text, out, **options):
+    return prune_module.prune(str(checkpoint), str(text), out, seq_len=16, progress=False, **options)
+
+
+def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
+    """On what the model says itself, every layer matters."""
+    sharp = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        sharp.lm_head.weight.mul_(50)
+    sharp.save_pretrained(tmp_path / "sharp")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "sharp")
+    said = sharp.generate(tiny.tokens(20, 1), min_new_tokens=31, max_new_tokens=31, suppress_tokens=[0, 1, 2])
+    (tmp_path / "text.txt").write_text(" ".join(f"w{token}" for token in said.flatten().tolist()))
+    budget = {"max_perplexity_increase": 1e-9, "method": "magnitude"}
+    with pytest.raises(ValueError, match="not one layer can go: the cheapest raises perplexity from"):
+        in_process(tmp_path / "sharp", tmp_path / "text.txt", tmp_path / "out", **budget)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sharp", "text.txt"]
+
+
+def test_prune_heals_once(checkpoint, text, tmp_path, monkeypatch):
+    """What the search ends with is healed in place, and that is what is written."""
+    healings = []
+    heal = search.heal_model
+
+    def counted(model, layers, *args, **options):
+        healings.append(tuple(layers))
+        return heal(model, layers, *args, **options)
+
+    monkeypatch.setattr(search, "heal_model", counted)
+    found, _ = in_process(checkpoint, text, tmp_path / "out", num_layers=2, heal="linear")
+    assert healings == [found.layers]
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
+    expected = plan_pruning(
+        whole, str(text), num_layers=2, heal="linear", tokenizer=tokenizer, seq_len=16, progress=False
+    )
+    assert (found.layers, found.perplexity, found.heal) == (expected.layers, expected.perplexity, expected.heal)
+
+
+def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
+    model("gemma2").save_pretrained(tmp_path / "gemma2")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gemma2")
+    for options in ({"heal": "linear"}, {"method": "greedy_healed"}):
+        with pytest.raises(ValueError, match="healing is not possible for model_type 'gemma2'"):
+            in_process(tmp_path / "gemma2", text, tmp_path / "out", num_layers=1, **options)
+    for options in ({"num_layers": 1}, {"drop": [1]}):
+        with pytest.raises(ValueError, match="1 sequence of calibration data is too little"):
+            in_process(checkpoint, text, tmp_path / "out", num_tokens=32, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["gemma2"]
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e6])
+def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        broken.lm_head.weight.mul_(value)
+    broken.save_pretrained(tmp_path / "broken")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "broken")
+    for given in ({"drop": [1]}, {"num_layers": 1}):
+        with pytest.raises(ValueError, match=r"its perplexity on the held-out data is (nan|inf)"):
+            in_process(tmp_path / "broken", text, tmp_path / "out", heal=None, **given)
+    # And of what was written, whatever the plan says.
+    batches = token_batches(text, tokenizer=tf.AutoTokenizer.from_pretrained(checkpoint), seq_len=16)
+    for said in (90.0, math.nan):
+        with pytest.raises(ValueError, match="nothing is kept"):
+            prune_module._require_as_planned(
+                tmp_path / "broken", PruningPlan((1,), {}, perplexity={"after": said}), batches, "auto", "cpu"
+            )
+
+
 def test_prune_refuses(checkpoint, text, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
@@ -372,8 +489,5 @@ def test_prune_refuses(checkpoint, text, tmp_path):
     assert "--drop: 'a' is no list" in prune(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
     assert "does not exist in a model of 6" in prune(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)
     assert "no share" in prune(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)
-    assert "not one layer can go" in prune(
-        *given, "--max-ppl-increase", "1e-9", "--method", "magnitude", "--out", tmp_path / "out", expect=1
-    )
     assert "there is no file" in prune(checkpoint, "--data", "none.txt", "--layers", 1, "--out", "o", expect=1)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -68,7 +68,8 @@ def draft_model(model: nn.Module, drop_layers: Any, *, num_assistant_tokens: int
     """
     if isinstance(drop_layers, PruningPlan):
         drop_layers.require_made_for(text_stack(model).model.config)
-        num_assistant_tokens = num_assistant_tokens or drop_layers.notes.get("num_assistant_tokens")
+        if num_assistant_tokens is None:
+            num_assistant_tokens = drop_layers.notes.get("num_assistant_tokens")
     if num_assistant_tokens is None:
         num_assistant_tokens = getattr(drop_layers, "num_assistant_tokens", 5)
     _require_count("num_assistant_tokens", num_assistant_tokens)

@@ -22,12 +22,19 @@ from ..models import load, locate, read_config, size_on_disk
 from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
 from .heal import METHODS as HEAL_METHODS
-from .heal import heal as heal_model
-from .heal import why_not_healable
+from .heal import _perplexity, why_not_healable
 from .layers import drop_layers, normalize_layers
 from .plan import PLAN_FILE, PruningPlan, fingerprint
 from .scores import loss_without
-from .search import SEARCH_METHODS, OtherSearchError, plan_pruning
+from .search import (
+    SEARCH_METHODS,
+    OtherSearchError,
+    heal_as_planned,
+    require_healable,
+    require_healing_data,
+    search_layers,
+    search_target,
+)
 
 
 def prune(
@@ -99,42 +106,37 @@ def prune(
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     model: Any = load(checkpoint, dtype=dtype).to(device)
+    if heal == "auto":
+        heal = "refit" if method == "greedy_healed" or why_not_healable(model) is None else None
+    require_healable(model, heal)
+    stack = text_stack(model)
+    if drop is not None:
+        drop = normalize_layers(drop, len(stack.layers), "--drop")
+    else:
+        goal = search_target(stack, model, num_layers, max_perplexity_increase)
     batches = token_batches(
         data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
     )
     calibration, held_out = batches.split(0.25)
-    if heal == "auto":
-        heal = "refit" if why_not_healable(model) is None else None
+    require_healing_data(calibration, heal)
     search = target.parent / f".{target.name}.search.json"
     if drop is not None:
         plan = _given(model, drop, calibration, held_out, heal)
     else:
-        # The search heals where it decides by that; what it ends with is healed below.
-        decides = max_perplexity_increase is not None or method in ("best_of", "greedy_healed")
-        settings: dict[str, Any] = {
-            "num_layers": num_layers, "max_perplexity_increase": max_perplexity_increase, "method": method,
-            "heal": heal if decides else None, "held_out": held_out, "resume": search, "progress": progress,
-        }  # fmt: skip
+        settings: dict[str, Any] = {"resume": search, "progress": progress}
         try:
-            plan = plan_pruning(model, calibration, **settings)
+            plan = search_layers(model, goal, method, heal, calibration, held_out, **settings)
         except OtherSearchError:  # left behind by an interrupted one
             search.unlink()
-            plan = plan_pruning(model, calibration, **settings)
+            plan = search_layers(model, goal, method, heal, calibration, held_out, **settings)
     if not plan.layers:
         search.unlink(missing_ok=True)
         raise ValueError(
             f"not one layer can go: the cheapest raises perplexity from {plan.perplexity['before']:.2f} by more than "
             f"{max_perplexity_increase:.0%} on held-out data. Nothing was written."
         )
-    plan = replace(plan, perplexity={key: plan.perplexity[key] for key in ("before", "after")}, heal=None)
     if heal is not None:
-        report = heal_model(model, plan.layers, calibration, method=heal, progress=progress)
-        healed = math.exp(loss_without(model, held_out, plan.layers))
-        if healed < plan.perplexity["after"]:
-            plan = replace(plan, perplexity={**plan.perplexity, "healed": healed}, heal=report.to_dict())
-        else:
-            report.undo()
-            plan = replace(plan, heal=report.to_dict() | {"kept": False})
+        plan, report = heal_as_planned(model, plan, calibration, held_out, heal, progress)
         report.forget()
     drop_layers(model, list(plan.layers))
 
@@ -163,10 +165,12 @@ def prune(
     return plan, table
 
 
-def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
+def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
     stack = text_stack(model)
-    layers = normalize_layers(drop, len(stack.layers), "--drop")
-    before, after = (math.exp(loss_without(model, held_out, gone)) for gone in ((), layers))
+    before = _perplexity(loss_without(model, held_out))
+    if not math.isfinite(before):
+        raise ValueError(f"model: its perplexity on the held-out data is {before}; nothing can be compared with that")
+    after = _perplexity(loss_without(model, held_out, layers))
     return PruningPlan(
         layers=tuple(layers),
         model=fingerprint(stack.model.config),
@@ -180,9 +184,9 @@ def _given(model: Any, drop: list[int], calibration: Any, held_out: Any, heal: s
 def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: str, device: str) -> None:
     """What was written is read again: it must do what the plan says."""
     written: Any = load(folder, dtype=dtype)
-    found = math.exp(loss_without(written.to(device), held_out))
+    found = _perplexity(loss_without(written.to(device), held_out))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
-    if abs(found - said) > 0.01 * said:
+    if not abs(found - said) <= 0.01 * said:  # nor if one is no number
         raise ValueError(
             f"the written checkpoint has perplexity {found:.3f}, the plan says {said:.3f}; nothing is kept"
         )

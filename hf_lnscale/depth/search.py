@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from transformers.utils import logging
 from .._folders import public_name
 from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
-from .draft import choose_draft
+from .draft import _require_count, choose_draft
 from .heal import METHODS as HEAL_METHODS
-from .heal import HealReport, _perplexity, healed
+from .heal import HealReport, _perplexity, healed, why_not_healable
+from .heal import heal as heal_model
 from .plan import PruningPlan, fingerprint
 from .scores import LayerScores, loss_without, score_layers, sweep_losses
 
 ONE_SHOT = ("block_influence", "magnitude", "taylor", "perplexity", "kl")
-SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", "greedy", "greedy_healed", "beam")
+STEPWISE = ("greedy", "greedy_healed", "beam")
+SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
 # "best_of": blocks that are proposed, and proposals that are healed.
 _BLOCKS = 8
 _HEALED = 4
+# Numbers of layers that are looked at behind one that is outside the budget.
+_LOOK_FURTHER = 2
 
 
 def plan_pruning(
@@ -63,7 +67,8 @@ def plan_pruning(
 
     - `num_layers`: that many layers.
     - `max_perplexity_increase`: as many as stay inside it on held-out data, 0.1 being ten percent more; with `heal`,
-      after healing.
+      after healing. One layer more can cost less where each number has its own set of layers, so all methods but
+      the stepwise ones ("greedy", "greedy_healed", "beam") look at two more numbers behind one that is outside.
     - `target_params`: as many as it takes to have at most that many parameters.
     - `target_memory`: as many as it takes for weights and KV cache to fit into that many bytes, the cache being that of
       `cache_batch` sequences of `cache_tokens` tokens.
@@ -98,7 +103,8 @@ def plan_pruning(
 
     Raises:
         ValueError: for a wrong argument, for a target that cannot be reached, for too little data, for a model whose
-            loss is not finite, and (`OtherSearchError`) for a `resume` file of another search.
+            loss is not finite, or that cannot be healed where that is asked for, and (`OtherSearchError`) for a
+            `resume` file of another search.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
@@ -109,8 +115,8 @@ def plan_pruning(
         return _draft_plan(model, stack, data, tokenizer, num_layers, batch_size)
     if objective != "perplexity":
         raise ValueError(f"objective must be 'perplexity' or 'draft', got {objective!r}")
-    target = _target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
-                     cache_tokens, cache_batch)  # fmt: skip
+    target = search_target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
+                           cache_tokens, cache_batch)  # fmt: skip
     if method not in SEARCH_METHODS:
         raise ValueError(f"method must be one of {', '.join(SEARCH_METHODS)}, got {method!r}")
     if heal is not None and heal not in HEAL_METHODS:
@@ -119,13 +125,50 @@ def plan_pruning(
         heal = heal or "refit"
     if not isinstance(beam_width, int) or beam_width < 1:
         raise ValueError(f"beam_width must be a positive integer, got {beam_width!r}")
+    require_healable(model, heal)
     settings = {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size, "tokenizer": tokenizer}
     calibration = token_batches(data, stack.model, **settings)
     if held_out is None:
         calibration, judged = calibration.split(0.25)
     else:
         judged = token_batches(held_out, stack.model, **settings)
+    require_healing_data(calibration, heal)
+    plan = search_layers(model, target, method, heal, calibration, judged, beam_width, resume, progress)
+    if heal and plan.layers:
+        plan, report = heal_as_planned(model, plan, calibration, judged, heal, progress)
+        report.undo()
+        report.forget()
+    return plan
 
+
+def require_healable(model: nn.Module, heal: str | None) -> None:
+    """Refuses a model that `heal` would refuse, before a search."""
+    if heal is not None and (reason := why_not_healable(model)):
+        raise ValueError(f"heal={heal!r}: {reason}")
+
+
+def require_healing_data(calibration: TokenBatches, heal: str | None) -> None:
+    """Refuses calibration data of which `heal` can hold nothing out, before a search."""
+    if heal is not None and calibration.num_sequences < 2:
+        raise ValueError(
+            f"data: {calibration.num_sequences} sequence of calibration data is too little for heal={heal!r}, which "
+            "chooses its penalty on one that it is not fitted on; give more text, or a smaller seq_len"
+        )
+
+
+def search_layers(
+    model: nn.Module,
+    target: Target,
+    method: str,
+    heal: str | None,
+    calibration: TokenBatches,
+    judged: TokenBatches,
+    beam_width: int = 3,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> PruningPlan:
+    """`plan_pruning` without a look at its arguments, and without healing what it ends with."""
+    stack = text_stack(model)
     how: dict[str, Any] = {"search": method}
     if method == "beam":
         how["beam_width"] = beam_width
@@ -141,8 +184,9 @@ def plan_pruning(
 
     chosen: tuple[int, ...] = ()
     used: list[dict[str, Any]] = []
-    report = None
-    bar = logging.tqdm(total=num_layers, desc=f"Dropping layers ({method})", disable=not progress)
+    outside = 0
+    total = target.words.get("num_layers")
+    bar = logging.tqdm(total=total, desc=f"Dropping layers ({method})", disable=not progress)
     steps = _steps(model, stack, method, heal, calibration, beam_width, target.least, log, progress)
     with bar:
         while not target.reached(chosen) and (step := next(steps, None)):
@@ -151,23 +195,22 @@ def plan_pruning(
                 step["perplexity"] = _perplexity(loss_without(model, judged, layers))
                 log.write()
             if heal and target.budget is not None and "healed" not in step:
-                step["healed"], _ = _healed_perplexity(model, layers, calibration, judged, heal, progress)
+                step["healed"] = _healed_perplexity(model, layers, calibration, judged, heal, progress)
                 log.write()
             used.append(step)
             increase = min(step["perplexity"], step.get("healed", math.inf)) / before - 1.0
             if target.budget is not None and not increase <= target.budget:
-                break
-            chosen = layers
-            bar.update()
+                outside += 1
+                if method in STEPWISE or outside > _LOOK_FURTHER:
+                    break
+                continue
+            bar.update(len(layers) - len(chosen))
+            chosen, outside = layers, 0
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(chosen))
 
     perplexity = {"before": before}
     if chosen:
         perplexity["after"] = _perplexity(loss_without(model, judged, chosen))
-        if heal:
-            after, report = _healed_perplexity(model, chosen, calibration, judged, heal, progress)
-            if after < perplexity["after"]:
-                perplexity["healed"] = after
     return PruningPlan(
         layers=tuple(sorted(chosen)),
         model=model_print,
@@ -176,14 +219,35 @@ def plan_pruning(
         data=about,
         perplexity=perplexity,
         steps=[{**step, "layers": sorted(step["layers"])} for step in used],
-        heal=report.to_dict() if report else None,
         notes=target.sizes(chosen),
     )
+
+
+def heal_as_planned(
+    model: nn.Module, plan: PruningPlan, calibration: TokenBatches, judged: TokenBatches, method: str, progress: bool
+) -> tuple[PruningPlan, HealReport]:
+    """Heals the model, in place, for a plan that knows its perplexity without, and notes in it what that gives.
+
+    What does not help on the data to judge by is taken back. Healing chooses its penalties on a part of the calibration
+    data, so that what is held out judges alone.
+    """
+    report = heal_model(model, plan.layers, calibration, method=method, progress=progress)
+    try:
+        healed_to = _perplexity(loss_without(model, judged, plan.layers))
+    except BaseException:
+        report.undo()
+        raise
+    if healed_to < plan.perplexity["after"]:
+        return replace(plan, perplexity={**plan.perplexity, "healed": healed_to}, heal=report.to_dict()), report
+    report.undo()
+    return replace(plan, heal=report.to_dict() | {"kept": False}), report
 
 
 def _draft_plan(
     model: nn.Module, stack: Stack, data: Any, tokenizer: Any, num_layers: int | None, batch_size: int
 ) -> PruningPlan:
+    if num_layers is not None:
+        _require_count("num_layers", num_layers, len(stack.layers) - 1)
     choice = choose_draft(model, data, tokenizer=tokenizer, max_drop=num_layers, batch_size=batch_size)
     found = choice.to_dict()
     return PruningPlan(
@@ -204,17 +268,16 @@ def _healed_perplexity(
     judged: TokenBatches,
     heal: str,
     progress: bool,
-) -> tuple[float, HealReport]:
-    """Healing chooses its penalties on a part of the calibration data, so that what is held out judges alone."""
-    with healed(model, sorted(layers), calibration, method=heal, progress=progress) as report:
-        return _perplexity(loss_without(model, judged, layers)), report
+) -> float:
+    with healed(model, sorted(layers), calibration, method=heal, progress=progress):
+        return _perplexity(loss_without(model, judged, layers))
 
 
 # --- how far to go --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """How far to go.
 
     Attributes:
@@ -232,16 +295,16 @@ class _Target:
     budget: float | None = None
 
 
-def _target(
+def search_target(
     stack: Stack,
     model: nn.Module,
     num_layers: int | None,
     max_perplexity_increase: float | None,
-    target_params: int | None,
-    target_memory: int | None,
-    cache_tokens: int,
-    cache_batch: int,
-) -> _Target:
+    target_params: int | None = None,
+    target_memory: int | None = None,
+    cache_tokens: int = 0,
+    cache_batch: int = 1,
+) -> Target:
     given = {
         "num_layers": num_layers,
         "max_perplexity_increase": max_perplexity_increase,
@@ -283,16 +346,16 @@ def _target(
 
     words = {name: value}
     if name == "num_layers":
-        return _Target(words, lambda dropped: len(dropped) == value, sizes, least=int(value))
+        return Target(words, lambda dropped: len(dropped) == value, sizes, least=int(value))
     if name == "max_perplexity_increase":
-        return _Target(words, lambda dropped: len(dropped) == most, sizes, budget=value)
+        return Target(words, lambda dropped: len(dropped) == most, sizes, budget=value)
     if name == "target_memory":
         words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
     if value < size(tuple(by_size[:most])):
         raise ValueError(f"{name}={value}: with a single layer left this model still has {size(tuple(by_size[:most]))}")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
-    return _Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes, least)
+    return Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes, least)
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -388,7 +451,7 @@ def _steps(
         return step
 
     most = len(stack.layers) - 1
-    if method in ("best_of", "angular", *ONE_SHOT):
+    if method not in STEPWISE:
         # Sets of one size are found without those of another.
         known = {len(step["layers"]): step for step in log.steps}
         scores: dict[str, LayerScores] = {}
@@ -438,10 +501,7 @@ def _best_of(
     progress: bool,
 ) -> dict[str, Any]:
     """The set of layers without which the model does best; with `heal`, after healing."""
-    if heal is None or calibration.num_sequences < 2:
-        fit = choose = calibration
-    else:
-        fit, choose = calibration.split(0.25)
+    fit, choose = (calibration, calibration) if heal is None else calibration.split(0.25)
     tried: list[dict[str, Any]] = []
     for layers in logging.tqdm(proposals, desc="proposals", disable=not progress, leave=False):
         tried.append({"layers": list(layers), "perplexity": _perplexity(loss_without(model, choose, layers))})
