@@ -34,7 +34,7 @@ from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .layers import normalize_layers
 from .plan import PruningPlan
-from .scores import _cross_entropy, _Halves, _pick, _predictions, _tuples
+from .scores import _cross_entropy, _Halves, _pick, _predictions, _tuples, perplexity_of
 from .stream import evaluating, hidden_states
 
 __all__ = ["METHODS", "REACHES", "HealReport", "HealedLayer", "heal", "healed", "why_not_healable"]
@@ -164,7 +164,7 @@ class HealReport:
             if step.loss_before is not None and step.loss_after is not None:
                 before_after = (
                     f"{step.error_before:.3f} to {step.error_after:.3f}",
-                    f"{_perplexity(step.loss_before):.2f} to {_perplexity(step.loss_after):.2f}",
+                    f"{perplexity_of(step.loss_before):.2f} to {perplexity_of(step.loss_after):.2f}",
                 )
             table.add_row(
                 "-" if step.layer is None else str(step.layer),
@@ -279,9 +279,9 @@ def heal(
         method=method,
         reach=reach,
         steps=tuple(steps),
-        perplexity_full=_perplexity(loss_full),
-        perplexity_before=_perplexity(before),
-        perplexity_after=_perplexity(loss),
+        perplexity_full=perplexity_of(loss_full),
+        perplexity_before=perplexity_of(before),
+        perplexity_after=perplexity_of(loss),
         data={"calibration": batches.describe(), "held_out": held_out.describe()},
         _originals=originals,
     )
@@ -654,7 +654,3 @@ def _first(output: Any) -> torch.Tensor:
 
 def _double(x: torch.Tensor) -> torch.Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

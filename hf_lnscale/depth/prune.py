@@ -22,10 +22,10 @@ from ..models import load, locate, read_config, size_on_disk
 from ..scaling import get_ln_scaling, text_stack
 from .data import token_batches
 from .heal import METHODS as HEAL_METHODS
-from .heal import _perplexity, why_not_healable
+from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
 from .plan import PLAN_FILE, PruningPlan, fingerprint
-from .scores import loss_without
+from .scores import loss_without, perplexity_of
 from .search import (
     SEARCH_METHODS,
     OtherSearchError,
@@ -167,10 +167,10 @@ def prune(
 
 def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
     stack = text_stack(model)
-    before = _perplexity(loss_without(model, held_out))
+    before = perplexity_of(loss_without(model, held_out))
     if not math.isfinite(before):
         raise ValueError(f"model: its perplexity on the held-out data is {before}; nothing can be compared with that")
-    after = _perplexity(loss_without(model, held_out, layers))
+    after = perplexity_of(loss_without(model, held_out, layers))
     return PruningPlan(
         layers=tuple(layers),
         model=fingerprint(stack.model.config),
@@ -184,7 +184,7 @@ def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal:
 def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: str, device: str) -> None:
     """What was written is read again: it must do what the plan says."""
     written: Any = load(folder, dtype=dtype)
-    found = _perplexity(loss_without(written.to(device), held_out))
+    found = perplexity_of(loss_without(written.to(device), held_out))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
     if not abs(found - said) <= 0.01 * said:  # nor if one is no number
         raise ValueError(

@@ -37,6 +37,8 @@ from .stream import evaluating, hidden_states, visiting, wide
 
 __all__ = ["METHODS", "LayerScores", "loss_without", "score_layers", "sweep_losses"]
 
+# Of a loss, in nats a token: what exp() still takes.
+MOST_NATS = 700.0
 METHODS = ("block_influence", "angular", "magnitude", "taylor", "perplexity", "kl")
 _UNITS = {
     "block_influence": "1 - cosine",
@@ -289,6 +291,11 @@ def score_layers(
     if method == "kl":
         return LayerScores(method, scores, name, about)
     return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), loss in nats a token; infinite where that is no number any more."""
+    return math.exp(loss) if loss < MOST_NATS else math.inf
 
 
 def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:

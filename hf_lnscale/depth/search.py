@@ -20,10 +20,10 @@ from ..scaling import Stack, text_stack
 from .data import TokenBatches, token_batches
 from .draft import _require_count, choose_draft
 from .heal import METHODS as HEAL_METHODS
-from .heal import HealReport, _perplexity, healed, why_not_healable
+from .heal import HealReport, healed, why_not_healable
 from .heal import heal as heal_model
 from .plan import PruningPlan, fingerprint
-from .scores import LayerScores, loss_without, score_layers, sweep_losses
+from .scores import LayerScores, loss_without, perplexity_of, score_layers, sweep_losses
 
 ONE_SHOT = ("block_influence", "magnitude", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed", "beam")
@@ -176,7 +176,7 @@ def search_layers(
     model_print = fingerprint(stack.model.config)
     log = _Log(resume, {"method": how, "heal": heal, "data": about, "model": model_print})
     how = {**how, "target": target.words}  # which the steps do not depend on
-    before = _perplexity(loss_without(model, judged))
+    before = perplexity_of(loss_without(model, judged))
     if not math.isfinite(before):
         raise ValueError(f"model: its perplexity on the held-out data is {before}; nothing can be compared with that")
     if not math.isclose(log.values.setdefault("before", before), before, rel_tol=1e-3):
@@ -192,7 +192,7 @@ def search_layers(
         while not target.reached(chosen) and (step := next(steps, None)):
             layers = tuple(step["layers"])
             if "perplexity" not in step:
-                step["perplexity"] = _perplexity(loss_without(model, judged, layers))
+                step["perplexity"] = perplexity_of(loss_without(model, judged, layers))
                 log.write()
             if heal and target.budget is not None and "healed" not in step:
                 step["healed"] = _healed_perplexity(model, layers, calibration, judged, heal, progress)
@@ -210,7 +210,7 @@ def search_layers(
 
     perplexity = {"before": before}
     if chosen:
-        perplexity["after"] = _perplexity(loss_without(model, judged, chosen))
+        perplexity["after"] = perplexity_of(loss_without(model, judged, chosen))
     return PruningPlan(
         layers=tuple(sorted(chosen)),
         model=model_print,
@@ -233,7 +233,7 @@ def heal_as_planned(
     """
     report = heal_model(model, plan.layers, calibration, method=method, progress=progress)
     try:
-        healed_to = _perplexity(loss_without(model, judged, plan.layers))
+        healed_to = perplexity_of(loss_without(model, judged, plan.layers))
     except BaseException:
         report.undo()
         raise
@@ -270,7 +270,7 @@ def _healed_perplexity(
     progress: bool,
 ) -> float:
     with healed(model, sorted(layers), calibration, method=heal, progress=progress):
-        return _perplexity(loss_without(model, judged, layers))
+        return perplexity_of(loss_without(model, judged, layers))
 
 
 # --- how far to go --------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def _best_of(
     fit, choose = (calibration, calibration) if heal is None else calibration.split(0.25)
     tried: list[dict[str, Any]] = []
     for layers in logging.tqdm(proposals, desc="proposals", disable=not progress, leave=False):
-        tried.append({"layers": list(layers), "perplexity": _perplexity(loss_without(model, choose, layers))})
+        tried.append({"layers": list(layers), "perplexity": perplexity_of(loss_without(model, choose, layers))})
     tried.sort(key=lambda one: one["perplexity"])
     if heal is not None:
         tried = tried[:_HEALED]

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .._folders import public_name
 from .._version import __version__
 from ..depth.data import Batch, TokenBatches, token_batches
-from ..depth.scores import _Halves, _sweep, loss_without
+from ..depth.scores import MOST_NATS, _Halves, _sweep, loss_without
 from ..scaling import DROPPED, Stack, get_ln_scaling, text_stack
 from . import verdict
 from .measure import (
@@ -30,9 +30,6 @@ from .measure import (
     weights_have_gradients,
 )
 from .result import Diagnosis
-
-# Of a loss, in nats a token: what exp() still takes.
-_MOST = 700.0
 
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
@@ -117,7 +114,7 @@ def diagnose(
                 full, without = _sweep(
                     model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
                 )
-                if not full < _MOST:
+                if not full < MOST_NATS:
                     raise ValueError(
                         f"model: its loss is {full:.4g} nats a token on this data; nothing can be compared with that"
                     )
@@ -301,7 +298,7 @@ def _layers(
                 "loss_added": None if added is None else added[layer],
                 "perplexity_without": None
                 if added is None or full is None
-                else math.exp(min(full + added[layer], _MOST)),
+                else math.exp(min(full + added[layer], MOST_NATS)),
                 "gradient_norm": _or_none(gradient, layer),
                 "gradient_norm_error": _or_none(gradient_error, layer),
                 "state_gradient_norm": _or_none(None if states_L is None else states_L.tolist(), layer),

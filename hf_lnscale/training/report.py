@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import Trainer
 
 from .._folders import public_name
 from .._version import __version__
+from ..depth.scores import perplexity_of
 from ..evaluation.speed import peak_memory
 from ..scaling import ACTIVE, DROPPED, text_config
 from .depth_stats import plot_depth_stats
@@ -70,7 +70,7 @@ def write_report(
         "recipe": recipe,
         "eval_loss_before": before[0] if before else None,
         "eval_loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": perplexity_of(loss),
         "steps": state.global_step,
         "tokens_seen": state.num_input_tokens_seen,
         "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
