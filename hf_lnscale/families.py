@@ -121,7 +121,8 @@ def register_family(
         mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
         depth_fields: configuration fields that run over depth besides `num_hidden_layers`, of those that are known to
-            `hf_lnscale.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped.
+            `hf_lnscale.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped. Where a
+            configuration has `layer_types`, these are followed in any case.
         overwrite: replace a row that exists.
 
     Returns:

@@ -9,8 +9,6 @@ import torch
 import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_lnscale.hub import push
-
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
 
 _BASE: dict[str, Any] = {
@@ -134,6 +132,8 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 
 def uploaded_that_say(path: Path, folder: Path) -> list[str]:
     """The files that `push` would upload from a folder, the model card with them, in which a path is written."""
+    from hf_lnscale.hub import push  # the configurations above are for processes without the plugin too
+
     upload = push(folder, "user/model", allow_scaled=True, dry_run=True)
     contents = {name: (folder / name).read_bytes() for name in upload.files} | {"README.md": upload.card.encode()}
     return [name for name, content in contents.items() if str(path).encode() in content]
