@@ -405,7 +405,7 @@ def test_prune_heals_where_it_can(checkpoint, text, tmp_path):
 
 
 def in_process(checkpoint, text, out, **options):
-    return prune_module.prune(str(checkpoint), str(text), out, seq_len=16, progress=False, **options)
+    return prune_module.prune(str(checkpoint), str(text), out, progress=False, **{"seq_len": 16, **options})
 
 
 def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
@@ -473,6 +473,20 @@ def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
             prune_module._require_as_planned(
                 tmp_path / "broken", PruningPlan((1,), {}, perplexity={"after": said}), batches, "auto", "cpu"
             )
+
+
+def test_prune_refuses_before_a_weight_is_read(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_module, "load", lambda *_, **__: pytest.fail("loaded"))
+    for given, message in (
+        ({"num_layers": 0}, "num_layers must be an integer from 1 to 5"),
+        ({"num_layers": 6}, "num_layers must be an integer from 1 to 5"),
+        ({"drop": [9]}, "layer 9 does not exist in a model of 6"),
+        ({"drop": [1], "seq_len": 10_000}, "seq_len must be at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            in_process(checkpoint, text, tmp_path / "out", **given)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        in_process(checkpoint, "none.txt", tmp_path / "out", num_layers=1)
 
 
 def test_prune_refuses(checkpoint, text, tmp_path):

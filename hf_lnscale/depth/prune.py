@@ -18,9 +18,10 @@ from .._folders import public_name, require_free, written
 from .._version import __version__
 from ..evaluation.speed import Speed, measure
 from ..evaluation.table import show_bytes
+from ..families import family_of, text_config
 from ..models import load, locate, read_config, size_on_disk
 from ..scaling import get_ln_scaling, text_stack
-from .data import token_batches
+from .data import token_batches, window_length
 from .heal import METHODS as HEAL_METHODS
 from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
@@ -32,6 +33,7 @@ from .search import (
     heal_as_planned,
     require_healable,
     require_healing_data,
+    require_num_layers,
     search_layers,
     search_target,
 )
@@ -100,25 +102,33 @@ def prune(
         raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, where = locate(checkpoint)
-    if type(read_config(checkpoint)) not in AutoModelForCausalLM._model_mapping:
+    config = read_config(checkpoint)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
         )
+    family_of(config, "drop_layers")
+    # What can be known to be wrong is told before a weight is read.
+    if drop is not None:
+        drop = normalize_layers(drop, text_config(config).num_hidden_layers, "--drop")
+    elif num_layers is not None:
+        require_num_layers(num_layers, text_config(config).num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    batches = token_batches(
+        data,
+        tokenizer=tokenizer,
+        num_tokens=num_tokens,
+        seq_len=window_length(seq_len, [config]),
+        batch_size=batch_size,
+    )
+    calibration, held_out = batches.split(0.25)
     model: Any = load(checkpoint, dtype=dtype).to(device)
     if heal == "auto":
         heal = "refit" if method == "greedy_healed" or why_not_healable(model) is None else None
     require_healable(model, heal)
-    stack = text_stack(model)
-    if drop is not None:
-        drop = normalize_layers(drop, len(stack.layers), "--drop")
-    else:
-        goal = search_target(stack, model, num_layers, max_perplexity_increase)
-    batches = token_batches(
-        data, model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
-    )
-    calibration, held_out = batches.split(0.25)
     require_healing_data(calibration, heal)
+    if drop is None:
+        goal = search_target(text_stack(model), model, num_layers, max_perplexity_increase)
     search = target.parent / f".{target.name}.search.json"
     if drop is not None:
         plan = _given(model, drop, calibration, held_out, heal)

@@ -141,6 +141,12 @@ def plan_pruning(
     return plan
 
 
+def require_num_layers(value: Any, total: int) -> None:
+    """Refuses a number of layers to drop of which a model does not have more."""
+    if not isinstance(value, int) or not 0 < value < total:
+        raise ValueError(f"num_layers must be an integer from 1 to {total - 1} for this model, got {value!r}")
+
+
 def require_healable(model: nn.Module, heal: str | None) -> None:
     """Refuses a model that `heal` would refuse, before a search."""
     if heal is not None and (reason := why_not_healable(model)):
@@ -323,8 +329,8 @@ def search_target(
     value = value.item() if hasattr(value, "item") else value  # of numpy
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
-    if name == "num_layers" and (not isinstance(value, int) or value > most):
-        raise ValueError(f"num_layers must be an integer from 1 to {most} for this model, got {value!r}")
+    if name == "num_layers":
+        require_num_layers(value, total)
 
     params_L = [sum(p.numel() for p in layer.parameters()) for layer in stack.layers]
     bytes_L = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in stack.layers]
