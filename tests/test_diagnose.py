@@ -792,6 +792,8 @@ def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, 
     assert "is no causal language model" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--device", "cpu", "--device-map", "auto")
     assert "--device-map" in str(done.exception)
+    done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")
+    assert "there is no file" in str(done.exception)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = command(checkpoints, "--out", tmp_path / "out")
     assert "hf-lnscale[plot]" in str(done.exception)

@@ -250,9 +250,14 @@ def _ids(row: Any) -> Batch:
     return Batch(ids.long(), mask.reshape(ids.shape))
 
 
+def require_file(data: Any) -> None:
+    """Refuses the path of a file that is not there; whatever else data may be, it is not looked at."""
+    if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
+        raise FileNotFoundError(f"data: there is no file {str(data)!r} (a text itself must be in a list: data=['...'])")
+
+
 def _file_rows(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r} (a text itself must be in a list: data=['...'])")
+    require_file(path)
     if path.suffix in (".jsonl", ".json"):
         return _json_rows(path)
     try:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .._folders import require_free, written
-from ..depth.data import window_length
+from ..depth.data import require_file, window_length
 from ..families import family_of
 from ..models import load, locate, read_config
 from . import plots
@@ -65,6 +65,7 @@ def run(
     if device and device_map:
         raise ValueError("--device and --device-map: give one of the two")
     names = [checkpoint] if compare is None else [checkpoint, compare]
+    require_file(data)
     configs = [read_config(name) for name in names]
     for name, config in zip(names, configs, strict=True):  # a second that is none is told before the first is measured
         family_of(config, "diagnose")
