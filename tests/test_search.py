@@ -217,6 +217,23 @@ def test_cache_is_estimated_as_it_grows(family):
     assert cache_bytes(text_stack(full), 24, 2) == [r + t for r, t in zip(real, token, strict=True)]
 
 
+def test_a_hybrid_keeps_a_layer_that_counts_tokens():
+    """Of layers 1 and 4, without which the others cannot generate, the search leaves one; or says why it cannot."""
+    types = ["full_attention" if layer in (1, 4) else "linear_attention" for layer in range(6)]
+    full = model("qwen3_next", layer_types=types)
+    with torch.no_grad():  # what they do is next to nothing, so that they go first
+        for layer in (1, 4):
+            for weight in decoder_layers(full)[layer].parameters():
+                weight.mul_(1e-3)
+    for method in ("best_of", "greedy", "beam"):
+        for count in (2, 4):
+            found = plan(full, num_layers=count, method=method)
+            assert len(found.layers) == count
+            drop_layers(copy.deepcopy(full), found.layers)  # refuses what cannot generate
+    with pytest.raises(ValueError, match=r"of layers \[1, 4\] one must stay"):
+        plan(full, num_layers=2, method="block_influence")
+
+
 def test_a_plan_for_a_draft(tmp_path):
     """The plan says what is promised, and whether it pays; on a model of random weights, nothing should be assumed."""
     full = model()

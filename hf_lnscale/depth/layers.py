@@ -160,15 +160,14 @@ def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
         )
 
 
-def _require_attention(text: PreTrainedConfig, kept: list[int]) -> None:
-    """The cache of a hybrid counts the tokens so far in a layer that is not of linear attention."""
+def counting_layers(text: PreTrainedConfig) -> set[int]:
+    """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
+
+    Empty for a model that is no hybrid.
+    """
     types = getattr(text, "layer_types", None) or []
-    counting = [layer for layer, kind in enumerate(types) if kind != "linear_attention"]
-    if counting and not set(counting).intersection(kept):
-        raise ValueError(
-            f"drop_layers: without layers {counting} only layers of linear attention are left, which cannot generate; "
-            "keep one of them"
-        )
+    counting = {layer for layer, kind in enumerate(types) if kind != "linear_attention"}
+    return counting if len(counting) < len(types) else set()
 
 
 def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
@@ -216,7 +215,11 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         _require_one_a_layer(text, name)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
-    _require_attention(text, kept)
+    if (counting := counting_layers(text)) and not counting.intersection(kept):
+        raise ValueError(
+            f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
+            "generate; keep one of them"
+        )
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
     base = (vars(text).get(DROPPED) or {}).get("base") or public_name(config.name_or_path or "")

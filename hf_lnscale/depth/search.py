@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from .draft import _require_count, choose_draft
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, healed, why_not_healable
 from .heal import heal as heal_model
+from .layers import counting_layers
 from .plan import PruningPlan, fingerprint
 from .scores import LayerScores, loss_without, perplexity_of, score_layers, sweep_losses
 
@@ -214,6 +215,12 @@ def search_layers(
             chosen, outside = layers, 0
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(chosen))
 
+    if target.budget is None and not target.reached(chosen):
+        counting = sorted(counting_layers(stack.model.config))
+        raise ValueError(
+            f"method {method!r} finds no set of layers for {target.words}: of layers {counting} one must stay, as those "
+            "of linear attention alone cannot generate; choose another method, or fewer layers"
+        )
     perplexity = {"before": before}
     if chosen:
         perplexity["after"] = perplexity_of(loss_without(model, judged, chosen))
@@ -457,6 +464,11 @@ def _steps(
         return step
 
     most = len(stack.layers) - 1
+    counting = counting_layers(stack.model.config)
+
+    def can_go(dropped: Iterable[int]) -> bool:
+        return not counting or not counting <= set(dropped)
+
     if method not in STEPWISE:
         # Sets of one size are found without those of another.
         known = {len(step["layers"]): step for step in log.steps}
@@ -468,9 +480,13 @@ def _steps(
             if count in known:
                 yield known[count]
             elif method == "best_of":
-                yield done(_best_of(model, _proposals(scores, count), heal, calibration, progress))
+                if not (proposals := list(filter(can_go, _proposals(scores, count)))):
+                    return
+                yield done(_best_of(model, proposals, heal, calibration, progress))
+            elif can_go(layers := scores[method].lowest(count)):
+                yield done({"layers": layers})
             else:
-                yield done({"layers": scores[method].lowest(count)})
+                return
         return
     yield from list(log.steps)
     width = beam_width if method == "beam" else 1
@@ -485,7 +501,11 @@ def _steps(
             )
             with repaired:
                 for layer, loss in sweep_losses(model, calibration, dropped, progress=progress).items():
+                    if not can_go((*dropped, layer)):
+                        continue
                     found.setdefault(frozenset((*dropped, layer)), (loss, (*dropped, layer)))
+        if not found:
+            return
         best = sorted(found.values())[:width]
         sets = [dropped for _, dropped in best]
         yield done({"layers": list(sets[0]), "calibration_loss": best[0][0], "beam": [list(one) for one in sets]})
