@@ -218,8 +218,8 @@ def search_layers(
     if target.budget is None and not target.reached(chosen):
         counting = sorted(counting_layers(stack.model.config))
         raise ValueError(
-            f"method {method!r} finds no set of layers for {target.words}: of layers {counting} one must stay, as those "
-            "of linear attention alone cannot generate; choose another method, or fewer layers"
+            f"method {method!r} finds no set of layers for {target.words}: of layers {counting} one must stay, as "
+            "linear attention alone cannot generate; choose another method, or fewer layers"
         )
     perplexity = {"before": before}
     if chosen:
