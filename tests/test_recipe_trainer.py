@@ -142,24 +142,20 @@ def test_distillation_loss_is_the_divergence_and_so_is_its_gradient(family, tmp_
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_teacher_with_a_padded_head(tmp_path):
-    """Rows after the tokens' are padding: whatever is in them, they are no tokens."""
-    data = rows([7, 12])
-    found = []
-    for padding in (0, 8):
-        teacher = tiny.model(seed=1)
-        teacher.resize_token_embeddings(300 + padding, mean_resizing=False)
-        with torch.no_grad():
-            teacher.get_output_embeddings().weight[tiny.VOCAB : 300] = 0.0
-            teacher.get_output_embeddings().weight[300:] = 9.0
-        student = tiny.model(ln_scaling=True)
-        student.resize_token_embeddings(300, mean_resizing=False)
-        with torch.no_grad():
-            student.get_output_embeddings().weight[tiny.VOCAB :] = 0.0
-        made = distiller(tmp_path, student, teacher, data)
+def test_heads_that_are_padded(tmp_path):
+    """Rows after the tokens' are padding, of the teacher or of the student: whatever is in them, they are no tokens."""
+    data, found = rows([7, 12]), []
+    for padding in ((0, 0), (8, 0), (0, 8)):
+        pair = tiny.model(seed=1), tiny.model(ln_scaling=True)
+        for model, more in zip(pair, padding, strict=True):
+            model.resize_token_embeddings(300 + more, mean_resizing=False)
+            with torch.no_grad():
+                model.get_output_embeddings().weight[tiny.VOCAB : 300] = 0.0
+                model.get_output_embeddings().weight[300:] = 9.0
+        made = distiller(tmp_path, pair[1], pair[0], data)
         batch = made._prepare_inputs(made.data_collator([made.train_dataset[i] for i in range(2)]))
         found.append(made.compute_loss(made.model, batch).item())
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-6)
 
 
 def test_distillation_evaluates_the_language_model(tmp_path):
