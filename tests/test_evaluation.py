@@ -140,6 +140,13 @@ def test_outputs_that_are_no_numbers_are_refused():
         perplexity(model, [TEXT], byte_tokenizer(), progress=False)
 
 
+def test_a_loss_beyond_numbers_is_refused():
+    model = tiny.model()
+    model.lm_head.weight.data.mul_(1e6)
+    with pytest.raises(ValueError, match=r"its loss is .* nats a token on this data"):
+        perplexity(model, [TEXT], byte_tokenizer(), progress=False)
+
+
 def test_max_bytes_cuts_between_characters():
     found = perplexity(tiny.model(), ["this", "hé"], byte_tokenizer(), max_bytes=6, progress=False)
     assert (found.num_bytes, found.num_documents) == (5, 2)

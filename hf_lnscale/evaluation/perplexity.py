@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..depth.data import added_beginning, documents, window_length
+from ..depth.scores import MOST_NATS
 from ..depth.stream import evaluating, wide
 
 BLOCK_SIZE = 2048  # characters
@@ -165,7 +166,7 @@ def perplexity(
 
     Raises:
         ValueError: for sizes that are not positive or do not go together, for text without a token to predict, and for
-            a model whose outputs are not numbers.
+            a model whose outputs are not numbers, or so wrong that exp(loss) is none.
     """
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
@@ -189,7 +190,10 @@ def perplexity(
             for window, values in zip(batch, _nats(model, encoded, batch, everywhere), strict=True):
                 nats[window.document][window.first - 1 : window.end] = values
             bar.update(len(batch))
-    return _gather(texts, encoded, nats, tokenizer)
+    found = _gather(texts, encoded, nats, tokenizer)
+    if (loss := found.nats / found.num_tokens) >= MOST_NATS:
+        raise ValueError(f"model: its loss is {loss:.4g} nats a token on this data; nothing can be compared with that")
+    return found
 
 
 def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int) -> int:
