@@ -28,7 +28,7 @@ install: $(STAMP)
 
 # Waiting threads that sleep: on a machine that does something else too, spinning ones take several times as long.
 demo: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m hf_lnscale.cli demo $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m hf_lnscale demo $(ARGS)
 
 # Two workers with one thread each: more threads than cores would slow both down.
 test: $(STAMP)

@@ -25,11 +25,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lnscale
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.scores import sweep_losses
+from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis.examine import _costs, _first
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances, stream
-from hf_lnscale.scaling import text_stack
+from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.text import TokenBatches, token_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES, SEQUENCES = 2, 8

@@ -48,10 +48,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import hf_lnscale
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.scores import score_layers, sweep_losses
-from hf_lnscale.depth.search import plan_pruning
 from hf_lnscale.evaluation.speed import measure
+from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.text import TokenBatches, token_batches
+from hf_lnscale.pruning.scores import score_layers
+from hf_lnscale.pruning.search import plan_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.heal import healed
-from hf_lnscale.depth.scores import METHODS as ONE_SHOT
-from hf_lnscale.depth.scores import loss_without, score_layers
-from hf_lnscale.depth.search import plan_pruning
+from hf_lnscale.measuring.losses import loss_without
+from hf_lnscale.measuring.text import TokenBatches, token_batches
+from hf_lnscale.pruning.heal import healed
+from hf_lnscale.pruning.scores import METHODS as ONE_SHOT
+from hf_lnscale.pruning.scores import score_layers
+from hf_lnscale.pruning.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
 STEPWISE = ("greedy", "greedy_healed", "beam")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 import tiny
 from hf_lnscale import fold_ln_scaling, ln_scales
-from hf_lnscale.adapters import TRIPWIRE
+from hf_lnscale.hooks.adapter_note import TRIPWIRE
 
 SCALED, PRUNED = {"ln_scaling": True}, {"drop_layers": [1]}
 # What the checkpoint on disk is made with, and what is given as keywords on top of it.

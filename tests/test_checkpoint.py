@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 
 import tiny
 from hf_lnscale import apply_ln_scaling, ln_scales, remove_ln_scaling
-from hf_lnscale.checkpoint import protect, unprotect
+from hf_lnscale.core.record import protect, unprotect
 
 SCALES = pytest.approx([1.0, 2**-0.5, 3**-0.5, 0.5], rel=1e-15)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
-from hf_lnscale import cli as module
+from hf_lnscale.commands import main as module
 
 VERBS = ("demo", "info", "diagnose", "train", "evaluate", "prune", "export", "push", "run", "env")
 
@@ -121,14 +121,16 @@ def test_debug_shows_where(cli, tmp_path, monkeypatch):
     ids=str,
 )
 def test_errors_that_nobody_foresaw(error, message, cli, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.environment.environment", lambda: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("hf_lnscale.commands.environment.environment", lambda: (_ for _ in ()).throw(error))
     _, err = cli("env", code=1)
     assert err.startswith(message)
     assert len(err.splitlines()) == 2
 
 
 def test_interrupted(cli, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.environment.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        "hf_lnscale.commands.environment.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     cli("env", code=130)
 
 
@@ -255,7 +257,7 @@ def test_verbs_take_a_folder_with_a_gguf_file(cli, folder, tmp_path):
         "a GGUF file has no active ln_scaling" in cli("export", tmp_path / "model", "--out", tmp_path / "x", code=1)[1]
     )
 
-    from hf_lnscale.models import load
+    from hf_lnscale.checkpoints.names import load
 
     loaded = load(tmp_path / "model")
     torch.testing.assert_close(loaded(tiny.tokens()).logits, plain(tiny.tokens()).logits)

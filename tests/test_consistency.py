@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import tiny
-from hf_lnscale import LNScalingConfig, apply_ln_scaling, families, fold_ln_scaling, ln_scales, remove_ln_scaling
+from hf_lnscale import LNScalingConfig, apply_ln_scaling, fold_ln_scaling, ln_scales, remove_ln_scaling
+from hf_lnscale.core import families
 from oracles import decoder_layers
 
 SCALES = pytest.approx([1.0, 2**-0.5, 3**-0.5, 0.5], rel=1e-15)

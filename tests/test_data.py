@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from hf_lnscale import diagnose, plan_pruning
-from hf_lnscale.depth.data import documents, token_batches
 from hf_lnscale.evaluation import perplexity
+from hf_lnscale.measuring.text import documents, token_batches
 
 BOS, EOS = 1, 2
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
-from hf_lnscale import demo
-from hf_lnscale.export import export
+from hf_lnscale.checkpoints.export import export
+from hf_lnscale.commands import demo
 
 PLAIN_LOGITS = """
 import sys, torch

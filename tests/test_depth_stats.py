@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 import processes
 import tiny
-from hf_lnscale.depth.scores import score_layers
 from hf_lnscale.diagnosis import residual_variance
+from hf_lnscale.pruning.scores import score_layers
 from hf_lnscale.training import DepthStatsCallback, plot_depth_stats, read_depth_stats
 from oracles import decoder_layers
 

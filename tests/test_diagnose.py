@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import hf_lnscale
 import tiny
 from hf_lnscale import Diagnosis, diagnose
-from hf_lnscale.cli import app
-from hf_lnscale.depth.data import token_batches
+from hf_lnscale.commands.main import app
 from hf_lnscale.diagnosis import verdict
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
+from hf_lnscale.measuring.text import token_batches
 from oracles import (
     angular_distance,
     decoder_layers,
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
 def test_the_head_in_parts_gives_the_same_gradient(ids, monkeypatch):
     model = build()
     whole = diagnose(model, ids, **CHEAP | {"gradients": True})
-    monkeypatch.setattr("hf_lnscale.depth.scores._MAX_LOGITS", 7 * tiny.VOCAB)
+    monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB)
     parts = diagnose(model, ids, **CHEAP | {"gradients": True})
     assert of(parts, "gradient_norm") == near(of(whole, "gradient_norm"))
 
@@ -776,7 +776,7 @@ def test_the_command_overwrites_nothing_unasked(checkpoints, tmp_path):
 
 
 def test_a_failure_leaves_nothing(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.diagnosis.plots.save_all", lambda *_: 1 / 0)
+    monkeypatch.setattr("hf_lnscale.diagnosis.figures.save_all", lambda *_: 1 / 0)
     cheap = ["--no-loss", "--no-gradients", "--no-jacobian"]
     done = command(checkpoints, "--out", tmp_path / "out", *cheap)
     assert isinstance(done.exception, ZeroDivisionError)
@@ -784,7 +784,7 @@ def test_a_failure_leaves_nothing(checkpoints, tmp_path, monkeypatch):
 
 
 def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.diagnosis.run._load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_lnscale.diagnosis.folder._load", lambda *_: pytest.fail("loaded"))
     done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "missing")
     assert "missing" in str(done.exception)
     tiny.config("qwen2_vl_text").save_pretrained(tmp_path / "vision")

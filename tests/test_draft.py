@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 import tiny
 from hf_lnscale import ln_scales
-from hf_lnscale.depth import draft as drafting
-from hf_lnscale.depth.draft import (
+from hf_lnscale.pruning import speculative as drafting
+from hf_lnscale.pruning.speculative import (
     best_num_assistant_tokens,
     choose_draft,
     draft_model,

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import tiny
 from hf_lnscale import LNScalingConfig
+from hf_lnscale.checkpoints.names import load, locate
 from hf_lnscale.evaluation import Estimate, Perplexity, evaluate, perplexity
 from hf_lnscale.evaluation.perplexity import BLOCK_SIZE, block_cuts
 from hf_lnscale.evaluation.speed import measure
 from hf_lnscale.evaluation.tasks import TaskResult
-from hf_lnscale.models import load, locate
 
 TEXT = "hé llo wörld, this is a text. " * 3 + "日本語 and 🙂 end"
 
@@ -418,8 +418,8 @@ def test_packed_weights_are_counted_as_what_they_are(folder, tmp_path):
 
 
 def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.evaluation.report.measure", None)  # would fail if it were called
-    monkeypatch.setattr("hf_lnscale.evaluation.report.load", None)
+    monkeypatch.setattr("hf_lnscale.evaluation.comparison.measure", None)  # would fail if it were called
+    monkeypatch.setattr("hf_lnscale.evaluation.comparison.load", None)
     plain = str(folder / "plain")
     with pytest.raises(ValueError, match=r"'hellaswa' is neither a task .* nor a task file; did you mean .*hellaswag"):
         evaluate(plain, tasks=["hellaswa"])

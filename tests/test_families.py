@@ -10,7 +10,8 @@ from torch import nn
 
 import hf_lnscale
 import tiny
-from hf_lnscale import UnsupportedArchitectureError, apply_ln_scaling, families, ln_scales, register_family
+from hf_lnscale import UnsupportedArchitectureError, apply_ln_scaling, ln_scales, register_family
+from hf_lnscale.core import families
 from oracles import decoder_layers, llama_with_layernorm_scaling, with_hooked_norms
 
 SCALES = [1.0, 2**-0.5, 3**-0.5, 0.5]
@@ -151,7 +152,7 @@ def test_a_model_in_memory_of_another_family_is_refused():
 @pytest.fixture
 def own_table(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
-    monkeypatch.setattr("hf_lnscale.scaling.FAMILIES", families.FAMILIES)
+    monkeypatch.setattr("hf_lnscale.core.stack.FAMILIES", families.FAMILIES)
 
 
 def test_register_family(own_table, tmp_path):

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import tiny
 from hf_lnscale import apply_ln_scaling, fold_ln_scaling, ln_scales, unfold_ln_scaling
-from hf_lnscale.cli import main
-from hf_lnscale.export import export, read_info
-from hf_lnscale.scaling import scale_parameter, unscale_parameter
+from hf_lnscale.checkpoints.export import export, read_info
+from hf_lnscale.commands.main import main
+from hf_lnscale.core.norm import scale_parameter, unscale_parameter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -258,7 +258,7 @@ def test_norms_that_are_missing_on_disk_are_noticed(scaled, tmp_path):
 def test_a_killed_export_leaves_nothing_that_loads(scaled, tmp_path):
     """Killed while the weights are being written: slowed down so that the moment is met."""
     code = """
-import signal, sys, time, hf_lnscale.export as e
+import signal, sys, time, hf_lnscale.checkpoints.export as e
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background, it is ignored
 copy = e.shutil.copyfile
 def slow(source, target):
@@ -295,7 +295,7 @@ def test_export_memory_is_that_of_one_norm(tmp_path):
     model.save_pretrained(tmp_path / "scaled")
     size = (tmp_path / "scaled/model.safetensors").stat().st_size
     code = f"""
-import resource, hf_lnscale.export as e
+import resource, hf_lnscale.checkpoints.export as e
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 e.export({str(tmp_path / "scaled")!r}, {str(tmp_path / "out")!r}, progress=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import hf_lnscale
 import tiny
-from hf_lnscale.gguf import export_gguf, find_converter
-from hf_lnscale.run import environment
+from hf_lnscale.checkpoints.gguf import export_gguf, find_converter
+from hf_lnscale.core.processes import environment_with_flags
 
 # Refuses what llama.cpp's refuses, and writes what it was given.
 CONVERTER = """
@@ -55,7 +55,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "content"), [("plain", "plain"), ("folded", "folded"), ("scaled", "folded")])
 def test_the_converter_gets_a_plain_checkpoint(name, content, saved, converter, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])  # as under hf-lnscale run
+    monkeypatch.setenv("PYTHONPATH", environment_with_flags()["PYTHONPATH"])  # as under hf-lnscale run
     out = export_gguf(saved / name, tmp_path / "new" / "model.gguf", converter=converter, progress=False)
     written, expected = load_file(out), load_file(saved / content / "model.safetensors")
     assert written.keys() == expected.keys()

@@ -19,11 +19,11 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 import oracles
 import tiny
 from hf_lnscale import draft_model, plan_pruning
-from hf_lnscale.depth import heal as heal_module
-from hf_lnscale.depth.data import Batch
-from hf_lnscale.depth.heal import HealReport, heal, healed
-from hf_lnscale.depth.layers import drop_layers
-from hf_lnscale.families import UnsupportedArchitectureError
+from hf_lnscale.core.families import UnsupportedArchitectureError
+from hf_lnscale.measuring.text import Batch
+from hf_lnscale.pruning import heal as heal_module
+from hf_lnscale.pruning.heal import HealReport, heal, healed
+from hf_lnscale.pruning.layers import drop_layers
 
 REFUSED = ("gemma2", "gemma3_text")
 HEALABLE = [family for family in tiny.FAMILIES if family not in REFUSED]

@@ -11,7 +11,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 import hf_lnscale
 import tiny
-from hf_lnscale import hooks
+from hf_lnscale.hooks import install as hooks
 
 HOOKED = {
     (PreTrainedConfig, "ln_scaling"),

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
-from hf_lnscale.depth.plan import PruningPlan
-from hf_lnscale.hub import push
+from hf_lnscale.checkpoints.hub import push
+from hf_lnscale.pruning.plan import PruningPlan
 
 PLAN = PruningPlan(
     layers=(1,),

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, draft_model, drop_layers, families, fold_ln_scaling, ln_scales
-from hf_lnscale.depth.plan import fingerprint
-from hf_lnscale.export import export, read_info
-from hf_lnscale.hooks import _require_same_model
+from hf_lnscale import PruningPlan, draft_model, drop_layers, fold_ln_scaling, ln_scales
+from hf_lnscale.checkpoints.export import export, read_info
+from hf_lnscale.core import families
+from hf_lnscale.hooks.trainer import require_same_model
+from hf_lnscale.pruning.plan import fingerprint
 from oracles import decoder_layers
 
 # What the tiny configurations leave at values with which a mistake would not show.
@@ -401,7 +402,7 @@ def test_an_optimizer_is_refused():
 
 def test_a_family_whose_depth_fields_are_not_known_is_refused(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
-    monkeypatch.setattr("hf_lnscale.scaling.FAMILIES", families.FAMILIES)
+    monkeypatch.setattr("hf_lnscale.core.stack.FAMILIES", families.FAMILIES)
     with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match="not supported for model_type 'starcoder2'"):
         AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
     hf_lnscale.register_family("starcoder2")
@@ -593,7 +594,7 @@ def test_models_that_count_no_layers(tmp_path):
     info = read_info(str(checkpoint))
     assert (info.family, info.supported, info.num_layers, info.scales) == ("resnet", False, None, [])
     tf.LxmertConfig().save_pretrained(tmp_path / "lxmert")
-    _require_same_model(tf.LxmertConfig(), str(tmp_path / "lxmert"))
+    require_same_model(tf.LxmertConfig(), str(tmp_path / "lxmert"))
     assert read_info(str(tmp_path / "lxmert")).num_layers is None
 
 

@@ -9,9 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import LlamaForCausalLM
 
-import hf_lnscale.training.run
+import hf_lnscale.training.recipe_run
 import recipe
-from hf_lnscale.families import FAMILIES
+from hf_lnscale.core.families import FAMILIES
 from hf_lnscale.training.scripts import RECIPES
 from hf_lnscale.training.shapes import SIZES, new_config
 
@@ -40,7 +40,7 @@ def parsed(monkeypatch, name, *words):
     def stop(recipe, training, *told):
         raise ParsedError(training, *told)
 
-    monkeypatch.setattr(hf_lnscale.training.run, "Run", stop)
+    monkeypatch.setattr(hf_lnscale.training.recipe_run, "Run", stop)
     with pytest.raises(ParsedError) as found:
         recipe.run(name, *words)
     return found.value.args

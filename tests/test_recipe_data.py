@@ -5,7 +5,7 @@ import pytest
 
 import recipe
 from hf_lnscale.training.arguments import DataArguments
-from hf_lnscale.training.data import LINES_A_ROW, first_texts, load_conversations, load_text
+from hf_lnscale.training.recipe_data import LINES_A_ROW, first_texts, load_conversations, load_text
 
 
 @pytest.fixture(autouse=True)

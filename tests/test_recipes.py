@@ -94,7 +94,7 @@ def test_pretrain_as_it_stands(tmp_path, monkeypatch):
     """No data, no tokenizer, no sizes named; a config by its name. On less of the text, as there is much of it."""
     monkeypatch.chdir(tmp_path)
     some = recipe.documents(standard_library=False)[:40]
-    monkeypatch.setattr("hf_lnscale.training.sample.documents", lambda: some)
+    monkeypatch.setattr("hf_lnscale.measuring.sample.documents", lambda: some)
     assert recipe.run("pretrain", "--config", "small", *SMALL, "--max_steps", 6, "--output_dir", "out") == 0
     complete(tmp_path / "out")
 
@@ -208,7 +208,7 @@ WAYS = {
 @pytest.fixture
 def no_plots(monkeypatch):
     """Half of the time of a run of this size."""
-    monkeypatch.setattr("hf_lnscale.training.report._plot", lambda *told: [])
+    monkeypatch.setattr("hf_lnscale.training.run_report._plot", lambda *told: [])
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -251,7 +251,7 @@ def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, mon
     # "true" in a folder that holds no run yet starts one: the same command line each time, on machines that go away.
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true") == 0
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lnscale.training.sample.train_tokenizer", None)
+        patch.setattr("hf_lnscale.measuring.sample.train_tokenizer", None)
         done = recipe.run("pretrain", *words, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "true")
         assert done == 0
     for folder in ("stopped", "new"):

@@ -15,7 +15,7 @@ import torch
 
 import tiny
 from hf_lnscale import Diagnosis, diagnose
-from hf_lnscale.diagnosis.report import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from hf_lnscale.diagnosis.html_report import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from oracles import decoder_layers
 
 pytestmark = pytest.mark.xdist_group("browser")

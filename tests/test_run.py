@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
 import tiny
-from hf_lnscale.run import STARTUP, command_line, environment
+from hf_lnscale.commands.program import command_line
+from hf_lnscale.core.processes import STARTUP, environment_with_flags
 from oracles import with_hooked_norms
 
 SCALES = [1.0, 2**-0.5, 3**-0.5, 0.5]
@@ -61,7 +62,7 @@ def run(*command, cwd, expect=0, **variables):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**environment(), **SETTINGS, **variables},
+        env={**environment_with_flags(), **SETTINGS, **variables},
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout
@@ -85,7 +86,7 @@ def test_lm_eval(work, expected):
     }
     (work / "words.yaml").write_text(yaml.safe_dump(task))
     run(
-        *(sys.executable, "-m", "hf_lnscale.cli", "run", "lm_eval", "--model", "hf", "--tasks", "words.yaml"),
+        *(sys.executable, "-m", "hf_lnscale", "run", "lm_eval", "--model", "hf", "--tasks", "words.yaml"),
         *("--model_args", "pretrained=plain,ln_scaling=True,dtype=float32", "--device", "cpu"),
         *("--output_path", "out", "--log_samples"),
         cwd=work,
@@ -220,9 +221,9 @@ def test_an_interpreter_without_hf_lnscale_says_so(tmp_path):
 
 def test_the_path_is_extended_once(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/one", str(STARTUP), "/two"]))
-    assert environment()["PYTHONPATH"] == os.pathsep.join([str(STARTUP), "/one", "/two"])
+    assert environment_with_flags()["PYTHONPATH"] == os.pathsep.join([str(STARTUP), "/one", "/two"])
     monkeypatch.delenv("PYTHONPATH")
-    assert environment()["PYTHONPATH"] == str(STARTUP)
+    assert environment_with_flags()["PYTHONPATH"] == str(STARTUP)
 
 
 def test_what_a_program_may_be(tmp_path, monkeypatch):
@@ -265,7 +266,7 @@ def test_the_process_becomes_the_program(tmp_path):
     """
     (tmp_path / "program.py").write_text(textwrap.dedent(script))
     process = subprocess.Popen(
-        [sys.executable, "-m", "hf_lnscale.cli", "run", "program.py", "-x", "--help", "--", "-m"],
+        [sys.executable, "-m", "hf_lnscale", "run", "program.py", "-x", "--help", "--", "-m"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,

@@ -16,9 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hf_lnscale
 import tiny
-from hf_lnscale.depth import scores as scores_module
-from hf_lnscale.depth.data import token_batches
-from hf_lnscale.depth.scores import METHODS, LayerScores, loss_without, score_layers, sweep_losses
+from hf_lnscale.measuring.losses import loss_without, sweep_losses
+from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.pruning import scores as scores_module
+from hf_lnscale.pruning.scores import METHODS, LayerScores, score_layers
 from oracles import decoder_layers
 
 LAYERS = tiny.LAYERS

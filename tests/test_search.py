@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from hf_lnscale import PruningPlan, draft_model, drop_layers
-from hf_lnscale.depth import prune as prune_module
-from hf_lnscale.depth import search
-from hf_lnscale.depth.data import token_batches
-from hf_lnscale.depth.layers import text_stack
-from hf_lnscale.depth.scores import score_layers
-from hf_lnscale.depth.search import SEARCH_METHODS, cache_bytes, plan_pruning
+from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.pruning import prune as prune_module
+from hf_lnscale.pruning import search
+from hf_lnscale.pruning.layers import text_stack
+from hf_lnscale.pruning.scores import score_layers
+from hf_lnscale.pruning.search import SEARCH_METHODS, cache_bytes, plan_pruning
 from oracles import decoder_layers
 
 L = 6
@@ -347,7 +347,7 @@ def text(tmp_path_factory):
 
 
 def prune(*arguments, expect=0):
-    command = [sys.executable, "-m", "hf_lnscale.cli", "prune", *map(str, arguments)]
+    command = [sys.executable, "-m", "hf_lnscale", "prune", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done.stdout + done.stderr
@@ -402,7 +402,7 @@ def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
 
 def test_prune_given_layers(checkpoint, text, tmp_path):
     given = ("--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out", "--json")
-    command = [sys.executable, "-m", "hf_lnscale.cli", "prune", *map(str, (checkpoint, *given))]
+    command = [sys.executable, "-m", "hf_lnscale", "prune", *map(str, (checkpoint, *given))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)  # and nothing else is printed there
     assert found["layers"] == [1, 4]

@@ -25,9 +25,9 @@ from hf_lnscale import (
     set_ln_scaling_step,
     unfold_ln_scaling,
 )
-from hf_lnscale.cli import app
-from hf_lnscale.export import export, read_info
-from hf_lnscale.scaling import scale_parameter
+from hf_lnscale.checkpoints.export import export, read_info
+from hf_lnscale.commands.main import app
+from hf_lnscale.core.norm import scale_parameter
 from hf_lnscale.training import LNScalingWarmupCallback
 
 WARMUP = {"warmup_steps": 4}

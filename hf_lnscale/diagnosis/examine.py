@@ -15,11 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._folders import public_name
 from .._version import __version__
-from ..depth.data import Batch, TokenBatches, token_batches
-from ..depth.scores import MOST_NATS, _Halves, _sweep, loss_without
-from ..scaling import DROPPED, Stack, get_ln_scaling, text_stack
+from ..checkpoints.folders import public_name
+from ..core.record import DROPPED, get_ln_scaling
+from ..core.stack import Stack, text_stack
+from ..measuring.losses import MOST_NATS, loss_without, sweep
+from ..measuring.split_model import SplitModel
+from ..measuring.text import Batch, TokenBatches, token_batches
 from . import verdict
 from .measure import (
     NotDifferentiableError,
@@ -111,7 +113,7 @@ def diagnose(
         full, added, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
         if loss:
             with bar.part("loss"):
-                full, without = _sweep(
+                full, without = sweep(
                     model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
                 )
                 if not full < MOST_NATS:
@@ -159,7 +161,7 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
 
 def _require_head(model: nn.Module) -> None:
     try:
-        _Halves(model)
+        SplitModel(model)
     except ValueError:
         raise ValueError(
             f"model: {type(model).__name__} has no language head to predict tokens with; load it with "
