@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from ..core.families import text_config
 from ..core.processes import environment_without_flags
 from ..core.record import DROPPED, get_ln_scaling
-from ..scaling import text_config
 from .export import export
 from .names import locate, read_config
 

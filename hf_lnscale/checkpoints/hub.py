@@ -17,10 +17,10 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .._version import __version__
 from ..core.display import markdown, show_bytes
+from ..core.families import text_config
 from ..core.record import DROPPED, FOLDED, get_ln_scaling
 from ..evaluation.comparison import EVALUATION_FILE
 from ..pruning.plan import PLAN_FILE, read_plan
-from ..scaling import text_config
 from .names import locate, read_config
 
 # Of a training run, not of the model: states, logs, and a pickle with paths of the machine.

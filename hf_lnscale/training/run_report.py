@@ -17,10 +17,10 @@ from transformers import Trainer
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
+from ..core.families import text_config
 from ..core.record import ACTIVE, DROPPED
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
-from ..scaling import text_config
 from .depth_stats import plot_depth_stats
 
 # What the card says of the training, besides what the recipe was told.
