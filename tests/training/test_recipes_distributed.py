@@ -15,7 +15,7 @@ import recipe
 from hf_lnscale import ln_scales
 from recipe import SMALL
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.xdist_group("recipes")
 

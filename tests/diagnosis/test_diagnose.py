@@ -653,7 +653,7 @@ def test_other_files_are_refused(text, tmp_path):
 
 
 def test_every_key_of_the_json_is_documented(small):
-    page = (Path(__file__).parents[1] / "docs/diagnosis.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/diagnosis.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"`([\w.\[\]]+)`", page))
 
     def keys(value, path):
