@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..core.families import text_config
 from ..core.stack import Stack, text_stack
 from ..measuring.stream import eval_mode
-from ..measuring.text import Batch, token_batches
+from ..measuring.text import Batch, Windows, token_batches
 from .layers import delete_layers, normalize_layers, prune_config
 from .plan import PruningPlan
 
@@ -303,7 +303,7 @@ def choose_draft(
         _require_count(name, value, most)
     _require_assisted(model, temperature)
     prompts = token_batches(
-        data, _generator(model), tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
+        data, _generator(model), tokenizer=tokenizer, windows=Windows(num_tokens, seq_len, batch_size)
     )
     with eval_mode(model):
         parts = [
@@ -421,7 +421,7 @@ def measure_draft(
     _require_assisted(model, temperature)
     draft = draft_model(model, drop_layers, num_assistant_tokens=num_assistant_tokens)
     number = draft.generation_config.num_assistant_tokens
-    batches = token_batches(data, _generator(model), tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len)
+    batches = token_batches(data, _generator(model), tokenizer=tokenizer, windows=Windows(num_tokens, seq_len))
     prompts = [ids_1T.to(_generator(model).device) for batch in batches for ids_1T in _prompts(batch, one_by_one=True)]
     settings = _settings(max_new_tokens, temperature)
     rounds: list[tuple[int, int, bool]] = []
