@@ -254,7 +254,7 @@ def _parameters(model: nn.Module, stack: Stack) -> int:
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     places = []
     for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
-        whole = first.with_(rest)
+        whole = first.merged(rest)
         places.append(
             {
                 "place": place,

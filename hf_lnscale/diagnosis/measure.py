@@ -17,47 +17,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.angles import BlockAngles, cosine_distance
+from ..measuring.losses import loss_gradient, sweep
+from ..measuring.moments import Moments, channel_moments
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, hidden_states, upcast
+from ..measuring.stream import (
+    capture_residual_stream,
+    eval_mode,
+    first_tokens,
+    hidden_states,
+    last_tokens,
+    upcast,
+)
 from ..measuring.text import Batch, TokenBatches, token_batches
-
-
-class Moments:
-    """Count, mean and variance of each channel over tokens, merged batch by batch in float64 (Chan et al. 1983)."""
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.mean_D = torch.zeros(channels, dtype=torch.float64)
-        self.squares_D = torch.zeros(channels, dtype=torch.float64)
-
-    def add(self, count: int, mean_D: torch.Tensor, variance_D: torch.Tensor) -> None:
-        if not count:
-            return
-        total = self.count + count
-        difference_D = mean_D - self.mean_D
-        self.squares_D += variance_D * count + difference_D**2 * (self.count * count / total)
-        self.mean_D += difference_D * (count / total)
-        self.count = total
-
-    def with_(self, other: Moments) -> Moments:
-        both = Moments(len(self.mean_D))
-        for one in (self, other):
-            both.add(one.count, one.mean_D, one.squares_D / max(one.count, 1))
-        return both
-
-    @property
-    def channels_D(self) -> torch.Tensor:
-        """The variance of each channel over tokens."""
-        return self.squares_D / self.count
-
-    @property
-    def variance(self) -> float:
-        """Of all entries: within the channels, and between their means."""
-        return (self.channels_D.mean() + self.mean_D.var(correction=0)).item()
 
 
 @dataclass
@@ -82,15 +56,6 @@ class Streamed:
     angles_LL: torch.Tensor
 
 
-def first_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are the first of their sequence, shape (B, T), bool; padding is none."""
-    return batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
-
-
-def last_tokens(batch: Batch) -> torch.Tensor:
-    return batch.attention_mask & (batch.attention_mask.flip(1).cumsum(1).flip(1) == 1)
-
-
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
     """One pass of the decoder over the batches.
 
@@ -98,7 +63,6 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
         ValueError: if no sequence has a second token.
     """
     stack = text_stack(model)
-    layers = len(stack.layers)
     pass_ = _Pass(stack)
     with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
         for batch in batches:
@@ -112,23 +76,12 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     # From sums over first and rest to means over all and over the rest.
     shares = torch.tensor([[1 / (first + rest), 0.0], [1 / (first + rest), 1 / rest]], dtype=torch.float64)
     attention_L, mlp_L, influence_L = (pass_.sums[name] @ shares for name in ("attention", "mlp", "influence"))
-    angles_LL = torch.full((layers, layers), math.nan, dtype=torch.float64)
-    for n in range(1, layers + 1):
-        angles_LL[: layers - n + 1, n - 1] = pass_.angles_PP.diagonal(n) / pass_.sequences
-    return Streamed(
-        pass_.first, pass_.rest, (pass_.logs_P / rest).exp(), attention_L, mlp_L, influence_L, angles_LL
-    )  # fmt: skip
+    typical_P = (pass_.logs_P / rest).exp()
+    return Streamed(pass_.first, pass_.rest, typical_P, attention_L, mlp_L, influence_L, pass_.angles.mean())
 
 
 def _sum_where(mask_BT: torch.Tensor, values_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, values_BT.double(), 0.0).sum()
-
-
-def _moments(x: torch.Tensor) -> torch.Tensor:
-    """Variance and mean of each channel, shape (2, D). In two steps, which take a third of the time of `var_mean`."""
-    tokens = tuple(range(x.dim() - 1))
-    mean_D = x.mean(tokens)
-    return torch.stack([(x - mean_D).square_().mean(tokens), mean_D])
 
 
 class _Pass:
@@ -147,8 +100,7 @@ class _Pass:
         self.rest: list[Moments] = []
         self.logs_P = torch.zeros(layers + 1, dtype=torch.float64)
         self.sums = {name: torch.zeros(layers, 2, dtype=torch.float64) for name in ("attention", "mlp", "influence")}
-        self.angles_PP = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
-        self.sequences = 0
+        self.angles = BlockAngles(layers)
 
     def start(self, batch: Batch) -> None:
         self.padded = batch.padded
@@ -169,14 +121,14 @@ class _Pass:
             m_BTD, m_norm_BT = (one.to(x_BTD.device) for one in self.middle)
             y_BTD, y_norm_BT = (one.to(x_BTD.device) for one in self.before)
             self._sum("mlp", torch.linalg.vector_norm(x_BTD - m_BTD, dim=-1) / m_norm_BT)
-            self._sum("influence", 1 - torch.linalg.vecdot(x_BTD, y_BTD) / (norm_BT * y_norm_BT))
+            self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
         first_BT, rest_BT = self._masks(x_BTD.device)
         self.logs.append(_sum_where(rest_BT, (norm_BT.square() / x_BTD.shape[-1]).log()))
         # Without padding a view, else a copy.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
         for found, part, count in zip(self.moments, parts, self.counts, strict=True):
-            found.append(_moments(part) if count else part.new_zeros(2, 0))
+            found.append(channel_moments(part) if count else part.new_zeros(2, 0))
 
     def between(self, place: int, m_BTD: torch.Tensor) -> None:
         m_BTD = upcast(m_BTD)
@@ -205,9 +157,7 @@ class _Pass:
         self.logs_P += torch.stack([value.cpu() for value in self.logs])
         for name, values in self.found.items():
             self.sums[name] += torch.stack([value.cpu() for value in values])
-        x_BPD = F.normalize(torch.stack([x_BD.cpu().double() for x_BD in self.last], dim=1), dim=-1)
-        self.angles_PP += (x_BPD @ x_BPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-        self.sequences += len(x_BPD)
+        self.angles.add(self.last)
         del self.before, self.middle, self.last, self.moments
 
 
@@ -334,13 +284,7 @@ def gradient_norms(
             y_BTD = last.pop().detach().requires_grad_()
             with torch.enable_grad():
                 x_ND = pick_tokens(halves.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
-                leaf_ND = x_ND.detach().requires_grad_()
-                gradient_ND = torch.zeros_like(leaf_ND)
-                # The head's backward goes through a part of the logits at a time. The loss is summed over tokens.
-                for part in halves.parts(len(leaf_ND)):
-                    loss = token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum()
-                    gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
-                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, gradient_ND)
+                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, loss_gradient(halves, x_ND, targets_N))
             rest_BT = batch.attention_mask & ~first_tokens(batch)
             found: list[float] = []
             while calls:

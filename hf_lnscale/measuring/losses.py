@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..core.stack import text_stack
-from .split_model import SplitModel, pick_tokens, predictions
-from .stream import eval_mode, hidden_states
+from .split_model import SplitModel, logit_slices, pick_tokens, predictions
+from .stream import eval_mode, hidden_states, upcast
 from .text import TokenBatches, token_batches
 
 # Of a loss, in nats a token: what exp() still takes.
@@ -158,12 +158,32 @@ def _keeping(layers: nn.ModuleList, positions: Iterable[int], states: dict[int, 
             hook.remove()
 
 
-def token_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits_NV, targets_N.to(logits_NV.device), reduction="none")
+def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each token, shape (N,), nats, in at least float32; upcast a part of the logits at a time."""
+    targets_N = targets_N.to(logits_NV.device)
+    parts = [
+        F.cross_entropy(upcast(logits_NV[part]), targets_N[part], reduction="none")
+        for part in logit_slices(*logits_NV.shape)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def loss_gradient(halves: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Gradient of the loss, summed over tokens, with respect to the states that the head reads, shape (N, D).
+
+    The backward pass goes through the head a part of the logits at a time.
+    """
+    leaf_ND = x_ND.detach().requires_grad_()
+    gradient_ND = torch.zeros_like(leaf_ND)
+    with torch.enable_grad():
+        for part in halves.parts(len(leaf_ND)):
+            loss = token_losses(halves.logits(leaf_ND[part]), targets_N[part]).sum()
+            gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
+    return gradient_ND
 
 
 def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], float]:
-    return lambda logits_NV: _sum(token_cross_entropy(logits_NV, targets_N))
+    return lambda logits_NV: _sum(token_losses(logits_NV, targets_N))
 
 
 def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], float]:

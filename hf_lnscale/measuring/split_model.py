@@ -116,8 +116,7 @@ class SplitModel:
 
     def parts(self, count: int) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit into memory."""
-        size = max(1, _MAX_LOGITS // self.stack.model.config.vocab_size)
-        return (slice(at, at + size) for at in range(0, count, size))
+        return logit_slices(count, self.stack.model.config.vocab_size)
 
     def _skip(self, position: int, x_BTD: torch.Tensor | None = None) -> StandIn:
         if self.tuples is None:
@@ -129,6 +128,12 @@ class SplitModel:
             return (output,) if wrap else output
 
         return StandIn(self.stack.layers[position], forward)
+
+
+def logit_slices(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of `count` tokens whose logits fit into memory."""
+    size = max(1, _MAX_LOGITS // vocab_size)
+    return (slice(at, at + size) for at in range(0, count, size))
 
 
 def returns_tuples(stack: Stack) -> list[bool]:

@@ -15,8 +15,7 @@ from torch import nn
 
 from ..core.families import submodule
 from ..core.stack import Stack
-
-__all__ = ["capture_residual_stream", "eval_mode", "hidden_states", "upcast"]
+from .text import Batch
 
 
 @contextmanager
@@ -67,6 +66,16 @@ def capture_residual_stream(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def first_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are the first of their sequence, shape (B, T), bool; padding is not counted."""
+    return batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
+
+
+def last_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are the last of their sequence, shape (B, T), bool; padding is not counted."""
+    return batch.attention_mask & (batch.attention_mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..core.stack import text_stack
+from ..measuring.angles import layer_angle
+from ..measuring.moments import Moments, mean_where, pooled_moments
 from ..measuring.stream import hidden_states
 
 logger = logging.get_logger(__name__)
@@ -149,15 +152,15 @@ class DepthStatsCallback(TrainerCallback):
         counted = [torch.stack([layer.to(one[0].device) for layer in one]).tolist() for one in passes if one]
         squares = None if squares_L is None else squares_L.tolist()
         everywhere = gather_object([(counted, squares)])
-        moments: dict[int, tuple[int, float, float]] = {}
+        moments: defaultdict[int, Moments] = defaultdict(lambda: Moments(1))
         distances: dict[int, float] = {}
         for layers in (layers for counted, _ in everywhere for layers in counted):
             for i, (tokens, mean, variance, distance) in enumerate(layers):
                 if tokens:
-                    moments[i] = _merge(moments.get(i, (0, 0.0, 0.0)), int(tokens), mean, variance)
+                    moments[i].add(int(tokens), *torch.tensor([[mean], [variance]], dtype=torch.float64))
                     distances[i] = distances.get(i, 0.0) + tokens * distance
-        logs = {_key("residual_variance", i): squares / count for i, (count, _, squares) in moments.items()}
-        logs |= {_key("angular_distance", i): distances[i] / count for i, (count, _, _) in moments.items()}
+        logs = {_key("residual_variance", i): one.variance for i, one in moments.items()}
+        logs |= {_key("angular_distance", i): distances[i] / one.count for i, one in moments.items()}
         if all(squares is not None for _, squares in everywhere):
             for i, parts in enumerate(zip(*(squares for _, squares in everywhere), strict=True)):
                 if not math.isnan(parts[0]):
@@ -199,27 +202,15 @@ def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
 
 
 def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: torch.Tensor) -> torch.Tensor:
-    """Of the tokens that count: their number, mean and variance of all entries behind the layer, angular distance.
+    """Number of tokens that count, mean and variance of all their entries after the layer, mean angular distance.
 
     Returns:
         Shape (4,), float32, on the device of the hidden states; zeros if no token counts.
     """
     x_BTD, y_BTD = before_BTD.float(), after_BTD.float()
     w_BT = counting_BT.to(y_BTD.device)
-    count = w_BT.sum()
-
-    def mean_over_tokens(value_BT: torch.Tensor) -> torch.Tensor:
-        return torch.where(w_BT > 0, value_BT, 0).sum() / count.clamp_min(1)
-
-    variance_BT, mean_BT = torch.var_mean(y_BTD, dim=-1, correction=0)
-    mean = mean_over_tokens(mean_BT)
-    variance = mean_over_tokens(variance_BT + (mean_BT - mean) ** 2)
-    # From what the layer adds, d = y - x, since arccos of a cosine near 1 keeps no digits of a small angle in float32:
-    # tan(angle) = |x| |d| sin(x, d) / (|x|^2 + x d).
-    d_BTD = y_BTD - x_BTD
-    xx_BT, dd_BT, xd_BT = (torch.linalg.vecdot(a, b) for a, b in ((x_BTD, x_BTD), (d_BTD, d_BTD), (x_BTD, d_BTD)))
-    angle_BT = torch.atan2((xx_BT * dd_BT - xd_BT**2).clamp_min(0).sqrt(), xx_BT + xd_BT)
-    return torch.stack([count, mean, variance, mean_over_tokens(angle_BT) / math.pi])
+    angle = mean_where(w_BT, layer_angle(x_BTD, y_BTD)) / math.pi
+    return torch.stack([w_BT.sum(), *pooled_moments(y_BTD, w_BT), angle])
 
 
 @torch.no_grad()
@@ -251,15 +242,6 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
                 copies //= size
         gradient = gradient.to_local()
     return torch.linalg.vector_norm(gradient, dtype=torch.float32) ** 2 / copies
-
-
-def _merge(moments: tuple[int, float, float], count: int, mean: float, variance: float) -> tuple[int, float, float]:
-    """Moments of two sets together (Chan, Golub & LeVeque 1983), in double precision."""
-    old_count, old_mean, old_squares = moments
-    total = old_count + count
-    difference = mean - old_mean
-    squares = old_squares + variance * count + difference**2 * old_count * count / total
-    return total, old_mean + difference * count / total, squares
 
 
 def _is_compiled(model: nn.Module) -> bool:
