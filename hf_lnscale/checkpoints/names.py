@@ -11,7 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..core.errors import CheckpointError
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -68,6 +71,27 @@ def read_config(model: str | os.PathLike) -> Any:
         if str(model) in str(error):
             raise
         raise OSError(f"cannot read {str(model)!r}: {error}") from error
+
+
+def is_causal_lm(config: PreTrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for models of this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def load_tokenizer(model: str | os.PathLike) -> Any:
+    """Loads the tokenizer of a model from whatever `locate` finds.
+
+    Raises:
+        CheckpointError: if there is none that can be loaded.
+    """
+    name, where = locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(model)!r} has no tokenizer that can be loaded; save the one that the model was trained with beside "
+            "its weights: tokenizer.save_pretrained(...)"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -194,10 +194,10 @@ def diagnose(
     The curse of depth in a model of yours: tables here, plots in the report.
     """
     from ..checkpoints.names import Placement
-    from ..diagnosis.folder import run
+    from ..diagnosis.folder import diagnose_checkpoints
     from ..measuring.text import Windows
 
-    found = run(
+    found = diagnose_checkpoints(
         model, data, out, compare=compare, windows=Windows(tokens, seq_len, batch_size),
         placement=Placement(dtype, device, device_map), draw=plots, force=force, loss=loss, gradients=gradients,
         jacobian=jacobian,

@@ -22,7 +22,8 @@ def cosine_distance(
     equation 1).
     """
     product_BT = (x_norm_BT * y_norm_BT).clamp_min(torch.finfo(x_norm_BT.dtype).tiny)
-    return 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+    distance_BT: torch.Tensor = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+    return distance_BT
 
 
 def layer_angle(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:

@@ -270,10 +270,10 @@ def score_layers(
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
-    scores = torch.tensor(list(without.values()), dtype=torch.float64)
+    scores = torch.tensor([one.mean for one in without.values()], dtype=torch.float64)
     if method == "kl":
         return LayerScores(method, scores, name, about)
-    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
 
 
 # --- the residual stream ----------------------------------------------------------------------------
