@@ -4,6 +4,7 @@ Run by upstream.py: `tests` is the folder of tests of the installed transformers
 LN_SCALING says what is tested: "without" the plugin, "imported", "scaled", or in the middle of a "warmup".
 """
 
+import json
 import os
 import unittest
 
@@ -56,7 +57,7 @@ class FamilyTest(GenerationTesterMixin, ModelTesterMixin):
         self.model_tester = Tester(self.family)
         given = {"hidden_size": tiny.HIDDEN, **CHANGES}
         if self._is_composite:  # the flag belongs to the part that is the text decoder
-            given = {"text_config": self.model_tester.get_config().to_dict()["text_config"]}
+            given = {"text_config": json.loads(self.model_tester.get_config().to_json_string())["text_config"]}
         self.config_tester = ConfigTester(
             self, config_class=self.config_class, has_text_modality=not self._is_composite, **given
         )
