@@ -27,7 +27,8 @@ COMPARED = ("transformers", "trl", "peft", "accelerate")
 # What is not pinned is the newest release that goes with the pins. "newest" pins COMPARED to the newest releases of the
 # day, and "pinned" everything to constraints.txt.
 SETS: dict[str, dict[str, str]] = {
-    "oldest": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.18.0", "accelerate": "1.13.0"},
+    # transformers 5.16.1 puts adapters on a model itself with PEFT 0.19.1 or newer alone.
+    "oldest": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.19.1", "accelerate": "1.13.0"},
     "axolotl": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.20.0", "accelerate": "1.13.0"},
     "sglang": {"transformers": "5.19.0"},
     "vllm": {"transformers": "5.20.*"},
