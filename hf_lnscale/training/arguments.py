@@ -38,7 +38,7 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
         "Name on the Hub, or path of a file (.txt, .jsonl, .json, .parquet, .csv, .tsv, or .gz of these), of a folder "
         "of such files, or of a folder written by save_to_disk. Without one: English that comes with every Python.",
     )
-    dataset_test_split: str | None = option(
+    dataset_test_split: str | None = option(  # type: ignore[assignment]
         None,
         "Split to evaluate on: of a dataset on the Hub, or of a folder with files of that name. Without one, and for a "
         "file, rows are held out of training.",
@@ -49,7 +49,7 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.datasets and self.dataset_name:
             raise ValueError("dataset_name and datasets are both given; name one dataset or a mixture")
         if self.test_split_size is not None:
@@ -65,7 +65,7 @@ class PretrainArguments:
 
     shape: str = option("demo", "Sizes of the model: one of the paper's, or a small one.", choices=list(SHAPES))
     family: str = option("llama", "Family of the model, a model_type such as llama, qwen3 or gemma2.")
-    config_name: str | None = option(None, "Folder or name on the Hub of a configuration, in place of family and shape.")
+    config_name: str | None = option(None, "Folder or name on the Hub of a config, in place of family and shape.")
     tokenizer_name: str | None = option(
         None, "Folder or name on the Hub; without one, a byte-level BPE is trained on the start of the data."
     )
@@ -171,7 +171,7 @@ class RecipeConfig(SFTConfig):
                 raise ValueError("early_stopping_patience needs --eval_strategy steps or epoch")
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -186,7 +186,9 @@ class TextConfig(RecipeConfig):
         choices=["bfd", "bfd_split", "wrapped"],
     )
     lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warmup.")
-    lr_scheduler_kwargs: dict | str | None = option({"min_lr_rate": 0.1}, "By default the cosine ends at a tenth.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = option(
+        {"min_lr_rate": 0.1}, "By default the cosine ends at a tenth."
+    )
 
 
 @dataclass
@@ -258,7 +260,9 @@ class RecipeParser(TrlParser):
         )
         self.recipe = recipe
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+    def parse_args_and_config(  # type: ignore[override]
+        self, args: Iterable[str] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """Parses the words, and the YAML file after `--config`, whose values the words override.
 
         Raises:

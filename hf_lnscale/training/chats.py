@@ -149,10 +149,10 @@ def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
     """
     if training.chat_template_path == "chatml":
         training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
-    row = next(iter(train))
+    is_chat = not {"messages", "tools"}.isdisjoint(train.column_names)
     if training.assistant_only_loss is None:
-        training.assistant_only_loss = "messages" in row
-    if "messages" not in row and not isinstance(row["prompt"], list):
+        training.assistant_only_loss = is_chat
+    if not is_chat:
         return
     path = training.chat_template_path
     advice = "name one with --chat_template_path: chatml, a .jinja file, or the tokenizer of a chat model"

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 from datasets import (
-    Dataset, DatasetDict, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets, load_dataset,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
     load_from_disk,
 )  # fmt: skip
 from trl.scripts.utils import DatasetConfig
@@ -127,12 +134,12 @@ def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test
     """Joins datasets, or draws rows from them by their fractions until one is used up: no row is drawn twice."""
     loaded = [_load(part, streaming, prepare, test) for part in parts]
     if len({tuple(data.features) for data in loaded}) > 1:
-        kinds = ", ".join(f"{part.path!r} has {' and '.join(data.features)}" for part, data in zip(parts, loaded, strict=True))
-        raise ValueError(f"datasets: all must be of one kind; {kinds}")
-    fractions = [part.fraction for part in parts]
-    if not any(fractions):
+        kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
+        raise ValueError(f"datasets: all must be of one kind; {'; '.join(kinds)}")
+    if all(part.fraction is None for part in parts):
         return concatenate_datasets(loaded)
-    if not all(fraction and fraction > 0 for fraction in fractions):
+    fractions = [part.fraction or 0.0 for part in parts]
+    if min(fractions) <= 0:
         raise ValueError(f"datasets: fraction must be positive for all or given for none, got {fractions}")
     shares = [fraction / sum(fractions) for fraction in fractions]
     return interleave_datasets(loaded, shares, seed=seed, stopping_strategy="first_exhausted")
@@ -165,7 +172,7 @@ def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | No
         # The version is part of the cache's key: another release may convert rows differently.
         data = make(_rows, gen_kwargs={"files": files, "convert": convert, "version": __version__}, features=features)
     else:
-        if path.suffix in SUFFIXES or part.path.startswith((".", "/")) and not path.exists():
+        if path.suffix in SUFFIXES or (part.path.startswith((".", "/")) and not path.exists()):
             raise FileNotFoundError(f"dataset_name: there is no file {name}")
         raw = _load_saved(path, part.split, streaming) if path.exists() else load_dataset(
             part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, split=part.split,

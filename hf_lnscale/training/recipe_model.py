@@ -68,7 +68,11 @@ def load_model(
             print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name, dtype=model.dtype, attn_implementation=model.attn_implementation, **_common(model, training), **kwargs
+        str(name),
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        **_common(model, training),
+        **kwargs,
     )
     return loaded
 
@@ -118,4 +122,4 @@ def _common(model: ModelConfig, training: RecipeConfig) -> dict[str, Any]:
 
 
 def _config(model: ModelConfig, training: RecipeConfig) -> Any:
-    return AutoConfig.from_pretrained(model.model_name_or_path, **_common(model, training))
+    return AutoConfig.from_pretrained(str(model.model_name_or_path), **_common(model, training))

@@ -20,7 +20,12 @@ import torch.distributed as dist
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
 from transformers import (
-    EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )  # fmt: skip
 
 from ..checkpoints.folders import public_command
@@ -31,6 +36,7 @@ from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
 from .run_report import write_report
 from .samples import SamplesCallback
+from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
@@ -170,7 +176,7 @@ class Run:
         self.training.distributed_state.wait_for_everyone()
         self.training.begun = True
 
-    def train(self, trainer: Trainer) -> dict[str, Any]:
+    def train(self, trainer: RecipeTrainer) -> dict[str, Any]:
         """Trains to the end and writes the model, its card, `metrics.json` and the plots.
 
         Returns:
@@ -188,7 +194,8 @@ class Run:
         if trained and arguments.load_best_model_at_end:
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
-        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(trainer.model).model.config))  # type: ignore[arg-type]
+        model: Any = trainer.model
+        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:
@@ -218,7 +225,7 @@ class Run:
         command = public_command(self.training.command)
         return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, since, seconds)
 
-    def _leave(self, trainer: Trainer, number: int) -> None:
+    def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
             again = shlex.join(self.training.command).replace(" --resume_from_checkpoint true", "")

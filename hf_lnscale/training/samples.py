@@ -34,9 +34,7 @@ class SamplesCallback(TrainerCallback):
             if start:
                 self.rows.append((row["input_ids"][:start], row["input_ids"][start:stop]))
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)

@@ -35,7 +35,8 @@ def import_recipe(script: str) -> ModuleType:
     name = f"hf_lnscale.recipes.{script}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, recipes_folder() / f"{script}.py")
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module

@@ -52,7 +52,7 @@ def new_config(
     """
     given = {name: value for name, value in sizes.items() if value is not None}
     if config_name is not None:
-        config = AutoConfig.from_pretrained(config_name, **given)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(config_name, **given)
         family_of(config)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
@@ -76,8 +76,8 @@ def new_config(
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     end = tokenizer.eos_token_id
-    made: Any = CONFIG_MAPPING[family]
-    return made(
+    family_config: Any = CONFIG_MAPPING[family]
+    made: PreTrainedConfig = family_config(
         vocab_size=len(tokenizer),
         # The training length: whoever measures the model takes no longer windows than it has positions.
         max_position_embeddings=max_length,
@@ -87,3 +87,4 @@ def new_config(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
         **numbers,
     )
+    return made
