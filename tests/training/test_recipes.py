@@ -367,10 +367,10 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    assert "is not empty, and no run of a recipe made it" in refused("continue_pretrain", *words)
+    assert "is not empty, and no recipe's run made it" in refused("continue_pretrain", *words)
     (tmp_path / "out" / "thesis.tex").unlink()
     assert recipe.run("continue_pretrain", *words) == 0
-    assert "holds this run already; go on with it with --resume" in refused("continue_pretrain", *words)
+    assert "holds this run already; continue it with --resume" in refused("continue_pretrain", *words)
     resume = ["--resume_from_checkpoint", "true"]
     assert "its recipe is 'continue_pretrain'" in refused("heal", *words, *resume)
     other = refused("continue_pretrain", "--model_name_or_path", here / "pre-ln", *common, *resume)
@@ -399,7 +399,7 @@ def test_what_to_resume(tmp_path, here, capsys):
     weights.unlink()
     again = [*words, "--drop_layers", 1, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true"]
     assert recipe.run("continue_pretrain", *again) == 0
-    assert "checkpoint-6 is not complete, and is left out" in capsys.readouterr().err
+    assert "checkpoint-6 is not complete and is skipped" in capsys.readouterr().err
     assert recipe.metrics(tmp_path / "whole")["resumed_from"] == "checkpoint-4"
     recipe.same_weights(tmp_path / "whole", tmp_path / "named")
 
