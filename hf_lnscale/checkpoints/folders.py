@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# What `evaluate` writes into a model's folder, and `push` puts into its card.
+EVALUATION_FILE = "evaluation.json"
+
 
 def require_free(
     target: Path, read_from: Iterable[Any], shown: str, force: bool, mark: str = "config.json", what: str = "checkpoint"

@@ -72,9 +72,9 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     """A table for a terminal, the first column on the left; line breaks within a cell stay."""
     from rich.table import Table
 
-    table = Table(rich_text(header[0]), title=rich_text(title) if title else None, title_justify="left")
-    for name in header[1:]:
-        table.add_column(rich_text(name), justify="right")
+    table = Table(title=rich_text(title) if title else None, title_justify="left")
+    for at, name in enumerate(header):
+        table.add_column(rich_text(name), justify="right" if at else "left")
     for row in rows:
         table.add_row(*map(rich_text, row))
     return table

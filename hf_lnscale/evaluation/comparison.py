@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from .._version import __version__
-from ..checkpoints.folders import public_name
+from ..checkpoints.folders import EVALUATION_FILE, public_name
 from ..checkpoints.names import Placement, locate, read_config, size_on_disk
 from ..core.display import markdown, show_bytes, terminal
 from ..measuring.text import documents, window_length
@@ -26,7 +26,6 @@ from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_byte
 from .speed import Speed, Timing, measure
 from .tasks import TaskResult, run_tasks, task_manager
 
-EVALUATION_FILE = "evaluation.json"
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 from transformers import Trainer
 
 from .._version import __version__
+from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
+from ..core.display import Markdown, one_line
 from ..core.families import text_config
 from ..core.record import ACTIVE, DROPPED
 from ..evaluation.speed import peak_memory
@@ -97,7 +99,10 @@ def write_report(
         _card(recipe, model, metrics, told, command, pictures).save(folder / "README.md")
         console = Console(highlight=False)
         console.print(_table(metrics))
-        console.print(f"wrote {folder}: the model, README.md, metrics.json{''.join(f', {name}' for name in pictures)}")
+        written = (
+            f"wrote {one_line(folder)}: the model, README.md, metrics.json{''.join(f', {one}' for one in pictures)}"
+        )
+        console.print(written, markup=False)
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -130,8 +135,8 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _table(metrics: dict[str, Any]) -> Table:
-    table = Table("", metrics["recipe"], show_header=False)
+def _table(metrics: dict[str, Any]) -> TerminalTable:
+    table = TerminalTable("", metrics["recipe"], show_header=False)
     for row in _rows(metrics):
         table.add_row(*row)
     return table
@@ -141,52 +146,38 @@ def _card(
     recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
     base, data = told.get("model_name_or_path"), told.get("dataset_name")
-    front = ModelCardData(
-        base_model=base if base and not Path(base).exists() else None,
-        datasets=[data] if data and not Path(data).exists() else None,
-        library_name="peft" if hasattr(model, "peft_config") else "transformers",
-        tags=["hf-lnscale", "trl"],
-        pipeline_tag="text-generation",
-    )
+    adapter = hasattr(model, "peft_config")
     text = vars(text_config(model.config))
     notes = []
     if text.get(ACTIVE):
         notes.append(
-            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a "
-            "plain checkpoint with `hf-lnscale export`."
+            Markdown(
+                "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a "
+                "plain checkpoint with `hf-lnscale export`."
+            )
         )
     if record := text.get(DROPPED):
         gone = ", ".join(map(str, record["layers"]))
         notes.append(f"Layers {gone} (counted from 0) of {record['num_hidden_layers']} were dropped.")
-    if hasattr(model, "peft_config"):
+    if adapter:
         notes.append("It is an adapter, for the base model loaded in the same way as it was trained on.")
-    figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
-    told = {key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()}
-    given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
-    plots = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
-    made_with = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    name = Path(base).name if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
-    return ModelCard(
-        f"""---
-{front.to_yaml()}
----
-
-# {name}: {recipe.replace("_", " ")}
-
-{" ".join(notes)}
-
-| | |
-| --- | --- |
-{figures}
-
-{plots}
-
-Made by `{command}`, with {made_with}, from the data `{told.get("dataset_name") or "text that comes with Python"}`.
-
-| argument | |
-| --- | --- |
-{given}
-"""
+    notes.append(f"It was trained on {public_name(data) if data else 'text that comes with Python'}.")
+    name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
+    return model_card(
+        f"{name}: {recipe.replace('_', ' ')}",
+        base_model=base,
+        dataset=data,
+        library_name="peft" if adapter else "transformers",
+        tags=["trl"],
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(("", ""), _rows(metrics))],
+        pictures=pictures,
+        settings={
+            key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()
+        },
+        made_by=command,
+        versions=metrics["versions"],
     )
 
 
