@@ -51,8 +51,8 @@ def markdown_text(text: object) -> str:
 
 
 def markdown_code(text: object) -> Markdown:
-    """Text as inline code in Markdown, in a table too."""
-    shown = one_line(text).replace("|", "\\|")
+    """Text as inline code in Markdown."""
+    shown = one_line(text)
     longest = max(map(len, re.findall("`+", shown)), default=0)
     return Markdown(f"`{shown}`" if longest == 0 else f"{'`' * (longest + 1)} {shown} {'`' * (longest + 1)}")
 
@@ -65,7 +65,9 @@ def markdown(header: Row, rows: Sequence[Row]) -> str:
 
 
 def _cell(cell: str) -> str:
-    return cell if isinstance(cell, Markdown) else ", ".join(map(markdown_text, cell.split("\n")))
+    if isinstance(cell, Markdown):
+        return cell.replace("|", "\\|")  # within code too, a bar would end the cell
+    return ", ".join(map(markdown_text, cell.split("\n")))
 
 
 def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
