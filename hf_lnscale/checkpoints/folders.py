@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import ArgumentError, PathExistsError
+
 # What `evaluate` writes into a model's folder, and `push` puts into its card.
 EVALUATION_FILE = "evaluation.json"
+# Bytes in the name of an output; file systems allow 255, and temporary names are longer.
+LONGEST_NAME = 200
 
 
 def require_free(
@@ -21,19 +25,27 @@ def require_free(
 
     With `force` a folder is replaced that holds the file `mark`, by which it is known as `what`.
     """
+    require_short_name(target)
     for one in read_from:
         if isinstance(one, (str, os.PathLike)) and str(one) and Path(one).exists():
             read = Path(one).resolve()
             if target in (read, *read.parents) or read in target.parents:
-                raise ValueError(f"--out {shown!r} must not be, hold or lie in what is read ({one})")
+                raise ArgumentError("out", shown, problem=f"must not be, contain or lie in what is read ({one})")
     if target == Path.cwd():
-        raise ValueError(f"--out {shown!r} is the current folder; choose another")
+        raise ArgumentError("out", shown, problem="is the current folder; choose another")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
-        raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
+        raise PathExistsError("out", shown, problem="exists and is not empty; choose another folder or use `force=True`")
     if not (target / mark).is_file():
-        raise FileExistsError(f"--out {shown!r} is no {what}; --force replaces only what it could have written")
+        raise PathExistsError("out", shown, problem=f"is not a {what}; `force=True` replaces only what it could have written")
+
+
+def require_short_name(target: Path) -> None:
+    """Refuses a name to write that leaves no room for the names of the temporary files beside it."""
+    if (size := len(os.fsencode(target.name))) > LONGEST_NAME:
+        problem = f"has a name of {size} bytes; at most {LONGEST_NAME} are possible"
+        raise ArgumentError("out", target.name, problem=problem)
 
 
 def public_name(name: str) -> str:
