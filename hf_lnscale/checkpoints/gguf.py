@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from ..core.errors import ArgumentError, PathExistsError, PathNotFoundError
 from ..core.families import text_config
 from ..core.processes import environment_without_flags
 from ..core.record import DROPPED, get_ln_scaling
@@ -31,7 +32,7 @@ def find_converter(path: str | os.PathLike | None = None) -> Path:
     looked = []
     for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
         if not place:
-            looked.append(f"{source} (not given)")
+            looked.append(f"`{source}` (not given)")
             continue
         found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
         if found.is_file():
@@ -78,9 +79,8 @@ def export_gguf(
     target = Path(out)
     if target.suffix != ".gguf":
         raise ArgumentError("out", str(out), "a file that ends in .gguf")
-    require_short_name(target)
     if target.exists() and not force:
-        raise PathExistsError("out", str(out), problem="exists; choose another file or use `force=True`")
+        raise PathExistsError("out", str(out), problem="exists", hint="choose another file, or use `force=True`")
     script = find_converter(converter)
     name, where = locate(checkpoint)
     if where:

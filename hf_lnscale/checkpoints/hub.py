@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
+from ..core.errors import ArgumentError, PathNotFoundError
 from ..core.families import text_config
 from ..core.record import DROPPED, FOLDED, get_ln_scaling
 from .card import Table, model_card
@@ -95,19 +96,21 @@ def push(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id: {error}") from None
+        raise ArgumentError("repo_id", problem=str(error)) from None
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(folder)!r}")
+        raise PathNotFoundError("folder", str(folder), problem="does not exist")
     if not locate(path)[1] and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is no checkpoint: it has no config.json")
+        raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no config.json")
     files = _files(path)
     if not any(file.endswith((".safetensors", ".bin", ".gguf")) for file in files):
-        raise FileNotFoundError(f"{str(folder)!r} is no checkpoint: it has no weights")
+        raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no weights")
     config = read_config(path)
     if get_ln_scaling(config) and not allow_scaled:
-        raise ValueError(
-            f"{str(folder)!r} has an active scale: only who has hf_lnscale can load it. Fold it first (hf-lnscale "
-            "export), or use --allow-scaled"
+        raise ArgumentError(
+            "folder",
+            str(folder),
+            problem="has an active scale: loading it needs hf_lnscale",
+            hint="fold it first with hf-lnscale export, or use `allow_scaled=True`",
         )
     upload = Upload(
         repo_id, private, files, _card(path, repo_id, config, base_model, _evaluated(path, evaluation)), path
@@ -132,14 +135,15 @@ def _evaluated(path: Path, evaluation: str | os.PathLike | None) -> str:
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
     if not file.is_file():
         if evaluation:
-            raise FileNotFoundError(f"evaluation: there is no file {str(file)!r}")
+            raise PathNotFoundError("evaluation", str(file), problem="does not exist")
         return ""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
         return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"evaluation: {str(file)!r} is not what hf-lnscale evaluate --out writes") from None
+        problem = "is not what hf-lnscale evaluate --out writes"
+        raise ArgumentError("evaluation", str(file), problem=problem) from None
 
 
 def _trained(path: Path) -> Table | None:

@@ -127,7 +127,8 @@ class Placement:
         if self.device is None:
             return
         if self.device_map:
-            raise ArgumentError("device", self.device, problem=f"and `device_map` {self.device_map!r}: give one of the two")
+            problem = f"and `device_map` {self.device_map!r} exclude each other"
+            raise ArgumentError("device", self.device, problem=problem, hint="give one of the two")
         try:
             torch.empty(0, device=self.device)
         except (AssertionError, RuntimeError) as error:
