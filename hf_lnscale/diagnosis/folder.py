@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import load, locate, read_config
+from ..checkpoints.names import Placement, locate, read_config
 from ..core.families import family_of
-from ..measuring.text import require_file, window_length
+from ..measuring.text import Windows, require_file, window_length
 from . import figures as plots
 from .examine import diagnose
 from .result import FILE, Diagnosis
@@ -29,9 +28,8 @@ def run(
     out: str | os.PathLike[str],
     *,
     compare: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    device_map: str | None = None,
+    windows: Windows = Windows(num_tokens=16_384),
+    placement: Placement = Placement(),
     draw: bool = True,
     force: bool = False,
     **settings: Any,
@@ -45,10 +43,8 @@ def run(
         data: see `diagnose`.
         out: folder to write.
         compare: a second checkpoint, to be shown beside the first.
-        dtype: of the weights; "auto" is the checkpoint's own.
-        device: to compute on; None takes a GPU if there is one.
-        device_map: in place of `device`: passed to `from_pretrained`, such as "auto" for a model that is spread over
-            devices.
+        windows: how text is cut.
+        placement: where the models are computed, and the type of their weights.
         draw: write plots as PNG and SVG, which needs matplotlib.
         force: replace a diagnosis that is at `out`.
         settings: passed to `diagnose`.
@@ -62,8 +58,6 @@ def run(
     require_free(target, (checkpoint, compare, data), str(out), force, FILE, "diagnosis")
     if draw:
         plots.require_matplotlib()
-    if device and device_map:
-        raise ValueError("--device and --device-map: give one of the two")
     names = [checkpoint] if compare is None else [checkpoint, compare]
     require_file(data)
     configs = [read_config(name) for name in names]
@@ -71,13 +65,13 @@ def run(
         family_of(config, "diagnose")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"{name!r} is no causal language model; diagnose it from Python, with hf_lnscale.diagnose")
-    settings["seq_len"] = window_length(settings.get("seq_len"), configs)  # of one length in both
+    windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
     found = []
     for name in names:
-        model = _load(name, dtype, device, device_map)
+        model = placement.load(name)
         folder, where = locate(name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where) if where else None
-        found.append(diagnose(model, data, tokenizer=tokenizer, **settings))
+        found.append(diagnose(model, data, tokenizer=tokenizer, windows=windows, **settings))
         del model
         gc.collect()
     if len(found) == 2 and found[0].name == found[1].name:
@@ -90,11 +84,3 @@ def run(
             plots.save_all(found, partial)
         found[0].report(partial / REPORT, *found[1:])
     return found
-
-
-def _load(name: str, dtype: str, device: str | None, device_map: str | None) -> Any:
-    model: Any = load(name, dtype=dtype, **({"device_map": device_map} if device_map else {}))
-    # A quantized one is where its quantizer has put it.
-    if not device_map and not getattr(model, "is_quantized", False):
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model

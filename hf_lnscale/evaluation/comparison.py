@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
-from ..checkpoints.names import load, locate, read_config, size_on_disk
+from ..checkpoints.names import Placement, locate, read_config, size_on_disk
 from ..core.display import markdown, show_bytes, terminal
 from ..measuring.text import documents, window_length
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
@@ -209,8 +209,7 @@ def evaluate(
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     repeats: int = 5,
-    dtype: str = "auto",
-    device: str | None = None,
+    placement: Placement = Placement(),
     progress: bool = True,
 ) -> Evaluation:
     """Measures models in the same way and compares them with the first: quality, speed, memory, size.
@@ -231,8 +230,7 @@ def evaluate(
         batch_size: windows, or requests of tasks, at a time.
         speed: measure speed and memory.
         prompt_tokens, new_tokens, repeats: see `measure`.
-        dtype: of the weights; "auto" is the checkpoint's own.
-        device: to compute on; None takes a GPU if there is one.
+        placement: where the models are computed, and the type of their weights.
         progress: show progress bars.
 
     Raises:
@@ -245,7 +243,7 @@ def evaluate(
         raise ValueError("models: name at least one")
     if data is None and not tasks and not speed:
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = placement.main_device
     found = [locate(name) for name in names]
     configs = [read_config(name) for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
@@ -264,9 +262,14 @@ def evaluate(
             if progress:
                 print(f"{label}: speed and memory, in a process of its own", file=sys.stderr)
             cost = measure(
-                name, dtype=dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+                name,
+                dtype=placement.dtype,
+                device=device,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
             )
-        model: Any = load(name, dtype=dtype).to(device)
+        model: Any = placement.load(name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
         text_figures = None
         if texts is not None:
@@ -301,7 +304,7 @@ def evaluate(
             "data": None if texts is None else {"source": source, "seq_len": seq_len, "stride": stride},
             "speed": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats} if speed else None,
             "tasks": {"limit": limit, "num_fewshot": num_fewshot} if tasks else None,
-            "dtype": dtype,
+            "dtype": placement.dtype,
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "threads": torch.get_num_threads(),
             "versions": _versions(bool(tasks)),

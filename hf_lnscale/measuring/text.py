@@ -47,6 +47,33 @@ class Batch:
         return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
 
 
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut into windows of tokens.
+
+    Attributes:
+        num_tokens: tokens to take from a text, from its start; None takes all of them.
+        seq_len: tokens in a window, at most `num_tokens`; None is 512, or the number of positions of the model if that
+            is smaller.
+        batch_size: windows in a batch.
+
+    Raises:
+        ValueError: if a size is too small; the message names it.
+    """
+
+    num_tokens: int | None = 65_536
+    seq_len: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 2), ("seq_len", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is None and name != "batch_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
 class TokenBatches:
     """Batches that can be gone through more than once, in the same order.
 
@@ -120,16 +147,14 @@ def token_batches(
     model: PreTrainedModel | None = None,
     *,
     tokenizer: Any = None,
-    num_tokens: int | None = 32_768,
-    seq_len: int | None = None,
-    batch_size: int = 8,
+    windows: Windows = Windows(),
 ) -> TokenBatches:
     """Makes batches of whatever a user has.
 
-    Texts are tokenized, joined with the end-of-text token between them, and cut into windows of `seq_len`, so that
+    Texts are tokenized, joined with the end-of-text token between them, and cut into `windows`, so that
     there is no padding; a remainder that fills no window is left out, and so are texts of nothing but white space. Only
-    as much is read as `num_tokens` asks for. Where the tokenizer puts a token in front of a text by itself (`bos_token`
-    of Llama or Gemma), every window begins with it, and it counts: it is what these models were trained with.
+    as much is read as `windows.num_tokens` asks for. If the tokenizer prepends a token to a text (the `bos_token` of
+    Llama or Gemma), every window begins with it, and it counts: these models were trained that way.
 
     Args:
         data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
@@ -138,10 +163,7 @@ def token_batches(
             iterable of these, or of lists of ids.
         model: the model whose tokenizer is loaded if none is given.
         tokenizer: turns text into ids; not needed for token ids.
-        num_tokens: tokens to take from texts, from their start; None takes all. Batches of ids are taken whole.
-        seq_len: tokens in a window of text, no more than `num_tokens`; None takes 512, or the positions of `model`
-            where these are fewer.
-        batch_size: windows of text in a batch.
+        windows: how texts are cut. Batches of token ids are taken whole.
 
     Raises:
         ValueError: for data of another kind, without a known column, without any text, or for sizes that are not
@@ -150,12 +172,6 @@ def token_batches(
     """
     if isinstance(data, TokenBatches):
         return data
-    for name, value in {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size}.items():
-        if value is None and name != "batch_size":
-            continue
-        least = 1 if name == "batch_size" else 2
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if isinstance(data, Mapping) and hasattr(data, "column_names"):
         raise ValueError(f"data: choose a split of the dataset, such as data[{next(iter(data), 'train')!r}]")
     if isinstance(data, Mapping) or _is_array(data):
@@ -180,8 +196,8 @@ def token_batches(
         if not name:
             raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    seq_len = window_length(seq_len, [] if model is None else [model.config])
-    return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, num_tokens, seq_len, batch_size, source), source)
+    seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
+    return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source), source)
 
 
 def max_positions(config: Any) -> int | None:
@@ -303,10 +319,9 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
             raise ValueError(f"data: a row must be a string or have a column 'text' or 'messages', got {has}")
 
 
-def _windows(
-    texts: Iterator[str], tokenizer: Any, num_tokens: int | None, seq_len: int, batch_size: int, source: str
-) -> list[Batch]:
+def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: int, source: str) -> list[Batch]:
     begin = added_beginning(tokenizer)
+    num_tokens = windows.num_tokens
     if num_tokens is not None:
         seq_len = min(seq_len, num_tokens)
     length = seq_len if begin is None else seq_len - 1  # of the text in a window
@@ -330,4 +345,4 @@ def _windows(
     windows_NT = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     if begin is not None:
         windows_NT = F.pad(windows_NT, (1, 0), value=begin)
-    return [Batch(part, torch.ones_like(part, dtype=torch.bool)) for part in windows_NT.split(batch_size)]
+    return [Batch(part, torch.ones_like(part, dtype=torch.bool)) for part in windows_NT.split(windows.batch_size)]

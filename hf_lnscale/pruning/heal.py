@@ -34,7 +34,7 @@ from ..core.stack import Stack, text_stack
 from ..measuring.losses import perplexity_of, token_cross_entropy
 from ..measuring.split_model import SplitModel, pick_tokens, predictions, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
-from ..measuring.text import TokenBatches, token_batches
+from ..measuring.text import TokenBatches, Windows, token_batches
 from .layers import normalize_layers
 from .plan import PruningPlan
 
@@ -190,9 +190,7 @@ def heal(
     reach: str = "cut",
     held_out: Any = None,
     tokenizer: Any = None,
-    num_tokens: int | None = 16_384,
-    seq_len: int | None = None,
-    batch_size: int = 8,
+    windows: Windows = Windows(num_tokens=16_384),
     progress: bool = True,
 ) -> HealReport:
     """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
@@ -223,7 +221,7 @@ def heal(
         reach: "cut" changes the last kept layer before each cut; "after" every kept layer from the one before the first
             cut on, each towards the full model's state in front of the next kept layer.
         held_out: data to choose the penalty by and to measure on; None holds a quarter of the sequences out.
-        tokenizer, num_tokens, seq_len, batch_size: see `token_batches`.
+        tokenizer, windows: see `token_batches`.
         progress: show a bar.
 
     Returns:
@@ -245,11 +243,10 @@ def heal(
         layers.require_made_for(stack.model.config)
         layers = layers.layers
     dropped = normalize_layers(layers, len(stack.layers), "layers")
-    sizes = {"tokenizer": tokenizer, "num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size}
-    batches = token_batches(data, stack.model, **sizes)
+    batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
         batches, held_out = batches.split(0.25)
-    held_out = token_batches(held_out, stack.model, **sizes)
+    held_out = token_batches(held_out, stack.model, tokenizer=tokenizer, windows=windows)
     places = _places(dropped, len(stack.layers), reach)
     for layer, _ in places:
         if layer is not None:

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .._version import __version__
 from ..checkpoints.folders import atomic_directory, public_name, require_free
-from ..checkpoints.names import load, locate, read_config, size_on_disk
+from ..checkpoints.names import Placement, locate, read_config, size_on_disk
 from ..core.display import show_bytes
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
 from ..evaluation.speed import Speed, measure
 from ..measuring.losses import loss_without, perplexity_of
-from ..measuring.text import token_batches, window_length
+from ..measuring.text import Windows, token_batches, window_length
 from .heal import METHODS as HEAL_METHODS
 from .heal import why_not_healable
 from .layers import drop_layers, normalize_layers
@@ -50,11 +50,8 @@ def prune(
     drop: list[int] | None = None,
     method: str = "best_of",
     heal: str | None = "auto",
-    num_tokens: int = 65_536,
-    seq_len: int | None = None,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    device: str | None = None,
+    windows: Windows = Windows(),
+    placement: Placement = Placement(),
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     force: bool = False,
@@ -75,9 +72,8 @@ def prune(
         drop: drop these.
         method: see `plan_pruning`.
         heal: how to heal, see `heal`; "auto" is "refit" for models that can be healed, None does not.
-        num_tokens, seq_len, batch_size: see `token_batches`.
-        dtype: of the weights, also of those written; "auto" is the checkpoint's own.
-        device: to compute on; None takes a GPU if there is one.
+        windows: see `token_batches`.
+        placement: where the model is computed, and the type of its weights, also of those written.
         prompt_tokens, new_tokens: how many to time prefill and decoding with.
         force: replace a checkpoint that is at `out`.
         command: the command line, for the model card.
@@ -101,7 +97,6 @@ def prune(
         raise ValueError("method 'greedy_healed' heals; heal=None goes with another method")
     if sum(value is not None for value in (num_layers, max_perplexity_increase, drop)) != 1:
         raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, where = locate(checkpoint)
     config = read_config(checkpoint)
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -118,12 +113,10 @@ def prune(
     batches = token_batches(
         data,
         tokenizer=tokenizer,
-        num_tokens=num_tokens,
-        seq_len=window_length(seq_len, [config]),
-        batch_size=batch_size,
+        windows=replace(windows, seq_len=window_length(windows.seq_len, [config])),
     )
     calibration, held_out = batches.split(0.25)
-    model: Any = load(checkpoint, dtype=dtype).to(device)
+    model: Any = placement.load(checkpoint)
     if heal == "auto":
         heal = "refit" if method == "greedy_healed" or why_not_healable(model) is None else None
     require_healable(model, heal)
@@ -156,11 +149,12 @@ def prune(
         tokenizer.save_pretrained(partial)
         config = model.config
         del model  # one at a time
-        _require_as_planned(partial, plan, held_out, dtype, device)
+        _require_as_planned(partial, plan, held_out, placement)
+        device = placement.main_device
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # for the processes that measure
         costs = [
-            measure(path, dtype=dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            measure(path, dtype=placement.dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
             for path in (checkpoint, str(partial))
         ]
         sizes = [size_on_disk(path) for path in (checkpoint, partial)]
@@ -192,10 +186,10 @@ def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal:
     )
 
 
-def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, dtype: str, device: str) -> None:
+def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, placement: Placement) -> None:
     """What was written is read again: it must do what the plan says."""
-    written: Any = load(folder, dtype=dtype)
-    found = perplexity_of(loss_without(written.to(device), held_out))
+    written: Any = placement.load(folder)
+    found = perplexity_of(loss_without(written, held_out))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
     if not abs(found - said) <= 0.01 * said:  # nor if one is no number
         raise ValueError(

@@ -32,7 +32,7 @@ from ..core.stack import Stack, text_stack
 from ..measuring.losses import sweep, token_cross_entropy
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode, upcast
-from ..measuring.text import Batch, TokenBatches, token_batches
+from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers"]
 METHODS = ("block_influence", "angular", "magnitude", "taylor", "perplexity", "kl")
@@ -213,9 +213,7 @@ def score_layers(
     method: str = "block_influence",
     *,
     tokenizer: Any = None,
-    num_tokens: int | None = 32_768,
-    seq_len: int | None = None,
-    batch_size: int = 8,
+    windows: Windows = Windows(num_tokens=32_768),
     tokens: str = "last",
     progress: bool = True,
 ) -> LayerScores:
@@ -243,9 +241,7 @@ def score_layers(
             decides better: 32,768 tokens is little for "perplexity". Not read for "magnitude".
         method: one of `METHODS`.
         tokenizer: turns text into ids; loaded by the model's name if none is given.
-        num_tokens: tokens to take from texts; None takes all.
-        seq_len: tokens in a window of text.
-        batch_size: windows of text in a batch.
+        windows: how texts are cut.
         tokens: for "angular": compare the "last" token of each sequence, as the paper does, or the mean over "all".
         progress: show a progress bar.
 
@@ -265,9 +261,7 @@ def score_layers(
         return LayerScores(method, _magnitude(stack), name)
     if data is None:
         raise ValueError(f"data: method {method!r} is measured on data; give texts, a dataset, a path or token ids")
-    batches = token_batches(
-        data, stack.model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
-    )
+    batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     about = batches.describe()
     if method == "block_influence":
         return LayerScores(method, _block_influence(model, batches, progress), name, about)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..checkpoints.folders import public_name
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import loss_without, perplexity_of, sweep_losses
-from ..measuring.text import TokenBatches, token_batches
+from ..measuring.text import TokenBatches, Windows, token_batches
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, healed, why_not_healable
 from .heal import heal as heal_model
@@ -53,9 +53,7 @@ def plan_pruning(
     heal: str | None = None,
     held_out: Any = None,
     tokenizer: Any = None,
-    num_tokens: int | None = 65_536,
-    seq_len: int | None = None,
-    batch_size: int = 8,
+    windows: Windows = Windows(),
     beam_width: int = 3,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
@@ -64,7 +62,7 @@ def plan_pruning(
 
     With `objective="draft"`, the layers are those that a draft for speculative decoding leaves out (see `choose_draft`
     and `draft_model`): as many as promise the most speed, `num_layers` at most. The plan's notes say what is promised,
-    and whether it pays; `data` are prompts, and of the other arguments only `tokenizer` and `batch_size` apply.
+    and whether it pays; `data` are prompts, and of the other arguments only `tokenizer` and `windows.batch_size` apply.
     Otherwise, exactly one of the first four arguments says how far to go:
 
     - `num_layers`: that many layers.
@@ -94,8 +92,7 @@ def plan_pruning(
         held_out: the same, to judge by; None keeps the last quarter of `data` back for it.
         heal: a method of `heal` to try on the result; the plan records what it gives, and uses it if that is better on
             held-out data. None does not try.
-        tokenizer, num_tokens, seq_len, batch_size: see `token_batches`; without `held_out`, `num_tokens` counts both
-            parts.
+        tokenizer, windows: see `token_batches`; without `held_out`, `windows.num_tokens` counts both parts.
         resume: path of a file in which the search notes each step; an interrupted one goes on from there.
         progress: show progress bars.
 
@@ -114,7 +111,7 @@ def plan_pruning(
         others = (max_perplexity_increase, target_params, target_memory, heal, held_out, resume)
         if any(value is not None for value in others) or method != "best_of":
             raise ValueError("objective='draft' goes with num_layers, tokenizer and batch_size alone")
-        return _draft_plan(model, stack, data, tokenizer, num_layers, batch_size)
+        return _draft_plan(model, stack, data, tokenizer, num_layers, windows.batch_size)
     if objective != "perplexity":
         raise ValueError(f"objective must be 'perplexity' or 'draft', got {objective!r}")
     target = search_target(stack, model, num_layers, max_perplexity_increase, target_params, target_memory,
@@ -128,7 +125,7 @@ def plan_pruning(
     if not isinstance(beam_width, int) or beam_width < 1:
         raise ValueError(f"beam_width must be a positive integer, got {beam_width!r}")
     require_healable(model, heal)
-    settings = {"num_tokens": num_tokens, "seq_len": seq_len, "batch_size": batch_size, "tokenizer": tokenizer}
+    settings: dict[str, Any] = {"windows": windows, "tokenizer": tokenizer}
     calibration = token_batches(data, stack.model, **settings)
     if held_out is None:
         calibration, judged = calibration.split(0.25)

@@ -21,7 +21,7 @@ from hf_lnscale import Diagnosis, diagnose
 from hf_lnscale.commands.main import app
 from hf_lnscale.diagnosis import verdict
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
-from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.measuring.text import Windows, token_batches
 from oracles import (
     angular_distance,
     decoder_layers,
@@ -749,7 +749,7 @@ def test_the_command_writes_everything(checkpoints, tmp_path):
     assert str(tmp_path) not in report  # where things lie is nobody's business
     # It is the library's.
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "plain")
-    direct = diagnose(model, str(checkpoints / "text.txt"), seq_len=32, num_tokens=256, progress=False)
+    direct = diagnose(model, str(checkpoints / "text.txt"), windows=Windows(seq_len=32, num_tokens=256), progress=False)
     assert direct.residual == first.residual
     assert direct.layers == first.layers
 
@@ -784,7 +784,7 @@ def test_a_failure_leaves_nothing(checkpoints, tmp_path, monkeypatch):
 
 
 def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.diagnosis.folder._load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_lnscale.diagnosis.folder.Placement.load", lambda *_: pytest.fail("loaded"))
     done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "missing")
     assert "missing" in str(done.exception)
     tiny.config("qwen2_vl_text").save_pretrained(tmp_path / "vision")

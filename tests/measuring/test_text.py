@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from hf_lnscale import diagnose, plan_pruning
 from hf_lnscale.evaluation import perplexity
-from hf_lnscale.measuring.text import documents, token_batches
+from hf_lnscale.measuring.text import Windows, documents, token_batches
 
 BOS, EOS = 1, 2
 
@@ -36,22 +36,28 @@ def rows_of(batches):
 
 
 def test_windows_of_text():
-    found = token_batches([words(3, 4, 5), words(6, 7)], tokenizer=tokenizer(), seq_len=3, batch_size=1)
+    found = token_batches(
+        [words(3, 4, 5), words(6, 7)], tokenizer=tokenizer(), windows=Windows(seq_len=3, batch_size=1)
+    )
     assert rows_of(found) == [[3, 4, 5], [EOS, 6, 7]]
 
 
 def test_windows_begin_as_the_tokenizer_begins_a_text():
     texts = [words(3, 4, 5), words(6, 7)]
-    found = token_batches(texts, tokenizer=tokenizer(bos=True), seq_len=4, batch_size=1)
+    found = token_batches(texts, tokenizer=tokenizer(bos=True), windows=Windows(seq_len=4, batch_size=1))
     assert rows_of(found) == [[BOS, 3, 4, 5], [BOS, EOS, 6, 7]]
     assert found.num_tokens == 8
-    assert rows_of(token_batches(texts, tokenizer=tokenizer(bos=True), num_tokens=6, seq_len=3)) == [
+    assert rows_of(token_batches(texts, tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=6, seq_len=3))) == [
         [BOS, 3, 4],
         [BOS, 5, EOS],
     ]
     # As many tokens again give the same windows again.
-    part, _ = token_batches([words(*range(3, 40))], tokenizer=tokenizer(bos=True), num_tokens=32, seq_len=4).split(0.25)
-    again = token_batches([words(*range(3, 40))], tokenizer=tokenizer(bos=True), num_tokens=part.num_tokens, seq_len=4)
+    part, _ = token_batches(
+        [words(*range(3, 40))], tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=32, seq_len=4)
+    ).split(0.25)
+    again = token_batches(
+        [words(*range(3, 40))], tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=part.num_tokens, seq_len=4)
+    )
     assert part.describe()["sha256"] == again.describe()["sha256"]
 
 
@@ -83,7 +89,7 @@ def test_windows_are_no_longer_than_the_positions_of_the_model():
     for measure in (diagnose, plan_pruning):
         given = {"num_layers": 1} if measure is plan_pruning else {"gradients": False}
         with pytest.raises(ValueError, match=r"seq_len must be at most 32, the positions of .*; got 33"):
-            measure(model, text, tokenizer=tokenizer(), seq_len=33, progress=False, **given)
+            measure(model, text, tokenizer=tokenizer(), windows=Windows(seq_len=33), progress=False, **given)
 
 
 def test_empty_rows_are_no_texts():
@@ -99,10 +105,10 @@ def test_empty_rows_are_no_texts():
 def test_no_more_tokens_than_asked_for():
     text = [words(*[3] * 600)]
     for num_tokens, shape in ((64, (1, 64)), (512, (1, 512)), (1000, (1, 512))):
-        (batch,) = token_batches(text, tokenizer=tokenizer(), num_tokens=num_tokens, seq_len=512)
+        (batch,) = token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=num_tokens, seq_len=512))
         assert batch.input_ids.shape == shape
     with pytest.raises(ValueError, match="num_tokens must be an integer of at least 2, got 1"):
-        token_batches(text, tokenizer=tokenizer(), num_tokens=1)
+        token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=1))
 
 
 IDS = [[5, 6, 7], [8, 9, 10]]

@@ -20,7 +20,7 @@ import oracles
 import tiny
 from hf_lnscale import draft_model, plan_pruning
 from hf_lnscale.core.families import UnsupportedArchitectureError
-from hf_lnscale.measuring.text import Batch
+from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
 from hf_lnscale.pruning.heal import HealReport, heal, healed
 from hf_lnscale.pruning.layers import drop_layers
@@ -478,10 +478,10 @@ def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
     ids = text_of(model, sequences=48, length=16)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token}" for token in ids.flatten().tolist()))
-    sizes = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer), "seq_len": 16, "progress": False}
-    plan = plan_pruning(model, text, num_layers=1, heal="linear", num_tokens=640, **sizes)
+    sizes = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer), "progress": False}
+    plan = plan_pruning(model, text, num_layers=1, heal="linear", windows=Windows(640, 16), **sizes)
     assert plan.perplexity["healed"] < plan.perplexity["after"]
     taken = plan.data["calibration"]["num_tokens"]
-    assert heal(model, plan.layers, text, method="linear", num_tokens=taken, **sizes).to_dict() == plan.heal
+    assert heal(model, plan.layers, text, method="linear", windows=Windows(taken, 16), **sizes).to_dict() == plan.heal
     drop_layers(model, plan.layers)
     assert perplexity(model, ids[30:40]) == pytest.approx(plan.perplexity["healed"], rel=1e-6)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from hf_lnscale import PruningPlan, draft_model, drop_layers
-from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.pruning import prune as prune_module
 from hf_lnscale.pruning import search
 from hf_lnscale.pruning.layers import text_stack
@@ -367,7 +367,7 @@ def test_prune(checkpoint, text, tmp_path):
     assert pruned.config.dropped_layers["layers"] == list(found.layers)
     assert pruned.config.ln_scaling["depths"] == [i + 1 for i in range(L) if i not in found.layers]
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
-    _, held_out = token_batches(text, tokenizer=tokenizer, seq_len=16).split(0.25)
+    _, held_out = token_batches(text, tokenizer=tokenizer, windows=Windows(seq_len=16)).split(0.25)
     with torch.no_grad():
         losses = [pruned(batch.input_ids, labels=batch.input_ids).loss for batch in held_out]
     sizes = torch.tensor([batch.input_ids[:, 1:].numel() for batch in held_out])
@@ -427,7 +427,9 @@ def test_prune_heals_where_it_can(checkpoint, text, tmp_path):
 
 
 def in_process(checkpoint, text, out, **options):
-    return prune_module.prune(str(checkpoint), str(text), out, progress=False, **{"seq_len": 16, **options})
+    return prune_module.prune(
+        str(checkpoint), str(text), out, progress=False, **{"windows": Windows(seq_len=16), **options}
+    )
 
 
 def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
@@ -460,7 +462,7 @@ def test_prune_heals_once(checkpoint, text, tmp_path, monkeypatch):
     whole = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
     expected = plan_pruning(
-        whole, str(text), num_layers=2, heal="linear", tokenizer=tokenizer, seq_len=16, progress=False
+        whole, str(text), num_layers=2, heal="linear", tokenizer=tokenizer, windows=Windows(seq_len=16), progress=False
     )
     assert (found.layers, found.perplexity, found.heal) == (expected.layers, expected.perplexity, expected.heal)
 
@@ -474,7 +476,7 @@ def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text,
             in_process(tmp_path / "gemma2", text, tmp_path / "out", num_layers=1, **options)
     for options in ({"num_layers": 1}, {"drop": [1]}):
         with pytest.raises(ValueError, match="1 sequence of calibration data is too little"):
-            in_process(checkpoint, text, tmp_path / "out", num_tokens=32, **options)
+            in_process(checkpoint, text, tmp_path / "out", windows=Windows(32, 16), **options)
     assert [path.name for path in tmp_path.iterdir()] == ["gemma2"]
 
 
@@ -489,7 +491,7 @@ def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
         with pytest.raises(ValueError, match=r"its perplexity on the held-out data is (nan|inf)"):
             in_process(tmp_path / "broken", text, tmp_path / "out", heal=None, **given)
     # And of what was written, whatever the plan says.
-    batches = token_batches(text, tokenizer=tf.AutoTokenizer.from_pretrained(checkpoint), seq_len=16)
+    batches = token_batches(text, tokenizer=tf.AutoTokenizer.from_pretrained(checkpoint), windows=Windows(seq_len=16))
     for said in (90.0, math.nan):
         with pytest.raises(ValueError, match="nothing is kept"):
             prune_module._require_as_planned(
@@ -498,12 +500,12 @@ def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
 
 
 def test_prune_refuses_before_a_weight_is_read(checkpoint, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune_module, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(prune_module.Placement, "load", lambda *_, **__: pytest.fail("loaded"))
     for given, message in (
         ({"num_layers": 0}, "num_layers must be an integer from 1 to 5"),
         ({"num_layers": 6}, "num_layers must be an integer from 1 to 5"),
         ({"drop": [9]}, "layer 9 does not exist in a model of 6"),
-        ({"drop": [1], "seq_len": 10_000}, "seq_len must be at most"),
+        ({"drop": [1], "windows": Windows(seq_len=10_000)}, "seq_len must be at most"),
     ):
         with pytest.raises(ValueError, match=message):
             in_process(checkpoint, text, tmp_path / "out", **given)
