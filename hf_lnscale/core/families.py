@@ -11,10 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-
-class UnsupportedArchitectureError(ValueError):
-    """The model's family is not in the table, or its modules are not where its row says they are."""
-
+from .errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 
 # The configuration fields over depth that it is known how to follow (depth/layers.py does).
 DEPTH_FIELDS = ("layer_types", "no_rope_layers", "max_window_layers", "first_k_dense_replace", "mlp_only_layers")

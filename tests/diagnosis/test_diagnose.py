@@ -791,7 +791,7 @@ def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, 
     done = command(checkpoints, "--out", tmp_path / "out", model=tmp_path / "vision")
     assert "is no causal language model" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--device", "cpu", "--device-map", "auto")
-    assert "--device-map" in str(done.exception)
+    assert "device_map" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")
     assert "there is no file" in str(done.exception)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
