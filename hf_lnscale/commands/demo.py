@@ -485,18 +485,18 @@ def _drop(console: Console, out: Path, checkpoint: str | None, texts: list[str])
     """Two layers out of a checkpoint (one out of the small model, where there is none), with the price."""
     real = checkpoint is not None
     # One pass chooses; the default, "greedy", chooses better and takes minutes.
-    plan, table = prune(
-        checkpoint or str(out / "lns-model"), texts, out / "pruned-model", num_layers=2 if real else 1,
+    found = prune(
+        checkpoint or str(out / "lns-model"), texts, out=out / "pruned-model", num_layers=2 if real else 1,
         method="block_influence", heal="linear", windows=Windows(4096, 256) if real else Windows(1024, 64),
         prompt_tokens=256, new_tokens=16, force=True, progress=False,
     )  # fmt: skip
-    table.title = None
+    plan = found.plan
     layers = " and ".join(str(layer + 1) for layer in plan.layers)
     name = "SmolLM2-135M-Instruct" if real else "the small LNS model"
     console.print(
         f"Out of {name}: layer{'s' * real} {layers}, by Block Influence (ShortGPT); perplexity on held-out documents."
     )
-    console.print(table)
+    console.print(str(found))
     if "healed" in plan.perplexity:
         console.print("Healed: a linear map, fitted in closed form and folded into the weights in front of each cut.")
     else:

@@ -18,7 +18,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 from transformers.utils import logging
 
 from .. import __version__
@@ -266,19 +265,19 @@ def prune(
     from ..measuring.text import Windows
     from ..pruning.prune import prune as run
 
-    plan, table = run(
-        checkpoint, data, out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
+    found = run(
+        checkpoint, data, out=out, num_layers=layers, max_perplexity_increase=_share(max_ppl_increase),
         drop=_indices(drop), method=method, heal=None if heal == "none" else heal,
         windows=Windows(tokens, seq_len, batch_size), placement=Placement(dtype, device), force=force,
         command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip
     if as_json:
-        print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
+        print(json.dumps({"path": str(out), **dataclasses.asdict(found.plan)}, indent=2))
         return
-    Console().print(table)
-    if plan.heal is not None and "healed" not in plan.perplexity:
+    print(found)
+    if found.plan.heal is not None and "healed" not in found.plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if get_ln_scaling(AutoConfig.from_pretrained(out)):
+    if get_ln_scaling(found.model.config):
         print(f"wrote {out}: its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint")
     else:
         print(f"wrote {out}: a plain checkpoint, loads without hf_lnscale")
