@@ -1,10 +1,10 @@
 """`prune`: in memory and on disk, in Python and on the command line."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+import hf_lnscale
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
 from hf_lnscale.measuring.text import Windows, token_batches
@@ -320,10 +321,3 @@ def test_a_cut_that_fails_leaves_the_weights_as_they_were(monkeypatch):
     with pytest.raises(MemoryError):
         hf_lnscale.prune(full, said, drop=[2], progress=False)
     assert all(torch.equal(before[name], value) for name, value in full.state_dict().items())
-
-
-def test_the_cut_in_the_readme_is_the_healed_one(tmp_path):
-    """README's example is run by tests/test_docs.py; here it is looked at what it leaves."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert "hf_lnscale.prune(" in readme
-    assert "drop_layers=plan)" not in readme

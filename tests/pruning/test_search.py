@@ -156,7 +156,7 @@ def test_a_budget_looks_two_numbers_further(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["best_of", "greedy", "greedy_healed"])
 def test_what_cannot_be_healed_is_refused_before_the_search(method, monkeypatch):
     monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
-    with pytest.raises(ValueError, match="heal 'linear' is not possible: .* model_type 'gemma2'"):
+    with pytest.raises(ValueError, match=r"heal 'linear' is not possible: .* model_type 'gemma2'"):
         plan(model("gemma2"), num_layers=1, method=method, heal="linear")
     with pytest.raises(ValueError, match="data: 1 sequence of calibration data is too little for heal=linear"):
         plan_pruning(model(), tiny.tokens(2, 12), num_layers=1, method=method, heal="linear", progress=False)
