@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
-from hf_lnscale.checkpoints.export import export
 from hf_lnscale.checkpoints import smollm2
+from hf_lnscale.checkpoints.export import export
 from hf_lnscale.commands import demo
 from hf_lnscale.commands.quiet import quiet_transformers
 from hf_lnscale.core import errors
