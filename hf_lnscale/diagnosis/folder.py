@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import Placement, locate, read_config
+from ..checkpoints.names import Placement, load_tokenizer, read_config
 from ..core.families import family_of
 from ..measuring.text import Windows, require_file, window_length
 from . import figures as plots
@@ -68,9 +68,8 @@ def run(
     windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
     found = []
     for name in names:
+        tokenizer = load_tokenizer(name) if isinstance(data, (str, os.PathLike)) else None
         model = placement.load(name)
-        folder, where = locate(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if where else None
         found.append(diagnose(model, data, tokenizer=tokenizer, windows=windows, **settings))
         del model
         gc.collect()
