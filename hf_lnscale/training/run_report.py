@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,7 +118,13 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if adapters := getattr(model, "peft_config", None):
-        found["lora_target_modules"] = sorted(next(iter(adapters.values())).target_modules)
+        modules = next(iter(adapters.values())).target_modules
+        found["lora_target_modules"] = modules if isinstance(modules, str) else sorted(modules)
+    found["datasets"] = (
+        [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]]
+    )
+    if fractions := [part["fraction"] for part in parts if part["fraction"]]:
+        found["fractions"] = fractions
     return found
 
 
@@ -131,32 +138,25 @@ def _versions() -> dict[str, str]:
     return {"hf_lnscale": __version__} | {module.__name__: module.__version__ for module in named}
 
 
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    before = metrics["eval_loss_before"]
-    rows = [] if before is None else [("evaluation loss before", f"{before:.4f}")]
-    rows += [
-        ("evaluation loss", f"{metrics['eval_loss']:.4f}"),
-        ("perplexity", f"{metrics['perplexity']:,.2f}"),
-        ("steps", f"{metrics['steps']:,}" + (f", best after {best:,}" if (best := metrics["best_step"]) else "")),
-        ("rows", f"{metrics['train_rows'] or 'streamed'} for training, {metrics['eval_rows']} for evaluation"),
-        ("tokens seen", f"{metrics['tokens_seen']:,}"),
-        ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
-        ("wall time", f"{metrics['wall_seconds']:,.0f} s"),
-        (f"peak memory, {metrics['peak_memory_of']}", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ("processes", f"{metrics['processes']} x {metrics['device']}"),
-    ]
+def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in metrics.items():
+        if key == "peak_memory_bytes":
+            yield f"peak memory, {metrics['peak_memory_of']}", f"{value / 2**30:.2f} GiB"
+        elif isinstance(value, float):
+            yield key.replace("_", " "), f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        elif isinstance(value, (int, str)) and key not in ("recipe", "peak_memory_of"):
+            yield key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
     if metrics["resumed_from"]:
-        rows.append(("resumed from", f"{metrics['resumed_from']}; speed and time are those since then"))
-    return rows
+        yield "measured", "speed and time since then"
 
 
 def _card(
     recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
-    base, data = told.get("model_name_or_path"), told.get("dataset_name")
+    base, data = told.get("model_name_or_path"), told["datasets"]
     front = ModelCardData(
         base_model=base if base and not Path(base).exists() else None,
-        datasets=[data] if data and not Path(data).exists() else None,
+        datasets=[name for name in data if not Path(name).exists()] or None,
         library_name="peft" if hasattr(model, "peft_config") else "transformers",
         tags=["hf-lnscale", "trl"],
         pipeline_tag="text-generation",
@@ -180,7 +180,9 @@ def _card(
         )
     figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
     told = {key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()}
+    told["datasets"] = [public_name(name) for name in data]
     given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
+    sources = ", ".join(f"`{name}`" for name in told["datasets"]) or "text that comes with Python"
     plots = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
     made_with = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     name = Path(base).name if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
@@ -199,7 +201,7 @@ def _card(
 
 {plots}
 
-Made by `{command}`, with {made_with}, from the data `{told.get("dataset_name") or "text that comes with Python"}`.
+Made by `{command}`, with {made_with}, from {sources}.
 
 | argument | |
 | --- | --- |
