@@ -120,9 +120,8 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
     if adapters := getattr(model, "peft_config", None):
         modules = next(iter(adapters.values())).target_modules
         found["lora_target_modules"] = modules if isinstance(modules, str) else sorted(modules)
-    found["datasets"] = (
-        [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]]
-    )
+    name, parts = given["dataset_name"], given["datasets"]
+    found["datasets"] = [name] if name else [part["path"] for part in parts]
     if fractions := [part["fraction"] for part in parts if part["fraction"]]:
         found["fractions"] = fractions
     return found
