@@ -18,8 +18,8 @@ from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, TrlParser
 from .scripts import find_config
 from .shapes import SHAPES
 
-if Version(trl.__version__) < Version("1.16"):
-    raise ImportError(f"the recipes need trl 1.16 or newer, and with it Python 3.11; this is trl {trl.__version__}")
+if Version(trl.__version__) < Version("1.9"):
+    raise ImportError(f"the recipes need trl 1.9 or newer; this is trl {trl.__version__}")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
