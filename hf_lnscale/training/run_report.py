@@ -210,16 +210,7 @@ Made by `{command}`, with {made_with}, from {sources}.
 
 
 def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
-    """Loss over steps, and what was measured over depth.
-
-    Args:
-        history: what the trainer logged.
-        folder: to write to.
-        learned: what the training loss is.
-
-    Returns:
-        The names of the pictures; none without matplotlib.
-    """
+    """Plots the losses and the measurements over depth; returns the names of the files, none without matplotlib."""
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []
@@ -228,13 +219,8 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-    pictures = []
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    pictures = ["loss.png"]
     with plt.rc_context(style):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
         for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
@@ -245,7 +231,6 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
         axis.legend(frameon=False)
         figure.savefig(folder / "loss.png", dpi=150)
         plt.close(figure)
-        pictures.append("loss.png")
     if any(key.startswith("depth/") for entry in history for key in entry):
         plot_depth_stats(history, folder / "depth.png")
         pictures.append("depth.png")

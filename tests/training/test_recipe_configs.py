@@ -10,10 +10,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from transformers import LlamaForCausalLM
 from trl.scripts.utils import DatasetConfig
 
-import hf_lnscale.training.recipe_run
 import recipe
 from hf_lnscale.core.families import FAMILIES
-from hf_lnscale.training.scripts import RECIPES
+from hf_lnscale.training.scripts import RECIPES, import_recipe
 from hf_lnscale.training.shapes import SIZES, new_config
 
 CONFIGS = sorted((recipe.RECIPES / "configs").glob("*/*.yaml"))
@@ -41,7 +40,7 @@ def parsed(monkeypatch, name, *words):
     def stop(recipe, training, *told):
         raise ParsedError(training, *told)
 
-    monkeypatch.setattr(hf_lnscale.training.recipe_run, "Run", stop)
+    monkeypatch.setattr(import_recipe(name), "Run", stop)
     with pytest.raises(ParsedError) as found:
         recipe.run(name, *words)
     return found.value.args
