@@ -25,14 +25,15 @@ from .hooks.install import disable, enable, is_enabled
 from .pruning.heal import heal
 from .pruning.layers import drop_layers
 from .pruning.plan import PruningPlan
+from .pruning.prune import Pruned, plan_pruning, prune
 from .pruning.scores import LayerScores, score_layers
-from .pruning.search import plan_pruning
 from .pruning.speculative import draft_model
 
 __all__ = [
     "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
+    "Pruned",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "__version__",
@@ -48,6 +49,7 @@ __all__ = [
     "is_enabled",
     "ln_scales",
     "plan_pruning",
+    "prune",
     "register_family",
     "remove_ln_scaling",
     "score_layers",

@@ -103,9 +103,6 @@ class PruningPlan:
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
         said = f"perplexity {figures}" if figures else ""
-        if "speedup" in self.notes:
-            pays = "it pays" if self.notes.get("pays") else "it does not pay, plain decoding is faster"
-            said = f"as a draft it promises {self.notes['speedup']:.2f} times the speed of plain decoding: {pays}"
         return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
             f" ({said})" if said else ""
         )

@@ -158,7 +158,7 @@ def test_the_card_of_a_mixture(tmp_path, here):
     at = common.index("--dataset_name")
     assert recipe.run("continue_pretrain", *common[:at], *common[at + 2 :]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from `text.jsonl`, `old.jsonl`." in card
+    assert "It was trained on text.jsonl, old.jsonl." in card
     assert "| `fractions` | `[0.9, 0.1]` |" in card
     assert str(here) not in card
 
