@@ -158,7 +158,7 @@ def _card(
     base, data = told.get("model_name_or_path"), told["datasets"]
     adapter = hasattr(model, "peft_config")
     text = vars(text_config(model.config))
-    notes = []
+    notes: list[str] = []
     if text.get(ACTIVE):
         notes.append(
             Markdown(
