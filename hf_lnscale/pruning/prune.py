@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def prune(
     if target is None:
         return Pruned(plan, model, _rows(plan))
 
-    with atomic_directory(target) as partial:
+    with atomic_directory(target, force) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         rows = _rows(plan)
@@ -206,12 +206,9 @@ def prune(
             del model  # one at a time
             if placement.main_device.startswith("cuda"):
                 torch.cuda.empty_cache()  # for the processes that measure
-            device = placement.main_device
-            costs = [
-                measure(path, dtype=placement.dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-                for path in (checkpoint, str(partial))
-            ]
-            sizes = [size_on_disk(path) for path in (checkpoint, partial)]
+            sides = (checkpoint, partial)
+            costs = measure(*sides, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            sizes = [size_on_disk(path) for path in sides]
             before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
             plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
             rows = _rows(plan, costs, sizes)
@@ -373,28 +370,32 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
 
 
 def _rows(
-    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
+    plan: PruningPlan, costs: Sequence[Speed] = (), sizes: Sequence[int | None] = ()
 ) -> list[tuple[str, str, str, str]]:
-    total = plan.model["num_hidden_layers"]
-    before, decimals = plan.perplexity["before"], "{:.2f}".format
-    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
-    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
-        ("layers", [total, total - len(plan.layers)], str),
-        ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
-        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
-        ("perplexity, held out", [before, plan.perplexity["after"]], decimals),
+    """The table of before and after; speeds have ranges, and a change only if these do not overlap."""
+    total, before = plan.model["num_hidden_layers"], plan.perplexity["before"]
+    parameters = [cost.parameters for cost in costs] or plan.notes["params"]
+    rows = [
+        _row("layers", [total, total - len(plan.layers)], str),
+        _row("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
+        _row("checkpoint", sizes, show_bytes) if sizes else _row("weights", plan.notes["weight_bytes"], show_bytes),
+        _row("perplexity, held out", [before, plan.perplexity["after"]], "{:.2f}".format),
     ]
     if "healed" in plan.perplexity:
-        figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
-    for name in ("prefill", "decode") if costs else ():
-        speeds = [getattr(cost, f"{name}_tokens_per_second").median for cost in costs or ()]
-        figures.append((f"{name}, tokens/s", speeds, "{:,.1f}".format))
-    if costs:
-        figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
-    return [
-        (name, show(old), show(new), f"{new / old - 1:+.1%}" if old and new else "")
-        for name, (old, new), show in figures
-    ]
+        rows.append(_row("perplexity, healed", [before, plan.perplexity["healed"]], "{:.2f}".format))
+    if not costs:
+        return rows
+    for name in ("prefill", "decode"):
+        old, new = (getattr(cost, f"{name}_tokens_per_second") for cost in costs)
+        change = new.change_from(old)
+        shown = [f"{timing.median:,.1f} ({timing.lowest:,.1f} to {timing.highest:,.1f})" for timing in (old, new)]
+        rows.append((f"{name}, tokens/s", *shown, "ranges overlap" if change is None else f"{change:+.1%}"))
+    return [*rows, _row("peak memory", [cost.peak_bytes for cost in costs], show_bytes)]
+
+
+def _row(name: str, values: Sequence[Any], show: Callable[[Any], str]) -> tuple[str, str, str, str]:
+    old, new = values
+    return name, show(old), show(new), f"{new / old - 1:+.1%}" if old and new else ""
 
 
 def _card(
