@@ -27,7 +27,7 @@ from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
-from ..evaluation.speed import Speed, measure
+from ..evaluation.speed import Speed, Timing, measure
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.text import TokenBatches, Windows, token_batches, window_length
 from .heal import METHODS as HEAL_METHODS
@@ -388,9 +388,13 @@ def _rows(
     for name in ("prefill", "decode"):
         old, new = (getattr(cost, f"{name}_tokens_per_second") for cost in costs)
         change = new.change_from(old)
-        shown = [f"{timing.median:,.1f} ({timing.lowest:,.1f} to {timing.highest:,.1f})" for timing in (old, new)]
-        rows.append((f"{name}, tokens/s", *shown, "ranges overlap" if change is None else f"{change:+.1%}"))
+        shown = "ranges overlap" if change is None else f"{change:+.1%}"
+        rows.append((f"{name}, tokens/s", _range(old), _range(new), shown))
     return [*rows, _row("peak memory", [cost.peak_bytes for cost in costs], show_bytes)]
+
+
+def _range(timing: Timing) -> str:
+    return f"{timing.median:,.1f} ({timing.lowest:,.1f} to {timing.highest:,.1f})"
 
 
 def _row(name: str, values: Sequence[Any], show: Callable[[Any], str]) -> tuple[str, str, str, str]:
