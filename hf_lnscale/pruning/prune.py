@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .._version import __version__
-from ..checkpoints.folders import atomic_directory, require_free
+from ..checkpoints.card import Table, model_card
+from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, locate, read_config, size_on_disk
-from ..core.display import markdown, markdown_text, show_bytes, terminal
+from ..core.display import Markdown, markdown_code, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
-from ..evaluation.speed import Speed, Timing, measure
+from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.text import TokenBatches, Windows, token_batches, window_length
 from .heal import METHODS as HEAL_METHODS
@@ -206,9 +205,10 @@ def prune(
             del model  # one at a time
             if placement.main_device.startswith("cuda"):
                 torch.cuda.empty_cache()  # for the processes that measure
-            sides = (checkpoint, partial)
-            costs = measure(*sides, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            sizes = [size_on_disk(path) for path in sides]
+            costs = measure(
+                checkpoint, partial, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+            )
+            sizes = [size_on_disk(path) for path in (checkpoint, partial)]
             before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
             plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
             rows = _rows(plan, costs, sizes)
@@ -370,36 +370,28 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
 
 
 def _rows(
-    plan: PruningPlan, costs: Sequence[Speed] = (), sizes: Sequence[int | None] = ()
+    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
 ) -> list[tuple[str, str, str, str]]:
-    """The table of before and after; speeds have ranges, and a change only if these do not overlap."""
-    total, before = plan.model["num_hidden_layers"], plan.perplexity["before"]
-    parameters = [cost.parameters for cost in costs] or plan.notes["params"]
-    rows = [
-        _row("layers", [total, total - len(plan.layers)], str),
-        _row("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
-        _row("checkpoint", sizes, show_bytes) if sizes else _row("weights", plan.notes["weight_bytes"], show_bytes),
-        _row("perplexity, held out", [before, plan.perplexity["after"]], "{:.2f}".format),
+    total = plan.model["num_hidden_layers"]
+    before, decimals = plan.perplexity["before"], "{:.2f}".format
+    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
+    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
+        ("layers", [total, total - len(plan.layers)], str),
+        ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
+        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
+        ("perplexity, held out", [before, plan.perplexity["after"]], decimals),
     ]
     if "healed" in plan.perplexity:
-        rows.append(_row("perplexity, healed", [before, plan.perplexity["healed"]], "{:.2f}".format))
-    if not costs:
-        return rows
-    for name in ("prefill", "decode"):
-        old, new = (getattr(cost, f"{name}_tokens_per_second") for cost in costs)
-        change = new.change_from(old)
-        shown = "ranges overlap" if change is None else f"{change:+.1%}"
-        rows.append((f"{name}, tokens/s", _range(old), _range(new), shown))
-    return [*rows, _row("peak memory", [cost.peak_bytes for cost in costs], show_bytes)]
-
-
-def _range(timing: Timing) -> str:
-    return f"{timing.median:,.1f} ({timing.lowest:,.1f} to {timing.highest:,.1f})"
-
-
-def _row(name: str, values: Sequence[Any], show: Callable[[Any], str]) -> tuple[str, str, str, str]:
-    old, new = values
-    return name, show(old), show(new), f"{new / old - 1:+.1%}" if old and new else ""
+        figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
+    for name in ("prefill", "decode") if costs else ():
+        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
+        figures.append((f"{name}, tokens/s", speeds, str))
+    if costs:
+        figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
+    return [
+        (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
+        for name, (old, new), show in figures
+    ]
 
 
 def _card(
@@ -410,37 +402,32 @@ def _card(
     config: PreTrainedConfig,
 ) -> ModelCard:
     """Says how the checkpoint was made, and what it cost."""
-    on_hub = checkpoint is not None and not Path(checkpoint).exists()
-    front = ModelCardData(base_model=checkpoint if on_hub else None, library_name="transformers", tags=["hf-lnscale"])
-    name = checkpoint if on_hub else plan.model_name or "A model"
-    layers = ", ".join(map(str, plan.layers))
     if plan.heal is None:
         healing = "It was not healed or trained afterwards."
     elif "healed" in plan.perplexity:
         healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
     else:
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
-    held_out = plan.data["held_out"]
-    scaled = " LayerNorm Scaling is active in it: it needs hf_lnscale to load." if get_ln_scaling(config) else ""
-    made = f"`{command}`" if command else "`hf_lnscale.prune`"
-    search = plan.method["search"]
-    how = "as given" if search == "given" else f"chosen by the method `{search}`"
-    speed = " Speed and memory: batch size 1, on the machine that made this." if "cost" in plan.notes else ""
-    return ModelCard(
-        f"""---
-{front.to_yaml()}
----
-
-# {markdown_text(name)}, {len(plan.layers)} of {plan.model["num_hidden_layers"]} layers dropped
-
-Layers {layers} (counted from 0) were dropped, {how}. {healing}{scaled}
-
-{markdown(_HEADER, rows)}
-
-Perplexity: on {held_out["num_tokens"]:,} tokens of {markdown_text(held_out["source"])}. Pruning keeps classification
-better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997).{speed}
-
-Made by {made}, with hf_lnscale {__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
-All figures of the search are in `{PLAN_FILE}`.
-"""
+    search, held_out = plan.method["search"], plan.data["held_out"]
+    how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
+    notes = [
+        Markdown(f"Layers {', '.join(map(str, plan.layers))} (counted from 0) were dropped, {how}."),
+        healing,
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if get_ln_scaling(config) else []),
+        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
+    ]
+    note = (
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}. Pruning keeps classification "
+        "better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+    )
+    if "cost" in plan.notes:
+        note += " Speed and memory: batch size 1, on the machine that made this."
+    name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
+    return model_card(
+        f"{name}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",
+        base_model=checkpoint,
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(_HEADER, rows, note)],
+        made_by=command or "hf_lnscale.prune",
     )

@@ -306,7 +306,8 @@ class _Log:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return self.values["steps"]
+        found: list[dict[str, Any]] = self.values["steps"]
+        return found
 
     def write(self) -> None:
         if self.path:
