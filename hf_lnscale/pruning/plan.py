@@ -78,7 +78,7 @@ class PruningPlan:
                     f"{name} {there!r}; this one has {here!r}"
                 )
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the plan to a file, or into a folder as `pruning_plan.json`; returns the file's path."""
         path = Path(path)
         if path.is_dir() or path.suffix != ".json":
@@ -91,7 +91,7 @@ class PruningPlan:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PruningPlan:
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Reads a plan from a file, or from a folder that holds one.
 
         Raises:
