@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..core.record import ACTIVE, ON_DISK, parts, protect, set_ln_scaling, unprotect
+from ..core.record import ON_DISK, protect, record, require_valid, set_ln_scaling, unprotect
 from ..pruning import layers
 
 # --- the hooks --------------------------------------------------------------------------------------
@@ -29,15 +29,26 @@ def from_dict_hook(original: Any) -> Any:
         config = made[0] if isinstance(made, tuple) else made
         layers.set_drop_layers(config, drop_layers)
         set_ln_scaling(config, ln_scaling)
+        require_valid(config)
         return made
 
     return classmethod(from_dict)
 
 
+def to_dict_hook(original: Any) -> Any:
+    @functools.wraps(original)
+    def to_dict(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        values = original(self, *args, **kwargs)
+        values.pop(ON_DISK, None)
+        return values
+
+    return to_dict
+
+
 def to_json_file_hook(original: Any) -> Any:
     @functools.wraps(original)
     def to_json_file(self: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        if not any(part.get(ACTIVE) or ON_DISK in part for part in parts(self.to_dict())):
+        if record(self).active is None:
             return original(self, json_file_path, use_diff=use_diff)
         config = protect(json.loads(self.to_json_string(use_diff=use_diff)))
         with open(json_file_path, "w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from transformers.utils import is_peft_available
 
 from ..core.record import get_ln_scaling, set_ln_scaling
 from ..pruning import layers
-from .configuration import _dict_from_json_file, from_dict_hook, to_json_file_hook
+from .configuration import _dict_from_json_file, from_dict_hook, to_dict_hook, to_json_file_hook
 from .models import (
     _from_config,
     _load_pretrained_model,
@@ -53,6 +53,7 @@ def _hooks() -> dict[tuple[type, str], Any]:
             doc="Assigned, drops layers from the configuration. `dropped_layers` says which are gone.",
         ),
         (PreTrainedConfig, "from_dict"): from_dict_hook(PreTrainedConfig.__dict__["from_dict"]),
+        (PreTrainedConfig, "to_dict"): to_dict_hook(PreTrainedConfig.__dict__["to_dict"]),
         (PreTrainedConfig, "to_json_file"): to_json_file_hook(PreTrainedConfig.__dict__["to_json_file"]),
         # Private: the one place through which every reading of a config.json goes, before `model_type` is looked at.
         (PreTrainedConfig, "_dict_from_json_file"): _dict_from_json_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -14,8 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 
 from ..core.apply import apply_from_config, require_consistent
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED, FOLDED, ON_DISK, parts, set_ln_scaling, trained_without
+from ..core.record import record, set_ln_scaling, trained_without, write
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
@@ -59,8 +59,9 @@ def from_pretrained_hook(original: Any) -> Any:
             # With a configuration object, keywords would go on to the model's `__init__`.
             layers.set_drop_layers(config, kwargs.pop("drop_layers", None))
             set_ln_scaling(config, kwargs.pop("ln_scaling", None))
-            name = pretrained_model_name_or_path
-            if name is not None and config.name_or_path != str(name):  # it says nothing about these weights
+            name, own = pretrained_model_name_or_path, record(config)
+            # One of another name says nothing about these weights; one that was copied through `to_dict` lost it.
+            if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
                 _note_what_is_on_disk(config, name, kwargs)
         _refuse_gguf_without_layers(config, kwargs)
         loaded = original.__func__(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
@@ -73,7 +74,7 @@ def from_pretrained_hook(original: Any) -> Any:
 
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
-    pruned = isinstance(config, PreTrainedConfig) and DROPPED in vars(text_config(config))
+    pruned = isinstance(config, PreTrainedConfig) and record(config).dropped is not None
     if kwargs.get("gguf_file") and (pruned or kwargs.get("drop_layers") is not None):
         raise ValueError(
             "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
@@ -82,22 +83,16 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
-    part = vars(text_config(config))
-    part.pop(ON_DISK, None)
+    write(config, dataclasses.replace(record(config), on_disk=None))
     where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
         saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
     except (OSError, ValueError):  # no configuration beside the weights, as for a single file
         return
-    if active := active_in(saved):
+    if active := record(saved).active:
         if positions := layers.positions_on_disk(config, saved):
-            active = {**active, "depths": [active["depths"][position] for position in positions]}
-        part[ON_DISK] = active
-
-
-def active_in(saved: dict[str, Any]) -> dict[str, Any] | None:
-    """The scaling in a dict read from a config.json."""
-    return next((part[ACTIVE] for part in parts(saved) if part.get(ACTIVE)), None)
+            active = active.keeping(positions)
+        write(config, dataclasses.replace(record(config), on_disk=active))
 
 
 def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
@@ -128,7 +123,7 @@ def _from_config(original: Any) -> Any:
         if "ln_scaling" in kwargs:
             config = copy.deepcopy(config)
             # The weights are new: nothing is folded into them, whatever the configuration was taken from.
-            vars(text_config(config)).pop(FOLDED, None)
+            write(config, dataclasses.replace(record(config), folded=None))
             set_ln_scaling(config, kwargs.pop("ln_scaling"))
         return original.__func__(cls, config, **kwargs)
 
@@ -147,7 +142,7 @@ def _load_pretrained_model(original: Any) -> Any:
         name = load_config.pretrained_model_name_or_path
         positions = None
         # `expected_keys` are given for an adapter alone, which has the numbers of the model that it is put on.
-        if expected_keys is None and DROPPED in vars(text_config(model.config)):
+        if expected_keys is None and record(model.config).dropped is not None:
             if name is not None:
                 positions = _positions_on_disk(model, name, load_config)
             elif state_dict is not None:
@@ -176,7 +171,7 @@ def _load_pretrained_model(original: Any) -> Any:
 def load_distributed_hook(original: Any) -> Any:
     @functools.wraps(original)
     def _load_and_finalize_distributed_pretrained_model(self: PreTrainedModel, folder: Any, *args: Any) -> Any:
-        if DROPPED in vars(text_config(self.config)):
+        if record(self.config).dropped is not None:
             saved, _ = type(self.config).get_config_dict(folder)
             if layers.positions_on_disk(self.config, saved) is not None:
                 raise ValueError(

@@ -15,10 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
-from ..core.families import text_config
-from ..core.record import DROPPED, ON_DISK, get_ln_scaling, trained_without
+from ..core.record import get_ln_scaling, record, trained_without, write
 from ..pruning import layers
-from .models import active_in
 from .peft import require_base_of
 
 
@@ -47,7 +45,7 @@ def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
     """The step of a warmup that was saved with the state of the Trainer, if the model has a warmup."""
     from ..training.warmup import recorded_scaling
 
-    own, state = LNScalingConfig.of(get_ln_scaling(config)), folder / "trainer_state.json"
+    own, state = record(config).active, folder / "trainer_state.json"
     if own is None or not own.warmup_steps or not state.is_file():
         return None
     recorded = recorded_scaling(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks") or {})
@@ -55,7 +53,7 @@ def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
 
 
 def _require_led_warmup(trainer: Trainer, config: Any) -> None:
-    scale = LNScalingConfig.of(get_ln_scaling(config)) if isinstance(config, PreTrainedConfig) else None
+    scale = record(config).active if isinstance(config, PreTrainedConfig) else None
     if scale is None or not scale.warming_up:
         return
     from ..training.warmup import LNScalingWarmupCallback
@@ -73,23 +71,23 @@ def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     """The step of a warmup that the checkpoint stands at, if the model has the same one."""
     saved, _ = type(config).get_config_dict(folder)
     both = (type(config).from_dict(dict(saved)), config)
-    if any(DROPPED in vars(text_config(one)) for one in both):  # others need not count their layers
+    if any(record(one).dropped for one in both):  # others need not count their layers
         there, here = map(layers.original_layers, both)
         if there != here:
             raise ValueError(
                 f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}, the model has "
                 f"layers {here[0]} of {here[1]}; load the model with the same drop_layers to resume"
             )
-    active = active_in(saved)
+    own, trained = record(config).active, record(saved).active
     resumed = copy.deepcopy(config)
-    vars(text_config(resumed))[ON_DISK] = active
-    own, trained = (LNScalingConfig.of(one) for one in (get_ln_scaling(config), active))
+    write(resumed, dataclasses.replace(record(config), on_disk=trained))
     if own and trained and trained.warmup_steps and own == dataclasses.replace(trained, step=own.step):
         return trained.step
     warming_up = any(one and one.warming_up for one in (own, trained))
     if warming_up or trained_without(resumed) is not None:
         raise ValueError(
-            f"resume_from_checkpoint={folder!r} was trained with ln_scaling={active}, the model has "
+            f"resume_from_checkpoint={folder!r} was trained with "
+            f"ln_scaling={trained and trained.to_dict()}, the model has "
             f"ln_scaling={get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
     return None

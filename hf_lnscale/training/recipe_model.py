@@ -12,8 +12,8 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..checkpoints.names import locate
-from ..core.families import family_of, text_config
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.families import family_of
+from ..core.record import get_ln_scaling, record
 from ..core.warnings import warn
 from .arguments import DepthArguments, WarmupArguments, layers_of
 
@@ -102,7 +102,7 @@ def require_pruned(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if its configuration notes no dropped layers.
     """
-    if not vars(text_config(model.config)).get(DROPPED):
+    if record(model.config).dropped is None:
         raise ValueError(
             f"{model.config.name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
             "hf-lnscale prune wrote"

@@ -21,8 +21,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..core.record import record
 from ..core.stack import text_stack
 from .arguments import RecipeConfig
 from .depth_stats import DepthStatsCallback
@@ -135,7 +134,7 @@ class Run:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
         """
         stop = StopOnSignal()
-        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(trainer.model).model.config))  # type: ignore[arg-type]
+        scaling = record(text_stack(trainer.model).model.config).active  # type: ignore[arg-type]
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:

@@ -17,8 +17,7 @@ from transformers import Trainer
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED
+from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
 from .depth_stats import plot_depth_stats
@@ -148,16 +147,16 @@ def _card(
         tags=["hf-lnscale", "trl"],
         pipeline_tag="text-generation",
     )
-    text = vars(text_config(model.config))
+    found = record(model.config)
     notes = []
-    if text.get(ACTIVE):
+    if found.active:
         notes.append(
             "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a "
             "plain checkpoint with `hf-lnscale export`."
         )
-    if record := text.get(DROPPED):
-        gone = ", ".join(map(str, record["layers"]))
-        notes.append(f"Layers {gone} (counted from 0) of {record['num_hidden_layers']} were dropped.")
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped.layers))
+        notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
     if hasattr(model, "peft_config"):
         notes.append("It is an adapter, for the base model loaded in the same way as it was trained on.")
     figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))

@@ -17,6 +17,7 @@ HOOKED = {
     (PreTrainedConfig, "ln_scaling"),
     (PreTrainedConfig, "drop_layers"),
     (PreTrainedConfig, "from_dict"),
+    (PreTrainedConfig, "to_dict"),
     (PreTrainedConfig, "to_json_file"),
     (PreTrainedConfig, "_dict_from_json_file"),
     (PreTrainedModel, "post_init"),
@@ -109,6 +110,7 @@ def test_disable_does_not_undo_another_library(monkeypatch):
 # What each hook relies on. A failure here says: transformers changed, read hooks.py again.
 SIGNATURES = {
     (PreTrainedConfig, "from_dict"): ["cls", "config_dict", "kwargs"],
+    (PreTrainedConfig, "to_dict"): ["self"],
     (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
     (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
     (PreTrainedModel, "post_init"): ["self"],
