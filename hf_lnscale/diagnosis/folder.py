@@ -76,7 +76,7 @@ def run(
         gc.collect()
     if len(found) == 2 and found[0].name == found[1].name:
         found = [replace(one, model={**one.model, "name": f"{one.name} ({i})"}) for i, one in enumerate(found, start=1)]
-    with atomic_directory(target) as partial:
+    with atomic_directory(target, force) as partial:
         found[0].save(partial / FILE)
         if compare is not None:
             found[1].save(partial / COMPARED)

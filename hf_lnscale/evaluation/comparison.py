@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +21,13 @@ from .._version import __version__
 from ..checkpoints.folders import public_name
 from ..checkpoints.names import Placement, locate, read_config, size_on_disk
 from ..core.display import markdown, show_bytes, terminal
+from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
 from .speed import Speed, Timing, measure
 from .tasks import TaskResult, run_tasks, task_manager
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -116,8 +119,8 @@ class Evaluation:
             values = [value(one) for one in self.models]
             cells = [show(one) for one in values]
             for at in range(1, len(values)):
-                if values[at] and values[0]:
-                    cells[at] += f"\n{_median(values[at]) / _median(values[0]) - 1:+.1%}"
+                change = _change(values[at], values[0])
+                cells[at] += "" if change is None else f"\n{change:+.1%}"
             rows.append([name, *cells])
 
         if any(one.num_layers for one in self.models):
@@ -180,8 +183,8 @@ class Evaluation:
             speed = self.settings["speed"]
             notes.append(
                 f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
-                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
-                f"{self.settings['device']}"
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, in turn, "
+                f"on {self.settings['device']}"
                 + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
             )
         if first.tasks:
@@ -255,20 +258,18 @@ def evaluate(
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
         texts = first_bytes(documents(data, AutoTokenizer.from_pretrained(found[0][0], **found[0][1])), max_bytes)
 
+        if not any(text.strip() for text in texts):
+            raise ArgumentError("data", source, problem="holds no text")
+
+    labels = _labels(names)
+    costs: Sequence[Speed | None] = [None] * len(names)
+    if speed:
+        logger.info("speed and memory of %s, each in a process of its own, in turn", ", ".join(labels))
+        costs = measure(
+            *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+        )
     figures = []
-    for name, (folder, where), config, label in zip(names, found, configs, _labels(names), strict=True):
-        cost = None
-        if speed:
-            if progress:
-                print(f"{label}: speed and memory, in a process of its own", file=sys.stderr)
-            cost = measure(
-                name,
-                dtype=placement.dtype,
-                device=device,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                repeats=repeats,
-            )
+    for name, (folder, where), config, label, cost in zip(names, found, configs, labels, costs, strict=True):
         model: Any = placement.load(name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
         text_figures = None
@@ -345,8 +346,11 @@ def _weights(model: Any) -> str:
     return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
 
 
-def _median(value: Any) -> float:
-    return value.median if isinstance(value, Timing) else value
+def _change(value: Any, reference: Any) -> float | None:
+    """Relative change; None where it is unknown, or could be noise."""
+    if isinstance(value, Timing) and isinstance(reference, Timing):
+        return value.change_from(reference)
+    return value / reference - 1.0 if value and reference else None
 
 
 def _show_timing(value: Timing) -> str:

@@ -144,19 +144,15 @@ def prune(
         report.forget()
     drop_layers(model, list(plan.layers))
 
-    with atomic_directory(target) as partial:
+    with atomic_directory(target, force) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         config = model.config
         del model  # one at a time
         _require_as_planned(partial, plan, held_out, placement)
-        device = placement.main_device
-        if device.startswith("cuda"):
+        if placement.main_device.startswith("cuda"):
             torch.cuda.empty_cache()  # for the processes that measure
-        costs = [
-            measure(path, dtype=placement.dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            for path in (checkpoint, str(partial))
-        ]
+        costs = measure(checkpoint, partial, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         sizes = [size_on_disk(path) for path in (checkpoint, partial)]
         before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
         plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})

@@ -1,4 +1,4 @@
-"""What a run leaves besides the model: `metrics.json`, curves, and a model card that says how it came about."""
+"""The output of a run besides the model: `metrics.json`, curves, and a model card."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from rich.console import Console
-from rich.table import Table
-from transformers import Trainer
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
@@ -21,20 +18,22 @@ from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
 from .depth_stats import plot_depth_stats
+from .trainer import RecipeTrainer
 
-# What the card says of the training, besides what the recipe was told.
+# Training arguments that the card shows, resolved, besides what the recipe was given.
 _SETTINGS = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "bf16",
-    "gradient_checkpointing",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "optim", "max_grad_norm", "bf16",
+    "gradient_checkpointing", "max_length", "packing", "loss_type", "assistant_only_loss", "eval_strategy",
+    "eval_steps", "early_stopping_patience", "chat_template_path",
 )  # fmt: skip
 _OF_ADAPTERS = ("lora_", "use_dora", "use_rslora", "bnb_")
 
 
 def write_report(
     recipe: str,
-    trainer: Trainer,
-    told: dict[str, Any],
+    trainer: RecipeTrainer,
+    given: dict[str, Any],
     command: str,
     resumed: str | None,
     since: int,
@@ -45,19 +44,20 @@ def write_report(
     Args:
         recipe: name of the script.
         trainer: at the end of its training.
-        told: what the recipe was told, for the card.
+        given: the arguments of the recipe, for the card.
         command: the command line, for the card.
         resumed: the checkpoint that this process started from.
         since: the step of that checkpoint; without one, -1.
-        seconds: of training, in this process: with its evaluations and checkpoints.
+        seconds: of training in this process, including evaluations and checkpoints.
 
     Returns:
-        What `metrics.json` holds.
+        The contents of `metrics.json`.
     """
-    peak = torch.tensor(peak_memory(trainer.args.device.type), device=trainer.args.device)
+    arguments = trainer.args
+    peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
     peak_bytes = int(trainer.accelerator.gather(peak).max())
     if trainer.is_fsdp_enabled:
-        # Checkpoints on the way may be sharded; what is shipped is one that opens like any other.
+        # Checkpoints on the way may be sharded; the final one opens like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()  # first, so that nothing that goes wrong from here on costs the model
     loss = trainer.evaluate()["eval_loss"]
@@ -65,40 +65,59 @@ def write_report(
     session_tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > since]
     before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": recipe,
         "eval_loss_before": before[0] if before else None,
         "eval_loss": loss,
         "perplexity": perplexity_of(loss),
         "steps": state.global_step,
+        "best_step": state.best_global_step if arguments.load_best_model_at_end else None,
+        "train_rows": trainer.num_rows[0],
+        "eval_rows": trainer.num_rows[1],
         "tokens_seen": state.num_input_tokens_seen,
         "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
         "wall_seconds": seconds,
         "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,
-        "peak_memory_of": trainer.args.device.type if trainer.args.device.type != "cpu" else "process",
-        "processes": trainer.args.world_size,
-        "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
+        "peak_memory_of": arguments.device.type if arguments.device.type != "cpu" else "process",
+        "processes": arguments.world_size,
+        "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
         "parameters": model.num_parameters(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "length": [arguments.max_steps, arguments.num_train_epochs],  # as asked for; a run of this length is finished
         "versions": _versions(),
     }
+    trainer.save_state()
+    trainer.log_metrics(recipe, {key: value for key, value in metrics.items() if isinstance(value, (int, float, str))})
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir or "")
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        state.save_to_json(str(folder / "trainer_state.json"))
-        learned = "divergence from the teacher, training" if told.get("teacher") else "training"
+        folder = Path(arguments.output_dir or "")
+        learned = "divergence from the teacher, training" if given.get("teacher") else "training"
         pictures = _plot(state.log_history, folder, learned)
-        told = {key: value for key, value in told.items() if told.get("use_peft") or not key.startswith(_OF_ADAPTERS)}
-        settings = ((key, getattr(trainer.args, key)) for key in _SETTINGS)
-        told |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
-        _card(recipe, model, metrics, told, command, pictures).save(folder / "README.md")
-        console = Console(highlight=False)
-        console.print(_table(metrics))
-        console.print(f"wrote {folder}: the model, README.md, metrics.json{''.join(f', {name}' for name in pictures)}")
+        settings = _resolved(trainer, model, given)
+        _card(recipe, model, metrics, settings, command, pictures).save(folder / "README.md")
+        # Last: with it, the run is finished.
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {folder}: the model, README.md, metrics.json{''.join(f', {name}' for name in pictures)}")
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for the card: those of the recipe, with the values that the run settled on in place of defaults."""
+    arguments, state = trainer.args, trainer.state
+    found = {key: value for key, value in given.items() if given.get("use_peft") or not key.startswith(_OF_ADAPTERS)}
+    settings = ((key, getattr(arguments, key, None)) for key in _SETTINGS)
+    found |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
+    found |= {
+        "max_steps": state.max_steps,
+        "warmup_steps": arguments.get_warmup_steps(state.max_steps),
+        "completion_only_loss": trainer.completion_only_loss,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if adapters := getattr(model, "peft_config", None):
+        found["lora_target_modules"] = sorted(next(iter(adapters.values())).target_modules)
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -117,7 +136,8 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("evaluation loss", f"{metrics['eval_loss']:.4f}"),
         ("perplexity", f"{metrics['perplexity']:,.2f}"),
-        ("steps", f"{metrics['steps']:,}"),
+        ("steps", f"{metrics['steps']:,}" + (f", best after {best:,}" if (best := metrics["best_step"]) else "")),
+        ("rows", f"{metrics['train_rows'] or 'streamed'} for training, {metrics['eval_rows']} for evaluation"),
         ("tokens seen", f"{metrics['tokens_seen']:,}"),
         ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
         ("wall time", f"{metrics['wall_seconds']:,.0f} s"),
@@ -125,15 +145,8 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("processes", f"{metrics['processes']} x {metrics['device']}"),
     ]
     if metrics["resumed_from"]:
-        rows.append(("resumed from", f"{metrics['resumed_from']}; speed and time are of the part since"))
+        rows.append(("resumed from", f"{metrics['resumed_from']}; speed and time are those since then"))
     return rows
-
-
-def _table(metrics: dict[str, Any]) -> Table:
-    table = Table("", metrics["recipe"], show_header=False)
-    for row in _rows(metrics):
-        table.add_row(*row)
-    return table
 
 
 def _card(
@@ -148,17 +161,22 @@ def _card(
         pipeline_tag="text-generation",
     )
     found = record(model.config)
+    adapter = hasattr(model, "peft_config")
     notes = []
     if found.active:
         notes.append(
-            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading, or write a "
-            "plain checkpoint with `hf-lnscale export`."
+            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
+            + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
         )
     if found.dropped:
         gone = ", ".join(map(str, found.dropped.layers))
         notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
-    if hasattr(model, "peft_config"):
-        notes.append("It is an adapter, for the base model loaded in the same way as it was trained on.")
+    if adapter:
+        notes.append(
+            "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores the "
+            "base model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes a model that "
+            "`hf-lnscale export` takes."
+        )
     figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
     told = {key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()}
     given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
