@@ -26,12 +26,14 @@ from ..core.errors import ArgumentError, PathExistsError
 
 logger = logging.getLogger(__name__)
 
+# What `evaluate` writes into a model's folder, and `push` puts into its card.
+EVALUATION_FILE = "evaluation.json"
 # What a checkpoint, a diagnosis or an evaluation consists of. Only folders of nothing else are replaced.
 _OURS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf",
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
     "chat_template*", "chat_templates", "additional_chat_templates", "README.md", "LICENSE*", "NOTICE*",
-    "USE_POLICY.md", ".gitattributes", "pruning_plan.json", "evaluation.json", "diagnosis.json", "compare.json",
+    "USE_POLICY.md", ".gitattributes", "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json",
     "report.html", "*.png", "*.svg", "training_args.bin",
 )  # fmt: skip
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a suffix is added

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from .._version import __version__
-from ..checkpoints.folders import public_name
-from ..checkpoints.names import Placement, locate, read_config, size_on_disk
+from ..checkpoints.folders import EVALUATION_FILE, public_name
+from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import markdown, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
@@ -29,7 +28,6 @@ from .tasks import TaskResult, run_tasks, task_manager
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_FILE = "evaluation.json"
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -83,10 +81,12 @@ class Evaluation:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes Markdown to a file that ends in .md, JSON to any other, and `evaluation.json` into a folder."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / EVALUATION_FILE
+        """Writes Markdown to a .md file, JSON to a .json file, and `evaluation.json` into a folder.
+
+        Raises:
+            ArgumentError: for any other path.
+        """
+        path = report_path(path)
         text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -196,6 +196,18 @@ class Evaluation:
         return notes
 
 
+def report_path(out: str | os.PathLike[str]) -> Path:
+    """The file that `Evaluation.save` writes.
+
+    Raises:
+        ArgumentError: if `out` is neither a .json or .md file nor a folder.
+    """
+    path = Path(out) / EVALUATION_FILE if Path(out).is_dir() else Path(out)
+    if path.suffix not in (".json", ".md"):
+        raise ArgumentError("out", str(out), "a file that ends in .json or .md, or a folder that exists")
+    return path
+
+
 def evaluate(
     models: str | os.PathLike | Sequence[str | os.PathLike],
     data: Any = None,
@@ -247,7 +259,6 @@ def evaluate(
     if data is None and not tasks and not speed:
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
     device = placement.main_device
-    found = [locate(name) for name in names]
     configs = [read_config(name) for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
@@ -256,8 +267,7 @@ def evaluate(
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-        texts = first_bytes(documents(data, AutoTokenizer.from_pretrained(found[0][0], **found[0][1])), max_bytes)
-
+        texts = first_bytes(documents(data, load_tokenizer(names[0])), max_bytes)
         if not any(text.strip() for text in texts):
             raise ArgumentError("data", source, problem="holds no text")
 
@@ -269,9 +279,9 @@ def evaluate(
             *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
         )
     figures = []
-    for name, (folder, where), config, label, cost in zip(names, found, configs, labels, costs, strict=True):
+    for name, config, label, cost in zip(names, configs, labels, costs, strict=True):
         model: Any = placement.load(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
+        tokenizer = load_tokenizer(name) if texts is not None or tasks else None
         text_figures = None
         if texts is not None:
             text_figures = perplexity(
@@ -329,10 +339,10 @@ def _versions(tasks: bool) -> dict[str, str]:
 
 def _labels(names: list[str]) -> list[str]:
     """The last parts of each name: as many as tell them apart, if any do."""
-    parts = [Path(name).parts for name in names]
+    parts = [(Path(name).resolve() if Path(name).exists() else Path(name)).parts for name in names]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-count:]) for one in parts]
-        if len(set(labels)) == len({*names}):
+        if len(set(labels)) == len({*parts}):
             break
     return labels
 

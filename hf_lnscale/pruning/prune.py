@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import ModelCard, ModelCardData
-from rich.table import Table
+from huggingface_hub import ModelCard
+from rich.table import Table as TerminalTable
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from .._version import __version__
+from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, locate, read_config, size_on_disk
-from ..core.display import show_bytes
+from ..core.display import Markdown, markdown_code, one_line, show_bytes, terminal
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
@@ -57,7 +56,7 @@ def prune(
     force: bool = False,
     command: str = "",
     progress: bool = True,
-) -> tuple[PruningPlan, Table]:
+) -> tuple[PruningPlan, TerminalTable]:
     """Prunes a checkpoint and writes the result: a plain checkpoint with tokenizer, plan and model card.
 
     The folder appears under its name when it is complete. A search that is interrupted leaves `.NAME.search.json`
@@ -160,10 +159,8 @@ def prune(
         rows = _rows(plan, costs, sizes)
         _card(checkpoint, plan, rows, command, config).save(partial / "README.md")
     search.unlink(missing_ok=True)
-    table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
-    for row in rows:
-        table.add_row(*row)
-    return plan, table
+    title = f"{one_line(checkpoint)} without layers {', '.join(map(str, plan.layers))}"
+    return plan, terminal(("", "before", "after", ""), rows, title)
 
 
 def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
@@ -220,40 +217,30 @@ def _card(
     checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, str]], command: str, config: PreTrainedConfig
 ) -> ModelCard:
     """Says how the checkpoint was made, and what it cost."""
-    on_hub = not Path(checkpoint).exists()
-    front = ModelCardData(base_model=checkpoint if on_hub else None, library_name="transformers", tags=["hf-lnscale"])
-    name = checkpoint if on_hub else Path(checkpoint).name
-    layers = ", ".join(map(str, plan.layers))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     if plan.heal is None:
         healing = "It was not healed or trained afterwards."
     elif "healed" in plan.perplexity:
         healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
     else:
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
-    held_out = plan.data["held_out"]
-    scaled = " LayerNorm Scaling is active in it: it needs hf_lnscale to load." if get_ln_scaling(config) else ""
-    made = f"`{command}`" if command else "`hf_lnscale.pruning.prune`"
-    search = plan.method["search"]
-    how = "as given" if search == "given" else f"chosen by the method `{search}`"
-    return ModelCard(
-        f"""---
-{front.to_yaml()}
----
-
-# {name}, {len(plan.layers)} of {plan.model["num_hidden_layers"]} layers dropped
-
-Layers {layers} (counted from 0) were dropped, {how}. {healing}{scaled}
-
-| | before | after | |
-| --- | --- | --- | --- |
-{table}
-
-Perplexity: on {held_out["num_tokens"]:,} tokens of {held_out["source"]}. Pruning keeps classification better than
-generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997). Speed and memory: batch size 1, on
-the machine that made this.
-
-Made by {made}, with hf_lnscale {__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
-All figures of the search are in `{PLAN_FILE}`.
-"""
+    search, held_out = plan.method["search"], plan.data["held_out"]
+    how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
+    notes = [
+        Markdown(f"Layers {', '.join(map(str, plan.layers))} (counted from 0) were dropped, {how}."),
+        healing,
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if get_ln_scaling(config) else []),
+        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
+    ]
+    note = (
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}. Pruning keeps classification "
+        "better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997). Speed and "
+        "memory: batch size 1, on the machine that made this."
+    )
+    return model_card(
+        f"{public_name(checkpoint)}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",
+        base_model=checkpoint,
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(("", "before", "after", ""), rows, note)],
+        made_by=command or "hf_lnscale.pruning.prune",
     )

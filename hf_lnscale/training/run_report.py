@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from .._version import __version__
+from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
+from ..core.display import Markdown, one_line
 from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
@@ -98,7 +100,8 @@ def write_report(
         _card(recipe, model, metrics, settings, command, pictures).save(folder / "README.md")
         # Last: with it, the run is finished.
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {folder}: the model, README.md, metrics.json{''.join(f', {name}' for name in pictures)}")
+        shown = "".join(f", {one}" for one in pictures)
+        print(f"wrote {one_line(folder)}: the model, README.md, metrics.json{shown}")
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -153,57 +156,44 @@ def _card(
     recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
     base, data = told.get("model_name_or_path"), told.get("dataset_name")
-    front = ModelCardData(
-        base_model=base if base and not Path(base).exists() else None,
-        datasets=[data] if data and not Path(data).exists() else None,
-        library_name="peft" if hasattr(model, "peft_config") else "transformers",
-        tags=["hf-lnscale", "trl"],
-        pipeline_tag="text-generation",
-    )
-    found = record(model.config)
     adapter = hasattr(model, "peft_config")
+    found = record(model.config)
     notes = []
     if found.active:
         notes.append(
-            "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
-            + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
+            Markdown(
+                "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
+                + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
+            )
         )
     if found.dropped:
         gone = ", ".join(map(str, found.dropped.layers))
         notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
     if adapter:
         notes.append(
-            "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores the "
-            "base model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes a model that "
-            "`hf-lnscale export` takes."
+            Markdown(
+                "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores "
+                "the base model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes a model that "
+                "`hf-lnscale export` takes."
+            )
         )
-    figures = "\n".join(f"| {name} | {value} |" for name, value in _rows(metrics))
-    told = {key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()}
-    given = "\n".join(f"| `{key}` | `{value}` |" for key, value in told.items() if value not in (None, [], False, {}))
-    plots = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
-    made_with = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    name = Path(base).name if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
-    return ModelCard(
-        f"""---
-{front.to_yaml()}
----
-
-# {name}: {recipe.replace("_", " ")}
-
-{" ".join(notes)}
-
-| | |
-| --- | --- |
-{figures}
-
-{plots}
-
-Made by `{command}`, with {made_with}, from the data `{told.get("dataset_name") or "text that comes with Python"}`.
-
-| argument | |
-| --- | --- |
-{given}
-"""
+    notes.append(f"It was trained on {public_name(data) if data else 'text that comes with Python'}.")
+    name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
+    return model_card(
+        f"{name}: {recipe.replace('_', ' ')}",
+        base_model=base,
+        dataset=data,
+        library_name="peft" if adapter else "transformers",
+        tags=["trl"],
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(("", ""), _rows(metrics))],
+        pictures=pictures,
+        settings={
+            key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()
+        },
+        made_by=command,
+        versions=metrics["versions"],
     )
 
 
