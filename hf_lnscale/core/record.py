@@ -100,10 +100,12 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def is_flagged(config: Any) -> bool:
-    """Whether a configuration or one of its parts holds a key of the plugin; reads nothing but attributes."""
+    """Whether something is a configuration with a key of the plugin, in itself or in a part; only reads attributes."""
+    if not isinstance(config, PreTrainedConfig):
+        return False
     values = vars(config)
     return any(key in values for key in (ACTIVE, FOLDED, DROPPED, ON_DISK)) or any(
-        is_flagged(value) for value in values.values() if isinstance(value, PreTrainedConfig)
+        is_flagged(value) for value in values.values()
     )
 
 
@@ -192,6 +194,15 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     if scales[0] == scales[1]:
         return None
     return "off" if found.active is None else "on" if found.on_disk is None else "other"
+
+
+def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | None:
+    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
+    for saved in stateful_callbacks.values():
+        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
+            if stood := one["attributes"].get("ln_scaling"):
+                return LNScalingConfig.of(stood)
+    return None
 
 
 def _values(config: PreTrainedConfig | dict[str, Any]) -> tuple[dict[str, Any], int | None]:

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..core.record import ACTIVE, DROPPED, FOLDED, Record, record, set_ln_scaling
 from ..core.warnings import warn
@@ -183,8 +183,13 @@ def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedC
     name = adapter.get("base_model_name_or_path")
     if not name:
         return None
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(name, revision=adapter.get("revision"), local_files_only=local)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=adapter.get("revision"), local_files_only=local
+        )
+        return found
     except (OSError, ValueError):
         return None
 

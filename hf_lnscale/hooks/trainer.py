@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling, record, trained_without, write
+from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
 from ..pruning import layers
 from .peft import require_base_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer
 
-def train_hook(original: Any) -> Any:
-    @functools.wraps(original)
+
+def train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Trainer loads the weights of a checkpoint without a look at its configuration.
         folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
+        if folder is True and os.path.isdir(output := str(self.args.output_dir)):
+            folder = get_last_checkpoint(output)
         config = getattr(self.model, "config", None)
-        if folder and isinstance(config, PreTrainedConfig):
+        # What is not there the original refuses.
+        if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
             has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
             step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
             if step is not None and self.model is not None:  # the weights that are loaded next belong to it
                 set_ln_scaling_step(self.model, step)
             if not has_config:
                 require_base_of(folder, {}, self.model)
-        _require_led_warmup(self, config)
+        if isinstance(config, PreTrainedConfig) and is_flagged(config):
+            _require_moved_warmup(self, record(config).active)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train
@@ -43,8 +47,6 @@ def train_hook(original: Any) -> Any:
 
 def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
     """The step of a warmup that was saved with the state of the Trainer, if the model has a warmup."""
-    from ..training.warmup import recorded_scaling
-
     own, state = record(config).active, folder / "trainer_state.json"
     if own is None or not own.warmup_steps or not state.is_file():
         return None
@@ -52,13 +54,10 @@ def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
     return recorded.step if recorded else None
 
 
-def _require_led_warmup(trainer: Trainer, config: Any) -> None:
-    scale = record(config).active if isinstance(config, PreTrainedConfig) else None
+def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> None:
     if scale is None or not scale.warming_up:
         return
-    from ..training.warmup import LNScalingWarmupCallback
-
-    if not any(isinstance(callback, LNScalingWarmupCallback) for callback in trainer.callback_handler.callbacks):
+    if not any(getattr(callback, "moves_ln_scaling", False) for callback in trainer.callback_handler.callbacks):
         held = LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
         raise ValueError(
             f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "

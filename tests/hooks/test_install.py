@@ -20,6 +20,7 @@ HOOKED = {
     (PreTrainedConfig, "to_dict"),
     (PreTrainedConfig, "to_json_file"),
     (PreTrainedConfig, "_dict_from_json_file"),
+    (PreTrainedModel, "__init__"),
     (PreTrainedModel, "post_init"),
     (PreTrainedModel, "save_pretrained"),
     (PreTrainedModel, "from_pretrained"),
@@ -113,6 +114,7 @@ SIGNATURES = {
     (PreTrainedConfig, "to_dict"): ["self"],
     (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
     (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
+    (PreTrainedModel, "__init__"): ["self", "config"],
     (PreTrainedModel, "post_init"): ["self"],
     (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
     (PreTrainedModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path", "model_args", "config"],
@@ -138,7 +140,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize(("owner", "name"), SIGNATURES, ids=lambda value: getattr(value, "__name__", value))
 def test_signature_of_the_hooked_function(owner, name):
-    original = hooks._originals[owner, name]
+    original = hooks._installed[owner, name].original
     if original is hooks._MISSING:  # inherited
         original = getattr(super(owner, owner), name)
     function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
