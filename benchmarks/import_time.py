@@ -1,5 +1,5 @@
-"""How long imports take, in pairs of new processes: the plugin with a transformers class against the class alone, and the
-command line's help against an empty Python.
+"""How long imports take, in pairs of new processes: the plugin and a transformers class against the class alone, and
+the command line's help against an empty Python.
 
     python benchmarks/import_time.py [--repeats 7]
 """
@@ -34,9 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="pairs of processes")
     repeats = parser.parse_args().repeats
-    print(
-        f"{'seconds, median of ' + str(repeats):34} {'with':>6} {'alone':>6} {'longer by':>10} {'range':>16} {'at most':>8}"
-    )
+    print(f"{'seconds, median of ' + str(repeats):34}   with  alone  longer by            range  at most")
     for name, (with_plugin, alone, limit) in PAIRS.items():
         seconds(with_plugin), seconds(alone)  # files are read from the disk once
         pairs = [(seconds(with_plugin), seconds(alone)) for _ in range(repeats)]
