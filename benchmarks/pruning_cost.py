@@ -51,8 +51,8 @@ import hf_lnscale
 from hf_lnscale.evaluation.speed import measure
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
+from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
-from hf_lnscale.pruning.search import plan_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

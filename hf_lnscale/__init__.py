@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .pruning.heal import heal
     from .pruning.layers import drop_layers
     from .pruning.plan import PruningPlan
+    from .pruning.prune import Pruned, plan_pruning, prune
     from .pruning.scores import LayerScores, score_layers
-    from .pruning.search import plan_pruning
     from .pruning.speculative import draft_model
 
 # Where the public names are defined; imported when one is used, so that importing this package costs nothing.
@@ -49,8 +49,8 @@ _DEFINED_IN = {
     "pruning.heal": ("heal",),
     "pruning.layers": ("drop_layers",),
     "pruning.plan": ("PruningPlan",),
+    "pruning.prune": ("Pruned", "plan_pruning", "prune"),
     "pruning.scores": ("LayerScores", "score_layers"),
-    "pruning.search": ("plan_pruning",),
     "pruning.speculative": ("draft_model",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
@@ -59,6 +59,7 @@ __all__ = [
     "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
+    "Pruned",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "UnsupportedTransformersError",
@@ -75,6 +76,7 @@ __all__ = [
     "is_enabled",
     "ln_scales",
     "plan_pruning",
+    "prune",
     "register_family",
     "remove_ln_scaling",
     "score_layers",

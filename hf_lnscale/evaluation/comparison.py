@@ -23,7 +23,7 @@ from ..core.display import markdown, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
-from .speed import Speed, Timing, measure
+from .speed import Speed, Timing, measure, relative_change
 from .tasks import TaskResult, run_tasks, task_manager
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Evaluation:
             values = [value(one) for one in self.models]
             cells = [show(one) for one in values]
             for at in range(1, len(values)):
-                change = _change(values[at], values[0])
+                change = relative_change(values[at], values[0])
                 cells[at] += "" if change is None else f"\n{change:+.1%}"
             rows.append([name, *cells])
 
@@ -141,11 +141,11 @@ class Evaluation:
         if first.speed:
             for name in _SPEEDS:
                 what = name.removesuffix("_tokens_per_second")
-                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), _show_timing)  # type: ignore[misc]
+                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), str)  # type: ignore[misc]
             add(
                 "first token, ms",
                 lambda one: one.speed and one.speed.first_token_seconds,
-                lambda value: _show_timing(Timing(*(1000 * part for part in asdict(value).values()))),
+                lambda value: str(Timing(*(1000 * part for part in asdict(value).values()))),
             )
             add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
@@ -354,17 +354,6 @@ def _weights(model: Any) -> str:
         return dtype
     said = quantization if isinstance(quantization, dict) else quantization.to_dict()
     return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
-
-
-def _change(value: Any, reference: Any) -> float | None:
-    """Relative change; None where it is unknown, or could be noise."""
-    if isinstance(value, Timing) and isinstance(reference, Timing):
-        return value.change_from(reference)
-    return value / reference - 1.0 if value and reference else None
-
-
-def _show_timing(value: Timing) -> str:
-    return f"{value.median:,.1f} ({value.lowest:,.1f} to {value.highest:,.1f})"
 
 
 def _with_error(value: Estimate, sign: str = "") -> str:

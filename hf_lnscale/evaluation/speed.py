@@ -40,11 +40,19 @@ class Timing:
     def of(cls, values: list[float]) -> Timing:
         return cls(statistics.median(values), min(values), max(values))
 
-    def change_from(self, reference: Timing) -> float | None:
-        """Relative difference of the medians; None if the ranges overlap, as it could then be noise."""
-        if self.lowest <= reference.highest and reference.lowest <= self.highest:
+    def __str__(self) -> str:
+        return f"{self.median:,.1f} ({self.lowest:,.1f} to {self.highest:,.1f})"
+
+
+def relative_change(value: Timing | float | None, reference: Timing | float | None) -> float | None:
+    """Relative change from a reference; None where it is unknown, or where ranges overlap so that it could be noise."""
+    if isinstance(value, Timing) and isinstance(reference, Timing):
+        if value.lowest <= reference.highest and reference.lowest <= value.highest:
             return None
-        return self.median / reference.median - 1.0
+        return value.median / reference.median - 1.0
+    if isinstance(value, Timing) or isinstance(reference, Timing) or not value or not reference:
+        return None
+    return value / reference - 1.0
 
 
 @dataclass(frozen=True)

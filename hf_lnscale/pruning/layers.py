@@ -293,7 +293,7 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
     dropped = layers_to_drop(layers, config)
     if not dropped:
         return model
-    _require_untouched(model, stack, dropped)
+    require_droppable(model, stack, dropped)
     _own_configs(model)
     # Several modules may hold copies of the configuration; each is changed once.
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
@@ -312,7 +312,7 @@ def _own_configs(model: nn.Module) -> None:
             vars(module)["config"] = copy.deepcopy(held, memo)
 
 
-def _require_untouched(model: nn.Module, stack: Stack, dropped: list[int]) -> None:
+def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(

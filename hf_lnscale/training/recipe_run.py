@@ -201,8 +201,8 @@ class Run:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
         if self.training.early_stopping_patience:
             trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
-        if samples := getattr(self.training, "num_samples", 0):
-            trainer.add_callback(SamplesCallback(trainer, samples))
+        if self.training.num_samples:
+            trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
         trainer.add_callback(_Begin(self, trained))
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:

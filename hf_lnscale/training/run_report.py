@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,7 +120,12 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if adapters := getattr(model, "peft_config", None):
-        found["lora_target_modules"] = sorted(next(iter(adapters.values())).target_modules)
+        modules = next(iter(adapters.values())).target_modules
+        found["lora_target_modules"] = modules if isinstance(modules, str) else sorted(modules)
+    name, parts = given["dataset_name"], given["datasets"]
+    found["datasets"] = [name] if name else [part["path"] for part in parts]
+    if fractions := [part["fraction"] for part in parts if part["fraction"]]:
+        found["fractions"] = fractions
     return found
 
 
@@ -133,32 +139,25 @@ def _versions() -> dict[str, str]:
     return {"hf_lnscale": __version__} | {module.__name__: module.__version__ for module in named}
 
 
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    before = metrics["eval_loss_before"]
-    rows = [] if before is None else [("evaluation loss before", f"{before:.4f}")]
-    rows += [
-        ("evaluation loss", f"{metrics['eval_loss']:.4f}"),
-        ("perplexity", f"{metrics['perplexity']:,.2f}"),
-        ("steps", f"{metrics['steps']:,}" + (f", best after {best:,}" if (best := metrics["best_step"]) else "")),
-        ("rows", f"{metrics['train_rows'] or 'streamed'} for training, {metrics['eval_rows']} for evaluation"),
-        ("tokens seen", f"{metrics['tokens_seen']:,}"),
-        ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
-        ("wall time", f"{metrics['wall_seconds']:,.0f} s"),
-        (f"peak memory, {metrics['peak_memory_of']}", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ("processes", f"{metrics['processes']} x {metrics['device']}"),
-    ]
+def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in metrics.items():
+        if key == "peak_memory_bytes":
+            yield f"peak memory, {metrics['peak_memory_of']}", f"{value / 2**30:.2f} GiB"
+        elif isinstance(value, float):
+            yield key.replace("_", " "), f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        elif isinstance(value, (int, str)) and key not in ("recipe", "peak_memory_of"):
+            yield key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
     if metrics["resumed_from"]:
-        rows.append(("resumed from", f"{metrics['resumed_from']}; speed and time are those since then"))
-    return rows
+        yield "measured", "speed and time since then"
 
 
 def _card(
     recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
-    base, data = told.get("model_name_or_path"), told.get("dataset_name")
+    base, data = told.get("model_name_or_path"), told["datasets"]
     adapter = hasattr(model, "peft_config")
     found = record(model.config)
-    notes = []
+    notes: list[str] = []
     if found.active:
         notes.append(
             Markdown(
@@ -177,17 +176,18 @@ def _card(
                 "`hf-lnscale export` takes."
             )
         )
-    notes.append(f"It was trained on {public_name(data) if data else 'text that comes with Python'}.")
+    told["datasets"] = [public_name(name) for name in data]
+    notes.append(f"It was trained on {', '.join(told['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(
         f"{name}: {recipe.replace('_', ' ')}",
         base_model=base,
-        dataset=data,
+        dataset=data[0] if len(data) == 1 else None,
         library_name="peft" if adapter else "transformers",
         tags=["trl"],
         pipeline_tag="text-generation",
         notes=notes,
-        parts=[Table(("", ""), _rows(metrics))],
+        parts=[Table(("", ""), [*_rows(metrics)])],
         pictures=pictures,
         settings={
             key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()
@@ -198,16 +198,7 @@ def _card(
 
 
 def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
-    """Loss over steps, and what was measured over depth.
-
-    Args:
-        history: what the trainer logged.
-        folder: to write to.
-        learned: what the training loss is.
-
-    Returns:
-        The names of the pictures; none without matplotlib.
-    """
+    """Plots the losses and the measurements over depth; returns the names of the files, none without matplotlib."""
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []
@@ -216,13 +207,8 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-    pictures = []
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    pictures = ["loss.png"]
     with plt.rc_context(style):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
         for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
@@ -233,7 +219,6 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
         axis.legend(frameon=False)
         figure.savefig(folder / "loss.png", dpi=150)
         plt.close(figure)
-        pictures.append("loss.png")
     if any(key.startswith("depth/") for entry in history for key in entry):
         plot_depth_stats(history, folder / "depth.png")
         pictures.append("depth.png")
