@@ -21,11 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..core.config import LNScalingConfig
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, DROPPED, FOLDED, parts, protect, unprotect
+from ..core.record import ACTIVE, FOLDED, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -79,8 +78,7 @@ def read_info(path: str) -> CheckpointInfo:
     text = text_config(config)
     num_layers = getattr(text, "num_hidden_layers", None)
     num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
-    active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
-    scaling = LNScalingConfig.of(active)
+    found = record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
@@ -91,10 +89,10 @@ def read_info(path: str) -> CheckpointInfo:
         family=text.model_type,
         supported=supported,
         num_layers=num_layers,
-        active=active,
-        folded=folded,
-        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
-        dropped=vars(text).get(DROPPED),
+        active=found.active and found.active.to_dict(),
+        folded=found.folded and found.folded.to_dict(),
+        scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
+        dropped=found.dropped and found.dropped.to_dict(),
     )
 
 
@@ -174,13 +172,12 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     """The config.json to write, the scale of each layer and the row of the family."""
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(source)
-    scaling = LNScalingConfig.of(vars(text_config(config)).get(ACTIVE))
-    if scaling is None:
-        folded = vars(text_config(config)).get(FOLDED)
-        state = "its scale is folded already" if folded else "it has no active ln_scaling"
+    found = record(config)
+    if found.active is None:
+        state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
-    scaling = scaling.for_layers(num_layers)
+    scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
     del part[ACTIVE]
