@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -138,7 +138,7 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
         _copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, partial / file)
+            _copy_weights(source / file, partial / file, mark(record(plain)))
             for name, position in patches[file]:
                 _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
         _require_folded(source, partial, patches, scales, family)
@@ -209,6 +209,19 @@ def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> 
         folded = scale_parameter(weight, scale, one_plus_weight and name.endswith(".weight"))
         stream.seek(start)
         stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _copy_weights(source: Path, target: Path, said: str | None) -> None:
+    """Copies a safetensors file; one that is marked with the record of its model gets that of the folded one."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = old.read(int.from_bytes(old.read(8), "little"))
+        entries = json.loads(header)
+        if MARK in entries.get("__metadata__", {}) and said is not None:
+            entries["__metadata__"][MARK] = said
+            header = json.dumps(entries, separators=(",", ":")).encode()
+            header += b" " * (-len(header) % 8)  # as the format wants it
+        new.write(len(header).to_bytes(8, "little") + header)
+        shutil.copyfileobj(old, new, 2**24)
 
 
 def _require_folded(

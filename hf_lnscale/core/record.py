@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
+# Key in the metadata of safetensors files.
+MARK = "hf_lnscale"
 
 
 class Stored(dict[str, Any]):
@@ -69,6 +72,41 @@ class Record:
         return {key: value.to_dict() for key, value in values.items() if value is not None}
 
 
+class SourceName(str):
+    """The name of the checkpoint that a model of ours was loaded from, with what was done to the model since.
+
+    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL its reference
+    models. `from_pretrained` of this name gives the same model again, not the one that the checkpoint holds.
+
+    Attributes:
+        record: what the model's configuration says.
+        changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
+    """
+
+    record: Record
+    changed: str
+
+    def __new__(cls, name: str, record: Record = Record(), changed: str = "") -> SourceName:
+        made = super().__new__(cls, name)
+        made.record, made.changed = record, changed
+        return made
+
+
+def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
+    """Notes in a configuration's name what a model that is loaded by it must be like; see `SourceName`.
+
+    Args:
+        config: of a model in memory.
+        changed: how its weights were changed; None leaves what was noted.
+    """
+    name = getattr(config, "_name_or_path", "")
+    changed = getattr(name, "changed", "") if changed is None else changed
+    if name:
+        found = record(config)
+        own = replace(found, on_disk=None)
+        config._name_or_path = SourceName(name, own, changed) if found != Record() or changed else str(name)
+
+
 def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
     """Reads and validates the plugin's keys in a configuration, or in the dict of a config.json.
 
@@ -97,6 +135,12 @@ def write(config: PreTrainedConfig, new: Record) -> None:
         values[ACTIVE] = Stored(values[ACTIVE])
     if new.on_disk is not None:
         values[ON_DISK] = new.on_disk.to_dict()
+    remember_source(config)
+
+
+def mark(own: Record) -> str | None:
+    """What weights are marked with that belong to a configuration with this record; None for a plain model."""
+    return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
 
 
 def is_flagged(config: Any) -> bool:

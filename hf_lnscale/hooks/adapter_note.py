@@ -93,14 +93,21 @@ def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> d
     base = base or _config_on_disk(adapter)
     if base is None:  # loading it will say what is wrong
         return {}
-    found = _to_restore(wanted, base)
-    restored = copy.deepcopy(base)
-    if found is not None:
-        layers.set_drop_layers(restored, found.get("drop_layers"))
-        set_ln_scaling(restored, found.get("ln_scaling"))
-    if found is None or not _same(wanted, base_state(restored)):
+    found = keywords_to_restore(wanted, base)
+    if found is None:
         raise ValueError(_mismatch(adapter, "this adapter", wanted, base))
     return found
+
+
+def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
+    """The keywords of `from_pretrained` that make a model with the wanted record of a checkpoint; None if none do."""
+    found = _to_restore(wanted, base)
+    if found is None:
+        return None
+    restored = copy.deepcopy(base)
+    layers.set_drop_layers(restored, found.get("drop_layers"))
+    set_ln_scaling(restored, found.get("ln_scaling"))
+    return found if _same(wanted, base_state(restored)) else None
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:

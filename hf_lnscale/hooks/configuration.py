@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..core import record
+from .deferred import config_file
 from .install import require_supported
 
 
@@ -65,6 +66,7 @@ def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_json_file(self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
+        json_file_path = config_file(json_file_path)
         if not record.is_flagged(self):
             return original(self, json_file_path, *args, **kwargs)
         text = self.to_json_string(*args, **kwargs)

@@ -34,7 +34,7 @@ class Hook:
 
     Attributes:
         group: the module whose import is waited for.
-        owner: the class, as `module:name`.
+        owner: the class, as `module:name`, or the module itself, as `module:`.
         name: the attribute.
         replacement: what makes the replacement, as `module:name` in this folder: a wrapper from the original function,
             or a property if its name says so.
@@ -75,6 +75,8 @@ HOOKS = (
         MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
         ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys"),
     ),
+    # Not a class's: the one place where a model's safetensors files are written, with their metadata.
+    Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", ("tensors", "filename")),
     # Private: reads a checkpoint of torch.distributed.checkpoint by names, without the function above. Before 5.20
     # from_pretrained cannot read such a checkpoint.
     Hook(
@@ -249,7 +251,8 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[type, str], Any
             continue
         module, _, cls = hook.owner.partition(":")
         try:
-            owner = getattr(importlib.import_module(module), cls)
+            owner = importlib.import_module(module)
+            owner = getattr(owner, cls) if cls else owner
             file, _, factory = hook.replacement.partition(":")
             make = getattr(importlib.import_module(f".{file}", __package__), factory)
         except (ImportError, AttributeError) as error:

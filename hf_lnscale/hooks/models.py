@@ -11,20 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 
 from ..core.apply import apply_from_config, require_consistent
-from ..core.errors import UnsupportedTransformersError
+from ..core.errors import ArgumentError, CheckpointError, UnsupportedTransformersError
 from ..core.norm import ScaledNorm
-from ..core.record import is_flagged, record, trained_without, write
+from ..core.record import SourceName, is_flagged, record, remember_source, trained_without, write
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
 from .configuration import set_drop_layers, set_ln_scaling
 from .install import require_supported
 from .peft import adapter_to_load, noting
+from .saving import must_be_written_last, require_same_checkpoint, weights_first
 
 # Attribute of a model that is being constructed: the handle of the check in `init`.
 _UNAPPLIED = "_ln_scaling_unapplied"
@@ -80,10 +81,18 @@ def is_plain(model: Any) -> bool:
 
 
 def save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not is_plain(self):
             require_consistent(self)
-        with noting(self.config):  # the model may hold adapters, which are then what is saved
+        given = signature.bind(self, *args, **kwargs).arguments
+        folder, main = given["save_directory"], given.get("is_main_process", True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(noting(self.config))  # the model may hold adapters, which are then what is saved
+            # What is pushed is uploaded at the end of the original, config.json too.
+            if must_be_written_last(folder, self.config) and not given.get("push_to_hub"):
+                stack.enter_context(weights_first(folder, self.config, main))
             return original(self, *args, **kwargs)
 
     return save_pretrained
@@ -92,6 +101,8 @@ def save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         name, config = pretrained_model_name_or_path, kwargs.get("config")
+        if isinstance(name, SourceName):
+            kwargs = {**_as_in_memory(name, kwargs), **kwargs}
         if adapter := adapter_to_load(name, kwargs):
             given = config if isinstance(config, PreTrainedConfig) else None
             kwargs = {**adapters.keywords(adapter, given), **kwargs}
@@ -109,11 +120,41 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if is_flagged(getattr(model, "config", None)):
             require_applied(model)
-            if name is not None and adapter is None:
+            if name is not None and adapter is None and not isinstance(name, SourceName):
                 _warn_if_cold(model.config, name)
+            remember_source(model.config)
         return loaded
 
     return from_pretrained
+
+
+def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that make the model whose configuration has this name, of the checkpoint that it was loaded from."""
+    if name.changed:
+        raise ArgumentError(
+            "pretrained_model_name_or_path",
+            str(name),
+            problem=f"is the name of a model that was {name.changed} in memory, so loading it gives another model. "
+            "Save the model and load it from that folder, or pass the second model yourself, such as "
+            "ref_model=copy.deepcopy(model)",
+        )
+    base = kwargs.get("config")
+    if not isinstance(base, PreTrainedConfig):
+        where = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+        base = AutoConfig.from_pretrained(str(name), **{key: kwargs[key] for key in where if key in kwargs})
+    wanted, there = name.record, record(base)
+    if wanted.folded != there.folded and (wanted.folded, there.folded) in (
+        (there.active, None),
+        (None, wanted.active),
+    ):  # folded or unfolded in memory: the same function
+        wanted = dataclasses.replace(wanted, active=there.active, folded=there.folded)
+    found = adapters.keywords_to_restore(wanted, base)
+    if found is None:
+        raise CheckpointError(
+            f"{str(name)!r} does not hold the model that its name was taken from, which has {wanted.to_dict()}: the "
+            "checkpoint was replaced since. Save the model and use that folder"
+        )
+    return found
 
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
@@ -179,19 +220,20 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
-        model = args[0] if args else kwargs["model"]
-        if not is_flagged(model.config) or record(model.config).dropped is None:
-            return original(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        state_dict, load_config = given["state_dict"], given["load_config"]
+        model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
         name = load_config.pretrained_model_name_or_path
+        if given["expected_keys"] is None and name is not None:
+            require_same_checkpoint(given["checkpoint_files"] or [], lambda: _saved_config(model, name, load_config))
+        if not is_flagged(model.config) or record(model.config).dropped is None:
+            return original(*args, **kwargs)
         positions = None
         # `expected_keys` are given for an adapter alone, which has the numbers of the model that it is put on.
         if given["expected_keys"] is None:
             if name is not None:
-                positions = _positions_on_disk(model, name, load_config)
+                positions = layers.positions_on_disk(model.config, _saved_config(model, name, load_config))
             elif state_dict is not None:
                 positions = layers.positions_in_state_dict(model.config, model, state_dict)
         if positions is None:
@@ -230,11 +272,12 @@ def load_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_distributed
 
 
-def _positions_on_disk(model: PreTrainedModel, name: Any, load_config: Any) -> list[int] | None:
+def _saved_config(model: PreTrainedModel, name: Any, load_config: Any) -> dict[str, Any]:
+    """The dict of the config.json of a checkpoint that is being loaded."""
     where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
     kwargs = {key: value for key, value in (load_config.download_kwargs or {}).items() if key in where}
     saved, _ = type(model.config).get_config_dict(name, **kwargs)
-    return layers.positions_on_disk(model.config, saved)
+    return saved
 
 
 def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:
