@@ -32,7 +32,7 @@ from hf_lnscale.commands import options
 from hf_lnscale.commands.demo import Demo
 from hf_lnscale.core.errors import ArgumentError
 from hf_lnscale.diagnosis.examine import diagnose
-from hf_lnscale.diagnosis.folder import run as run_diagnosis
+from hf_lnscale.diagnosis.folder import diagnose_checkpoints
 from hf_lnscale.evaluation.comparison import Evaluation, evaluate
 from hf_lnscale.measuring.text import Windows
 from hf_lnscale.pruning.prune import prune
@@ -205,8 +205,8 @@ def test_every_option_has_the_name_that_the_library_uses():
     library = {
         name
         for function in (
-            prune, diagnose, run_diagnosis, evaluate, Evaluation.save, export, export_gguf, push, Windows, Placement,
-            Demo, read_info,
+            prune, diagnose, diagnose_checkpoints, evaluate, Evaluation.save, export, export_gguf, push, Windows,
+            Placement, Demo, read_info,
         )
         for name in inspect.signature(function).parameters
     }  # fmt: skip
