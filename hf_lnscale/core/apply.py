@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .config import LNScalingConfig, is_integer
 from .families import UnsupportedArchitectureError, family_of, text_config
 from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
 from .record import FOLDED, get_ln_scaling, record, set_ln_scaling, write
-from .stack import Stack, own_stack, text_stack
+from .stack import Stack, own_stack, pretrained_modules, text_stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def apply_from_config(model: PreTrainedModel) -> None:
@@ -25,7 +27,7 @@ def apply_from_config(model: PreTrainedModel) -> None:
     if stack is None:
         # A head or a vision model. The decoder inside was scaled when it was constructed; once more does no harm, and
         # reaches layers that the head has put in since.
-        inside = [stack for module in model.modules() if (stack := own_stack(module))]
+        inside = [stack for module in pretrained_modules(model) if (stack := own_stack(module))]
         for stack in inside:
             if own := record(stack.model.config).active:
                 _apply(stack, own)
@@ -50,7 +52,7 @@ def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
 def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
     """Changes the record in every configuration in `model` that describes the stack; usually all are one object."""
     new = replace(record(stack.model.config), **changes)
-    configs = [text_config(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = [text_config(module.config) for module in pretrained_modules(model)]
     for config in configs:
         if config.model_type == stack.model.config.model_type:
             write(config, new)
@@ -224,7 +226,7 @@ def require_consistent(model: nn.Module) -> None:
     Raises:
         ValueError: if the two differ; the message says how that comes about.
     """
-    for module in model.modules():
+    for module in pretrained_modules(model):
         stack = own_stack(module)
         if stack is None:
             continue

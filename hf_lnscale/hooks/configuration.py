@@ -57,6 +57,8 @@ def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_dict(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         values = original(self, *args, **kwargs)
+        if isinstance(name := values.get("_name_or_path"), record.SourceName):
+            values["_name_or_path"] = str(name)
         if record.is_flagged(self):
             values.pop(record.ON_DISK, None)
         return values

@@ -91,7 +91,7 @@ def check():
     for hook in install.HOOKS:
         if hook.group in sys.modules:
             module, _, cls = hook.owner.partition(":")
-            owner = getattr(sys.modules[module], cls)
+            owner = getattr(sys.modules[module], cls) if cls else sys.modules[module]
             assert vars(owner)[hook.name] is install._installed[owner, hook.name].hook, hook
             original = install._installed[owner, hook.name].original
             code = getattr(getattr(original, "__func__", original), "__code__", None)

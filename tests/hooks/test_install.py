@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    modeling_utils,
 )
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -35,6 +36,7 @@ HOOKED = {
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
+    (modeling_utils, "safe_save_file"),
     (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
 }
@@ -61,9 +63,9 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     from peft import PeftModel
     from peft.auto import _BaseAutoPeftModel
     from peft.config import PeftConfigMixin
-    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils
     from transformers.integrations.peft import PeftAdapterMixin
-    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer)
+    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer, modeling_utils)
     classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin)
     before = [dict(vars(cls)) for cls in classes]
 
