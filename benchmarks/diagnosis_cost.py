@@ -25,11 +25,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lnscale
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.scores import sweep_losses
+from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis.examine import _costs, _first
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances, stream
-from hf_lnscale.scaling import text_stack
+from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES, SEQUENCES = 2, 8
@@ -40,9 +40,10 @@ def subject(checkpoint: str | None, text: Path | None, dtype: str, sequences: in
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         data = token_batches(
-            str(text), tokenizer=AutoTokenizer.from_pretrained(checkpoint), num_tokens=sequences * length,
-            seq_len=length, batch_size=4,
-        )  # fmt: skip
+            str(text),
+            tokenizer=AutoTokenizer.from_pretrained(checkpoint),
+            windows=Windows(sequences * length, length, batch_size=4),
+        )
         return f"{Path(checkpoint).name}, {dtype}", model.to(DEVICE).eval(), data
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging
 
 import hf_lnscale
-from hf_lnscale.depth.draft import DraftStep, choose_draft, measure_draft
+from hf_lnscale.pruning.speculative import DraftStep, choose_draft, measure_draft
 
 CHOOSE_BY = [
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",

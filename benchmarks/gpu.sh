@@ -10,7 +10,7 @@ python -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "benc
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 liger=$(python -c 'import importlib.util as i; print("--mode liger" if i.find_spec("liger_kernel") else "")')
 export PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}"
-python -m pytest tests/test_composition.py tests/test_training_math.py -k "liger or kernel or compile or bf16" -rs
+python -m pytest tests/core/test_composition.py tests/core/test_training_math.py -k "liger or kernel or compile or bf16" -rs
 # shellcheck disable=SC2086  # one word or none
 timeout 150 python benchmarks/ln_scaling_overhead.py --size 130M --batch 16 --length 512 --count 25 --mode eager --mode compile $liger
 # shellcheck disable=SC2086

@@ -4,7 +4,7 @@
     python benchmarks/other_runtimes.py CHECKPOINT --converter PATH/OF/llama.cpp
 
 From a plain checkpoint, three are made: one with an active scale that computes the same as before (its norm weights are
-divided by the scale), exported, and so folded, by `hf_lnscale.gguf.export_gguf`; one without some layers; and, as a
+divided by the scale), exported, and so folded, by `export_gguf`; one without some layers; and, as a
 control, the first with its scale lost, as if a converter ignored it. Each is compared with the model in transformers:
 greedy tokens of several prompts, and the logits at each place of what transformers wrote.
 
@@ -30,9 +30,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
-from hf_lnscale.families import family_of
-from hf_lnscale.gguf import export_gguf, find_converter
-from hf_lnscale.scaling import text_stack
+from hf_lnscale.checkpoints.gguf import export_gguf, find_converter
+from hf_lnscale.core.families import family_of
+from hf_lnscale.core.stack import text_stack
 
 PROMPTS = (
     "The capital of France is",

@@ -48,10 +48,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import hf_lnscale
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.scores import score_layers, sweep_losses
-from hf_lnscale.depth.search import plan_pruning
 from hf_lnscale.evaluation.speed import measure
+from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
+from hf_lnscale.pruning.scores import score_layers
+from hf_lnscale.pruning.search import plan_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -79,7 +80,9 @@ def subject(checkpoint: str | None, text: Path | None, count: int, sequences: in
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         num_tokens = sequences * length
-        data = token_batches(str(text), tokenizer=tokenizer, num_tokens=num_tokens, seq_len=length, batch_size=4)
+        data = token_batches(
+            str(text), tokenizer=tokenizer, windows=Windows(num_tokens=num_tokens, seq_len=length, batch_size=4)
+        )
         return Subject(Path(checkpoint).name, model.to(DEVICE).eval(), data, count)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from hf_lnscale.depth.data import TokenBatches, token_batches
-from hf_lnscale.depth.heal import healed
-from hf_lnscale.depth.scores import METHODS as ONE_SHOT
-from hf_lnscale.depth.scores import loss_without, score_layers
-from hf_lnscale.depth.search import plan_pruning
+from hf_lnscale.measuring.losses import loss_without
+from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
+from hf_lnscale.pruning.heal import healed
+from hf_lnscale.pruning.scores import METHODS as ONE_SHOT
+from hf_lnscale.pruning.scores import score_layers
+from hf_lnscale.pruning.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
 STEPWISE = ("greedy", "greedy_healed", "beam")
@@ -40,7 +41,7 @@ def parts(
     text: Path, model: torch.nn.Module, calibration: int, test: int, seq_len: int
 ) -> tuple[TokenBatches, TokenBatches]:
     """The first windows of the text, and the last ones."""
-    batches = token_batches(text, model, num_tokens=None, seq_len=seq_len)
+    batches = token_batches(text, model, windows=Windows(num_tokens=None, seq_len=seq_len))
     rest, last = batches.split(test / batches.num_tokens)
     first, _ = rest.split(1 - calibration / rest.num_tokens)
     return first, last

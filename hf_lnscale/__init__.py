@@ -9,18 +9,7 @@ Importing it makes every `from_pretrained`, `from_config` and configuration of t
 """
 
 from ._version import __version__
-from .depth.draft import draft_model
-from .depth.heal import heal
-from .depth.layers import drop_layers
-from .depth.plan import PruningPlan
-from .depth.scores import LayerScores, score_layers
-from .depth.search import plan_pruning
-from .diagnosis import Diagnosis, diagnose
-from .evaluation import evaluate
-from .families import UnsupportedArchitectureError, register_family
-from .hooks import disable, enable, is_enabled
-from .scaling import (
-    LNScalingConfig,
+from .core.apply import (
     apply_ln_scaling,
     fold_ln_scaling,
     ln_scales,
@@ -28,6 +17,17 @@ from .scaling import (
     set_ln_scaling_step,
     unfold_ln_scaling,
 )
+from .core.config import LNScalingConfig
+from .core.families import UnsupportedArchitectureError, register_family
+from .diagnosis import Diagnosis, diagnose
+from .evaluation import evaluate
+from .hooks.install import disable, enable, is_enabled
+from .pruning.heal import heal
+from .pruning.layers import drop_layers
+from .pruning.plan import PruningPlan
+from .pruning.scores import LayerScores, score_layers
+from .pruning.search import plan_pruning
+from .pruning.speculative import draft_model
 
 __all__ = [
     "Diagnosis",

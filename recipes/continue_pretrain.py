@@ -18,9 +18,9 @@ led over: its scale goes from none to 1/sqrt(l) over the first steps, all of whi
 from trl import ModelConfig, get_peft_config
 
 from hf_lnscale.training.arguments import ContinueConfig, DataArguments, DepthArguments, WarmupArguments, parse
-from hf_lnscale.training.data import load_text
-from hf_lnscale.training.model import load
-from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.recipe_data import load_text
+from hf_lnscale.training.recipe_model import load
+from hf_lnscale.training.recipe_run import Run, script
 from hf_lnscale.training.trainer import RecipeTrainer
 
 

@@ -19,9 +19,9 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
 from trl import ModelConfig, get_peft_config
 
 from hf_lnscale.training.arguments import DataArguments, DepthArguments, HealConfig, TeacherArguments, parse
-from hf_lnscale.training.data import load_text
-from hf_lnscale.training.model import load, load_teacher, require_pruned
-from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.recipe_data import load_text
+from hf_lnscale.training.recipe_model import load, load_teacher, require_pruned
+from hf_lnscale.training.recipe_run import Run, script
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 

@@ -22,10 +22,10 @@ Another family and other sizes, on your text, and the Pre-LN model to compare wi
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from hf_lnscale.measuring.sample import train_tokenizer
 from hf_lnscale.training.arguments import DataArguments, PretrainArguments, PretrainConfig, parse
-from hf_lnscale.training.data import first_texts, load_text
-from hf_lnscale.training.run import Run, script
-from hf_lnscale.training.sample import train_tokenizer
+from hf_lnscale.training.recipe_data import first_texts, load_text
+from hf_lnscale.training.recipe_run import Run, script
 from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
 from hf_lnscale.training.trainer import RecipeTrainer
 

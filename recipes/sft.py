@@ -22,9 +22,9 @@ In full on eight GPUs:
 from trl import ModelConfig, get_peft_config
 
 from hf_lnscale.training.arguments import ChatConfig, DataArguments, DepthArguments, parse
-from hf_lnscale.training.data import load_conversations, prepare_chat
-from hf_lnscale.training.model import load
-from hf_lnscale.training.run import Run, script
+from hf_lnscale.training.recipe_data import load_conversations, prepare_chat
+from hf_lnscale.training.recipe_model import load
+from hf_lnscale.training.recipe_run import Run, script
 from hf_lnscale.training.trainer import RecipeTrainer
 
 

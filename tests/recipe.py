@@ -17,7 +17,7 @@ import tiny
 
 pytest.importorskip("trl", minversion="1.16")  # which needs Python 3.11
 
-from hf_lnscale.training.sample import documents, train_tokenizer
+from hf_lnscale.measuring.sample import documents, train_tokenizer
 
 # Each run collects garbage several times; what is loaded by now is none.
 gc.freeze()

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import processes
 import recipe
-from hf_lnscale.training import report
+from hf_lnscale.training import run_report as report
 from hf_lnscale.training.trainer import RecipeTrainer
 
 

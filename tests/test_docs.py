@@ -47,10 +47,10 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     for name, stand_in in IN_PLACE_OF.items():
         code = code.replace(name, stand_in)
     torch.manual_seed(0)
-    from hf_lnscale import families
+    from hf_lnscale.core import families
 
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
-    monkeypatch.setattr("hf_lnscale.scaling.FAMILIES", families.FAMILIES)
+    monkeypatch.setattr("hf_lnscale.core.stack.FAMILIES", families.FAMILIES)
     exec(compile(code, page, "exec"), {})
 
 

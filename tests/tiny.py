@@ -132,7 +132,7 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 
 def uploaded_that_say(path: Path, folder: Path) -> list[str]:
     """The files that `push` would upload from a folder, the model card with them, in which a path is written."""
-    from hf_lnscale.hub import push  # the configurations above are for processes without the plugin too
+    from hf_lnscale.checkpoints.hub import push  # the configurations above are for processes without the plugin too
 
     upload = push(folder, "user/model", allow_scaled=True, dry_run=True)
     contents = {name: (folder / name).read_bytes() for name in upload.files} | {"README.md": upload.card.encode()}

@@ -15,11 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._folders import public_name
 from .._version import __version__
-from ..depth.data import Batch, TokenBatches, token_batches
-from ..depth.scores import MOST_NATS, _Halves, _sweep, loss_without
-from ..scaling import DROPPED, Stack, get_ln_scaling, text_stack
+from ..checkpoints.folders import public_name
+from ..core.record import DROPPED, get_ln_scaling
+from ..core.stack import Stack, text_stack
+from ..measuring.losses import MOST_NATS, loss_without, sweep
+from ..measuring.split_model import SplitModel
+from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 from . import verdict
 from .measure import (
     NotDifferentiableError,
@@ -47,9 +49,7 @@ def diagnose(
     data: Any,
     *,
     tokenizer: Any = None,
-    num_tokens: int | None = 16_384,
-    seq_len: int | None = None,
-    batch_size: int = 8,
+    windows: Windows = Windows(num_tokens=16_384),
     loss: bool = True,
     gradients: bool = True,
     jacobian: bool = True,
@@ -70,16 +70,14 @@ def diagnose(
       sequences alone.
 
     What is announced, with `progress`, is the sum for the model at hand. Memory beyond the model: the pass holds one
-    batch; the rest L states of one batch, shape (L, B, T, D), and the graph of one layer. A small `batch_size` helps.
+    batch; the rest L states of one batch, shape (L, B, T, D), and the graph of one layer. Small batches help.
 
     Args:
         model: a model of a known family, in any wrapper, on any devices; for `loss` and `gradients` with its language
             head.
         data: texts, a dataset, a path or token ids, see `token_batches`, which the next arguments go to too.
         tokenizer: turns text into ids; loaded by the model's name if none is given.
-        num_tokens: tokens to take from texts; None takes all.
-        seq_len: tokens in a window of text.
-        batch_size: windows of text in a batch.
+        windows: how texts are cut.
         loss, gradients, jacobian: whether to measure these.
         jacobian_sequences: sequences, from the first on, that the Jacobian is estimated on.
         jacobian_probes: random vectors for each of them.
@@ -96,9 +94,7 @@ def diagnose(
     stack = text_stack(model)
     if loss or gradients:
         _require_head(model)
-    batches = token_batches(
-        data, stack.model, tokenizer=tokenizer, num_tokens=num_tokens, seq_len=seq_len, batch_size=batch_size
-    )
+    batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = _first(batches, jacobian_sequences)
     wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
     costs = _costs(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
@@ -111,7 +107,7 @@ def diagnose(
         full, added, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
         if loss:
             with bar.part("loss"):
-                full, without = _sweep(
+                full, without = sweep(
                     model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
                 )
                 if not full < MOST_NATS:
@@ -159,7 +155,7 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
 
 def _require_head(model: nn.Module) -> None:
     try:
-        _Halves(model)
+        SplitModel(model)
     except ValueError:
         raise ValueError(
             f"model: {type(model).__name__} has no language head to predict tokens with; load it with "

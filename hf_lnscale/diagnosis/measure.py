@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..depth.data import Batch, TokenBatches, token_batches
-from ..depth.scores import _PLAIN, _cross_entropy, _Halves, _inputs, _pick, _predictions, _sweep
-from ..depth.stream import evaluating, hidden_states, visiting, wide
-from ..scaling import Stack, text_stack
+from ..core.stack import Stack, text_stack
+from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
+from ..measuring.stream import capture_residual_stream, eval_mode, hidden_states, upcast
+from ..measuring.text import Batch, TokenBatches, token_batches
 
 
 class Moments:
@@ -99,10 +100,10 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     stack = text_stack(model)
     layers = len(stack.layers)
     pass_ = _Pass(stack)
-    with evaluating(model), visiting(stack, pass_.at, pass_.between):
+    with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
         for batch in batches:
             pass_.start(batch)
-            stack.model(**_inputs(stack, batch), **_PLAIN)
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
             pass_.finish()
             advance(1 / len(batches))
     if not pass_.rest or not pass_.rest[0].count:
@@ -162,7 +163,7 @@ class _Pass:
 
     def at(self, place: int, x_BTD: torch.Tensor) -> None:
         self.last.append(x_BTD[tuple(index.to(x_BTD.device, non_blocking=True) for index in self.last_tokens)])
-        x_BTD = wide(x_BTD)
+        x_BTD = upcast(x_BTD)
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1).clamp_min(torch.finfo(x_BTD.dtype).tiny)
         if place:
             m_BTD, m_norm_BT = (one.to(x_BTD.device) for one in self.middle)
@@ -178,7 +179,7 @@ class _Pass:
             found.append(_moments(part) if count else part.new_zeros(2, 0))
 
     def between(self, place: int, m_BTD: torch.Tensor) -> None:
-        m_BTD = wide(m_BTD)
+        m_BTD = upcast(m_BTD)
         norm_BT = torch.linalg.vector_norm(m_BTD, dim=-1).clamp_min(torch.finfo(m_BTD.dtype).tiny)
         x_BTD, x_norm_BT = (one.to(m_BTD.device) for one in self.before)
         self._sum("attention", torch.linalg.vector_norm(m_BTD - x_BTD, dim=-1) / x_norm_BT)
@@ -317,34 +318,34 @@ def gradient_norms(
         ValueError: for a model without a language head, and if there is no token to predict.
         NotDifferentiableError: if no gradient goes through a layer.
     """
-    halves = _Halves(model)
+    halves = SplitModel(model)
     layers = halves.stack.layers
     readable = weights_have_gradients(halves.stack)
     weights: list[torch.Tensor] = []
     states_L = torch.zeros(len(layers), dtype=torch.float64)
     rest = 0
-    with evaluating(model):
+    with eval_mode(model):
         for batch in batches:
-            picked_BT, targets_N = _predictions(batch)
+            picked_BT, targets_N = predictions(batch)
             if not len(targets_N):
                 continue
             with _recording(halves.stack) as (calls, last):
                 halves.hidden(batch)
             y_BTD = last.pop().detach().requires_grad_()
             with torch.enable_grad():
-                x_ND = _pick(halves.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
+                x_ND = pick_tokens(halves.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
                 leaf_ND = x_ND.detach().requires_grad_()
                 gradient_ND = torch.zeros_like(leaf_ND)
                 # The head's backward goes through a part of the logits at a time. The loss is summed over tokens.
                 for part in halves.parts(len(leaf_ND)):
-                    loss = _cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum()
+                    loss = token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum()
                     gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
                 (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, gradient_ND)
             rest_BT = batch.attention_mask & ~first_tokens(batch)
             found: list[float] = []
             while calls:
                 g_BTD, squares = _through(calls.pop(), g_BTD, readable)
-                norm_BT = torch.linalg.vector_norm(wide(g_BTD), dim=-1)
+                norm_BT = torch.linalg.vector_norm(upcast(g_BTD), dim=-1)
                 states_L[len(calls)] += norm_BT[rest_BT.to(norm_BT.device)].double().sum().item()
                 found.append(squares)
                 advance(passes / len(batches) / len(layers))
@@ -365,7 +366,7 @@ def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Ten
         found = torch.autograd.grad(
             y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True
         )  # experts that no token went to have none
-    squares = [wide(gradient).square().sum().double() for gradient in found[1:] if gradient is not None]
+    squares = [upcast(gradient).square().sum().double() for gradient in found[1:] if gradient is not None]
     return found[0], sum(square.item() for square in squares) if weights else math.nan
 
 
@@ -394,9 +395,9 @@ def jacobian_distances(
     samples: list[torch.Tensor] = []
     for batch in batches:
         rest_BT = batch.attention_mask & ~first_tokens(batch)
-        with evaluating(model):
+        with eval_mode(model):
             with _recording(stack) as (calls, _):
-                stack.model(**_inputs(stack, batch), **_PLAIN)
+                stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
             entries_B = rest_BT.sum(1) * calls[0].x_BTD.shape[-1]
             squares_LB = torch.zeros(len(calls), len(rest_BT), dtype=torch.float64)
             for position in reversed(range(len(squares_LB))):
@@ -411,7 +412,7 @@ def jacobian_distances(
                     u_BTD = torch.empty_like(y_BTD, requires_grad=False).bernoulli_(generator=generator) * 2 - 1
                     u_BTD *= rest_BT[..., None].to(device)
                     (product_BTD,) = torch.autograd.grad(y_BTD, x_BTD, u_BTD, retain_graph=probe < probes - 1)
-                    difference_BTD = wide(product_BTD) - u_BTD.to(product_BTD.device)
+                    difference_BTD = upcast(product_BTD) - u_BTD.to(product_BTD.device)
                     squares_LB[position] += difference_BTD.square().sum((1, 2)).double().cpu()
                 del y_BTD
                 advance(passes / len(batches) / len(squares_LB))
@@ -448,14 +449,14 @@ def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) ->
     moments = [Moments(1) for _ in range(len(stack.layers) + 1)]
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
-        x_BTD = wide(x_BTD[:, skip_tokens:])
+        x_BTD = upcast(x_BTD[:, skip_tokens:])
         if x_BTD.numel():
             variance, mean = torch.var_mean(x_BTD, correction=0)
             moments[place].add(x_BTD.numel(), mean.cpu().double()[None], variance.cpu().double()[None])
 
-    with evaluating(model), visiting(stack, visit):
+    with eval_mode(model), capture_residual_stream(stack, visit):
         for batch in token_batches(input_ids):
-            stack.model(**_inputs(stack, batch), **_PLAIN)
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
     if not moments[0].count:
         raise ValueError(f"residual_variance: input_ids holds no token past the first {skip_tokens} of each sequence")
     return [one.variance for one in moments]
@@ -480,5 +481,5 @@ def loss_added_by_removing_each_layer(model: nn.Module, batches: Any) -> list[fl
         ValueError: if there is no token to predict.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    full, without = _sweep(model, token_batches(batches, text_stack(model).model), (), None, "loss", False)
+    full, without = sweep(model, token_batches(batches, text_stack(model).model), (), None, "loss", False)
     return [loss - full for loss in without.values()]

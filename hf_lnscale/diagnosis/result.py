@@ -94,7 +94,7 @@ class Diagnosis:
             ValueError: if there is no such plot, or what it shows was not measured.
             ImportError: if matplotlib is missing; the message names the extra.
         """
-        from .plots import plot
+        from .figures import plot
 
         return plot(what, [self] if compare is None else [self, compare])
 
@@ -108,7 +108,7 @@ class Diagnosis:
         Returns:
             The HTML.
         """
-        from .report import render
+        from .html_report import render
 
         text = render([self] if compare is None else [self, compare])
         if path is not None:

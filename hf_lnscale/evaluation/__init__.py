@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .comparison import Evaluation, evaluate
 from .perplexity import Estimate, Perplexity, perplexity
-from .report import Evaluation, evaluate
 from .speed import Speed, Timing, measure
 from .tasks import TaskResult
 

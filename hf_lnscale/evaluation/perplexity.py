@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..depth.data import added_beginning, documents, window_length
-from ..depth.scores import MOST_NATS
-from ..depth.stream import evaluating, wide
+from ..measuring.losses import MOST_NATS
+from ..measuring.stream import eval_mode, upcast
+from ..measuring.text import added_beginning, documents, window_length
 
 BLOCK_SIZE = 2048  # characters
 SEQ_LEN = 1024
@@ -184,7 +184,7 @@ def perplexity(
         raise ValueError("data: there is no token to predict in the text")
     nats = [torch.zeros(max(0, len(ids.ids) - 1), dtype=torch.float64) for ids in encoded]
     bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
-    with evaluating(model), bar:
+    with eval_mode(model), bar:
         for at in range(0, len(windows), batch_size):
             batch = windows[at : at + batch_size]
             for window, values in zip(batch, _nats(model, encoded, batch, everywhere), strict=True):
@@ -296,7 +296,7 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         targets_N = encoded[window.document].ids[window.first : window.end + 1].to(logits_NV.device)
         part = max(1, _MAX_LOGITS // logits_NV.shape[-1])
         found = [
-            F.cross_entropy(wide(some_NV), targets, reduction="none").double().cpu()
+            F.cross_entropy(upcast(some_NV), targets, reduction="none").double().cpu()
             for some_NV, targets in zip(logits_NV.split(part), targets_N.split(part), strict=True)
         ]
         values = torch.cat(found)

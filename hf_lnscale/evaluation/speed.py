@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..models import load
+from ..checkpoints.names import load
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ..depth.stream import hidden_states
-from ..scaling import text_stack
+from ..core.stack import text_stack
+from ..measuring.stream import hidden_states
 
 logger = logging.get_logger(__name__)
 

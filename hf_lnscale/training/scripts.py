@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from .._folders import public_command
+from ..checkpoints.folders import public_command
 
 RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft", "heal": "heal"}
 _started_as: list[str] = []  # how, where it was not as a script

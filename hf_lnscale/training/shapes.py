@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..families import FAMILIES, family_of
+from ..core.families import FAMILIES, family_of
 
 
 class Shape(NamedTuple):

@@ -12,7 +12,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..scaling import LNScalingConfig, get_ln_scaling, set_ln_scaling_step, text_stack
+from ..core.apply import set_ln_scaling_step
+from ..core.config import LNScalingConfig
+from ..core.record import get_ln_scaling
+from ..core.stack import text_stack
 
 
 class LNScalingWarmupCallback(TrainerCallback, ExportableState):

@@ -1,0 +1,210 @@
+"""Folding a checkpoint on disk: the scale goes into its norm weights, and everything else is copied.
+
+Works on the files, tensor by tensor, so that a checkpoint of any size needs the memory of one norm. Weights of the
+norms are overwritten in place in the copies of the safetensors files, at the offsets that their headers give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from ..core.config import LNScalingConfig
+from ..core.families import Family, family_of, text_config
+from ..core.norm import scale_parameter
+from ..core.record import ACTIVE, DROPPED, FOLDED, parts, protect, unprotect
+from .folders import atomic_directory, require_free
+from .names import locate, read_config
+
+# Not copied: the state of a training run, and weights beside the model's safetensors files.
+_LEFT_OUT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+_LEFT_OUT_NAMES = {"config.json", "trainer_state.json", "pytorch_model.bin.index.json"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `config.json` says of a checkpoint's scale.
+
+    Attributes:
+        path: what was asked for.
+        model_type: family of the whole model, as transformers names it.
+        family: family of its text decoder, a key of the table.
+        supported: whether the table knows it.
+        num_layers: layers of the text decoder, L; None if the configuration does not count them, as of no decoder.
+        active: the scaling that the plugin applies on loading, or None.
+        folded: the scaling that is in the norm weights already, or None.
+        scales: L factors that are applied on loading; all 1.0 where none is active.
+        dropped: which layers of the original are gone (`layers`), of how many (`num_hidden_layers`), and what that was
+            (`base`); None if all are there.
+    """
+
+    path: str
+    model_type: str
+    family: str
+    supported: bool
+    num_layers: int | None
+    active: dict[str, Any] | None
+    folded: dict[str, Any] | None
+    scales: list[float]
+    dropped: dict[str, Any] | None = None
+
+
+def read_info(path: str) -> CheckpointInfo:
+    """Reads what `config.json` of a folder or of a repository on the Hub says; no weight is read.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if its scaling is not a valid one.
+    """
+    config = read_config(path)
+    text = text_config(config)
+    num_layers = getattr(text, "num_hidden_layers", None)
+    num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
+    active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
+    scaling = LNScalingConfig.of(active)
+    try:
+        supported = bool(family_of(config))
+    except ValueError:
+        supported = False
+    return CheckpointInfo(
+        path=str(path),
+        model_type=config.model_type,
+        family=text.model_type,
+        supported=supported,
+        num_layers=num_layers,
+        active=active,
+        folded=folded,
+        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
+        dropped=vars(text).get(DROPPED),
+    )
+
+
+def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = False, progress: bool = True) -> Path:
+    """Writes the folded form of a scaled checkpoint: a plain checkpoint, for any runtime.
+
+    The folder appears under its name when it is complete; an export that is killed leaves nothing that loads.
+    Tokenizer, chat template, generation config and other small files come along, the state of a training run does not.
+
+    Args:
+        src: folder of a scaled checkpoint in safetensors files, or the name of a repository on the Hub.
+        out: folder to write.
+        force: replace a checkpoint that is at `out`.
+        progress: show a progress bar.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
+        FileNotFoundError: if `src` has no config.json or no safetensors weights.
+        ValueError: if no scale is active in `src`, if `out` is `src`, holds it or lies in it, or if the norms on disk
+            are not those of the model's family.
+    """
+    name, where = locate(src)
+    if where:
+        raise ValueError(f"{str(src)!r} needs no export: a GGUF file has no active ln_scaling")
+    source, target = Path(name), Path(out).resolve()
+    require_free(target, (source,), str(out), force)
+    if not source.is_dir():
+        source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{str(src)!r} is no checkpoint: it has no config.json")
+    files = _weight_files(source)
+    plain, scales, family = _folded_config(source, str(src))
+    patches = {file: _pre_norms(file, family, len(scales)) for file in files}
+    names = [name for found in patches.values() for name, _ in found]
+    expected = len(scales) * len(family.pre_norms)
+    if sum(name.endswith(".weight") for name in names) != expected:
+        raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
+
+    with atomic_directory(target) as partial:
+        _copy_companions(source, partial)
+        for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
+            shutil.copyfile(file, partial / file.name)
+            for name, position in patches[file]:
+                _fold_tensor(partial / file.name, name, scales[position], family.one_plus_weight)
+        # Last: until it is there, nothing takes the folder for a checkpoint.
+        (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (source / name).is_file():
+            raise FileNotFoundError(
+                f"{str(source)!r} has no {name}; only checkpoints in safetensors files are exported"
+            )
+    return [source / name for name in names]
+
+
+def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float], Family]:
+    """The config.json to write, the scale of each layer and the row of the family."""
+    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(source)
+    scaling = LNScalingConfig.of(vars(text_config(config)).get(ACTIVE))
+    if scaling is None:
+        folded = vars(text_config(config)).get(FOLDED)
+        state = "its scale is folded already" if folded else "it has no active ln_scaling"
+        raise ValueError(f"{shown!r} needs no export: {state}")
+    num_layers = text_config(config).num_hidden_layers
+    scaling = scaling.for_layers(num_layers)
+    unprotect(raw)
+    part = next(part for part in parts(raw) if part.get(ACTIVE))
+    del part[ACTIVE]
+    part[FOLDED] = scaling.to_dict()
+    return protect(raw), scaling.scales(num_layers), family_of(config)
+
+
+def _pre_norms(file: Path, family: Family, num_layers: int) -> list[tuple[str, int]]:
+    """The tensors of the pre-norms in a file, each with the position of its layer."""
+    norms = "|".join(re.escape(path) for path in family.pre_norms)
+    pattern = re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$")
+    with safe_open(file, framework="pt") as tensors:
+        found = [(name, int(match[1])) for name in tensors.keys() if (match := pattern.search(name))]  # noqa: SIM118
+    # A multi-token-prediction layer is stored behind the last one, under the next number.
+    return [(name, position) for name, position in found if position < num_layers]
+
+
+def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> None:
+    """Overwrites one tensor of a safetensors file by its folded form."""
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(size))[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} in {file.name} is stored as {entry['dtype']}; known are {', '.join(_DTYPES)}")
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        stream.seek(start)
+        weight = torch.frombuffer(bytearray(stream.read(end - start)), dtype=_DTYPES[entry["dtype"]])
+        folded = scale_parameter(weight, scale, one_plus_weight and name.endswith(".weight"))
+        stream.seek(start)
+        stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _copy_companions(source: Path, partial: Path) -> None:
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
+            shutil.copytree(entry, partial / entry.name)
+        elif entry.is_file() and entry.suffix not in _LEFT_OUT_SUFFIXES and entry.name not in _LEFT_OUT_NAMES:
+            shutil.copyfile(entry, partial / entry.name)

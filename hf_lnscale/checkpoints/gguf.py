@@ -1,0 +1,117 @@
+"""A checkpoint as one GGUF file, by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ..core.families import text_config
+from ..core.processes import environment_without_flags
+from ..core.record import DROPPED, get_ln_scaling
+from .export import export
+from .names import locate, read_config
+
+CONVERTER = "convert_hf_to_gguf.py"
+_PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
+
+
+def find_converter(path: str | os.PathLike | None = None) -> Path:
+    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH.
+
+    Raises:
+        FileNotFoundError: if it is not there; the message says where it was looked for.
+    """
+    looked = []
+    for source, place in (("--converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
+        if not place:
+            looked.append(f"{source} (not given)")
+            continue
+        found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
+        if found.is_file():
+            return found.resolve()
+        raise FileNotFoundError(f"{source}: llama.cpp's converter is not at {str(found)!r}")
+    if on_path := shutil.which(CONVERTER):
+        return Path(on_path).resolve()
+    raise FileNotFoundError(
+        f"--format gguf needs llama.cpp's {CONVERTER}, and it is not at {', '.join(looked)} or on PATH; clone "
+        "https://github.com/ggml-org/llama.cpp and give --converter llama.cpp"
+    )
+
+
+def export_gguf(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    converter: str | os.PathLike | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes a checkpoint as a GGUF file, for llama.cpp and all that builds on it.
+
+    An active scale is folded into the weights first, in a temporary folder. The file appears under its name when it is
+    complete. The converter runs in this Python environment, and needs what llama.cpp's requirements name.
+
+    Args:
+        checkpoint: folder, or name on the Hub; scaled, folded, pruned or plain.
+        out: file to write.
+        converter: see `find_converter`.
+        outtype: of the weights, as the converter names them: f32, f16, bf16, q8_0, auto.
+        force: replace `out` if it exists.
+        progress: show a progress bar while folding.
+
+    Raises:
+        FileExistsError: if `out` exists, without `force`.
+        FileNotFoundError: if there is no converter, or no checkpoint.
+        ValueError: if `out` is no name of a GGUF file, if the checkpoint is one already, or if layers were dropped from
+            a model whose layers differ by a pattern that llama.cpp may have built in.
+        RuntimeError: if the converter fails; the message is what it said last.
+    """
+    target = Path(out)
+    if target.suffix != ".gguf":
+        raise ValueError(f"--out {str(out)!r} must end in .gguf")
+    if target.exists() and not force:
+        raise FileExistsError(f"--out {str(out)!r} exists; choose another file or use --force")
+    script = find_converter(converter)
+    name, where = locate(checkpoint)
+    if where:
+        raise ValueError(f"{str(checkpoint)!r} is a GGUF file already")
+    config = read_config(name)
+    _require_no_pattern(config, str(checkpoint))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        if get_ln_scaling(config):
+            source = export(name, Path(scratch) / "folded", progress=progress)
+        else:
+            source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
+        written = Path(scratch) / target.name
+        command = [sys.executable, str(script), str(source), "--outfile", str(written), "--outtype", outtype]
+        # The converter goes by config.json; with the plugin in it, it would take a scaled checkpoint for a plain one.
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_without_flags())
+        if done.returncode or not written.is_file():
+            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            raise RuntimeError(f"{script.name} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")
+        os.replace(written, target)
+    return target
+
+
+def _require_no_pattern(config: Any, shown: str) -> None:
+    """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
+    text = text_config(config)
+    if DROPPED not in vars(text):
+        return
+    plain = {key: value for key, value in text.to_dict().items() if key not in (*_PATTERNS, DROPPED)}
+    family = type(text).from_dict(plain)
+    for name in _PATTERNS:
+        if getattr(text, name, None) != getattr(family, name, None):
+            raise ValueError(
+                f"{shown!r} has dropped layers, and its family's layers differ ({name}): llama.cpp may have that "
+                "pattern built in, counted from the first layer, and would then compute another function"
+            )

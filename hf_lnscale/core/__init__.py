@@ -1,0 +1,1 @@
+"""The scale and the families: what needs torch and transformers alone."""

@@ -1,0 +1,282 @@
+"""LayerNorm Scaling in a model in memory: apply, remove, fold, unfold, and a warmup's steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import LNScalingConfig, is_integer
+from .families import UnsupportedArchitectureError, family_of, text_config
+from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
+from .record import ACTIVE, DROPPED, FOLDED, Stored, get_ln_scaling, set_ln_scaling
+from .stack import Stack, own_stack, text_stack
+
+
+def apply_from_config(model: PreTrainedModel) -> None:
+    """Scales the norms that `model` itself holds as its configuration says; called once a model is constructed."""
+    value = get_ln_scaling(model.config)
+    if value is None:
+        return
+    stack = own_stack(model)
+    if stack is None:
+        # A head or a vision model. The decoder inside was scaled when it was constructed; once more does no harm, and
+        # reaches layers that the head has put in since.
+        inside = [stack for module in model.modules() if (stack := own_stack(module))]
+        for stack in inside:
+            if scaling := get_ln_scaling(stack.model.config):
+                _apply(stack, LNScalingConfig(**scaling))
+        if text_config(model.config) is model.config and not inside:
+            raise UnsupportedArchitectureError(
+                f"ln_scaling: {type(model).__name__} has no decoder layers at {family_of(model.config).layers!r}"
+            )
+        return
+    _apply(stack, LNScalingConfig(**value))
+
+
+def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
+    scaling = scaling.for_layers(len(stack.layers))
+    scales = scaling.scales(len(stack.layers))
+    norms = stack.norms
+    _require_free(norms)
+    for position, norm in norms:
+        scale_norm(norm, scales[position], stack.family.one_plus_weight, scaling.warming_up)
+    vars(stack.model.config)[ACTIVE] = Stored(scaling.to_dict())
+
+
+def _configs(model: nn.Module, stack: Stack) -> list[dict[str, Any]]:
+    """The attributes of every configuration in `model` that speaks of the stack; most often all are one object."""
+    configs = [text_config(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [vars(config) for config in configs if config.model_type == stack.model.config.model_type]
+
+
+def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
+    """Switches LayerNorm Scaling on in a model in memory, in place.
+
+    Multiplies the output of the norm in front of attention and of the norm in front of the MLP of each layer by
+    `depth ** -exponent` (arXiv 2502.05795, equation 8). Parameters, their names and gradients' owners stay; a model
+    that was trained without the scale gives other, at first useless, outputs.
+
+    Args:
+        model: a transformers model, or one wrapped by PEFT or DDP.
+        ln_scaling: True, False (as `remove_ln_scaling`), a dict or an `LNScalingConfig`. Replaces a scaling that is
+            active, but for True, which keeps it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a wrong value, or if the scale is folded into the weights already.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    if LNScalingConfig.of(ln_scaling) is None:
+        return remove_ln_scaling(model)
+    stack = text_stack(model)
+    config = stack.model.config
+    before = get_ln_scaling(config)
+    set_ln_scaling(config, ln_scaling)
+    try:
+        _apply(stack, LNScalingConfig(**vars(config)[ACTIVE]))
+    except ValueError:
+        vars(config).pop(ACTIVE)
+        if before:
+            vars(config)[ACTIVE] = before
+        raise
+    for attributes in _configs(model, stack):
+        attributes[ACTIVE] = vars(config)[ACTIVE]
+    return model
+
+
+def remove_ln_scaling(model: nn.Module) -> nn.Module:
+    """Switches LayerNorm Scaling off in a model in memory, in place: the norms get their own class back.
+
+    The outputs change. To keep them, and lose the need for this plugin, use `fold_ln_scaling`.
+
+    Returns:
+        The same model. One that has no scale comes back as it is.
+
+    Raises:
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    _require_free(stack.norms)
+    for _, norm in stack.norms:
+        unscale_norm(norm)
+    for attributes in _configs(model, stack):
+        attributes.pop(ACTIVE, None)
+    return model
+
+
+def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
+    """Moves the warmup of a model's scale to where it stands after `step` optimizer steps, in place.
+
+    For training loops of one's own, after each optimizer step; `LNScalingWarmupCallback` does it in a Trainer. Works on
+    a model that is wrapped, sharded or compiled, and compiles nothing anew.
+
+    Args:
+        model: a model whose `ln_scaling` has `warmup_steps`.
+        step: an integer >= 0; past the end of the warmup it stays at its end.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no warmup, or for a wrong step.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
+    if scaling is None or not scaling.warmup_steps:
+        raise ValueError(
+            f"the model's ln_scaling is {get_ln_scaling(stack.model.config)}: there is no warmup to move. Give it one: "
+            'ln_scaling={"warmup_steps": 1000}'
+        )
+    if not is_integer(step) or step < 0:
+        raise ValueError(f"step must be an integer >= 0, got {step!r}")
+    moved = replace(scaling, step=min(step, scaling.warmup_steps))
+    scales = moved.scales(len(stack.layers))
+    with torch.no_grad():
+        for position, norm in stack.norms:
+            write_scale(norm, scales[position])
+    stored = Stored(moved.to_dict())
+    for attributes in _configs(model, stack):
+        attributes[ACTIVE] = stored
+    return model
+
+
+def ln_scales(model: nn.Module) -> list[float]:
+    """The factor that multiplies the pre-norms of each layer, as applied; 1.0 where none is.
+
+    Returns:
+        L floats, first layer first.
+
+    Raises:
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    scales = [1.0] * len(stack.layers)
+    for position, norm in stack.norms:
+        scales[position] = float(getattr(norm, "ln_scale", 1.0))
+    return scales
+
+
+def fold_ln_scaling(model: nn.Module) -> nn.Module:
+    """Puts the scale into the norm weights, in place, and takes the flag off: a plain model for any runtime.
+
+    The product that is stored is the product that was computed, so the outputs stay the same bit for bit, in any
+    dtype. The configuration keeps a note, `ln_scaling_folded`, that other programs ignore. An optimizer that holds
+    these weights goes on from the new values; training a folded model is training without LayerNorm Scaling.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if no scale is active, or a norm's weight is not in memory (meta device, offloaded).
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    scaling = vars(stack.model.config).get(ACTIVE)
+    if scaling is None:
+        folded = vars(stack.model.config).get(FOLDED)
+        raise ValueError(f"the scale is folded already: {folded}" if folded else "the model has no active ln_scaling")
+    _require_weights(stack)
+    with torch.no_grad():
+        for _, norm in stack.norms:
+            for name, parameter in norm.named_parameters(recurse=False):
+                one_plus = stack.family.one_plus_weight and name == "weight"
+                parameter.copy_(scale_parameter(parameter, float(norm.ln_scale), one_plus))  # type: ignore[arg-type]
+            unscale_norm(norm)
+    for attributes in _configs(model, stack):
+        attributes.pop(ACTIVE, None)
+        attributes[FOLDED] = scaling
+    return model
+
+
+def unfold_ln_scaling(model: nn.Module) -> nn.Module:
+    """Takes a folded scale out of the norm weights again, in place, and switches the flag on: for more training.
+
+    Returns:
+        The same model, with the same outputs: bit for bit, unless the norm weights were trained while folded, which
+        can leave a difference in the last bit of a weight.
+
+    Raises:
+        ValueError: if nothing is folded, or a norm's weight is not in memory (meta device, offloaded).
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    stack = text_stack(model)
+    folded = vars(stack.model.config).get(FOLDED)
+    if folded is None:
+        raise ValueError(f"there is nothing to unfold: no {FOLDED} in the model's config")
+    _require_weights(stack)
+    scaling = LNScalingConfig.of(folded)
+    assert scaling is not None
+    scales = scaling.scales(len(stack.layers))
+    with torch.no_grad():
+        for position, norm in stack.norms:
+            for name, parameter in norm.named_parameters(recurse=False):
+                one_plus = stack.family.one_plus_weight and name == "weight"
+                parameter.copy_(unscale_parameter(parameter, scales[position], one_plus))
+    for attributes in _configs(model, stack):
+        attributes.pop(FOLDED, None)
+    return apply_ln_scaling(model, scaling)
+
+
+def require_consistent(model: nn.Module) -> None:
+    """Refuses a model whose norms are scaled otherwise than its configuration says; called before it is saved.
+
+    Raises:
+        ValueError: if the two differ; the message says how that comes about.
+    """
+    for module in model.modules():
+        stack = own_stack(module)
+        if stack is None:
+            continue
+        scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
+        dropped, number = vars(stack.model.config).get(DROPPED), stack.model.config.num_hidden_layers
+        if dropped and number != len(stack.layers):
+            raise ValueError(
+                f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
+                f"{dropped['layers']} dropped: drop_layers was assigned to the configuration of a model that is built "
+                "already (use hf_lnscale.drop_layers(model, layers))"
+            )
+        said = scaling.scales(len(stack.layers)) if scaling else [1.0] * len(stack.layers)
+        applied = [
+            {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
+            for layer in stack.layers
+        ]
+        if applied != [{scale} for scale in said]:
+            raise ValueError(
+                f"the norms of this {type(module).__name__} are scaled by {[max(scales) for scales in applied]}, its "
+                f"config says {said}. Either config.ln_scaling was changed after the model was built (use "
+                "hf_lnscale.apply_ln_scaling), or two models share one config object (build each from its own: "
+                "copy.deepcopy(config))."
+            )
+
+
+def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
+    """Refuses norms that something else holds on to, before the first is changed."""
+    for position, norm in norms:
+        if isinstance(norm, ScaledNorm) and type(norm) not in scaled_classes.values():
+            raise ValueError(
+                f"a norm of layer {position} was wrapped as {type(norm).__name__} after it was scaled; change the "
+                "scale before the model is sharded"
+            )
+        if "_hf_hook" in vars(norm):
+            raise ValueError(
+                f"a norm of layer {position} has a hook of accelerate's, as the model was spread over devices or "
+                "offloaded; change the scale before that, or fold on disk: hf-lnscale export SRC --out DST"
+            )
+
+
+def _require_weights(stack: Stack) -> None:
+    _require_free(stack.norms)
+    for position, norm in stack.norms:
+        for parameter in norm.parameters(recurse=False):
+            if parameter.is_meta or not parameter.numel():  # DeepSpeed's ZeRO-3 leaves parameters without elements
+                raise ValueError(
+                    f"the norm weights of layer {position} are not in memory (meta device, offloaded or partitioned); "
+                    "load the model without that, or fold it on disk: hf-lnscale export SRC --out DST"
+                )

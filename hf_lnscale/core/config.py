@@ -1,0 +1,144 @@
+"""`LNScalingConfig`: the parameters of LayerNorm Scaling."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+# How much of the exponent is there after a share of the warmup, both in [0, 1].
+SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class LNScalingConfig:
+    """Parameters of LayerNorm Scaling: layer i, of depth d, is scaled by `d ** -exponent`.
+
+    With `warmup_steps` the exponent is led from 0, a Pre-LN model, to its value over as many optimizer steps of
+    training. Where it stands, `step`, is part of the configuration, and so of config.json; in training
+    `hf_lnscale.training.LNScalingWarmupCallback` moves it.
+
+    Attributes:
+        exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer as it is.
+        depths: one positive integer a layer, shape (L,); None stands for 1, 2, ..., L. A pruned model keeps the depths
+            that its layers had when they were trained.
+        warmup_steps: optimizer steps from exponent 0 to `exponent`; 0 for the whole exponent at once.
+        schedule: how it gets there, "linear" or "cosine" (half a wave: slow at both ends).
+        step: optimizer steps of the warmup that are done, 0 ... `warmup_steps`.
+
+    Raises:
+        ValueError: for an exponent that is negative, not finite or no number, for depths that are not positive
+            integers, and for a warmup that is none; the message names the argument, what was given and what is valid.
+    """
+
+    exponent: float = 0.5
+    depths: tuple[int, ...] | None = None
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        exponent = self.exponent
+        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
+        if not number or not 0 <= exponent < math.inf:
+            raise ValueError(
+                f"ln_scaling: exponent must be a finite number >= 0 (the paper's is 0.5), got {exponent!r}"
+            )
+        object.__setattr__(self, "exponent", float(min(exponent, sys.float_info.max)))
+        if not is_integer(self.warmup_steps) or self.warmup_steps < 0:
+            raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+        if self.schedule not in list(SCHEDULES):  # a list, as it may be unhashable
+            raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if not is_integer(self.step) or not 0 <= self.step <= self.warmup_steps:
+            raise ValueError(
+                f"ln_scaling: step must be an integer from 0 to warmup_steps, {self.warmup_steps}, got {self.step!r}"
+            )
+        if self.depths is None:
+            return
+        depths = self.depths
+        if not isinstance(depths, (list, tuple)) or not depths:
+            raise ValueError(f"ln_scaling: depths must be a list of positive integers, one a layer, got {depths!r}")
+        for depth in depths:
+            if not is_integer(depth) or depth < 1:
+                raise ValueError(
+                    f"ln_scaling: depths must be positive integers, one a layer, got {depth!r} in {depths!r}"
+                )
+        object.__setattr__(self, "depths", tuple(depths))
+
+    @classmethod
+    def of(cls, value: Any) -> LNScalingConfig | None:
+        """Reads a value of the `ln_scaling` argument: True, False, None, a dict or an `LNScalingConfig`.
+
+        Returns:
+            The configuration, or None where the value says "not scaled".
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            known = [field.name for field in fields(cls)]
+            unknown = [key for key in value if key not in known]
+            if unknown:
+                raise ValueError(f"ln_scaling: unknown key {unknown[0]!r} in {dict(value)!r}; the keys are {known}")
+            return cls(**value)
+        raise ValueError(
+            f"ln_scaling must be True, False, a dict such as {{'exponent': 0.5}} or an LNScalingConfig, got {value!r}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored in `config.json`; nothing of a warmup where there is none."""
+        stored: dict[str, Any] = {
+            "exponent": self.exponent,
+            "depths": None if self.depths is None else list(self.depths),
+        }
+        if self.warmup_steps:
+            stored |= {"warmup_steps": self.warmup_steps, "schedule": self.schedule, "step": self.step}
+        return stored
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether there are steps to go to the whole exponent."""
+        return self.step < self.warmup_steps
+
+    @property
+    def exponent_now(self) -> float:
+        """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
+        if not self.warming_up:
+            return self.exponent
+        return self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
+
+    def for_layers(self, num_layers: int) -> LNScalingConfig:
+        """The same with the depths written out.
+
+        Raises:
+            ValueError: if there is not one depth a layer.
+        """
+        depths = tuple(range(1, num_layers + 1)) if self.depths is None else self.depths
+        if len(depths) != num_layers:
+            raise ValueError(
+                f"ln_scaling: depths must have one entry a layer, {num_layers} for this model, got {len(depths)}: "
+                f"{list(depths)!r} (building a model writes out the depths of ln_scaling=True into its config; for "
+                "another number of layers, set it anew)"
+            )
+        return replace(self, depths=depths)
+
+    def scales(self, num_layers: int) -> list[float]:
+        """The factor of each layer, shape (L,), computed in double precision (equation 8: `l ** -0.5`)."""
+        depths = self.for_layers(num_layers).depths
+        assert depths is not None
+        try:  # at the end of a warmup too, before it begins
+            smallest = max(depths) ** -self.exponent
+        except OverflowError:
+            smallest = 0.0
+        if smallest < sys.float_info.min:
+            raise ValueError(f"ln_scaling: exponent {self.exponent} makes the scale of a layer of {list(depths)} zero")
+        return [depth**-self.exponent_now for depth in depths]

@@ -1,0 +1,80 @@
+"""Figures as people read them, and the one place where text of unknown origin is made harmless before it is shown.
+
+Names of models and files, and whatever else was read from somewhere, go through `one_line` (plain text), `rich_text`
+(rich), `markdown_text` or `markdown_code` (Markdown); HTML comes from templates that escape by themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+Row = Sequence[str]
+
+
+class Markdown(str):
+    """Text that is Markdown already; a cell of this type is not escaped."""
+
+
+def show_bytes(value: float | None) -> str:
+    """A size in KiB, MiB or GiB; "-" for None."""
+    if value is None:
+        return "-"
+    unit = next((name for name, size in _UNITS.items() if value >= size), "KiB")
+    return f"{value / _UNITS[unit]:,.1f} {unit}"
+
+
+def one_line(text: object) -> str:
+    """Text without line breaks and control characters, which are shown as Python's escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def rich_text(text: object, style: str = "") -> Text:
+    """Text for rich, in which square brackets are square brackets; lines stay lines."""
+    from rich.text import Text
+
+    return Text("\n".join(map(one_line, str(text).split("\n"))), style)
+
+
+def markdown_text(text: object) -> str:
+    """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
+    shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-](?=\s))", r"\\\1", shown)
+
+
+def markdown_code(text: object) -> Markdown:
+    """Text as inline code in Markdown, in a table too."""
+    shown = one_line(text).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", shown)), default=0)
+    return Markdown(f"`{shown}`" if longest == 0 else f"{'`' * (longest + 1)} {shown} {'`' * (longest + 1)}")
+
+
+def markdown(header: Row, rows: Sequence[Row]) -> str:
+    """A table in Markdown; line breaks within a cell become commas."""
+    lines = [[_cell(cell) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] + ["---:"] * (len(header) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(cell: str) -> str:
+    return cell if isinstance(cell, Markdown) else ", ".join(map(markdown_text, cell.split("\n")))
+
+
+def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
+    """A table for a terminal, the first column on the left; line breaks within a cell stay."""
+    from rich.table import Table
+
+    table = Table(rich_text(header[0]), title=rich_text(title) if title else None, title_justify="left")
+    for name in header[1:]:
+        table.add_column(rich_text(name), justify="right")
+    for row in rows:
+        table.add_row(*map(rich_text, row))
+    return table

@@ -1,0 +1,174 @@
+"""LayerNorm Scaling: the norms in front of attention and MLP of layer l are multiplied by 1/sqrt(l).
+
+"The Curse of Depth in Large Language Models", arXiv 2502.05795, section 4, equation 8: h_l' = Norm(h_l) / sqrt(l).
+
+A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore put on the weight
+as the norm's forward reads it: one product on a vector of `hidden_size`, and nothing on the activations.
+
+Only the forward reads it so. For everybody else `norm.weight` is the parameter, as in any model: for the optimizer, for
+weight initialization, for quantizers that write into it, and for FSDP, which reads parameters by name and takes what it
+finds for the parameter. (A `weight` that always reads as the product passes most tests, and under FSDP2 scales twice.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+# --- the scaled norm --------------------------------------------------------------------------------
+
+
+def scale_parameter(
+    parameter: torch.Tensor, scale: float | torch.Tensor, one_plus_weight: bool = False
+) -> torch.Tensor:
+    """What a norm must read in place of `parameter` so that its output is multiplied by `scale`.
+
+    Args:
+        parameter: weight or bias of the norm, shape (D,).
+        scale: the factor, a number or a tensor of shape () in double precision; the same bits come out.
+        one_plus_weight: the norm multiplies by `1 + parameter`: `s * (1 + w) = 1 + (s * w + s - 1)`.
+
+    Returns:
+        Shape (D,), in the parameter's dtype, so that writing it into the parameter changes no bit of the output.
+    """
+    if not one_plus_weight and not isinstance(scale, torch.Tensor):
+        return parameter * scale
+    # One rounding at the end: in bfloat16, s * w and + (s - 1) would round twice, and a tensor would be rounded first.
+    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
+        scale = scale.to(parameter.device)  # the replicas of nn.DataParallel share the first one's
+    return (wide * scale + (scale - 1.0) if one_plus_weight else wide * scale).to(parameter.dtype)
+
+
+def unscale_parameter(scaled: torch.Tensor, scale: float, one_plus_weight: bool = False) -> torch.Tensor:
+    """The inverse of `scale_parameter`: of the numbers next to the quotient, the one whose product is `scaled` again.
+
+    Every result of `scale_parameter` is met exactly; a weight trained on after folding to the nearest number.
+    """
+    # Undo the arithmetic that was done, with the factor and the summand as they were rounded.
+    arithmetic = torch.promote_types(scaled.dtype, torch.float32)
+    factor, summand = (torch.tensor(x, dtype=arithmetic).double().item() for x in (scale, scale - 1.0))
+    wide = scaled.double()
+    candidate = ((wide - summand if one_plus_weight else wide) / factor).to(scaled.dtype)
+    best, error = candidate, torch.full_like(wide, math.inf)
+    for towards in (None, math.inf, math.inf, -math.inf, -math.inf, -math.inf, -math.inf):  # two up, then two below
+        if towards is not None:
+            candidate = torch.nextafter(candidate, torch.full_like(candidate, towards))
+        distance = (scale_parameter(candidate, scale, one_plus_weight).double() - wide).abs()
+        best, error = torch.where(distance < error, candidate, best), torch.minimum(distance, error)
+    return best
+
+
+class _ScaledView:
+    """What the forward of a scaled norm gets as `self`: the norm, with its parameters read as scaled."""
+
+    def __init__(self, norm: ScaledNorm) -> None:
+        self._scaled_norm = norm
+
+    def __getattr__(self, name: str) -> Any:
+        norm = self._scaled_norm
+        value = getattr(norm, name)
+        if name in ("weight", "bias") and value is not None:
+            return scale_parameter(value, norm.ln_scale, norm._one_plus_weight and name == "weight")
+        if isinstance(value, MethodType) and value.__self__ is norm:  # it may read the weight too
+            return functools.partial(value.__func__, self)
+        return value
+
+
+class ScaledNorm(nn.Module):
+    """Base of the classes that `_scaled_class` makes. `ln_scale` is an attribute of the instance.
+
+    It is a number, which `torch.compile` takes for a constant; in a warmup a tensor of shape () that is written in
+    place, so that nothing is compiled anew. Not a buffer: that would be cast with the model, and come from the meta
+    device without a value. A backward pass that would see another scale than its forward fails: autograd counts writes.
+    """
+
+    ln_scale: float | torch.Tensor
+    _unscaled_class: type[nn.Module]
+    _one_plus_weight: bool
+    # The function that a kernel library bound to this instance in place of the class's forward.
+    _bound_forward: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in vars(self):
+            self._adopt_bound_forward()
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self._bound_forward or self._unscaled_class.forward
+        return forward(_ScaledView(self), *args, **kwargs)
+
+    def _adopt_bound_forward(self) -> None:
+        """Liger and `use_kernels` bind a forward to the instance; on its own, it would read the unscaled weight."""
+        bound = vars(self)["forward"]
+        if isinstance(bound, MethodType) and bound.__self__ is self:
+            del vars(self)["forward"]
+            if bound.__func__ is not type(self).forward:
+                vars(self)["_bound_forward"] = bound.__func__
+        elif getattr(inspect.unwrap(bound), "__func__", None) is not type(self).forward:
+            raise RuntimeError(
+                f"ln_scaling: {bound!r} was set as the forward of a scaled {type(self).__name__}, and whether it reads "
+                "the scaled weight cannot be known. Bind it as a method, types.MethodType(function, norm), or fold the "
+                "scale first: hf_lnscale.fold_ln_scaling(model)"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self._unscaled_class.extra_repr(self)}, ln_scale={float(self.ln_scale):.4g}".removeprefix(", ")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle is told how to make it again.
+        return _new_scaled_norm, (self._unscaled_class, self._one_plus_weight), vars(self).copy()
+
+
+scaled_classes: dict[tuple[type[nn.Module], bool], type[ScaledNorm]] = {}
+
+
+def _scaled_class(base: type[nn.Module], one_plus_weight: bool) -> type[ScaledNorm]:
+    """The subclass of a norm's class whose forward reads the parameters as scaled."""
+    if (key := (base, one_plus_weight)) not in scaled_classes:
+        body = {"_unscaled_class": base, "_one_plus_weight": one_plus_weight, "__module__": base.__module__}
+        # Same name: libraries tell norms by it, transformers' own weight initialization among them.
+        scaled_classes.setdefault(key, type(base.__name__, (ScaledNorm, base), body))
+    return scaled_classes[key]
+
+
+def _new_scaled_norm(base: type[nn.Module], one_plus_weight: bool) -> ScaledNorm:
+    cls = _scaled_class(base, one_plus_weight)
+    return cls.__new__(cls)
+
+
+def scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool, warming_up: bool) -> None:
+    if not isinstance(norm, ScaledNorm):
+        norm.__class__ = _scaled_class(type(norm), one_plus_weight)
+    if warming_up:
+        write_scale(norm, scale)
+    else:
+        vars(norm)["ln_scale"] = scale
+
+
+def write_scale(norm: nn.Module, scale: float) -> None:
+    """Sets the scale of a norm in a warmup, in place unless the norm has moved to another device."""
+    device, held = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
+    # Every device takes a tensor of shape () from the CPU, where it stays without weights or double precision.
+    device = torch.device("cpu") if device.type in ("meta", "mps") else device
+    if isinstance(held, torch.Tensor) and held.device == device:
+        held.fill_(scale)
+    else:
+        vars(norm)["ln_scale"] = torch.tensor(scale, dtype=torch.float64, device=device)
+
+
+def unscale_norm(norm: nn.Module) -> None:
+    if not isinstance(norm, ScaledNorm):
+        return
+    bound = norm._bound_forward
+    norm.__class__ = norm._unscaled_class  # type: ignore[assignment]
+    del norm.ln_scale
+    if bound is not None:
+        del vars(norm)["_bound_forward"]
+        vars(norm)["forward"] = MethodType(bound, norm)

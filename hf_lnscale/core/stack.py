@@ -1,0 +1,78 @@
+"""The text decoder inside a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import FAMILIES, Family, UnsupportedArchitectureError, family_of, submodule
+
+# --- models -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A text decoder inside a model: its module (`LlamaModel`), its layers, its row of the table."""
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    family: Family
+
+    @property
+    def norms(self) -> list[tuple[int, nn.Module]]:
+        """Every pre-norm with the position of its layer.
+
+        Raises:
+            UnsupportedArchitectureError: if a layer lacks one, or one has no weight.
+        """
+        found = []
+        for position, layer in enumerate(self.layers):
+            for path in self.family.pre_norms:
+                norm = submodule(layer, path)
+                if norm is None or norm._parameters.get("weight") is None:
+                    what = "is missing" if norm is None else f"({type(norm).__name__}) has no weight"
+                    if hasattr(norm, "modules_to_save"):
+                        what = "is wrapped by an adapter that trains it in full (merge the adapter first)"
+                    raise UnsupportedArchitectureError(
+                        f"ln_scaling: the pre-norm {path!r} of layer {position} {what} in {type(layer).__name__} "
+                        f"(model_type {self.model.config.model_type!r}); see hf_lnscale.register_family"
+                    )
+                if set(norm._parameters) - {"weight", "bias"}:
+                    raise UnsupportedArchitectureError(
+                        f"ln_scaling: the norm {path!r} of {type(layer).__name__} has parameters "
+                        f"{sorted(norm._parameters)}; only weight and bias are known to be linear in its output"
+                    )
+                found.append((position, norm))
+        return found
+
+
+def own_stack(module: nn.Module) -> Stack | None:
+    """The stack whose layers `module` itself holds (a `LlamaModel`, not the `LlamaForCausalLM` around it)."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    family = FAMILIES.get(module.config.model_type)
+    if family is None:
+        return None
+    layers = submodule(module, family.layers)
+    return Stack(module, layers, family) if isinstance(layers, nn.ModuleList) else None
+
+
+def text_stack(model: nn.Module) -> Stack:
+    """The text decoder of a model, however it is wrapped (a head, a vision model, PEFT, DDP).
+
+    Raises:
+        UnsupportedArchitectureError: if there is none of a known family.
+        ValueError: if there is more than one.
+    """
+    stacks = [stack for module in model.modules() if (stack := own_stack(module))]
+    if len(stacks) > 1:
+        kinds = [type(stack.model).__name__ for stack in stacks]
+        raise ValueError(f"model holds {len(stacks)} text decoders ({', '.join(kinds)}); pass the one that is meant")
+    if stacks:
+        return stacks[0]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            family_of(module.config)
+    raise UnsupportedArchitectureError(f"no decoder of a known family found in {type(model).__name__}")

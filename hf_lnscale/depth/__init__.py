@@ -1,1 +1,0 @@
-"""Layers measured, chosen, taken out, and the rest repaired."""

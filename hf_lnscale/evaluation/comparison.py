@@ -1,0 +1,389 @@
+"""Several models, measured in the same way, in one table."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from .._version import __version__
+from ..checkpoints.folders import public_name
+from ..checkpoints.names import Placement, locate, read_config, size_on_disk
+from ..core.display import markdown, show_bytes, terminal
+from ..measuring.text import documents, window_length
+from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
+from .speed import Speed, Timing, measure
+from .tasks import TaskResult, run_tasks, task_manager
+
+EVALUATION_FILE = "evaluation.json"
+_SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFigures:
+    """What was measured of one model.
+
+    Attributes:
+        name: what was asked for.
+        label: what the table calls it.
+        parameters: number of them, tied ones once.
+        num_layers: decoder layers.
+        size_on_disk: bytes of its weight files, if they are at hand.
+        dtype: of its weights as measured.
+        perplexity: on the text, if there was one.
+        speed: if it was measured.
+        tasks: by task and metric.
+    """
+
+    name: str
+    label: str
+    parameters: int
+    num_layers: int | None
+    size_on_disk: int | None
+    dtype: str
+    perplexity: Perplexity | None = None
+    speed: Speed | None = None
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` finds.
+
+    Attributes:
+        models: the first is the reference.
+        settings: all that the figures depend on: text, windows, dtype, device, tasks' options, versions.
+    """
+
+    models: list[ModelFigures]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it; each model but the first with `differences` to it."""
+        return {
+            "format": 1,
+            "reference": public_name(self.models[0].name),
+            "settings": self.settings,
+            "models": [_model_dict(one, self.models[0]) for one in self.models],
+            "markdown": self.markdown(),  # the table, for a model card
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes Markdown to a file that ends in .md, JSON to any other, and `evaluation.json` into a folder."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / EVALUATION_FILE
+        text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def markdown(self) -> str:
+        """The table in Markdown, with what it was measured on under it."""
+        return f"{markdown(self._header(), self._rows())}\n\n{self.notes}"
+
+    def table(self) -> Table:
+        """The table for a terminal; `notes` goes under it."""
+        return terminal(self._header(), self._rows())
+
+    @property
+    def notes(self) -> str:
+        """What was measured on, and how to read the table."""
+        return " ".join(self._notes())
+
+    def _header(self) -> list[str]:
+        return ["", *(one.label for one in self.models)]
+
+    def _rows(self) -> list[list[str]]:
+        first = self.models[0]
+        rows: list[list[str]] = []
+
+        def add(name: str, value: Callable[[ModelFigures], Any], show: Callable[[Any], str]) -> None:
+            """A row of figures, with the change of each to the first in percent."""
+            values = [value(one) for one in self.models]
+            cells = [show(one) for one in values]
+            for at in range(1, len(values)):
+                if values[at] and values[0]:
+                    cells[at] += f"\n{_median(values[at]) / _median(values[0]) - 1:+.1%}"
+            rows.append([name, *cells])
+
+        if any(one.num_layers for one in self.models):
+            add("layers", lambda one: one.num_layers, lambda value: "-" if value is None else str(value))
+        add("parameters", lambda one: one.parameters, lambda value: f"{value / 1e6:,.1f} M")
+        add("size on disk", lambda one: one.size_on_disk, show_bytes)
+        if len({one.dtype for one in self.models}) > 1:
+            rows.append(["weights", *(one.dtype for one in self.models)])
+        if first.perplexity:
+            measured = [one.perplexity for one in self.models if one.perplexity]
+            changes = [{}, *(one.minus(measured[0]) for one in measured[1:])]
+            for name in ("perplexity", "bits_per_byte"):
+                estimates = [getattr(one, name) for one in measured]
+                cells = [_with_error(one) for one in estimates]
+                for at, found in enumerate(changes[1:], start=1):
+                    cells[at] += f"\n{_with_error(found[name], sign='+')}" if name in found else "\nother tokens"
+                rows.append([name.replace("_", " "), *cells])
+        if first.speed:
+            for name in _SPEEDS:
+                what = name.removesuffix("_tokens_per_second")
+                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), _show_timing)  # type: ignore[misc]
+            add(
+                "first token, ms",
+                lambda one: one.speed and one.speed.first_token_seconds,
+                lambda value: _show_timing(Timing(*(1000 * part for part in asdict(value).values()))),
+            )
+            add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
+        for name in dict.fromkeys(name for one in self.models for name in one.tasks):
+            cells = []
+            for one in self.models:
+                result, reference = one.tasks.get(name), first.tasks.get(name)
+                cell = "-" if result is None else _with_error(Estimate(result.value, result.stderr))
+                if result and reference and one is not first:
+                    difference, paired = result.minus(reference)
+                    cell += f"\n{_with_error(difference, sign='+')}{'' if paired else ' (not paired)'}"
+                cells.append(cell)
+            rows.append([name, *cells])
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = ["±: standard error."]
+        if len(self.models) > 1:
+            notes.append("The second figure of a model is its difference to the first model's.")
+        first = self.models[0]
+        if first.perplexity:
+            text, found = self.settings["data"], first.perplexity
+            counts = {one.perplexity.num_tokens for one in self.models if one.perplexity}
+            tokens = " or ".join(f"{count:,}" for count in sorted(counts))
+            notes.append(
+                f"Perplexity: {tokens} tokens, {found.num_bytes:,} bytes of {text['source']}, windows of "
+                f"{text['seq_len']} tokens, stride {text['stride']}."
+            )
+            for one in self.models:
+                if one.perplexity and one.perplexity.unknown_tokens:
+                    notes.append(
+                        f"{one.perplexity.unknown_tokens:,} tokens of the text are unknown to {one.label}: its figures "
+                        "are too low by what they hide."
+                    )
+        if first.speed:
+            speed = self.settings["speed"]
+            notes.append(
+                f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
+                f"{self.settings['device']}"
+                + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
+            )
+        if first.tasks:
+            limit = self.settings["tasks"]["limit"]
+            notes.append(
+                f"Tasks: lm-evaluation-harness {self.settings['versions']['lm_eval']}"
+                + (f", the first {limit} documents of each." if limit else ".")
+            )
+        return notes
+
+
+def evaluate(
+    models: str | os.PathLike | Sequence[str | os.PathLike],
+    data: Any = None,
+    *,
+    tasks: Sequence[str] = (),
+    include_path: str | os.PathLike | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_bytes: int | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+    speed: bool = True,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    placement: Placement = Placement(),
+    progress: bool = True,
+) -> Evaluation:
+    """Measures models in the same way and compares them with the first: quality, speed, memory, size.
+
+    One model is in memory at a time. What can be wrong with the arguments is found before anything is measured.
+
+    Args:
+        models: a folder, name on the Hub or GGUF file; or several. The first is what the others are compared with.
+        data: text for perplexity and bits per byte, see `perplexity`; a column "messages" is rendered by the first
+            model's chat template, so that the text is the same for all.
+        tasks: tasks of lm-evaluation-harness by name, or paths of task files.
+        include_path: a folder of task files.
+        limit: only so many documents of each task.
+        num_fewshot: in place of the tasks' own.
+        max_bytes: only the first of the text's bytes.
+        seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that
+            one of the models was made for.
+        batch_size: windows, or requests of tasks, at a time.
+        speed: measure speed and memory.
+        prompt_tokens, new_tokens, repeats: see `measure`.
+        placement: where the models are computed, and the type of their weights.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for wrong arguments; the message names them.
+        OSError: if there is no such model or file.
+        ImportError: if tasks are asked for without lm-evaluation-harness; the message names the extra.
+    """
+    names = [str(one) for one in ([models] if isinstance(models, (str, os.PathLike)) else models)]
+    if not names:
+        raise ValueError("models: name at least one")
+    if data is None and not tasks and not speed:
+        raise ValueError("nothing to measure: give data, tasks, or speed=True")
+    device = placement.main_device
+    found = [locate(name) for name in names]
+    configs = [read_config(name) for name in names]
+    manager = task_manager(tasks, include_path) if tasks else None
+    texts, source = None, ""
+    if data is not None:
+        seq_len = window_length(seq_len, configs, SEQ_LEN)
+        for config in configs:
+            stride = check_windows(config, seq_len, stride, batch_size)
+        source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
+        texts = first_bytes(documents(data, AutoTokenizer.from_pretrained(found[0][0], **found[0][1])), max_bytes)
+
+    figures = []
+    for name, (folder, where), config, label in zip(names, found, configs, _labels(names), strict=True):
+        cost = None
+        if speed:
+            if progress:
+                print(f"{label}: speed and memory, in a process of its own", file=sys.stderr)
+            cost = measure(
+                name,
+                dtype=placement.dtype,
+                device=device,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
+            )
+        model: Any = placement.load(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
+        text_figures = None
+        if texts is not None:
+            text_figures = perplexity(
+                model, texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, progress=progress
+            )
+        results = []
+        if tasks:
+            results = run_tasks(
+                model, tokenizer, tasks, manager, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot
+            )
+        figures.append(
+            ModelFigures(
+                name=name,
+                label=label,
+                parameters=model.num_parameters(),  # of packed weights too
+                num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
+                size_on_disk=size_on_disk(name),
+                dtype=_weights(model),
+                perplexity=text_figures,
+                speed=cost,
+                tasks={result.name: result for result in results},
+            )
+        )
+        del model
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()  # for the processes that measure
+    return Evaluation(
+        figures,
+        {
+            "data": None if texts is None else {"source": source, "seq_len": seq_len, "stride": stride},
+            "speed": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats} if speed else None,
+            "tasks": {"limit": limit, "num_fewshot": num_fewshot} if tasks else None,
+            "dtype": placement.dtype,
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            "threads": torch.get_num_threads(),
+            "versions": _versions(bool(tasks)),
+        },
+    )
+
+
+def _versions(tasks: bool) -> dict[str, str]:
+    versions = {
+        "hf_lnscale": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if tasks:
+        from importlib.metadata import version
+
+        versions["lm_eval"] = version("lm_eval")
+    return versions
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The last parts of each name: as many as tell them apart, if any do."""
+    parts = [Path(name).parts for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(one[-count:]) for one in parts]
+        if len(set(labels)) == len({*names}):
+            break
+    return labels
+
+
+def _weights(model: Any) -> str:
+    """The type of a model's weights, and the method that they are quantized by."""
+    dtype, quantization = str(model.dtype).removeprefix("torch."), getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return dtype
+    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
+
+
+def _median(value: Any) -> float:
+    return value.median if isinstance(value, Timing) else value
+
+
+def _show_timing(value: Timing) -> str:
+    return f"{value.median:,.1f} ({value.lowest:,.1f} to {value.highest:,.1f})"
+
+
+def _with_error(value: Estimate, sign: str = "") -> str:
+    """The value to the second digit of its standard error, and that."""
+    if value.stderr is None or value.stderr == 0:
+        return f"{value.value:{sign},.4f}"
+    digits = max(0, 1 - int(f"{value.stderr:e}".partition("e")[2]))
+    return f"{value.value:{sign},.{digits}f} ± {value.stderr:,.{digits}f}"
+
+
+def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:
+    named = ("label", "parameters", "num_layers", "size_on_disk", "dtype")
+    found: dict[str, Any] = {"name": public_name(one.name)} | {name: getattr(one, name) for name in named}
+    differences: dict[str, Any] = {}
+    if one.perplexity:
+        it = one.perplexity
+        found["text"] = {name: asdict(getattr(it, name)) for name in ("perplexity", "loss", "bits_per_byte")} | {
+            name: getattr(it, name) for name in ("nats", "num_tokens", "num_bytes", "num_documents", "unknown_tokens")
+        }
+        found["text"]["num_blocks"] = len(it.block_bytes)
+        if reference.perplexity:
+            differences |= {name: asdict(value) for name, value in it.minus(reference.perplexity).items()}
+    if one.speed:
+        found["speed"] = asdict(one.speed)
+    if one.tasks:
+        found["tasks"] = {
+            name: {key: value for key, value in asdict(result).items() if key != "samples"}
+            for name, result in one.tasks.items()
+        }
+        changes = {
+            name: result.minus(reference.tasks[name]) for name, result in one.tasks.items() if name in reference.tasks
+        }
+        differences["tasks"] = {name: asdict(value) | {"paired": paired} for name, (value, paired) in changes.items()}
+    if one is not reference:
+        found["differences"] = differences
+    return found

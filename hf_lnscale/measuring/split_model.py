@@ -1,0 +1,163 @@
+"""A causal language model run in two parts, decoder and head, with any of its layers left out.
+
+"Without a layer" is exact: the layer does not run, and the numbers are those of a model that it was deleted from.
+
+Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..core.stack import Stack, text_stack
+from .stream import hidden_states, upcast
+from .text import Batch
+
+# Logits in memory at a time, B x T x V being too many for small machines: 64 MiB in float32.
+_MAX_LOGITS = 2**24
+# One state of the residual stream is all that is asked of a model, whatever its config says. (The library would put
+# hooks on the layers for the others, and these stay.)
+PLAIN_FORWARD = {"use_cache": False, "return_dict": True} | dict.fromkeys(
+    ["output_hidden_states", "output_attentions", "output_router_logits"], False
+)
+
+
+# --- the model without layers -----------------------------------------------------------------------
+
+
+class StandIn(nn.Module):
+    """Takes a module's place in its parent. Everything but the forward is the module's own, for code that asks."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        vars(self).update(_module=module, _forward=forward)  # not a child, or its parameters would be there twice
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+
+@contextmanager
+def replaced(parent: nn.Module, children: dict[str, StandIn]) -> Iterator[None]:
+    saved = {name: parent._modules[name] for name in children}
+    parent._modules.update(children)
+    try:
+        yield
+    finally:
+        parent._modules.update(saved)
+
+
+class SplitModel:
+    """A causal language model as its decoder, up to the final norm, and its head.
+
+    Both run the model's own forward, with stand-ins for what is left out: masks, rotary embeddings and what a family
+    does to its logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
+    a mask.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.stack = text_stack(model)
+        heads = [
+            (module, name)
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+            for name, child in module.named_modules()
+            if child is self.stack.model and name
+        ]
+        if not heads:
+            raise ValueError(
+                f"model: {type(model).__name__} has no language head to predict tokens with; load it with "
+                "AutoModelForCausalLM, or choose a method that needs none, such as 'block_influence'"
+            )
+        self.head, path = heads[-1]
+        folder, _, self.name = path.rpartition(".")
+        self.parent = self.head.get_submodule(folder)
+        self.output: Any = None
+        self.tuples: list[bool] | None = None
+
+    def hidden(
+        self, batch: Batch, removed: Iterable[int] = (), start: tuple[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The decoder's output after the final norm, shape (B, T, D).
+
+        Args:
+            batch: token ids.
+            removed: layers that do not run.
+            start: (position, x_BTD): the stream after that layer is x_BTD; no layer up to it runs.
+        """
+        position, x_BTD = start if start else (-1, None)
+        stand_ins = {i: self._skip(i) for i in {*removed, *range(position)}}
+        if start:
+            stand_ins[position] = self._skip(position, x_BTD)
+        with replaced(self.stack.layers, {str(i): stand_in for i, stand_in in stand_ins.items()}):
+            output = self.stack.model(**model_inputs(self.stack, batch), **PLAIN_FORWARD)
+        self.output = copy.copy(output)
+        self.output["last_hidden_state"] = None
+        return output.last_hidden_state
+
+    def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The head's output for states that `hidden` returned, shape (N, V), in at least float32."""
+        output = copy.copy(self.output)
+        output["last_hidden_state"] = x_ND[None]
+        ids_1N = torch.zeros(1, len(x_ND), dtype=torch.long, device=x_ND.device)
+        with replaced(self.parent, {self.name: StandIn(self.stack.model, lambda *_, **__: output)}):
+            logits_1NV = self.head(input_ids=ids_1N, **PLAIN_FORWARD).logits
+        return upcast(logits_1NV[0])
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """Slices of `count` tokens whose logits fit into memory."""
+        size = max(1, _MAX_LOGITS // self.stack.model.config.vocab_size)
+        return (slice(at, at + size) for at in range(0, count, size))
+
+    def _skip(self, position: int, x_BTD: torch.Tensor | None = None) -> StandIn:
+        if self.tuples is None:
+            self.tuples = returns_tuples(self.stack)
+        wrap = self.tuples[position]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = hidden_states(args, kwargs) if x_BTD is None else x_BTD
+            return (output,) if wrap else output
+
+        return StandIn(self.stack.layers[position], forward)
+
+
+def returns_tuples(stack: Stack) -> list[bool]:
+    """Whether each layer returns its output in a tuple, as layers did up to transformers 4; found on two tokens."""
+    found: list[bool] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, output: found.append(isinstance(output, tuple)))
+        for layer in stack.layers
+    ]
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        stack.model(**model_inputs(stack, Batch(ids, torch.ones_like(ids, dtype=torch.bool))), **PLAIN_FORWARD)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens predict a next one, shape (B, T), bool, and the tokens that they should predict, shape (N,)."""
+    predicted = batch.predicted()
+    return F.pad(predicted, (0, 1)), batch.input_ids[:, 1:][predicted]
+
+
+def pick_tokens(x_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
+    return x_BTD[picked_BT.to(x_BTD.device)]
+
+
+def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
+    device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
+    return (batch if device.type == "meta" else batch.to(device)).model_inputs()

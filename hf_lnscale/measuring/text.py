@@ -1,0 +1,348 @@
+"""Text or token ids as batches to measure on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import numbers
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of token ids.
+
+    Attributes:
+        input_ids: shape (B, T).
+        attention_mask: shape (B, T), bool; False at padding, which no measurement counts.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.attention_mask.all())
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a model's forward; without padding there is no mask, so that fast kernels apply."""
+        if self.padded:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
+        return {"input_ids": self.input_ids}
+
+    def predicted(self) -> torch.Tensor:
+        """Which next tokens count for a loss, shape (B, T - 1), bool: both the token and the one before are real."""
+        return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut into windows of tokens.
+
+    Attributes:
+        num_tokens: tokens to take from a text, from its start; None takes all of them.
+        seq_len: tokens in a window, at most `num_tokens`; None is 512, or the number of positions of the model if that
+            is smaller.
+        batch_size: windows in a batch.
+
+    Raises:
+        ValueError: if a size is too small; the message names it.
+    """
+
+    num_tokens: int | None = 65_536
+    seq_len: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 2), ("seq_len", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is None and name != "batch_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+class TokenBatches:
+    """Batches that can be gone through more than once, in the same order.
+
+    Attributes:
+        batches: the batches, on the CPU. Only ids are held: eight bytes a token.
+        source: where they come from, in words, for a plan's JSON.
+    """
+
+    def __init__(self, batches: list[Batch], source: str) -> None:
+        self.batches = batches
+        self.source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(int(batch.attention_mask.sum()) for batch in self.batches)
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(batch.input_ids) for batch in self.batches)
+
+    def describe(self) -> dict[str, Any]:
+        """What is recorded of the data: `source`, `num_tokens`, `num_sequences` and `sha256` of ids and padding."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            digest.update(repr(tuple(batch.input_ids.shape)).encode())
+            digest.update(batch.input_ids.numpy().tobytes())
+            digest.update(batch.attention_mask.numpy().tobytes())
+        return {
+            "source": self.source,
+            "num_tokens": self.num_tokens,
+            "num_sequences": self.num_sequences,
+            "sha256": digest.hexdigest(),
+        }
+
+    def split(self, held_out: float) -> tuple[TokenBatches, TokenBatches]:
+        """The sequences in two parts that share none: to choose by, and the last ones, held out to judge by.
+
+        Args:
+            held_out: share of the sequences in the second part, between 0 and 1; at least one goes into each.
+
+        Raises:
+            ValueError: if there are fewer than two sequences.
+        """
+        total = self.num_sequences
+        if total < 2:
+            raise ValueError(
+                f"data: {total} sequence(s) of tokens cannot be divided into calibration and held-out data; give more "
+                "text, a smaller seq_len, or held-out data of its own"
+            )
+        first = total - min(total - 1, max(1, round(total * held_out)))
+        parts: tuple[list[Batch], list[Batch]] = ([], [])
+        seen = 0
+        for batch in self.batches:
+            at = min(max(first - seen, 0), len(batch.input_ids))
+            seen += len(batch.input_ids)
+            for part, rows in zip(parts, (slice(0, at), slice(at, None)), strict=True):
+                if len(batch.input_ids[rows]):
+                    part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows]))
+        return TokenBatches(parts[0], self.source), TokenBatches(parts[1], f"{self.source}, held out")
+
+
+def token_batches(
+    data: Any,
+    model: PreTrainedModel | None = None,
+    *,
+    tokenizer: Any = None,
+    windows: Windows = Windows(),
+) -> TokenBatches:
+    """Makes batches of whatever a user has.
+
+    Texts are tokenized, joined with the end-of-text token between them, and cut into `windows`, so that
+    there is no padding; a remainder that fills no window is left out, and so are texts of nothing but white space. Only
+    as much is read as `windows.num_tokens` asks for. If the tokenizer prepends a token to a text (the `bos_token` of
+    Llama or Gemma), every window begins with it, and it counts: these models were trained that way.
+
+    Args:
+        data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
+            column "text" or "messages"; the path of a text file, or of a .json or .jsonl file with such a row a line;
+            or token ids: a tensor or array of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
+            iterable of these, or of lists of ids.
+        model: the model whose tokenizer is loaded if none is given.
+        tokenizer: turns text into ids; not needed for token ids.
+        windows: how texts are cut. Batches of token ids are taken whole.
+
+    Raises:
+        ValueError: for data of another kind, without a known column, without any text, or for sizes that are not
+            positive; the message names the argument.
+        FileNotFoundError: if `data` is a string and no such file exists.
+    """
+    if isinstance(data, TokenBatches):
+        return data
+    if isinstance(data, Mapping) and hasattr(data, "column_names"):
+        raise ValueError(f"data: choose a split of the dataset, such as data[{next(iter(data), 'train')!r}]")
+    if isinstance(data, Mapping) or _is_array(data):
+        return TokenBatches([_ids(data)], "token ids")
+    if isinstance(data, (str, os.PathLike)):
+        source, rows = str(Path(data).name), _file_rows(Path(data))
+    elif isinstance(data, Iterable):
+        source, rows = f"{getattr(data, 'builder_name', None) or type(data).__name__}", iter(data)
+    else:
+        raise ValueError(f"data must be texts, a dataset, a path or batches of token ids, got {type(data).__name__}")
+
+    try:
+        first = next(rows)
+    except StopIteration:
+        raise ValueError(f"data: {source} is empty") from None
+    rows = itertools.chain([first], rows)
+    ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
+    if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
+        return TokenBatches([_ids(row) for row in rows], "token ids")
+    if tokenizer is None:
+        name = getattr(getattr(model, "config", None), "name_or_path", "")
+        if not name:
+            raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
+    return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source), source)
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
+    """The tokens in a window for models of these configurations: `seq_len`, or as many as all can up to the default.
+
+    Raises:
+        ValueError: if there are more than a model has positions: beyond these its figures are not its own.
+    """
+    positions = [(most, config.name_or_path) for config in configs if (most := max_positions(config))]
+    if seq_len is None:
+        return min([default, *(most for most, _ in positions)])
+    for most, name in positions:
+        if seq_len > most:
+            raise ValueError(f"seq_len must be at most {most}, the positions of {name!r}; got {seq_len}")
+    return seq_len
+
+
+def documents(data: Any, tokenizer: Any = None) -> list[str]:
+    """The texts in whatever a user has, as `token_batches` finds them: each text, or row, one by itself.
+
+    Args:
+        data: texts, rows, or a path, as for `token_batches`, but no token ids; a text file is one document.
+        tokenizer: its chat template renders a column "messages".
+
+    Raises:
+        ValueError, FileNotFoundError: as `token_batches` does.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return list(_texts(_file_rows(Path(data)), tokenizer))
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise ValueError(f"data must be texts, rows of a dataset or a path, got {type(data).__name__}")
+    return list(_texts(data, tokenizer))
+
+
+def added_beginning(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts in front of a text by itself, if it does."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
+
+
+def _is_array(value: Any) -> bool:
+    """Of token ids: a tensor, or a numpy array that holds no texts."""
+    numpy = hasattr(value, "__array_interface__") and value.dtype.kind not in "OSU"
+    return numpy or isinstance(value, torch.Tensor)
+
+
+def _ids(row: Any) -> Batch:
+    if isinstance(row, Batch):
+        return row.to("cpu")
+    row = row if isinstance(row, Mapping) else {"input_ids": row}
+    ids = torch.as_tensor(row["input_ids"]).cpu()
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"data: token ids must be integers of shape (B, T), got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    mask = row.get("attention_mask")
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu().bool()
+    if mask.shape != ids.shape and mask[None].shape != ids.shape:
+        raise ValueError(f"data: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
+    return Batch(ids.long(), mask.reshape(ids.shape))
+
+
+def require_file(data: Any) -> None:
+    """Refuses the path of a file that is not there; whatever else data may be, it is not looked at."""
+    if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
+        raise FileNotFoundError(f"data: there is no file {str(data)!r} (a text itself must be in a list: data=['...'])")
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
+    require_file(path)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_rows(path)
+    try:
+        return iter([path.read_text(encoding="utf-8")])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    wanted = 'JSON lines are wanted, a row a line, such as {"text": "..."}'
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}; {wanted}") from None
+                if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
+                    raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")
+                yield row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
+
+
+def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            yield row
+        elif isinstance(row, Mapping) and isinstance(row.get("text"), str):
+            yield row["text"]
+        elif isinstance(row, Mapping) and row.get("messages"):
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
+            rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            # Whoever reads the text puts it in front again.
+            yield rendered.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+        elif isinstance(row, Mapping) and "text" in row:
+            raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")
+        else:
+            has = f"columns {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(f"data: a row must be a string or have a column 'text' or 'messages', got {has}")
+
+
+def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: int, source: str) -> list[Batch]:
+    begin = added_beginning(tokenizer)
+    num_tokens = windows.num_tokens
+    if num_tokens is not None:
+        seq_len = min(seq_len, num_tokens)
+    length = seq_len if begin is None else seq_len - 1  # of the text in a window
+    wanted = None if num_tokens is None else num_tokens // seq_len * length
+    ids: list[int] = []
+    for text in texts:
+        if not text.strip():
+            continue
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        # A window needs no more characters than this; a long file would else be tokenized to its end.
+        if wanted is not None:
+            text = text[: 64 * (wanted - len(ids) + 1)]
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if wanted is not None and len(ids) >= wanted:
+            ids = ids[:wanted]
+            break
+    if not ids or (len(ids) < 2 and begin is None):
+        raise ValueError(f"data: {source} holds {len(ids)} token(s) of text; two are the least to predict one")
+    length = min(length, len(ids))
+    windows_NT = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    if begin is not None:
+        windows_NT = F.pad(windows_NT, (1, 0), value=begin)
+    return [Batch(part, torch.ones_like(part, dtype=torch.bool)) for part in windows_NT.split(windows.batch_size)]

@@ -1,0 +1,1 @@
+"""Layers chosen, taken out, and the rest repaired."""

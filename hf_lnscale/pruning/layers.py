@@ -1,0 +1,447 @@
+"""Taking decoder layers out: of a configuration, of a model in memory, and of the weights that are read from disk.
+
+A pruned model is a plain, smaller model of its family. What was dropped from what is noted in its configuration, in the
+numbering of the model that it was once cut from, so that layers can be found again on disk, and keep their own depth.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import numbers
+import operator
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..checkpoints.folders import public_name
+from ..core.config import LNScalingConfig
+from ..core.families import UnsupportedArchitectureError, family_of, text_config
+from ..core.record import ACTIVE, DROPPED, FOLDED, ON_DISK, parts
+from ..core.stack import Stack, text_stack
+from ..core.warnings import warn
+from .plan import PruningPlan, read_plan
+
+
+def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers") -> list[int]:
+    """Reads a list of layers to drop.
+
+    Args:
+        layers: indices; negative ones count from the end.
+        num_layers: layers that there are, L.
+        argument: the name to complain under.
+
+    Returns:
+        Sorted positions, each in 0 ... L - 1.
+
+    Raises:
+        ValueError: for indices that are no integers, out of range or given twice, or if no layer would be left.
+    """
+    valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
+    # An array without dimensions has an __iter__ that raises.
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
+        raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
+    found: list[int] = []
+    for layer in layers:
+        try:
+            if isinstance(layer, bool) or getattr(layer, "dtype", None) is torch.bool:
+                raise TypeError
+            index = operator.index(layer)
+        except TypeError:
+            raise ValueError(f"{argument}: {layer!r} in {layers!r} is no layer index; {valid}") from None
+        if not -num_layers <= index < num_layers:
+            raise ValueError(f"{argument}: layer {index} does not exist in a model of {num_layers} layers; {valid}")
+        index %= num_layers
+        if index in found:
+            raise ValueError(f"{argument}: layer {index} is given twice in {list(layers)!r}; {valid}")
+        found.append(index)
+    if len(found) == num_layers:
+        raise ValueError(f"{argument}: {list(layers)!r} are all {num_layers} layers; {valid}")
+    return sorted(found)
+
+
+def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
+    """Reads a value of the `drop_layers` argument for a model with this configuration.
+
+    Args:
+        value: indices, a `PruningPlan`, the path of a saved one (or of a folder that holds it), None, or an integer N:
+            the deepest N layers but the last, which Gromov et al. (arXiv 2403.17887, section 4.4) propose where
+            nothing is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
+
+    Raises:
+        ValueError: for a wrong value, and for a plan that was made for another model.
+        FileNotFoundError: if there is no plan at the path.
+        UnsupportedArchitectureError: if the family is not in the table.
+    """
+    if value is None:
+        return []
+    family_of(config, "drop_layers")  # others need not count their layers
+    num_layers = text_config(config).num_hidden_layers
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        value = read_plan(value)
+    if isinstance(value, PruningPlan):
+        value.require_made_for(config)
+        if "healed" in value.perplexity:
+            warn(
+                f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} is that of the healed model; "
+                f"without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
+                "hf_lnscale.heal(model, plan.layers, data) and then hf_lnscale.drop_layers(model, plan.layers); or use "
+                "`hf-lnscale prune`."
+            )
+        return normalize_layers(value.layers, num_layers)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = operator.index(value)
+        if not 1 <= value < num_layers:
+            raise ValueError(
+                f"drop_layers={value}: a number of layers must be between 1 and {num_layers - 1} for this model"
+            )
+        layers = list(range(num_layers - 1 - value, num_layers - 1))
+        warn(
+            f"drop_layers={value} drops layers {layers}, the deepest but the last, by a rule of thumb and not by "
+            "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
+        )
+        return layers
+    if not isinstance(value, Iterable):
+        raise ValueError(
+            "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
+            f"{value!r}"
+        )
+    return normalize_layers(value, num_layers)
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+def kept_layers(num_layers: int, dropped: Iterable[int]) -> list[int]:
+    """The positions that stay, in order."""
+    gone = set(dropped)
+    return [layer for layer in range(num_layers) if layer not in gone]
+
+
+def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int], int]:
+    """Which layers of the model that it was once cut from a model has: their numbers there, and how many there were."""
+    values = config if isinstance(config, dict) else vars(text_config(config))
+    record = values.get(DROPPED)
+    if not record:
+        num_layers = values["num_hidden_layers"] if isinstance(config, dict) else text_config(config).num_hidden_layers
+        return list(range(num_layers)), num_layers
+    return kept_layers(record["num_hidden_layers"], record["layers"]), record["num_hidden_layers"]
+
+
+def _each(values: list[Any], kept: list[int]) -> list[Any]:
+    return [values[layer] for layer in kept]
+
+
+def _first(count: int, kept: list[int]) -> int:
+    """A number of layers at the bottom: those of them that are kept."""
+    return sum(layer < count for layer in kept)
+
+
+def _mixture_of_experts(text: PreTrainedConfig, kept: list[int]) -> None:
+    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
+    step = text.decoder_sparse_step
+    dense = [layer for layer in kept if layer in text.mlp_only_layers or (layer + 1) % step]
+    text.mlp_only_layers = [position for position, layer in enumerate(kept) if layer in dense]
+    text.decoder_sparse_step = 1
+
+
+def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
+    value = getattr(text, name, None)
+    if isinstance(value, (list, tuple)) and len(value) != text.num_hidden_layers and name != "mlp_only_layers":
+        raise ValueError(
+            f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; which are "
+            "whose cannot be known"
+        )
+
+
+def counting_layers(text: PreTrainedConfig) -> set[int]:
+    """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
+
+    Empty for a model that is no hybrid.
+    """
+    types = getattr(text, "layer_types", None) or []
+    counting = {layer for layer, kind in enumerate(types) if kind != "linear_attention"}
+    return counting if len(counting) < len(types) else set()
+
+
+def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
+    def follow(text: PreTrainedConfig, kept: list[int]) -> None:
+        if (value := getattr(text, name, None)) is not None:
+            setattr(text, name, rule(value, kept))
+
+    return follow
+
+
+# How each configuration field that runs over depth follows; families.py says which a family has.
+_FOLLOW: dict[str, Callable[[PreTrainedConfig, list[int]], None]] = {
+    "layer_types": _field("layer_types", _each),
+    "no_rope_layers": _field("no_rope_layers", _each),
+    "max_window_layers": _field("max_window_layers", _first),
+    "first_k_dense_replace": _field("first_k_dense_replace", _first),
+    "mlp_only_layers": _mixture_of_experts,
+}
+
+
+def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
+    """Takes layers out of a model's configuration, in place: every field that runs over depth follows.
+
+    Args:
+        config: of the whole model; its text decoder is meant.
+        dropped: sorted positions, as `normalize_layers` returns them.
+
+    Raises:
+        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
+        ValueError: if the configuration names layers in a place that cannot be followed.
+    """
+    if not dropped:
+        return
+    fields = family_of(config, "drop_layers").depth_fields
+    text = text_config(config)
+    if fields is None:
+        raise UnsupportedArchitectureError(
+            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
+            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
+        )
+    # Every configuration may have it, whether or not its family comes with it.
+    fields = tuple(dict.fromkeys(("layer_types", *fields)))
+    _refuse_other_mentions(config)
+    for name in fields:
+        _require_one_a_layer(text, name)
+    num_layers = text.num_hidden_layers
+    kept = kept_layers(num_layers, dropped)
+    if (counting := counting_layers(text)) and not counting.intersection(kept):
+        raise ValueError(
+            f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
+            "generate; keep one of them"
+        )
+    before, original = original_layers(config)
+    gone = sorted(set(range(original)) - {before[layer] for layer in kept})
+    base = (vars(text).get(DROPPED) or {}).get("base") or public_name(config.name_or_path or "")
+
+    for name in (ACTIVE, FOLDED, ON_DISK):
+        if (stored := vars(text).get(name)) is not None:
+            depths = LNScalingConfig.of(stored).for_layers(num_layers).depths  # type: ignore[union-attr]
+            # A new one: configurations may share the old.
+            vars(text)[name] = type(stored)({**stored, "depths": _each(list(depths or ()), kept)})
+    for name in fields:
+        _FOLLOW[name](text, kept)
+    text.num_hidden_layers = len(kept)
+    vars(text)[DROPPED] = {"layers": gone, "num_hidden_layers": original, "base": base}
+
+
+def _refuse_other_mentions(config: PreTrainedConfig) -> None:
+    text = text_config(config)
+    if getattr(text, "is_heterogeneous", False):
+        raise ValueError("drop_layers: the config has a per_layer_config, which is not renumbered")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        # Names, or patterns, in which dots are escaped.
+        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(said, default=str)):
+            raise ValueError(
+                f"drop_layers: the quantization_config speaks of single layers ({named[0]!r}), which would be others "
+                "afterwards; prune the checkpoint before it is quantized"
+            )
+
+
+def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
+    """Writes a value of the `drop_layers` argument into a configuration; a model built from it lacks the layers."""
+    if value is not None:
+        prune_config(config, layers_to_drop(value, config))
+
+
+# --- models in memory -----------------------------------------------------------------------------------------------
+
+
+def delete_layers(stack: Stack, dropped: list[int]) -> None:
+    """Takes decoder layers out of a stack and numbers the others anew; configurations are left alone."""
+    for gone in reversed(dropped):
+        del stack.layers[gone]
+    for position, layer in enumerate(stack.layers):
+        for module in layer.modules():
+            if isinstance(vars(module).get("layer_idx"), int):
+                vars(module)["layer_idx"] = position
+
+
+def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
+    """Takes decoder layers out of a model in memory, in place.
+
+    The result is the model that `from_pretrained(..., drop_layers=layers)` loads. With LayerNorm Scaling, each layer
+    that stays keeps the scale of its own depth.
+
+    Args:
+        model: a transformers model of a family in the table.
+        layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. Of
+            a plan that healed give `plan.layers` if the model is healed: the plan itself warns that it should be.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for wrong indices, all before anything is changed; for a model that carries a PEFT adapter, whose
+            weights and saved form go by layer numbers; for one that an optimizer holds; for one that is sharded or
+            spread over devices by hooks.
+        UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
+    """
+    stack = text_stack(model)
+    config = stack.model.config
+    dropped = layers_to_drop(layers, config)
+    if not dropped:
+        return model
+    _require_untouched(model, stack, dropped)
+    _own_configs(model)
+    # Several modules may hold copies of the configuration; each is changed once.
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for one in {id(text_config(one)): one for one in configs}.values():
+        if text_config(one).model_type == config.model_type:
+            prune_config(one, dropped)
+    delete_layers(stack, dropped)
+    return model
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Gives a model configurations of its own: another model may have been built from the same objects."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(held := vars(module).get("config"), PreTrainedConfig):
+            vars(module)["config"] = copy.deepcopy(held, memo)
+
+
+def _require_untouched(model: nn.Module, stack: Stack, dropped: list[int]) -> None:
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which goes by the "
+                "numbers of the layers; merge it first (merge_and_unload), or drop layers before adding it"
+            )
+        if "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                "drop_layers: the model is spread over devices or offloaded; give drop_layers to from_pretrained"
+            )
+        if type(module).__name__.startswith("FSDP"):
+            raise ValueError("drop_layers: the model is sharded; drop layers before that")
+    parameters = {id(p) for layer in dropped for p in stack.layers[layer].parameters()}
+    for held in gc.get_objects():
+        if issubclass(type(held), torch.optim.Optimizer) and any(
+            id(parameter) in parameters for group in held.param_groups for parameter in group["params"]
+        ):
+            raise ValueError(
+                f"drop_layers: an optimizer ({type(held).__name__}) holds parameters of the layers to drop; drop "
+                "layers before the optimizer is made"
+            )
+
+
+# --- weights on disk ------------------------------------------------------------------------------------------------
+
+
+def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[int] | None:
+    """Where the layers of a model lie in a checkpoint.
+
+    Args:
+        config: of the model that is to be loaded.
+        saved: the checkpoint's own config.json.
+
+    Returns:
+        For each layer of the model its number in the checkpoint; None where these are the same.
+
+    Raises:
+        ValueError: if the checkpoint does not hold them.
+    """
+    wanted, original = original_layers(config)
+    text = text_config(config)
+    key = type(config).base_config_key
+    if key in saved and saved.get("model_type") != config.model_type:
+        saved = saved[key]  # the text part alone, of a checkpoint that has others
+    there = next((part for part in parts(saved) if part.get(DROPPED)), None)
+    if there is None:
+        # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
+        full = text_config(type(config).from_dict(_without(saved, "drop_layers")))
+        held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
+    else:
+        held, held_of = original_layers(there)
+    if held == wanted and held_of == original:
+        return None
+    if held_of != original or not set(wanted) <= set(held):
+        raise ValueError(
+            f"drop_layers: the config wants layers {wanted} of a model of {original} layers, but the checkpoint "
+            f"{config.name_or_path!r} holds {'layers ' + str(held) if there else str(len(held)) + ' layers'} of a "
+            f"model of {held_of} ({text.model_type})"
+        )
+    return [held.index(layer) for layer in wanted]
+
+
+def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        key: _without(value, name) if isinstance(value, dict) else value for key, value in config.items() if key != name
+    }
+
+
+def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
+    """As `positions_on_disk`, for tensors without a config.json beside them: told by how many layers there are.
+
+    Raises:
+        ValueError: if these are neither the layers of the model nor all of the original's.
+    """
+    wanted, original = original_layers(config)
+    found = {layer for _, layer, _ in _layer_names(names, model)[1].values()}
+    if len(found) == len(wanted):
+        return None
+    if len(found) == original:
+        return wanted
+    raise ValueError(
+        f"drop_layers: state_dict holds {len(found)} layers; the model has {len(wanted)} of {original}, and either "
+        "number would do"
+    )
+
+
+def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:
+    """New names for the tensors of a checkpoint of which some layers are kept.
+
+    Args:
+        names: of the tensors in the checkpoint.
+        model: the model that they are for.
+        positions: for each of its layers the number in the checkpoint.
+
+    Returns:
+        Name in the checkpoint to name under which it is loaded; tensors of dropped layers are missing.
+
+    Raises:
+        ValueError: if it cannot be told which of the names are the decoder's layers.
+    """
+    others, layers = _layer_names(names, model)
+    at = {old: new for new, old in enumerate(positions)}
+    renamed = {name: name for name in others}
+    for name, (prefix, layer, rest) in layers.items():
+        if layer in at:
+            renamed[name] = f"{prefix}{at[layer]}{rest}"
+    return renamed
+
+
+def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str], dict[str, tuple[str, int, str]]]:
+    """Names that are not of the decoder's layers, and those that are, each as prefix, number and rest."""
+    family = family_of(model.config, "drop_layers")
+    # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
+    # tokens, which transformers ignores.
+    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
+    mark = f".{family.attention_norm}.weight"
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    found = {name: pattern.match(name) for name in names}
+    prefixes = {
+        match[1]
+        for name, match in found.items()
+        if match and match[3] == mark and not any(re.search(one, name) for one in ignored)
+    }
+    if len(prefixes) != 1:
+        raise ValueError(
+            f"drop_layers: the layers of {type(model).__name__} cannot be told by the names in the checkpoint "
+            f"(candidates: {sorted(prefixes) or 'none'})"
+        )
+    layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}
+    return [name for name in found if name not in layers], layers

@@ -1,0 +1,131 @@
+"""A pruning plan: which layers of which model to drop, how that was found, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..core.families import text_config
+from ..core.record import DROPPED
+
+PLAN_FILE = "pruning_plan.json"
+_FORMAT = 1
+# By these a plan knows its model; config.json has them, so that no weight need be read.
+_FINGERPRINT = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a plan remembers of the shape of its model; a model that differs in it has other layers."""
+    text = text_config(config)
+    dropped = (vars(text).get(DROPPED) or {}).get("layers", [])
+    return {
+        "model_type": text.model_type,
+        **{name: getattr(text, name, None) for name in _FINGERPRINT},
+        "dropped_before": list(dropped),
+    }
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What `plan_pruning` finds; saved as a small JSON file.
+
+    Attributes:
+        layers: positions to drop, sorted, in the numbering of the model that the plan was made for.
+        model: fingerprint of that model: model_type, sizes, and what had been dropped from it before.
+        model_name: its name on the Hub, or that of its folder, for the record.
+        method: how the layers were chosen, in words and numbers.
+        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256.
+        perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
+        steps: the search step by step: layers dropped so far, and the figures that decided.
+        heal: report of the healing that was tried, or None.
+        notes: what else there is to say, such as the sizes before and after.
+    """
+
+    layers: tuple[int, ...]
+    model: dict[str, Any]
+    model_name: str = ""
+    method: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    perplexity: dict[str, float] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    heal: dict[str, Any] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def perplexity_increase(self) -> float | None:
+        """Relative: 0.1 is ten percent more than before; with healing where that was kept."""
+        before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
+        return None if before is None or after is None else after / before - 1.0
+
+    def require_made_for(self, config: PreTrainedConfig) -> None:
+        """Raises a ValueError that says what differs if the plan is for another model."""
+        for name, here in fingerprint(config).items():
+            if (there := self.model.get(name)) != here:
+                raise ValueError(
+                    f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
+                    f"{name} {there!r}; this one has {here!r}"
+                )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes the plan to a file, or into a folder as `pruning_plan.json`; returns the file's path."""
+        path = Path(path)
+        if path.is_dir() or path.suffix != ".json":
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / PLAN_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningPlan:
+        """Reads a plan from a file, or from a folder that holds one.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if the file is no plan.
+        """
+        return read_plan(path)
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
+        said = f"perplexity {figures}" if figures else ""
+        if "speedup" in self.notes:
+            pays = "it pays" if self.notes.get("pays") else "it does not pay, plain decoding is faster"
+            said = f"as a draft it promises {self.notes['speedup']:.2f} times the speed of plain decoding: {pays}"
+        return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
+            f" ({said})" if said else ""
+        )
+
+
+def read_plan(path: Any) -> PruningPlan:
+    """See `PruningPlan.load`."""
+    file = Path(os.fsdecode(path))
+    if file.is_dir():
+        file = file / PLAN_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.pop("format") != _FORMAT:
+            raise ValueError("it was written in another format")
+        known = {one.name for one in fields(PruningPlan)}
+        values = {name: value for name, value in values.items() if name in known}
+        if not isinstance(values["model"], dict):
+            raise ValueError("its model is no fingerprint")
+        return PruningPlan(**{**values, "layers": tuple(values["layers"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None

@@ -1,0 +1,436 @@
+"""What each decoder layer is worth, to decide which to remove.
+
+A score is higher for a layer that matters more, whatever the method. Layers are counted as in `model.model.layers`: the
+first is 0. Measurements run without dropout, count no padding, hold one batch at a time, and leave the model as it was.
+
+"Without a layer" is exact: the layer does not run, and the numbers are those of a model that it was deleted from.
+
+Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary, L layers, P = L + 1 places in the
+residual stream (place i is in front of layer i, place L after the last layer).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from ..checkpoints.folders import public_name
+from ..core.stack import Stack, text_stack
+from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
+from ..measuring.stream import capture_residual_stream, eval_mode, upcast
+from ..measuring.text import Batch, TokenBatches, Windows, token_batches
+
+__all__ = ["METHODS", "LayerScores", "score_layers"]
+METHODS = ("block_influence", "angular", "magnitude", "taylor", "perplexity", "kl")
+_UNITS = {
+    "block_influence": "1 - cosine",
+    "angular": "angular distance, share of pi",
+    "magnitude": "sum of |weights|",
+    "taylor": "sum of |weight x gradient|, nats",
+    "perplexity": "perplexity without the layer",
+    "kl": "KL from the full model, nats a token",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    """Scores of the layers of a model.
+
+    Attributes:
+        method: one of `METHODS`.
+        scores: float64. Shape (L,), or for "angular" shape (L, L): `scores[i, n - 1]` is the distance over the block of
+            the n layers from i on, NaN where there are not as many.
+        model: the name that the model was loaded by, or "".
+        data: what was measured on, as `TokenBatches.describe` says it; None for "magnitude".
+        baseline: perplexity of the full model, for "perplexity".
+        tokens: for "angular", the tokens that were compared: "last" or "all".
+    """
+
+    method: str
+    scores: torch.Tensor
+    model: str = ""
+    data: dict[str, Any] | None = None
+    baseline: float | None = None
+    tokens: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.scores)
+
+    @property
+    def layers(self) -> torch.Tensor:
+        """The score of each layer by itself, shape (L,); for "angular" that of the block of one."""
+        return self.scores[:, 0] if self.method == "angular" else self.scores
+
+    def order(self) -> list[int]:
+        """All layers, the least important first; layers of equal score from the first on."""
+        return self.layers.argsort(stable=True).tolist()
+
+    def lowest(self, n: int) -> list[int]:
+        """The n layers to remove at once, as the method's paper chooses them.
+
+        These are the n of lowest score, lowest first; for "angular" the contiguous block of lowest distance.
+
+        Raises:
+            ValueError: if n is not between 0 and L - 1.
+        """
+        self._require_count(n, least=0)
+        return list(self.best_block(n)) if self.method == "angular" and n else self.order()[:n]
+
+    def best_block(self, n: int) -> range:
+        """The n contiguous layers with the lowest angular distance (arXiv 2403.17887, section 3.2, step 2).
+
+        Raises:
+            ValueError: if n is not between 1 and L - 1, or for another method than "angular".
+        """
+        if self.method != "angular":
+            raise ValueError(f"best_block needs scores of method 'angular', these are of {self.method!r}")
+        self._require_count(n, least=1)
+        start = int(self.scores[: self.num_layers - n + 1, n - 1].nan_to_num(math.inf).argmin())
+        return range(start, start + n)
+
+    def _require_count(self, n: int, least: int) -> None:
+        if not isinstance(n, int) or isinstance(n, bool) or not least <= n < self.num_layers:
+            raise ValueError(f"n must be an integer from {least} to {self.num_layers - 1}, got {n!r}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, with null where a score is not defined."""
+        content = {
+            "method": self.method,
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "tokens": self.tokens,
+            "baseline": self.baseline,
+            "data": self.data,
+            "scores": _without_nan(self.scores.tolist()),
+        }
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerScores:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = content["scores"]
+            if content["method"] not in METHODS:
+                raise KeyError("method")
+            scores = torch.tensor(_with_nan(rows), dtype=torch.float64)
+            if scores.shape != (len(rows),) * (2 if content["method"] == "angular" else 1):
+                raise KeyError("scores")
+            about = {name: content[name] for name in ("method", "model", "data", "baseline", "tokens")}
+            return cls(scores=scores, **about)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} holds no layer scores: {error}") from None
+
+    def __str__(self) -> str:
+        """A table: the layers with their scores and ranks, or for "angular" the best block of each size."""
+        title = f"{self.method} of {self.model or 'the model'}, {self.num_layers} layers"
+        if self.data:
+            title += f", {self.data['num_tokens']:,} tokens of {self.data['source']}"
+        if self.baseline is not None:
+            title += f"; full model {_number(self.baseline)}"
+        if self.method == "angular":
+            table = Table("block of", "layers", "angular distance")
+            for n in range(1, self.num_layers):
+                block = self.best_block(n)
+                layers = str(block[0]) if n == 1 else f"{block[0]} to {block[-1]}"
+                table.add_row(str(n), layers, _number(self.scores[block[0], n - 1].item()))
+        else:
+            table = Table("layer", _UNITS[self.method], "rank, 1 goes first")
+            rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
+            for layer, score in enumerate(self.scores.tolist()):
+                table.add_row(str(layer), _number(score), str(rank[layer]))
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console.print(title, soft_wrap=True, highlight=False, markup=False)
+        console.print(table)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
+
+        Args:
+            path: where to write the picture; its suffix says the format.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: if matplotlib is missing; the message names the extra.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
+        except ImportError:
+            raise ImportError("plotting needs matplotlib: pip install 'hf-lnscale[plot]'") from None
+        figure = Figure(figsize=(8, 6 if self.method == "angular" else 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"{self.method} {Path(self.model).name}".strip(), loc="left")
+        if self.method == "angular":
+            image = axes.imshow(
+                self.scores.T.numpy(),
+                origin="lower",
+                aspect="auto",
+                cmap="viridis_r",
+                extent=(-0.5, self.num_layers - 0.5, 0.5, self.num_layers + 0.5),
+            )
+            axes.set(xlabel="first layer of the block", ylabel="layers in the block")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            figure.colorbar(image, label=_UNITS["angular"])
+        else:
+            axes.bar(range(self.num_layers), self.scores.tolist())
+            axes.set(xlabel="layer", ylabel=_UNITS[self.method])
+            if self.baseline is not None:
+                axes.set_yscale("log")
+                axes.axhline(self.baseline, color="gray", linestyle="--", label="full model")
+                axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def score_layers(
+    model: nn.Module,
+    data: Any = None,
+    method: str = "block_influence",
+    *,
+    tokenizer: Any = None,
+    windows: Windows = Windows(num_tokens=32_768),
+    tokens: str = "last",
+    progress: bool = True,
+) -> LayerScores:
+    """Scores every decoder layer of a model; a layer of low score can go.
+
+    Methods, with x_i the residual stream in front of layer i:
+
+    - "block_influence": 1 - mean over tokens of cos(x_i, x_{i+1}) (ShortGPT, arXiv 2403.03853, equation 1). One pass.
+    - "angular": arccos(cos(x_i, x_{i+n})) / pi, mean over sequences, for every i and n in one pass (Gromov et al.,
+      arXiv 2403.17887, equation 7).
+    - "magnitude": sum of |w| over the layer's weight matrices (Shortened LLaMA, arXiv 2402.02834, section 3.1). It
+      needs no data.
+    - "taylor": sum of |w dL/dw| over the layer's weight matrices, L the next-token loss (same section). The absolute
+      value is taken of each batch's own gradient, and its mean over batches by their tokens, so that no gradient
+      outlives its layer's backward pass; with one batch it is the paper's.
+    - "perplexity": of the model without the layer (same section).
+    - "kl": mean over tokens of KL(full || without the layer), between the distributions of the next token.
+
+    The last two take half a pass for each layer, see `sweep_losses`.
+
+    Args:
+        model: a model of a known family, in any wrapper, though for "magnitude" and "taylor" without a PEFT adapter;
+            for "taylor", "perplexity" and "kl" with its language head.
+        data: texts, a dataset, a path or token ids, see `token_batches`, which the next arguments go to too. More
+            decides better: 32,768 tokens is little for "perplexity". Not read for "magnitude".
+        method: one of `METHODS`.
+        tokenizer: turns text into ids; loaded by the model's name if none is given.
+        windows: how texts are cut.
+        tokens: for "angular": compare the "last" token of each sequence, as the paper does, or the mean over "all".
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for an unknown method or `tokens`, for data that is missing or holds no token, for a model without
+            a language head where one is needed, and for weights that are quantized, offloaded or under an adapter
+            where they are read.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if tokens not in ("last", "all"):
+        raise ValueError(f"tokens must be 'last' or 'all', got {tokens!r}")
+    stack = text_stack(model)
+    name = public_name(stack.model.config.name_or_path or "")
+    if method == "magnitude":
+        return LayerScores(method, _magnitude(stack), name)
+    if data is None:
+        raise ValueError(f"data: method {method!r} is measured on data; give texts, a dataset, a path or token ids")
+    batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
+    about = batches.describe()
+    if method == "block_influence":
+        return LayerScores(method, _block_influence(model, batches, progress), name, about)
+    if method == "angular":
+        return LayerScores(method, _angular(model, batches, tokens, progress), name, about, tokens=tokens)
+    if method == "taylor":
+        return LayerScores(method, _taylor(model, batches, progress), name, about)
+    full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
+    scores = torch.tensor(list(without.values()), dtype=torch.float64)
+    if method == "kl":
+        return LayerScores(method, scores, name, about)
+    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+
+
+# --- the residual stream ----------------------------------------------------------------------------
+
+
+def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
+    stack = text_stack(model)
+    total_L = torch.zeros(len(stack.layers), dtype=torch.float64)
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
+    sums: list[torch.Tensor] = []
+
+    def visit(place: int, x_BTD: torch.Tensor) -> None:
+        nonlocal before
+        x_BTD = upcast(x_BTD)
+        norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
+        if place:
+            assert before is not None
+            y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
+            product_BT = (norm_BT * other_BT).clamp_min(torch.finfo(norm_BT.dtype).tiny)
+            distance_BT = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+            sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
+        before = (x_BTD, norm_BT)
+
+    with eval_mode(model), capture_residual_stream(stack, visit):
+        for batch in _track(batches, "block_influence", progress):
+            real_BT = batch.attention_mask
+            sums.clear()
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
+            # Fetched once a batch: to wait for a device layer by layer would cost more than the sums.
+            total_L += torch.tensor([value.item() for value in sums], dtype=torch.float64)
+    return total_L / _require_tokens(batches.num_tokens)
+
+
+def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: bool) -> torch.Tensor:
+    stack = text_stack(model)
+    total_PP = torch.zeros(len(stack.layers) + 1, len(stack.layers) + 1, dtype=torch.float64)
+    count = 0
+    states: list[torch.Tensor] = []
+
+    def visit(place: int, x_BTD: torch.Tensor) -> None:
+        states.append(x_BTD[picked_BT.to(x_BTD.device)])
+
+    with eval_mode(model), capture_residual_stream(stack, visit):
+        for batch in _track(batches, "angular", progress):
+            picked_BT = batch.attention_mask
+            if tokens == "last":
+                # The last real one: the first True of the mask read backwards, if the row has any.
+                picked_BT = picked_BT & (picked_BT.flip(1).cumsum(1).flip(1) == 1)
+            states.clear()
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
+            for chunk in range(0, len(states[0]), 512):
+                x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in states], dim=1)
+                x_NPD = F.normalize(x_NPD, dim=-1)
+                total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
+                count += len(x_NPD)
+    # From pairs of places (i, i + n) to blocks (i, n).
+    scores_LL = torch.full((len(stack.layers),) * 2, math.nan, dtype=torch.float64)
+    for n in range(1, len(stack.layers) + 1):
+        scores_LL[: len(stack.layers) - n + 1, n - 1] = total_PP.diagonal(n) / _require_tokens(count)
+    return scores_LL
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
+    """The weight matrices of each layer; norms and biases are none."""
+    for name, module in stack.layers.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                "method: 'magnitude' and 'taylor' count a layer's own weights, and this model carries a PEFT adapter "
+                f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
+            )
+    found = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
+    for weight in (weight for layer in found for weight in layer):
+        if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
+            what = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
+            raise ValueError(
+                f"method: 'magnitude' and 'taylor' read the weights, and those of this model are {what}; load it "
+                "unquantized and whole, or choose another method"
+            )
+    return found
+
+
+def _magnitude(stack: Stack) -> torch.Tensor:
+    with torch.no_grad():
+        sums = [sum(upcast(w).abs().sum().cpu().double() for w in layer) for layer in _matrices(stack)]
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in sums])
+
+
+def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
+    halves = SplitModel(model)
+    matrices = _matrices(halves.stack)
+    total_L = torch.zeros(len(matrices), dtype=torch.float64)
+    count = 0
+
+    def fold(position: int) -> Callable[[torch.Tensor], None]:
+        def into_score(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            total_L[position] += (upcast(weight.detach()) * upcast(weight.grad)).abs().sum().cpu().double()
+            weight.grad = None
+
+        return into_score
+
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    hooks = []
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for position, layer in enumerate(matrices):
+            for weight in layer:
+                weight.requires_grad_(True)
+                hooks.append(weight.register_post_accumulate_grad_hook(fold(position)))
+        with eval_mode(model), torch.enable_grad():
+            for batch in _track(batches, "taylor", progress):
+                picked_BT, targets_N = predictions(batch)
+                if not len(targets_N):
+                    continue
+                x_ND = pick_tokens(halves.hidden(batch), picked_BT)
+                # The head's backward goes through a part of the logits at a time, the layers' once through all.
+                leaf_ND = x_ND.detach().requires_grad_()
+                for part in halves.parts(len(leaf_ND)):
+                    # The loss is summed over tokens, so that dividing by their number once gives the mean.
+                    token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum().backward()
+                x_ND.backward(leaf_ND.grad)
+                count += len(targets_N)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, requires_grad, grad in before:
+            parameter.grad = grad
+            parameter.requires_grad_(requires_grad)
+    return total_L / _require_tokens(count)
+
+
+def _require_tokens(count: int) -> int:
+    if not count:
+        raise ValueError("data: there is no token to measure on; all are padding, or sequences are too short")
+    return count
+
+
+def _track(batches: TokenBatches, what: str, progress: bool) -> Iterable[Batch]:
+    return logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if math.isnan(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_nan(part) for part in value]
+    return math.nan if value is None else value

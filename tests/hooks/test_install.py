@@ -1,0 +1,162 @@
+"""What is hooked, that it comes out again, and that a change of transformers' inside is noticed by name."""
+
+import inspect
+
+import peft
+import peft.auto
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.integrations.peft import PeftAdapterMixin
+
+import hf_lnscale
+import tiny
+from hf_lnscale.hooks import install as hooks
+
+HOOKED = {
+    (PreTrainedConfig, "ln_scaling"),
+    (PreTrainedConfig, "drop_layers"),
+    (PreTrainedConfig, "from_dict"),
+    (PreTrainedConfig, "to_json_file"),
+    (PreTrainedConfig, "_dict_from_json_file"),
+    (PreTrainedModel, "post_init"),
+    (PreTrainedModel, "save_pretrained"),
+    (PreTrainedModel, "from_pretrained"),
+    (PreTrainedModel, "_from_config"),
+    (PreTrainedModel, "_load_pretrained_model"),
+    (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
+    (PeftAdapterMixin, "load_adapter"),
+    (Trainer, "train"),
+}
+HOOKED_IN_PEFT = {
+    (peft.config.PeftConfigMixin, "from_json_file"),
+    (peft.config.PeftConfigMixin, "save_pretrained"),
+    (peft.PeftModel, "save_pretrained"),
+    (peft.PeftModel, "from_pretrained"),
+    (peft.PeftModel, "load_adapter"),
+    (peft.auto._BaseAutoPeftModel, "from_pretrained"),
+}
+
+
+@pytest.fixture
+def disabled():
+    hf_lnscale.disable()
+    yield
+    hf_lnscale.enable()
+
+
+def test_disable_puts_back_exactly_what_was_there(run_python):
+    code = """
+    import sys
+    from peft import PeftModel
+    from peft.auto import _BaseAutoPeftModel
+    from peft.config import PeftConfigMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+    from transformers.integrations.peft import PeftAdapterMixin
+    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer)
+    classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin)
+    before = [dict(vars(cls)) for cls in classes]
+
+    import hf_lnscale
+    assert hf_lnscale.is_enabled()
+    hf_lnscale.enable()  # a second time changes nothing
+    changed = [f"{cls.__name__}.{name}" for cls, attributes in zip(classes, before)
+               for name, value in vars(cls).items() if attributes.get(name) is not value]
+
+    hf_lnscale.disable()
+    assert not hf_lnscale.is_enabled()
+    hf_lnscale.disable()
+    for cls, attributes in zip(classes, before):
+        assert vars(cls).keys() == attributes.keys()
+        assert all(vars(cls)[name] is value for name, value in attributes.items())
+    print(*changed)
+    del sys.modules["hf_lnscale"]
+    """
+    changed = run_python(code, plugin=False).split()
+    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED | HOOKED_IN_PEFT)
+
+
+def test_exactly_these_attributes_are_hooked():
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
+
+
+def test_disabled_is_stock(disabled, tmp_path):
+    assert not hf_lnscale.is_enabled()
+    assert not hasattr(PreTrainedConfig, "ln_scaling")
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="ln_scaling"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ln_scaling=True)
+
+
+def test_in_memory_functions_need_no_hooks(disabled):
+    model = hf_lnscale.apply_ln_scaling(tiny.model())
+    assert hf_lnscale.ln_scales(model)[3] == 0.5
+    before = model(tiny.tokens()).logits
+    assert torch.equal(hf_lnscale.fold_ln_scaling(model)(tiny.tokens()).logits, before)
+
+
+def test_disable_does_not_undo_another_library(monkeypatch):
+    def theirs(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", theirs)
+    with pytest.raises(RuntimeError, match=r"PreTrainedModel\.post_init was replaced after"):
+        hf_lnscale.disable()
+    assert hf_lnscale.is_enabled()
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
+
+
+# What each hook relies on. A failure here says: transformers changed, read hooks.py again.
+SIGNATURES = {
+    (PreTrainedConfig, "from_dict"): ["cls", "config_dict", "kwargs"],
+    (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
+    (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
+    (PreTrainedModel, "post_init"): ["self"],
+    (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
+    (PreTrainedModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path", "model_args", "config"],
+    (PreTrainedModel, "_from_config"): ["cls", "config", "kwargs"],
+    (PreTrainedModel, "_load_pretrained_model"): [
+        "model",
+        "state_dict",
+        "checkpoint_files",
+        "load_config",
+        "expected_keys",
+    ],
+    (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
+    (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
+    (Trainer, "train"): ["self", "resume_from_checkpoint"],
+    (peft.config.PeftConfigMixin, "from_json_file"): ["cls", "path_json_file"],
+    (peft.config.PeftConfigMixin, "save_pretrained"): ["self", "save_directory", "kwargs"],
+    (peft.PeftModel, "save_pretrained"): ["self", "save_directory"],
+    (peft.PeftModel, "from_pretrained"): ["cls", "model", "model_id"],
+    (peft.PeftModel, "load_adapter"): ["self", "model_id", "adapter_name"],
+    (peft.auto._BaseAutoPeftModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path"],
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), SIGNATURES, ids=lambda value: getattr(value, "__name__", value))
+def test_signature_of_the_hooked_function(owner, name):
+    original = hooks._originals[owner, name]
+    if original is hooks._MISSING:  # inherited
+        original = getattr(super(owner, owner), name)
+    function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original
+    parameters = list(inspect.signature(function).parameters)
+    expected = SIGNATURES[owner, name]
+    assert parameters[: len(expected)] == expected, f"{owner.__name__}.{name} has changed: {parameters}"
+    hooked = owner.__dict__[name]
+    assert isinstance(hooked, classmethod) == isinstance(original, classmethod)
+    assert getattr(hooked, "__func__", hooked).__doc__ == function.__doc__
+
+
+def test_every_reading_of_a_config_goes_through_the_hooked_function(tmp_path):
+    """`_dict_from_json_file` is private; should another way appear, scaled checkpoints would stop loading."""
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path)
+    for load in (
+        lambda: LlamaForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: type(tiny.config()).from_json_file(tmp_path / "config.json"),
+        lambda: type(tiny.config()).from_pretrained(tmp_path / "config.json"),
+    ):
+        assert load().model_type == "llama"
+        assert load().ln_scaling["depths"] == [1, 2, 3, 4]

@@ -1,0 +1,161 @@
+"""Texts and token ids as batches: what a user may hand over, and what is said where it cannot be read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from hf_lnscale import diagnose, plan_pruning
+from hf_lnscale.evaluation import perplexity
+from hf_lnscale.measuring.text import Windows, documents, token_batches
+
+BOS, EOS = 1, 2
+
+
+def tokenizer(bos=False):
+    """Words w3, w4, ... as tokens 3, 4, ...; with `bos`, one that puts <s> in front, as Llama's does."""
+    vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, tiny.VOCAB)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def words(*ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def rows_of(batches):
+    return [row for batch in batches for row in batch.input_ids.tolist()]
+
+
+def test_windows_of_text():
+    found = token_batches(
+        [words(3, 4, 5), words(6, 7)], tokenizer=tokenizer(), windows=Windows(seq_len=3, batch_size=1)
+    )
+    assert rows_of(found) == [[3, 4, 5], [EOS, 6, 7]]
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text():
+    texts = [words(3, 4, 5), words(6, 7)]
+    found = token_batches(texts, tokenizer=tokenizer(bos=True), windows=Windows(seq_len=4, batch_size=1))
+    assert rows_of(found) == [[BOS, 3, 4, 5], [BOS, EOS, 6, 7]]
+    assert found.num_tokens == 8
+    assert rows_of(token_batches(texts, tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=6, seq_len=3))) == [
+        [BOS, 3, 4],
+        [BOS, 5, EOS],
+    ]
+    # As many tokens again give the same windows again.
+    part, _ = token_batches(
+        [words(*range(3, 40))], tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=32, seq_len=4)
+    ).split(0.25)
+    again = token_batches(
+        [words(*range(3, 40))], tokenizer=tokenizer(bos=True), windows=Windows(num_tokens=part.num_tokens, seq_len=4)
+    )
+    assert part.describe()["sha256"] == again.describe()["sha256"]
+
+
+def test_a_chat_that_begins_with_the_token_has_it_once():
+    chats = tokenizer(bos=True)
+    chats.chat_template = "<s> {{ messages[0]['content'] }}"
+    rows = [{"messages": [{"role": "user", "content": words(3, 4)}]}]
+    assert rows_of(token_batches(rows, tokenizer=chats)) == [[BOS, 3, 4]]
+
+
+def test_a_chat_is_measured_with_the_token_once():
+    chats = tokenizer(bos=True)
+    chats.chat_template = "<s> {{ messages[0]['content'] }}"
+    rows = [{"messages": [{"role": "user", "content": words(3, 4)}]}]
+    model = tiny.model()
+    found = perplexity(model, rows, chats, seq_len=8, progress=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([[BOS, 3, 4]])).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 4]), reduction="sum").item()
+    assert (found.num_tokens, found.num_bytes) == (2, len(f" {words(3, 4)}"))
+    assert found.nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_are_no_longer_than_the_positions_of_the_model():
+    text, model = [words(*[3, 4, 5, 6] * 200)], tiny.model(max_position_embeddings=32)
+    assert len(rows_of(token_batches(text, model, tokenizer=tokenizer()))[0]) == 32
+    assert len(rows_of(token_batches(text, tiny.model(max_position_embeddings=700), tokenizer=tokenizer()))[0]) == 512
+    assert len(rows_of(token_batches(text, tokenizer=tokenizer()))[0]) == 512
+    for measure in (diagnose, plan_pruning):
+        given = {"num_layers": 1} if measure is plan_pruning else {"gradients": False}
+        with pytest.raises(ValueError, match=r"seq_len must be at most 32, the positions of .*; got 33"):
+            measure(model, text, tokenizer=tokenizer(), windows=Windows(seq_len=33), progress=False, **given)
+
+
+def test_empty_rows_are_no_texts():
+    texts = ["", words(3, 4), "", "\n", "  ", words(5), ""]
+    assert rows_of(token_batches(texts, tokenizer=tokenizer())) == [[3, 4, EOS, 5]]
+    rows = [{"text": text} for text in texts]
+    assert rows_of(token_batches(rows, tokenizer=tokenizer())) == [[3, 4, EOS, 5]]
+    with pytest.raises(ValueError, match="list holds 0 token"):
+        token_batches(["", " "], tokenizer=tokenizer())
+    assert documents(texts) == texts
+
+
+def test_no_more_tokens_than_asked_for():
+    text = [words(*[3] * 600)]
+    for num_tokens, shape in ((64, (1, 64)), (512, (1, 512)), (1000, (1, 512))):
+        (batch,) = token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=num_tokens, seq_len=512))
+        assert batch.input_ids.shape == shape
+    with pytest.raises(ValueError, match="num_tokens must be an integer of at least 2, got 1"):
+        token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=1))
+
+
+IDS = [[5, 6, 7], [8, 9, 10]]
+FORMS = {
+    "tensor": torch.tensor(IDS),
+    "array": np.array(IDS),
+    "array of 16 bits": np.array(IDS, dtype=np.int16),
+    "dict of arrays": {"input_ids": np.array(IDS)},
+    "arrays": [np.array(row) for row in IDS],
+    "tensors": [torch.tensor(row) for row in IDS],
+    "lists": IDS,
+    "lists of numpy's integers": [[np.int64(one) for one in row] for row in IDS],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_token_ids(form):
+    assert rows_of(token_batches(FORMS[form])) == IDS
+
+
+def test_arrays_of_texts_are_texts():
+    texts = np.array([words(3, 4), words(5)])
+    for form in (texts, texts.astype(object)):
+        assert rows_of(token_batches(form, tokenizer=tokenizer())) == [[3, 4, EOS, 5]]
+
+
+ROWS = [{"text": words(3)}, {"text": words(4)}]
+FILES = {
+    "pretty.json": (
+        json.dumps(ROWS, indent=1).encode(),
+        r"line 1 of pretty.json is no JSON: .*; JSON lines are wanted",
+    ),
+    "array.json": (json.dumps(ROWS).encode(), "line 1 of array.json holds a list of rows; JSON lines are wanted"),
+    "latin.txt": ("w3 é".encode("latin-1"), "latin.txt is no text in UTF-8: .*byte 0xe9"),
+    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl is no text in UTF-8: .*byte 0xe9"),
+    "none.jsonl": (
+        b'{"text": "w3"}\n{"text": null}',
+        r"column 'text' must hold strings; row 1 \(from 0\) has None",
+    ),
+    "other.jsonl": (b'{"content": "w3"}', r"have a column 'text' or 'messages', got columns \['content'\]"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_cannot_be_read_are_named(name, tmp_path):
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    for read in (lambda path: token_batches(path, tokenizer=tokenizer()), documents):
+        with pytest.raises(ValueError, match=f"data: .*{message}"):
+            read(tmp_path / name)
