@@ -48,7 +48,7 @@ from scheme_models import SCHEMES, build, set_progress
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lnscale
-from hf_lnscale.training.sample import documents, train_tokenizer
+from hf_lnscale.measuring.sample import documents, train_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIR = ("pre_ln", "lns")

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import oracles
 import tiny
 
-pytest.importorskip("typer")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import scheme_models
