@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 import hf_lnscale  # noqa: F401  (turns ln_scaling= on)
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 OUTPUT = ("o_proj", "down_proj")
 
 
