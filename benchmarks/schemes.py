@@ -12,6 +12,7 @@ by what the file holds, the learning rates of the longer parts by those of the s
 - settings: Pre-LN against LNS as the paper trains (256 tokens, no weight decay, Adam) and as it is done today (1,024
   tokens, decay 0.1, warmup - stable - decay), with as many tokens a step. All learning rates of the grid, the best
   with three seeds.
+- shallow: the pair with a quarter of the layers, at the learning rates found: whether depth is of use at all.
 - schemes: all of them as the paper trains, all learning rates; the pair and the two best others with three seeds.
 - decay: the pair as today, with a decay that does as much in a short run as 0.1 does in a long one; three seeds.
 - depth: the pair with two and four times the layers, at the learning rates found.
@@ -55,7 +56,7 @@ PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
 # The seed whose Pre-LN and LNS models are looked at, and of the deeper ones.
 LOOKED_AT = SEEDS[1]
-PARTS = ("settings", "schemes", "decay", "depth", "promising")
+PARTS = ("settings", "shallow", "schemes", "decay", "depth", "promising")
 
 
 class Size(NamedTuple):
@@ -249,7 +250,7 @@ def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str,
     diagnosis = hf_lnscale.diagnose(model, few, jacobian=False, progress=False)
     order = sorted(range(len(diagnosis.layers)), key=lambda index: diagnosis.layers[index]["loss_added"])
     losses = [held_out_loss(model, held_out)]
-    for count in range(1, len(order) // 2 + 1):
+    for count in range(1, len(order)):
         losses.append(held_out_loss(hf_lnscale.drop_layers(copy.deepcopy(model), sorted(order[:count])), held_out))
     return {
         "loss_added": [one["loss_added"] for one in diagnosis.layers],
@@ -320,19 +321,19 @@ class Queue:
             yield from self.grid(("modern",), PAIR)
             yield from (self.run("strong_decay", scheme, self.best("modern", scheme)) for scheme in PAIR)
             yield from self.repeat(("strong_decay",), PAIR)
-        if name == "depth":
+        if name in ("shallow", "depth"):
             yield from self.grid(("paper", "modern"), PAIR)
-            yield from (
-                run for factor in (2, 4) for setting in ("paper", "modern") for run in self.pair(setting, factor)
-            )
+            for factor in (0.25,) if name == "shallow" else (2, 4):
+                yield from self.pair("paper", factor)
+                yield from self.pair("modern", factor)
         if name == "promising":
             yield from self.grid(("paper",), list(SCHEMES))
             yield from self.grid(("modern",), self.promising())
             yield from self.repeat(("modern",), self.promising())
 
-    def pair(self, setting: str, factor: int = 1) -> list[Run]:
+    def pair(self, setting: str, factor: float = 1) -> list[Run]:
         """Pre-LN and LNS with `factor` times the layers, at their learning rates, of the seed that is looked at."""
-        layers = factor * SIZES[self.size].layers
+        layers = int(factor * SIZES[self.size].layers)
         return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
 
 
@@ -376,15 +377,15 @@ def tables(queue: Queue) -> Iterator[Table]:
 
     table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN",
                   title=f"By depth, seed {LOOKED_AT}, at the learning rates of {depth} layers")  # fmt: skip
-    for factor in (1, 2, 4):
+    for factor in (0.25, 1, 2, 4):
         for setting in ("paper", "modern"):
             plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
             difference = spread([scaled - plain], signed=True)
-            table.add_row(str(factor * depth), setting, spread([plain]), spread([scaled]), difference)
+            table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
     yield table
 
     for setting in SETTINGS:
-        for factor in (1, 2, 4):
+        for factor in (0.25, 1, 2, 4):
             found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
             if all("without" in one for one in found):
                 yield from looked_at(setting, *found)

@@ -138,7 +138,7 @@ def test_learning_rates_are_those_of_transformers_schedules(setting, name, kwarg
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Two schemes beside the two, runs of a second, and a text that they can learn."""
-    size = schemes.Size(16, 24, 2, 2, 300, 64, 32, 4, (1e-3, 1e-2))
+    size = schemes.Size(16, 24, 2, 4, 300, 64, 32, 4, (1e-3, 1e-2))
     monkeypatch.setitem(schemes.SIZES, "small", size)
     few = {name: scheme_models.SCHEMES[name] for name in ("pre_ln", "lns", "post_ln", "prores")}
     monkeypatch.setattr(schemes, "SCHEMES", few)
@@ -168,7 +168,7 @@ def test_the_queue_goes_on_where_it_was_and_repeats_nothing(small, monkeypatch):
     out.write_text("\n".join(lines[:12]) + "\n")
     again = run(*words)
     assert again.count(" s\n") == 4
-    tables = whole[whole.index("Llama of 2 layers") :]
+    tables = whole[whole.index("Llama of 4 layers") :]
     assert again.endswith(tables)
     # Finished: nothing is trained.
     monkeypatch.setattr(schemes, "train", None)
@@ -184,11 +184,11 @@ def test_the_parts_of_the_queue(small):
             found[name] += [one] * (one not in queue.records)
             # Deeper is better, post_ln the best, the second rate better than the first.
             queue.records[one] = {"loss": 9 - one.layers - (one.scheme == "post_ln") - (one.rate == 1e-2)}
-    # 2 settings x 2 schemes x (2 rates + 2 seeds); 2 schemes x (2 + 2); 2 x 3 seeds; 2 x 2 x 2 depths; 2 x (2 + 2).
-    assert [len(runs) for runs in found.values()] == [16, 8, 6, 8, 8]
-    assert len(set(queue.records)) == 46
-    assert {one.rate for one in [*found["decay"], *found["depth"]]} == {1e-2}
-    assert {one.layers for one in found["depth"]} == {4, 8}
+    # 2 settings x 2 schemes x (2 rates + 2 seeds); the same of one layer; 2 schemes x (2 + 2); 2 x 3 seeds; two depths.
+    assert [len(runs) for runs in found.values()] == [16, 4, 8, 6, 8, 8]
+    assert len(set(queue.records)) == 50
+    assert {one.rate for one in [*found["shallow"], *found["decay"], *found["depth"]]} == {1e-2}
+    assert {one.layers for one in [*found["shallow"], *found["depth"]]} == {1, 8, 16}
     assert {(one.setting, one.scheme) for one in found["promising"]} == {("modern", "post_ln"), ("modern", "prores")}
     assert list(schemes.tables(queue))  # without what `look` finds, too
 
