@@ -18,7 +18,7 @@ by what the file holds, the learning rates of the longer parts by those of the s
 - depth: the pair with two and four times the layers, at the learning rates found.
 - promising: the two best others as today, all learning rates, the best with three seeds.
 
-Pre-LN and LNS models of seed 1 are then looked at: what removing layers costs, angular distances, gradients.
+Pre-LN and LNS models of seed 0 are then looked at: what removing layers costs, angular distances, gradients.
 
 The text is Python's own: the language reference's topics and the source of the standard library, so that it differs
 from one Python to the next; documents are held out whole. --data takes text files in its place.
@@ -55,7 +55,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
 # The seed whose Pre-LN and LNS models are looked at, and of the deeper ones.
-LOOKED_AT = SEEDS[1]
+LOOKED_AT = SEEDS[0]
 PARTS = ("settings", "shallow", "schemes", "decay", "depth", "promising")
 
 
