@@ -115,8 +115,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "paper": Setting(256, 0.0, (0.9, 0.999), 0.1, False),
     "modern": Setting(1024, 0.1, (0.9, 0.95), 0.05, True),
-    # What decay does to the weights goes by the sum of learning rate x decay over the run: with decay 0.1, 1.5 over the
-    # paper's 16,785 steps at 1e-3, but 0.14 over 500 at 3e-3. Decay 1 makes it 1.4.
+    # What decay does to the weights goes by peak learning rate x decay x steps: with decay 0.1, 1.7 over the paper's
+    # 16,785 steps at 1e-3, but 0.15 over 500 at 3e-3. Decay 1 makes it 1.5.
     "strong_decay": Setting(1024, 1.0, (0.9, 0.95), 0.05, True),
 }
 # At the learning rates of another setting.
