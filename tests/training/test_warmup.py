@@ -561,7 +561,7 @@ def test_a_warmup_that_nothing_moves_is_refused(tmp_path):
 
 def test_a_callback_without_a_warmup_is_refused(tmp_path):
     for value, message in ((None, "the model has no ln_scaling"), (True, "the model has ln_scaling={'exponent': 0.5")):
-        with pytest.raises(ValueError, match=f"LNScalingWarmupCallback: {message}.*no warmup to lead"):
+        with pytest.raises(ValueError, match=f"LNScalingWarmupCallback: {message}.*so there is no warmup"):
             trainer(tiny.model(ln_scaling=value), tmp_path).train()
 
 
