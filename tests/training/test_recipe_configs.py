@@ -81,7 +81,7 @@ def test_there_is_a_config_of_every_recipe_for_every_model():
     for name in ("continue_pretrain", "sft", "heal"):
         assert {path.stem for path in CONFIGS if path.parent.name == name} - {"mixture"} == set(MODELS)
     shapes = {path.stem for path in CONFIGS if path.parent.name == "pretrain"}
-    assert shapes == {"130m", "250m", "350m", "1b", "7b", "small"}
+    assert shapes == {"130m", "250m", "350m", "1b", "7b", "small", "modern"}
     assert {"llama", "qwen2", "qwen3"} <= set(FAMILIES)  # the families of these models
 
 
