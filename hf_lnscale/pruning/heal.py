@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from ..core.families import UnsupportedArchitectureError, submodule
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import perplexity_of, token_cross_entropy
+from ..measuring.losses import perplexity_of, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
@@ -440,7 +440,7 @@ class _Stream:
                 continue
             x_ND = pick_tokens(self._pass(index), picked_BT)
             for part in self.halves.parts(len(x_ND)):
-                losses_N = token_cross_entropy(self.halves.logits(x_ND[part]), targets_N[part])
+                losses_N = token_losses(self.halves.logits(x_ND[part]), targets_N[part])
                 total += losses_N.cpu().double().sum().item()
             count += len(targets_N)
         if not count:

@@ -428,6 +428,6 @@ def _card(
         base_model=checkpoint,
         pipeline_tag="text-generation",
         notes=notes,
-        parts=[Table(("", "before", "after", ""), rows, note)],
+        parts=[Table(_HEADER, rows, note)],
         made_by=command or "hf_lnscale.prune",
     )

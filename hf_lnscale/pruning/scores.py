@@ -12,7 +12,6 @@ residual stream (place i is before layer i, place L after the last layer).
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -25,14 +24,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.angles import BlockAngles, cosine_distance
+from ..measuring.losses import loss_gradient, sweep
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, upcast
+from ..measuring.stream import capture_residual_stream, eval_mode, last_tokens, upcast
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers"]
@@ -158,10 +157,11 @@ class LayerScores:
             rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
             for layer, score in enumerate(self.scores.tolist()):
                 table.add_row(str(layer), _number(score), str(rank[layer]))
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(title, soft_wrap=True, highlight=False, markup=False)
-        console.print(table)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(title, soft_wrap=True, highlight=False, markup=False)
+            console.print(table)
+        return capture.get()
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
@@ -265,10 +265,10 @@ def score_layers(
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
-    scores = torch.tensor(list(without.values()), dtype=torch.float64)
+    scores = torch.tensor([one.mean for one in without.values()], dtype=torch.float64)
     if method == "kl":
         return LayerScores(method, scores, name, about)
-    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
 
 
 # --- the residual stream ----------------------------------------------------------------------------
@@ -287,8 +287,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
         if place:
             assert before is not None
             y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
-            product_BT = (norm_BT * other_BT).clamp_min(torch.finfo(norm_BT.dtype).tiny)
-            distance_BT = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+            distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
             sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
         before = (x_BTD, norm_BT)
 
@@ -304,8 +303,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
 
 def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: bool) -> torch.Tensor:
     stack = text_stack(model)
-    total_PP = torch.zeros(len(stack.layers) + 1, len(stack.layers) + 1, dtype=torch.float64)
-    count = 0
+    angles = BlockAngles(len(stack.layers))
     states: list[torch.Tensor] = []
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
@@ -313,22 +311,12 @@ def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: boo
 
     with eval_mode(model), capture_residual_stream(stack, visit):
         for batch in _track(batches, "angular", progress):
-            picked_BT = batch.attention_mask
-            if tokens == "last":
-                # The last real one: the first True of the mask read backwards, if the row has any.
-                picked_BT = picked_BT & (picked_BT.flip(1).cumsum(1).flip(1) == 1)
+            picked_BT = last_tokens(batch) if tokens == "last" else batch.attention_mask
             states.clear()
             stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            for chunk in range(0, len(states[0]), 512):
-                x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in states], dim=1)
-                x_NPD = F.normalize(x_NPD, dim=-1)
-                total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-                count += len(x_NPD)
-    # From pairs of places (i, i + n) to blocks (i, n).
-    scores_LL = torch.full((len(stack.layers),) * 2, math.nan, dtype=torch.float64)
-    for n in range(1, len(stack.layers) + 1):
-        scores_LL[: len(stack.layers) - n + 1, n - 1] = total_PP.diagonal(n) / _require_tokens(count)
-    return scores_LL
+            angles.add(states)
+    _require_tokens(angles.count)
+    return angles.mean()
 
 
 # --- weights ----------------------------------------------------------------------------------------
@@ -383,12 +371,8 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
                 if not len(targets_N):
                     continue
                 x_ND = pick_tokens(halves.hidden(batch), picked_BT)
-                # The head's backward goes through a part of the logits at a time, the layers' once through all.
-                leaf_ND = x_ND.detach().requires_grad_()
-                for part in halves.parts(len(leaf_ND)):
-                    # The loss is summed over tokens, so that dividing by their number once gives the mean.
-                    token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum().backward()
-                x_ND.backward(leaf_ND.grad)
+                # The loss is summed over tokens, so that dividing by their number once gives the mean.
+                x_ND.backward(loss_gradient(halves, x_ND, targets_N))
                 count += len(targets_N)
     finally:
         for hook in hooks:
@@ -406,7 +390,8 @@ def _require_tokens(count: int) -> int:
 
 
 def _track(batches: TokenBatches, what: str, progress: bool) -> Iterable[Batch]:
-    return logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    tracked: Iterable[Batch] = logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    return tracked
 
 
 def _number(value: float) -> str:

@@ -29,8 +29,7 @@ from transformers import (
 )  # fmt: skip
 
 from ..checkpoints.folders import public_command
-from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..core.record import record
 from ..core.stack import text_stack
 from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
@@ -195,7 +194,7 @@ class Run:
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
         model: Any = trainer.model
-        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))
+        scaling = record(text_stack(model).model.config).active
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:

@@ -17,8 +17,7 @@ from .._version import __version__
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
 from ..core.display import Markdown, one_line
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED
+from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
 from .depth_stats import plot_depth_stats
@@ -158,18 +157,18 @@ def _card(
 ) -> ModelCard:
     base, data = told.get("model_name_or_path"), told["datasets"]
     adapter = hasattr(model, "peft_config")
-    text = vars(text_config(model.config))
+    found = record(model.config)
     notes: list[str] = []
-    if text.get(ACTIVE):
+    if found.active:
         notes.append(
             Markdown(
                 "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
                 + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
             )
         )
-    if record := text.get(DROPPED):
-        gone = ", ".join(map(str, record["layers"]))
-        notes.append(f"Layers {gone} (counted from 0) of {record['num_hidden_layers']} were dropped.")
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped.layers))
+        notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
     if adapter:
         notes.append(
             Markdown(

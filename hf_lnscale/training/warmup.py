@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..core.record import get_ln_scaling, recorded_scaling
 from ..core.stack import text_stack
 
 
@@ -32,6 +32,8 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         ValueError: when training starts, if the model has no warmup, if it differs from that of the resumed
             checkpoint, or if the run is too short for it.
     """
+
+    moves_ln_scaling = True  # how the hook on Trainer.train recognizes a callback that does
 
     def __init__(self) -> None:
         self.ln_scaling: dict[str, Any] | None = None  # the model's, for the state that is saved
@@ -89,15 +91,6 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         if self.ln_scaling is None or min(step, self.ln_scaling["warmup_steps"]) != self.ln_scaling["step"]:
             set_ln_scaling_step(model, step)
             self.ln_scaling = get_ln_scaling(text_stack(model).model.config)
-
-
-def recorded_scaling(stateful_callbacks: Any) -> LNScalingConfig | None:
-    """Reads the scaling of a warmup from `stateful_callbacks` of a saved trainer_state.json; None without one."""
-    for saved in stateful_callbacks.values():
-        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
-            if stood := one["attributes"].get("ln_scaling"):
-                return LNScalingConfig.of(stood)
-    return None
 
 
 def _scaling(model: Any) -> LNScalingConfig | None:
