@@ -222,7 +222,8 @@ class Run:
         if stop.stopped and stop.signal is not None:
             self._leave(trainer, stop.signal)
         command = public_command(self.training.command)
-        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, since, seconds)
+        before = since, state.get("num_input_tokens_seen", 0)
+        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step

@@ -39,7 +39,7 @@ def write_report(
     given: dict[str, Any],
     command: str,
     resumed: str | None,
-    since: int,
+    since: tuple[int, int],
     seconds: float,
 ) -> dict[str, Any]:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
@@ -50,7 +50,7 @@ def write_report(
         given: the arguments of the recipe, for the card.
         command: the command line, for the card.
         resumed: the checkpoint that this process started from.
-        since: the step of that checkpoint; without one, -1.
+        since: the step of that checkpoint, without one -1, and the tokens seen by then.
         seconds: of training in this process, including evaluations and checkpoints.
 
     Returns:
@@ -65,8 +65,8 @@ def write_report(
     trainer.save_model()  # first, so that nothing that goes wrong from here on costs the model
     loss = trainer.evaluate()["eval_loss"]
     state = trainer.state
-    session_tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > since]
+    step_before, tokens_before = since
+    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > step_before]
     before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
@@ -79,7 +79,8 @@ def write_report(
         "train_rows": trainer.num_rows[0],
         "eval_rows": trainer.num_rows[1],
         "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
+        "tokens_per_second": (state.num_input_tokens_seen - tokens_before)
+        / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
         "wall_seconds": seconds,
         "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,

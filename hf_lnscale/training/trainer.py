@@ -6,11 +6,12 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
 from __future__ import annotations
 
 import types
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,7 +19,7 @@ from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
 # From trl 1.16 on, the model's forward gives the log-probability of every token, and there is a kernel for divergences.
-if HAS_FUSED_HEAD := find_spec("trl.kernels") is not None:
+if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
