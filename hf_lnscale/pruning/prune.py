@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
-from ..checkpoints.names import Placement, locate, read_config, size_on_disk
+from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import Markdown, markdown_code, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
@@ -157,8 +157,7 @@ def prune(
         _require_prunable(config, goal)
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
         if tokenizer is None:
-            name, where = locate(checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            tokenizer = load_tokenizer(checkpoint)
         calibration, judged = _split(data, held_out, tokenizer, windows)
         model = placement.load(checkpoint)
     else:
@@ -166,7 +165,7 @@ def prune(
         if target is not None and tokenizer is None:
             if not stack.model.config.name_or_path:
                 raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
-            tokenizer = AutoTokenizer.from_pretrained(stack.model.config.name_or_path)
+            tokenizer = load_tokenizer(stack.model.config.name_or_path)
         _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
         calibration, judged = _split(data, held_out, tokenizer, windows, stack.model)
     require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
@@ -428,6 +427,6 @@ def _card(
         base_model=checkpoint,
         pipeline_tag="text-generation",
         notes=notes,
-        parts=[Table(("", "before", "after", ""), rows, note)],
+        parts=[Table(_HEADER, rows, note)],
         made_by=command or "hf_lnscale.prune",
     )

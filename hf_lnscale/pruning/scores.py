@@ -12,7 +12,6 @@ residual stream (place i is before layer i, place L after the last layer).
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -158,10 +157,11 @@ class LayerScores:
             rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
             for layer, score in enumerate(self.scores.tolist()):
                 table.add_row(str(layer), _number(score), str(rank[layer]))
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(title, soft_wrap=True, highlight=False, markup=False)
-        console.print(table)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(title, soft_wrap=True, highlight=False, markup=False)
+            console.print(table)
+        return capture.get()
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
@@ -390,7 +390,8 @@ def _require_tokens(count: int) -> int:
 
 
 def _track(batches: TokenBatches, what: str, progress: bool) -> Iterable[Batch]:
-    return logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    tracked: Iterable[Batch] = logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    return tracked
 
 
 def _number(value: float) -> str:

@@ -115,7 +115,7 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         }
 
     def size(dropped: tuple[int, ...]) -> float:
-        after = sizes(dropped)
+        after: dict[str, list[int]] = sizes(dropped)
         return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
 
     if name == "drop":
@@ -306,7 +306,8 @@ class _Log:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return self.values["steps"]
+        found: list[dict[str, Any]] = self.values["steps"]
+        return found
 
     def write(self) -> None:
         if self.path:

@@ -65,7 +65,7 @@ def draft_model(
         drop_layers = drop_layers.layers
     dropped = normalize_layers(drop_layers, len(stack.layers))
     _require_shareable(model)
-    draft = _view(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
+    draft: PreTrainedModel = _view(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
     stack = text_stack(draft)
     if dropped:
         prune_config(_whole_config(draft, stack), dropped)
@@ -75,7 +75,8 @@ def draft_model(
         settings.num_assistant_tokens = number
         settings.num_assistant_tokens_schedule = "constant"
         settings.assistant_confidence_threshold = 0.0
-    return draft.eval()
+    draft.eval()
+    return draft
 
 
 def _whole_config(draft: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
@@ -103,7 +104,8 @@ def _view(model: PreTrainedModel) -> PreTrainedModel:
     tensors = [tensor for part in model.modules() for tensor in (*part._parameters.values(), *part._buffers.values())]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if tensor is not None}
     with _Shared():
-        return copy.deepcopy(model, memo)
+        view: PreTrainedModel = copy.deepcopy(model, memo)
+    return view
 
 
 def _require_shareable(model: nn.Module) -> None:

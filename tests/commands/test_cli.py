@@ -205,8 +205,8 @@ def test_every_option_has_the_name_that_the_library_uses():
     library = {
         name
         for function in (
-            prune, diagnose, diagnose_checkpoints, evaluate, Evaluation.save, export, export_gguf, push, Windows, Placement,
-            Demo, read_info,
+            prune, diagnose, diagnose_checkpoints, evaluate, Evaluation.save, export, export_gguf, push, Windows,
+            Placement, Demo, read_info,
         )
         for name in inspect.signature(function).parameters
     }  # fmt: skip
