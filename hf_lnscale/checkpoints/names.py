@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,17 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         CheckpointError: if there is none; the message says what to do.
     """
     name, where = locate(model)
+    files = Path(name).glob("*") if Path(name).is_dir() and not where else None
+    # Without any of these files, transformers may return a tokenizer that knows no token.
+    if files is not None and not any(re.search("token|vocab|merges|spiece", file.name) for file in files):
+        raise CheckpointError(
+            f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
+            "save the tokenizer that the model was trained with there: "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
+        )
     try:
         return AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # of many types
-        if Path(name).is_dir() and not where and not any(Path(name).glob("*token*")):
-            raise CheckpointError(
-                f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
-                "save the tokenizer that the model was trained with there: "
-                f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
-            ) from None
         raise CheckpointError(f"cannot read the tokenizer of {str(model)!r}: {error}") from error
 
 
