@@ -51,5 +51,5 @@ def diagnose(
         documents = [json.loads(one.to_json()) for one in found]
         print(json.dumps(documents if compare else documents[0], indent=1))
         return
-    print(*found, sep="\n")  # each as wide as the terminal
+    print(*found, sep="\n")
     print(f"wrote {one_line(out / 'report.html')}")

@@ -124,6 +124,7 @@ def main() -> None:
 def _messages_on_stderr() -> Iterator[None]:
     """Warnings, and what the library logs, as lines on stderr."""
     logger, handler = logging.getLogger("hf_lnscale"), logging.StreamHandler()
+    handler.setFormatter(_OneLine())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -134,6 +135,11 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(record.getMessage())
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
