@@ -93,13 +93,15 @@ def _with_quiet_transformers(verb: Callable[..., None]) -> Callable[..., None]:
     return quiet
 
 
-for _verb in (demo, info, diagnose):
+_first: list[Callable[..., None]] = [demo, info, diagnose]
+_others: list[Callable[..., None]] = [evaluate, prune, export, push]
+for _verb in _first:
     app.command()(_with_quiet_transformers(_verb))
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     no_args_is_help=False,
 )(_with_quiet_transformers(train))
-for _verb in (evaluate, prune, export, push):
+for _verb in _others:
     app.command()(_with_quiet_transformers(_verb))
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
