@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -34,6 +34,9 @@ from .heal import HealReport, why_not_healable
 from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
+
+if TYPE_CHECKING:
+    import rich.table
 
 _HEADER = ("", "before", "after", "change")
 
@@ -59,12 +62,16 @@ class Pruned:
         name = f"{self.plan.model_name} " if self.plan.model_name else ""
         return f"{name}without layers {', '.join(map(str, self.plan.layers))}"
 
+    def table(self) -> rich.table.Table:
+        """The rows for a terminal."""
+        return terminal(_HEADER, self.rows, self.title)
+
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            console.print(terminal(_HEADER, self.rows, self.title))
+            console.print(self.table())
         return capture.get().rstrip()
 
 

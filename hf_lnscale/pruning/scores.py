@@ -35,7 +35,8 @@ from ..measuring.stream import capture_residual_stream, eval_mode, upcast
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers"]
-METHODS = ("block_influence", "angular", "taylor", "perplexity", "kl")
+STREAM_METHODS = ("block_influence", "angular")
+METHODS = (*STREAM_METHODS, "taylor", "perplexity", "kl")
 _UNITS = {
     "block_influence": "1 - cosine",
     "angular": "angular distance / pi",
@@ -257,11 +258,9 @@ def score_layers(
     stack = text_stack(model)
     name = public_name(stack.model.config.name_or_path or "")
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
+    if method in STREAM_METHODS:
+        return score_stream(model, batches, (method,), tokens, progress)[method]
     about = batches.describe()
-    if method == "block_influence":
-        return LayerScores(method, _block_influence(model, batches, progress), name, about)
-    if method == "angular":
-        return LayerScores(method, _angular(model, batches, tokens, progress), name, about, tokens=tokens)
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
@@ -274,61 +273,99 @@ def score_layers(
 # --- the residual stream ----------------------------------------------------------------------------
 
 
-def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
+def score_stream(
+    model: nn.Module,
+    batches: TokenBatches,
+    methods: Iterable[str] = STREAM_METHODS,
+    tokens: str = "last",
+    progress: bool = True,
+) -> dict[str, LayerScores]:
+    """Scores by the methods that read the residual stream alone, in one pass for all of them; see `score_layers`."""
     stack = text_stack(model)
-    total_L = torch.zeros(len(stack.layers), dtype=torch.float64)
-    before: tuple[torch.Tensor, torch.Tensor] | None = None
-    sums: list[torch.Tensor] = []
+    meters = {
+        name: _Angular(len(stack.layers), tokens) if name == "angular" else _BlockInfluence(len(stack.layers))
+        for name in methods
+    }
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
-        nonlocal before
+        for meter in meters.values():
+            meter.visit(place, x_BTD)
+
+    with eval_mode(model), capture_residual_stream(stack, visit):
+        for batch in _track(batches, ", ".join(meters), progress):
+            for meter in meters.values():
+                meter.start(batch)
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
+            for meter in meters.values():
+                meter.finish()
+    model_name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
+    return {
+        name: LayerScores(name, meter.scores(), model_name, about, tokens=tokens if name == "angular" else None)
+        for name, meter in meters.items()
+    }
+
+
+class _BlockInfluence:
+    """1 - the mean cosine of each layer's input and output, over all tokens."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.total_L = torch.zeros(num_layers, dtype=torch.float64)
+        self.count = 0
+
+    def start(self, batch: Batch) -> None:
+        self.real_BT, self.sums = batch.attention_mask, list[torch.Tensor]()
+        self.count += int(batch.attention_mask.sum())
+
+    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
         x_BTD = upcast(x_BTD)
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
         if place:
-            assert before is not None
-            y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
+            y_BTD, other_BT = (state.to(x_BTD.device) for state in self.before)
             product_BT = (norm_BT * other_BT).clamp_min(torch.finfo(norm_BT.dtype).tiny)
             distance_BT = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
-            sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
-        before = (x_BTD, norm_BT)
+            self.sums.append(distance_BT[self.real_BT.to(x_BTD.device)].sum())
+        self.before = (x_BTD, norm_BT)
 
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, "block_influence", progress):
-            real_BT = batch.attention_mask
-            sums.clear()
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            # Fetched once a batch: to wait for a device layer by layer would cost more than the sums.
-            total_L += torch.tensor([value.item() for value in sums], dtype=torch.float64)
-    return total_L / _require_tokens(batches.num_tokens)
+    def finish(self) -> None:
+        # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
+        self.total_L += torch.tensor([value.item() for value in self.sums], dtype=torch.float64)
+        del self.before
+
+    def scores(self) -> torch.Tensor:
+        return self.total_L / _require_tokens(self.count)
 
 
-def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: bool) -> torch.Tensor:
-    stack = text_stack(model)
-    total_PP = torch.zeros(len(stack.layers) + 1, len(stack.layers) + 1, dtype=torch.float64)
-    count = 0
-    states: list[torch.Tensor] = []
+class _Angular:
+    """Angular distances between all places of the residual stream, at the last token of each sequence or at all."""
 
-    def visit(place: int, x_BTD: torch.Tensor) -> None:
-        states.append(x_BTD[picked_BT.to(x_BTD.device)])
+    def __init__(self, num_layers: int, tokens: str) -> None:
+        self.num_layers, self.tokens = num_layers, tokens
+        self.total_PP = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
+        self.count = 0
 
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, "angular", progress):
-            picked_BT = batch.attention_mask
-            if tokens == "last":
-                # The last real one: the first True of the mask read backwards, if the row has any.
-                picked_BT = picked_BT & (picked_BT.flip(1).cumsum(1).flip(1) == 1)
-            states.clear()
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            for chunk in range(0, len(states[0]), 512):
-                x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in states], dim=1)
-                x_NPD = F.normalize(x_NPD, dim=-1)
-                total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-                count += len(x_NPD)
-    # From pairs of places (i, i + n) to blocks (i, n).
-    scores_LL = torch.full((len(stack.layers),) * 2, math.nan, dtype=torch.float64)
-    for n in range(1, len(stack.layers) + 1):
-        scores_LL[: len(stack.layers) - n + 1, n - 1] = total_PP.diagonal(n) / _require_tokens(count)
-    return scores_LL
+    def start(self, batch: Batch) -> None:
+        self.picked_BT, self.states = batch.attention_mask, list[torch.Tensor]()
+        if self.tokens == "last":
+            # The last real one: the first True of the mask read backwards, if the row has any.
+            self.picked_BT = self.picked_BT & (self.picked_BT.flip(1).cumsum(1).flip(1) == 1)
+
+    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
+        self.states.append(x_BTD[self.picked_BT.to(x_BTD.device)])
+
+    def finish(self) -> None:
+        for chunk in range(0, len(self.states[0]), 512):
+            x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in self.states], dim=1)
+            x_NPD = F.normalize(x_NPD, dim=-1)
+            self.total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
+            self.count += len(x_NPD)
+        self.states.clear()
+
+    def scores(self) -> torch.Tensor:
+        # From pairs of places (i, i + n) to blocks (i, n).
+        scores_LL = torch.full((self.num_layers,) * 2, math.nan, dtype=torch.float64)
+        for n in range(1, self.num_layers + 1):
+            scores_LL[: self.num_layers - n + 1, n - 1] = self.total_PP.diagonal(n) / _require_tokens(self.count)
+        return scores_LL
 
 
 # --- weights ----------------------------------------------------------------------------------------

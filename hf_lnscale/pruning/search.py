@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +18,22 @@ from transformers.utils import logging
 from ..checkpoints.folders import public_name
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import loss_without, perplexity_of, sweep_losses
+from ..measuring.losses import loss_without, perplexity_of, sweep_losses, token_cross_entropy
+from ..measuring.split_model import SplitModel, pick_tokens, predictions
+from ..measuring.stream import capture_residual_stream, eval_mode
 from ..measuring.text import TokenBatches
 from .heal import HealReport, heal, healed
 from .layers import counting_layers, normalize_layers
 from .plan import PruningPlan, fingerprint
-from .scores import LayerScores, score_layers
+from .scores import LayerScores, score_layers, score_stream
 
 ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
 # "best_of": number of blocks proposed, and number of proposals healed.
-_BLOCKS = 8
-_HEALED = 4
+BLOCKS = 8
+HEALED = 4
 # How many larger numbers of layers are tried after one that is outside the budget.
 _LOOK_FURTHER = 2
 
@@ -363,8 +365,10 @@ def _steps(
     scores: dict[str, LayerScores] = {}
     for count in range(least, most + 1):
         if count not in known and not scores:
-            for name in ("block_influence", "angular") if method == "best_of" else (method,):
-                scores[name] = score_layers(model, calibration, name, progress=progress)
+            if method == "best_of":
+                scores = score_stream(model, calibration, progress=progress)
+            else:
+                scores = {method: score_layers(model, calibration, method, progress=progress)}
         if count in known:
             yield known[count]
         elif method == "best_of":
@@ -380,7 +384,7 @@ def _steps(
 def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
     """Sets of layers that one pass over the data suggests."""
     distances = scores["angular"].scores[:, count - 1]
-    starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(_BLOCKS, len(distances) - count + 1)].tolist()
+    starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
     blocks = [tuple(range(start, start + count)) for start in starts]
     return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
 
@@ -394,14 +398,46 @@ def _best_of(
 ) -> dict[str, Any]:
     """The set of layers without which the model does best; with `heal_method`, after healing."""
     fit, choose = (calibration, calibration) if heal_method is None else calibration.split(0.25)
-    tried: list[dict[str, Any]] = []
-    for layers in logging.tqdm(proposals, desc="proposals", disable=not progress, leave=False):
-        tried.append({"layers": list(layers), "perplexity": perplexity_of(loss_without(model, choose, layers))})
+    losses = losses_of_sets(model, choose, proposals, progress)
+    tried: list[dict[str, Any]] = [
+        {"layers": list(layers), "perplexity": perplexity_of(loss)}
+        for layers, loss in zip(proposals, losses, strict=True)
+    ]
     tried.sort(key=lambda one: one["perplexity"])
     if heal_method is not None:
-        tried = tried[:_HEALED]
+        tried = tried[:HEALED]
         for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
             with healed(model, one["layers"], fit, method=heal_method, held_out=choose, progress=False) as report:
                 one["healed"] = report.perplexity_after
     best = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": best["layers"], "tried": tried}
+
+
+def losses_of_sets(
+    model: nn.Module, batches: TokenBatches, sets: Sequence[Sequence[int]], progress: bool = True
+) -> list[float]:
+    """The loss of the model without each set of layers, nats a token.
+
+    Each set runs from its first layer on; the states before that are those of the full model, and kept from one pass.
+    """
+    halves = SplitModel(model)
+    starts = {min(layers) for layers in sets}
+    totals, count = [0.0] * len(sets), 0
+
+    def keep(place: int, x_BTD: torch.Tensor) -> None:
+        if place in starts:
+            states[place] = x_BTD
+
+    with eval_mode(model):
+        for batch in logging.tqdm(batches, desc="proposals", disable=not progress, leave=False):
+            picked_BT, targets_N = predictions(batch)
+            states: dict[int, torch.Tensor] = {}
+            with capture_residual_stream(halves.stack, keep):
+                halves.hidden(batch)
+            for which, layers in enumerate(sets):
+                x_ND = pick_tokens(halves.hidden(batch, layers, (min(layers), states[min(layers)])), picked_BT)
+                for part in halves.parts(len(x_ND)):
+                    losses_N = token_cross_entropy(halves.logits(x_ND[part]), targets_N[part])
+                    totals[which] += losses_N.cpu().double().sum().item()
+            count += len(targets_N)
+    return [total / count for total in totals]

@@ -220,14 +220,14 @@ def test_prune_refuses(checkpoint, text, tmp_path):
     given = (checkpoint, "--data", text, "--seq-len", 16)
     assert "exists and is not empty" in run(*given, "--layers", 1, "--out", tmp_path / "full", expect=1)
     assert "exactly one of" in run(*given, "--out", tmp_path / "out", expect=1)
-    assert "is no share" in run(*given, "--max-ppl-increase", "10", "--out", tmp_path / "out", expect=2)
-    assert "is no checkpoint; --force" in run(*given, "--layers", 1, "--force", "--out", tmp_path / "full", expect=1)
+    assert "is not a valid increase" in run(*given, "--max-ppl-increase", "10", "--out", tmp_path / "out", expect=2)
+    assert "is not a checkpoint" in run(*given, "--layers", 1, "--force", "--out", tmp_path / "full", expect=1)
     for out in (checkpoint, checkpoint / "inside", checkpoint.parent, text.parent):
         assert "must not be, hold or lie in" in run(*given, "--layers", 1, "--force", "--out", out, expect=1)
-    assert "--drop: '' is no list" in run(*given, "--drop", "", "--out", tmp_path / "out", expect=2)
-    assert "--drop: 'a' is no list" in run(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
+    assert "'' is not a list of layers" in run(*given, "--drop", "", "--out", tmp_path / "out", expect=2)
+    assert "'a' is not a list of layers" in run(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
     assert "does not exist in a model of 6" in run(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)
-    assert "no share" in run(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)
+    assert "is not a valid increase" in run(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)
     assert "there is no file" in run(checkpoint, "--data", "none.txt", "--layers", 1, "--out", "o", expect=1)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
@@ -317,7 +317,8 @@ def test_a_cut_that_fails_leaves_the_weights_as_they_were(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(prune_module, "drop_layers", fail)
-    said = full.generate(tiny.tokens(16, 1), max_new_tokens=11, do_sample=False, eos_token_id=None)
+    torch.manual_seed(0)  # the model's own text, on which every layer matters and healing helps
+    said = full.generate(tiny.tokens(64, 1), max_new_tokens=15, do_sample=True, top_k=0, eos_token_id=None)
     with pytest.raises(MemoryError):
         hf_lnscale.prune(full, said, drop=[2], progress=False)
     assert all(torch.equal(before[name], value) for name, value in full.state_dict().items())
