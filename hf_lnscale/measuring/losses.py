@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..core.stack import text_stack
 from .split_model import SplitModel, pick_tokens, predictions
 from .stream import eval_mode, hidden_states
-from .text import TokenBatches, token_batches
+from .text import Batch, TokenBatches, token_batches
 
 # Of a loss, in nats a token: what exp() still takes.
 MOST_NATS = 700.0
@@ -41,6 +41,79 @@ def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) ->
         ValueError: for a position that does not exist, or if there is no token to predict.
     """
     return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0]
+
+
+class SourceLosses:
+    """Losses of a model on several sources of text, kept for each sequence so that they have standard errors.
+
+    Attributes:
+        sums: name of the source -> sum of the cross-entropy over the tokens of each sequence, shape (S,), float64.
+        counts: name of the source -> tokens that were predicted in each sequence, shape (S,).
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, losses_N: torch.Tensor, picked_BT: torch.Tensor) -> None:
+        """Adds a batch: the losses of the tokens picked out of (B, T), in that order."""
+        counts_B = picked_BT.sum(1).cpu()
+        parts = losses_N.cpu().double().split(counts_B.tolist())
+        for found, values_B in ((self.sums, torch.stack([part.sum() for part in parts])), (self.counts, counts_B)):
+            found[name] = torch.cat([found[name], values_B]) if name in found else values_B
+
+    def require_tokens(self) -> None:
+        """Raises a ValueError if a source has no token to predict."""
+        empty = [name for name, counts_S in self.counts.items() if not counts_S.sum()]
+        if empty or not self.counts:
+            of = f" of {', '.join(empty)}" if len(self.counts) > 1 else ""
+            raise ValueError(f"data: there is no token{of} to predict; sequences must hold two tokens or more")
+
+    def of(self, name: str) -> float:
+        """Mean loss of one source, nats a token."""
+        return (self.sums[name].sum() / self.counts[name].sum()).item()
+
+    def mean(self) -> float:
+        """Mean over sources, each counted once: the logarithm of the geometric mean of their perplexities."""
+        return sum(map(self.of, self.sums)) / len(self.sums)
+
+    def change_error(self, before: SourceLosses, name: str) -> float:
+        """Standard error of `self.of(name) - before.of(name)`, over sequences; NaN if there is one only."""
+        counts_S = self.counts[name]
+        differences_S = self.sums[name] - before.sums[name]
+        rest_S = differences_S - counts_S * (differences_S.sum() / counts_S.sum())
+        size = len(counts_S)
+        return (
+            (rest_S.square().sum() * size / (size - 1)).sqrt().item() / counts_S.sum().item() if size > 1 else math.nan
+        )
+
+    def mean_change_error(self, before: SourceLosses) -> float:
+        """Standard error of `self.mean() - before.mean()`; sources of one sequence add nothing to it."""
+        errors = [error for name in self.sums if not math.isnan(error := self.change_error(before, name))]
+        return math.hypot(*errors) / len(self.sums)
+
+
+def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[int] = ()) -> SourceLosses:
+    """The losses of a model from which layers are removed, for each source of text.
+
+    Raises:
+        ValueError: if there is no token to predict.
+    """
+    halves = SplitModel(model)
+    losses = SourceLosses()
+    with eval_mode(model):
+        for batch in batches:
+            losses.add(batch.name, *batch_losses(halves, batch, halves.hidden(batch, removed)))
+    losses.require_tokens()
+    return losses
+
+
+def batch_losses(halves: SplitModel, batch: Batch, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of the tokens that a batch predicts, shape (N,), from the decoder's output, and which (B, T) these are."""
+    picked_BT, targets_N = predictions(batch)
+    x_ND = pick_tokens(x_BTD, picked_BT)
+    parts = [token_cross_entropy(halves.logits(x_ND[part]), targets_N[part]).cpu() for part in halves.parts(len(x_ND))]
+    return torch.cat(parts) if parts else torch.empty(0), picked_BT
 
 
 def sweep_losses(
