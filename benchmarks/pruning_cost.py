@@ -51,8 +51,8 @@ import hf_lnscale
 from hf_lnscale.evaluation.speed import measure
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
+from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
-from hf_lnscale.pruning.search import plan_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -347,7 +347,7 @@ def decode(it: Subject) -> Table:
         for n in (num_layers // 4, num_layers // 2):
             pairs = []
             for _ in track(range(max(3, it.count // 5)), f"decode, {n} dropped", transient=True):
-                pairs.append([measure(folder, drop_layers=list(range(gone))) for gone in (n, 0)])
+                pairs.append(measure(folder, folder, drop_layers=[range(n), None]))
             ratio = {
                 what: statistics.median(
                     getattr(a, f"{what}_tokens_per_second").median / getattr(b, f"{what}_tokens_per_second").median

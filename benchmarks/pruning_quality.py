@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM
 from hf_lnscale.measuring.losses import loss_without
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.heal import healed
+from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import METHODS as ONE_SHOT
 from hf_lnscale.pruning.scores import score_layers
-from hf_lnscale.pruning.search import plan_pruning
 
 PEERS = ("deepest", "block_influence", "angular")
-STEPWISE = ("greedy", "greedy_healed", "beam")
+STEPWISE = ("greedy", "greedy_healed")
 # They measure the model without each layer, and those above at every step.
 COSTLY = ("perplexity", "kl", *STEPWISE)
 OURS = (*COSTLY, "best_of")

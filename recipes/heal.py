@@ -1,4 +1,4 @@
-r"""Heals a pruned model: trains it, by LoRA or in full, on text, or on what the unpruned model says to the text.
+r"""Heals a pruned model: trains it, by LoRA or in full, on text, or to predict what the unpruned model predicts.
 
     python recipes/heal.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --drop_layers 12 14 \
         --teacher HuggingFaceTB/SmolLM2-135M --output_dir runs/healed
@@ -13,29 +13,44 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
-`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+`--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
 
 from trl import ModelConfig, get_peft_config
 
-from hf_lnscale.training.arguments import DataArguments, DepthArguments, HealConfig, TeacherArguments, parse
+from hf_lnscale.training.arguments import (
+    TEXT,
+    DataArguments,
+    DepthArguments,
+    RecipeConfig,
+    RecipeParser,
+    TeacherArguments,
+)
 from hf_lnscale.training.recipe_data import load_text
-from hf_lnscale.training.recipe_model import load, load_teacher, require_pruned
-from hf_lnscale.training.recipe_run import Run, script
+from hf_lnscale.training.recipe_model import load_model, load_teacher, load_tokenizer, require_pruned
+from hf_lnscale.training.recipe_run import Run, launch
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
-@script
-def main() -> None:
-    teacher, depth, data, checkpoint, training = parse(
-        "heal", TeacherArguments, DepthArguments, DataArguments, ModelConfig, HealConfig, description=__doc__
-    )
+def make_parser(prog: str | None = None) -> RecipeParser:
+    types = (TeacherArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    # Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well.
+    return RecipeParser("heal", types, __doc__, prog, **TEXT, learning_rate=1e-4, warmup_steps=0.05)
+
+
+def main(
+    teacher: TeacherArguments,
+    depth: DepthArguments,
+    data: DataArguments,
+    checkpoint: ModelConfig,
+    training: RecipeConfig,
+) -> None:
     run = Run("heal", training, teacher, depth, data, checkpoint)
+    tokenizer = load_tokenizer(checkpoint, training)
+    require_pruned(checkpoint, training, depth)
     train, held_out = load_text(data, training.dataset_text_field, training.seed)
-    model, tokenizer = load(checkpoint, training, depth)
-    require_pruned(model)
     common = {
-        "model": model,
+        "model": load_model(checkpoint, training, depth),
         "args": training,
         "train_dataset": train,
         "eval_dataset": held_out,
@@ -49,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(make_parser(), main)

@@ -16,33 +16,42 @@ Another family and other sizes, on your text, and the Pre-LN model to compare wi
         --tokenizer_name Qwen/Qwen3-0.6B-Base --output_dir runs/lns
     python recipes/pretrain.py ... --no_ln_scaling --output_dir runs/pre-ln
 
-`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+`--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_lnscale.measuring.sample import train_tokenizer
-from hf_lnscale.training.arguments import DataArguments, PretrainArguments, PretrainConfig, parse
+from hf_lnscale.training.arguments import TEXT, DataArguments, PretrainArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.recipe_data import first_texts, load_text
-from hf_lnscale.training.recipe_run import Run, script
+from hf_lnscale.training.recipe_run import Run, launch
 from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
 from hf_lnscale.training.trainer import RecipeTrainer
 
 
-def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, texts):
-    """The one that is named, that of the checkpoint to resume, or one that is trained: by one process for all."""
+def make_parser(prog: str | None = None) -> RecipeParser:
+    # The paper's settings (arXiv 2502.05795, section 5), except the batch of 512, which depends on the machine.
+    paper = {"learning_rate": None, "warmup_steps": 0.1, "weight_decay": 0.0, "max_length": 256}
+    quick = {"gradient_checkpointing": False, "eval_on_start": False}
+    types = (PretrainArguments, DataArguments, RecipeConfig)
+    return RecipeParser("pretrain", types, __doc__, prog, **TEXT, **paper, **quick)
+
+
+def get_tokenizer(new: PretrainArguments, training: RecipeConfig, run: Run, texts: Iterable[str]) -> Any:
+    """The named one, that of the checkpoint to resume, or a new one that one process trains for all."""
     if new.tokenizer_name or new.config_name or run.checkpoint:
         return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
     trained = [train_tokenizer(texts, new.vocab_size) if training.process_index == 0 else None]
-    tokenizer = broadcast_object_list(trained)[0]
+    tokenizer: Any = broadcast_object_list(trained)[0]
     tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     return tokenizer
 
 
-@script
-def main() -> None:
-    new, data, training = parse("pretrain", PretrainArguments, DataArguments, PretrainConfig, description=__doc__)
+def main(new: PretrainArguments, data: DataArguments, training: RecipeConfig) -> None:
     if training.learning_rate is None:
         if new.config_name:
             raise ValueError("learning_rate: with --config_name, give one; the paper's go with its shapes")
@@ -60,11 +69,10 @@ def main() -> None:
         sizes={name: getattr(new, name) for name in SIZES},
     )
     set_seed(training.seed)
-    # Plain normal initialization: with LayerNorm Scaling it does better than the one scaled with depth (the paper's
-    # table of scalings).
-    model = AutoModelForCausalLM.from_config(config, ln_scaling=new.ln_scaling)
+    # Plain normal initialization: with LayerNorm Scaling it does better than one scaled with depth (the paper's table
+    # of scalings).
     trainer = RecipeTrainer(
-        model=model,
+        model=AutoModelForCausalLM.from_config(config, ln_scaling=new.ln_scaling),
         args=training,
         train_dataset=train,
         eval_dataset=held_out,
@@ -74,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(make_parser(), main)

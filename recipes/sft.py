@@ -1,4 +1,4 @@
-r"""Fine-tunes a checkpoint on chats (a column `messages`) or on prompts with completions; only the answers are learned.
+r"""Fine-tunes a checkpoint on chats, instructions, or prompts with completions; only the answers are learned.
 
     python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --chat_template_path chatml \
         --output_dir runs/sft
@@ -16,29 +16,31 @@ In full on eight GPUs:
         --config recipes/configs/sft/qwen3-8b.yaml --use_peft false --load_in_4bit false --learning_rate 2e-5 \
         --lr_scheduler_type cosine --max_grad_norm 1 --gradient_accumulation_steps 2 --output_dir runs/sft
 
-`--help` lists every option; `--resume_from_checkpoint true` goes on with a run that was stopped.
+`--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
 
 from trl import ModelConfig, get_peft_config
 
-from hf_lnscale.training.arguments import ChatConfig, DataArguments, DepthArguments, parse
-from hf_lnscale.training.recipe_data import load_conversations, prepare_chat
-from hf_lnscale.training.recipe_model import load
-from hf_lnscale.training.recipe_run import Run, script
+from hf_lnscale.training.arguments import DataArguments, DepthArguments, RecipeConfig, RecipeParser
+from hf_lnscale.training.chats import prepare_chat
+from hf_lnscale.training.recipe_data import load_conversations
+from hf_lnscale.training.recipe_model import load_model, load_tokenizer
+from hf_lnscale.training.recipe_run import Run, launch
 from hf_lnscale.training.trainer import RecipeTrainer
 
 
-@script
-def main() -> None:
-    depth, data, checkpoint, training = parse(
-        "sft", DepthArguments, DataArguments, ModelConfig, ChatConfig, description=__doc__
-    )
+def make_parser(prog: str | None = None) -> RecipeParser:
+    types = (DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    return RecipeParser("sft", types, __doc__, prog, num_samples=2)
+
+
+def main(depth: DepthArguments, data: DataArguments, checkpoint: ModelConfig, training: RecipeConfig) -> None:
     run = Run("sft", training, depth, data, checkpoint)
+    tokenizer = load_tokenizer(checkpoint, training)
     train, held_out = load_conversations(data, training.seed)
-    model, tokenizer = load(checkpoint, training, depth)
     prepare_chat(training, tokenizer, train)
     trainer = RecipeTrainer(
-        model=model,
+        model=load_model(checkpoint, training, depth),
         args=training,
         train_dataset=train,
         eval_dataset=held_out,
@@ -49,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(make_parser(), main)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 
-pytest.importorskip("trl", minversion="1.16")  # which needs Python 3.11
+pytest.importorskip("trl", minversion="1.9")
 
 from hf_lnscale.measuring.sample import documents, train_tokenizer
+from hf_lnscale.training.recipe_run import launch
+from hf_lnscale.training.scripts import import_recipe
 
 # Each run collects garbage several times; what is loaded by now is none.
 gc.freeze()
@@ -37,14 +37,12 @@ CHAT = [
 
 
 def run(name: str, *words: Any) -> int:
-    """Runs `python recipes/NAME.py WORDS` in this process; returns its exit code."""
-    before, sys.argv = sys.argv, [f"{name}.py", *map(str, words)]
+    """Does what `python recipes/NAME.py WORDS` does, in this process; returns its exit code."""
+    module = import_recipe(name)
     try:
-        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+        launch(module.make_parser(f"python {name}.py"), module.main, [*map(str, words)])
     except SystemExit as left:
         return int(left.code or 0)
-    finally:
-        sys.argv = before
     return 0
 
 

@@ -19,11 +19,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..core.config import LNScalingConfig
+from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, DROPPED, FOLDED, parts, protect, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -77,8 +78,7 @@ def read_info(path: str) -> CheckpointInfo:
     text = text_config(config)
     num_layers = getattr(text, "num_hidden_layers", None)
     num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
-    active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
-    scaling = LNScalingConfig.of(active)
+    found = record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
@@ -89,10 +89,10 @@ def read_info(path: str) -> CheckpointInfo:
         family=text.model_type,
         supported=supported,
         num_layers=num_layers,
-        active=active,
-        folded=folded,
-        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
-        dropped=vars(text).get(DROPPED),
+        active=found.active and found.active.to_dict(),
+        folded=found.folded and found.folded.to_dict(),
+        scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
+        dropped=found.dropped and found.dropped.to_dict(),
     )
 
 
@@ -128,48 +128,56 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
         raise FileNotFoundError(f"{str(src)!r} is no checkpoint: it has no config.json")
     files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
-    patches = {file: _pre_norms(file, family, len(scales)) for file in files}
+    patches = {file: _pre_norms(source / file, read, family, len(scales)) for file, read in files.items()}
     names = [name for found in patches.values() for name, _ in found]
     expected = len(scales) * len(family.pre_norms)
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
-    with atomic_directory(target) as partial:
-        _copy_companions(source, partial)
+    with atomic_directory(target, force) as partial:
+        _copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
-            shutil.copyfile(file, partial / file.name)
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            _copy_weights(source / file, partial / file, mark(record(plain)))
             for name, position in patches[file]:
-                _fold_tensor(partial / file.name, name, scales[position], family.one_plus_weight)
+                _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
+        _require_folded(source, partial, patches, scales, family)
         # Last: until it is there, nothing takes the folder for a checkpoint.
         (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(out)
 
 
-def _weight_files(source: Path) -> list[Path]:
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+def _weight_files(source: Path) -> dict[str, set[str] | None]:
+    """The weight files that `from_pretrained` reads, relative to the folder, each with the tensors it is read for.
+
+    A single file is read even if there is an index beside it. None stands for all tensors.
+    """
+    single, index = source / SAFE_WEIGHTS_NAME, source / SAFE_WEIGHTS_INDEX_NAME
+    files: dict[str, set[str] | None] = {SAFE_WEIGHTS_NAME: None}
+    if not single.is_file() and index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {file: {name for name in weight_map if weight_map[name] == file} for file in weight_map.values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error!r}") from None
+    for name in files:
         if not (source / name).is_file():
             raise FileNotFoundError(
                 f"{str(source)!r} has no {name}; only checkpoints in safetensors files are exported"
             )
-    return [source / name for name in names]
+    return dict(sorted(files.items()))
 
 
 def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float], Family]:
     """The config.json to write, the scale of each layer and the row of the family."""
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(source)
-    scaling = LNScalingConfig.of(vars(text_config(config)).get(ACTIVE))
-    if scaling is None:
-        folded = vars(text_config(config)).get(FOLDED)
-        state = "its scale is folded already" if folded else "it has no active ln_scaling"
+    found = record(config)
+    if found.active is None:
+        state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
-    scaling = scaling.for_layers(num_layers)
+    scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
     del part[ACTIVE]
@@ -177,12 +185,13 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
 
-def _pre_norms(file: Path, family: Family, num_layers: int) -> list[tuple[str, int]]:
-    """The tensors of the pre-norms in a file, each with the position of its layer."""
+def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: int) -> list[tuple[str, int]]:
+    """The tensors of the pre-norms that are read from a file, each with the position of its layer."""
     norms = "|".join(re.escape(path) for path in family.pre_norms)
     pattern = re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$")
     with safe_open(file, framework="pt") as tensors:
-        found = [(name, int(match[1])) for name in tensors.keys() if (match := pattern.search(name))]  # noqa: SIM118
+        names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
+    found = [(name, int(match[1])) for name in names if (match := pattern.search(name))]
     # A multi-token-prediction layer is stored behind the last one, under the next number.
     return [(name, position) for name, position in found if position < num_layers]
 
@@ -202,9 +211,46 @@ def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> 
         stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _copy_companions(source: Path, partial: Path) -> None:
+def _copy_weights(source: Path, target: Path, said: str | None) -> None:
+    """Copies a safetensors file; one that is marked with the record of its model gets that of the folded one."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = old.read(int.from_bytes(old.read(8), "little"))
+        entries = json.loads(header)
+        if MARK in entries.get("__metadata__", {}) and said is not None:
+            entries["__metadata__"][MARK] = said
+            header = json.dumps(entries, separators=(",", ":")).encode()
+            header += b" " * (-len(header) % 8)  # as the format wants it
+        new.write(len(header).to_bytes(8, "little") + header)
+        shutil.copyfileobj(old, new, 2**24)
+
+
+def _require_folded(
+    source: Path, partial: Path, patches: dict[str, list[tuple[str, int]]], scales: list[float], family: Family
+) -> None:
+    """Reads what was written again: the same tensors as in the source, and the pre-norms folded.
+
+    Raises:
+        CheckpointError: if something else was written, such as by a disk that is full or failing.
+    """
+    for file, norms in patches.items():
+        positions = dict(norms)
+        with safe_open(source / file, framework="pt") as before, safe_open(partial / file, framework="pt") as after:
+            if sorted(before.keys()) != sorted(after.keys()):
+                raise CheckpointError(
+                    f"{file} holds other tensors than the one in {str(source)!r}; nothing was written"
+                )
+            for name, position in positions.items():
+                one_plus = family.one_plus_weight and name.endswith(".weight")
+                expected = scale_parameter(before.get_tensor(name), scales[position], one_plus)
+                if not torch.equal(expected, after.get_tensor(name)):
+                    raise CheckpointError(f"{name} in {file} was not written as folded; nothing is kept")
+
+
+def _copy_companions(source: Path, partial: Path, indexed: bool) -> None:
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
             shutil.copytree(entry, partial / entry.name)
+        elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
+            continue  # of other files than the one that is read
         elif entry.is_file() and entry.suffix not in _LEFT_OUT_SUFFIXES and entry.name not in _LEFT_OUT_NAMES:
             shutil.copyfile(entry, partial / entry.name)

@@ -1,36 +1,102 @@
-"""Folders that appear under their name when they are complete, and the names by which others may know them."""
+"""Folders that appear under their name when they are complete, and the names by which others may know them.
+
+A folder is written into a hidden one beside it, `.NAME.PID.partial`, which holds a lock for as long as its process
+lives. What a killed process leaves is found by that lock: the next run for the same folder removes it, and puts back a
+folder that was being replaced.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..core.errors import ArgumentError, PathExistsError
+
+logger = logging.getLogger(__name__)
+
+# What `evaluate` writes into a model's folder, and `push` puts into its card.
+EVALUATION_FILE = "evaluation.json"
+# What a checkpoint, a diagnosis or an evaluation consists of. Only folders of nothing else are replaced.
+_OURS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf",
+    "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
+    "chat_template*", "chat_templates", "additional_chat_templates", "README.md", "LICENSE*", "NOTICE*",
+    "USE_POLICY.md", ".gitattributes", "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json",
+    "report.html", "*.png", "*.svg", "training_args.bin",
+)  # fmt: skip
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a suffix is added
 
 
 def require_free(
     target: Path, read_from: Iterable[Any], shown: str, force: bool, mark: str = "config.json", what: str = "checkpoint"
 ) -> None:
-    """Refuses a folder to write that is not empty, or that holds what is read; before anything is computed.
+    """Refuses an output folder that could not be written or replaced, before anything is computed.
 
-    With `force` a folder is replaced that holds the file `mark`, by which it is known as `what`.
+    What an interrupted run for the same folder has left is cleaned up first.
+
+    Args:
+        target: the folder to write, absolute.
+        read_from: what is read; paths among it must neither be, hold nor lie in the target.
+        shown: the folder as the user named it.
+        force: whether a folder may be replaced that holds the file `mark`, and nothing that is not written here.
+        mark: the file by which a folder to replace is known.
+        what: what such a folder is called.
+
+    Raises:
+        ArgumentError: if the folder is one that must not be written to, or its name is too long.
+        PathExistsError: if it is not empty and may not be replaced.
     """
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise ArgumentError("out", shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
     for one in read_from:
         if isinstance(one, (str, os.PathLike)) and str(one) and Path(one).exists():
             read = Path(one).resolve()
             if target in (read, *read.parents) or read in target.parents:
-                raise ValueError(f"--out {shown!r} must not be, hold or lie in what is read ({one})")
-    if target == Path.cwd():
-        raise ValueError(f"--out {shown!r} is the current folder; choose another")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+                raise ArgumentError("out", shown, problem=f"must not be, hold or lie in what is read ({one})")
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise ArgumentError("out", shown, problem="is or holds the current folder", hint="choose another folder")
+    _clean_up_after_killed_runs(target)
+    if _is_free(target):
         return
     if not force:
-        raise FileExistsError(f"--out {shown!r} exists and is not empty; choose another folder or use --force")
+        raise PathExistsError(
+            "out",
+            shown,
+            problem="exists and is not empty",
+            hint="choose another folder, or use `force=True` to replace it",
+        )
     if not (target / mark).is_file():
-        raise FileExistsError(f"--out {shown!r} is no {what}; --force replaces only what it could have written")
+        raise PathExistsError(
+            "out", shown, problem=f"is not a {what}; only what could have been written by this is replaced"
+        )
+    if stranger := _stranger(target):
+        raise PathExistsError(
+            "out",
+            shown,
+            problem=f"holds {stranger!r}, which no {what} has; it is not replaced",
+            hint="choose another folder",
+        )
+
+
+def _is_free(target: Path) -> bool:
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def _stranger(target: Path) -> str | None:
+    """The first entry of a folder that this package would not have written."""
+    return next((name for name in sorted(os.listdir(target)) if not any(fnmatch(name, one) for one in _OURS)), None)
 
 
 def public_name(name: str) -> str:
@@ -49,14 +115,32 @@ def public_command(words: Iterable[str]) -> str:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A new folder to write into, beside the target; it takes the target's place at the end, and is gone on failure."""
+def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
+    """A new folder to write into; it takes the target's place at the end, and is gone on failure.
+
+    Args:
+        target: the folder to be, absolute.
+        force: whether to replace a checkpoint that is there.
+
+    Raises:
+        PathExistsError: if something else has appeared under the name meanwhile. The result is then kept beside it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        partial = Path(scratch) / "partial"
+    _clean_up_after_killed_runs(target)
+    scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
+    scratch.mkdir()
+    lock = FileLock(scratch / ".lock")
+    lock.acquire()
+    try:
+        partial, replaced = scratch / "new", scratch / "old"
         partial.mkdir()
         yield partial
-        replaced = Path(scratch) / "replaced"
+        if not _is_free(target) and (not force or not target.is_dir() or _stranger(target)):
+            kept = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-"))
+            os.replace(partial, kept)
+            raise PathExistsError(
+                "out", str(target), problem=f"was filled meanwhile and is left alone; the result is in {kept}"
+            )
         if target.exists():
             os.replace(target, replaced)
         try:
@@ -65,3 +149,21 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             if replaced.exists():
                 os.replace(replaced, target)
             raise
+    finally:
+        lock.release()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clean_up_after_killed_runs(target: Path) -> None:
+    for left in target.parent.glob(f".{glob_escape(target.name)}.*.partial"):
+        lock = FileLock(left / ".lock")
+        with contextlib.suppress(
+            Timeout, OSError
+        ):  # a run that is still going on, or a folder that is not ours to touch
+            lock.acquire(timeout=0)
+            if (left / "old").is_dir() and not target.exists():
+                os.replace(left / "old", target)
+                logger.warning("put back %s, which a run was replacing when it was killed", target)
+            lock.release()
+            shutil.rmtree(left)
+            logger.warning("removed %s, which a killed run had left", left)

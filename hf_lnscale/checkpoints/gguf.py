@@ -12,9 +12,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from ..core.errors import ArgumentError, PathExistsError, PathNotFoundError
 from ..core.families import text_config
 from ..core.processes import environment_without_flags
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.record import DROPPED, get_ln_scaling, record
 from .export import export
 from .names import locate, read_config
 
@@ -29,19 +30,20 @@ def find_converter(path: str | os.PathLike | None = None) -> Path:
         FileNotFoundError: if it is not there; the message says where it was looked for.
     """
     looked = []
-    for source, place in (("--converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
+    for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
         if not place:
-            looked.append(f"{source} (not given)")
+            looked.append(f"`{source}` (not given)")
             continue
         found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
         if found.is_file():
             return found.resolve()
-        raise FileNotFoundError(f"{source}: llama.cpp's converter is not at {str(found)!r}")
+        raise PathNotFoundError(source, place, problem=f"is not llama.cpp's converter: there is no {found}")
     if on_path := shutil.which(CONVERTER):
         return Path(on_path).resolve()
-    raise FileNotFoundError(
-        f"--format gguf needs llama.cpp's {CONVERTER}, and it is not at {', '.join(looked)} or on PATH; clone "
-        "https://github.com/ggml-org/llama.cpp and give --converter llama.cpp"
+    raise PathNotFoundError(
+        "converter",
+        problem=f"a GGUF file needs llama.cpp's {CONVERTER}, and it is not at {' or '.join(looked)} or on PATH",
+        hint="clone https://github.com/ggml-org/llama.cpp and use `converter=llama.cpp`",
     )
 
 
@@ -76,9 +78,9 @@ def export_gguf(
     """
     target = Path(out)
     if target.suffix != ".gguf":
-        raise ValueError(f"--out {str(out)!r} must end in .gguf")
+        raise ArgumentError("out", str(out), "a file that ends in .gguf")
     if target.exists() and not force:
-        raise FileExistsError(f"--out {str(out)!r} exists; choose another file or use --force")
+        raise PathExistsError("out", str(out), problem="exists", hint="choose another file, or use `force=True`")
     script = find_converter(converter)
     name, where = locate(checkpoint)
     if where:
@@ -105,7 +107,7 @@ def export_gguf(
 def _require_no_pattern(config: Any, shown: str) -> None:
     """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
     text = text_config(config)
-    if DROPPED not in vars(text):
+    if record(config).dropped is None:
         return
     plain = {key: value for key, value in text.to_dict().items() if key not in (*_PATTERNS, DROPPED)}
     family = type(text).from_dict(plain)

@@ -11,7 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..core.errors import ArgumentError, CheckpointError, CheckpointNotFoundError
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -32,9 +35,9 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     """
     path = Path(model)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"{str(model)!r} is an adapter and no model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
-            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after `import hf_lnscale`"
+        raise CheckpointError(
+            f"{str(model)!r} is an adapter, not a model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
+            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after import hf_lnscale"
         )
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -42,7 +45,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
         try:
             validate_repo_id(str(model))
         except HFValidationError:
-            raise FileNotFoundError(
+            raise CheckpointNotFoundError(
                 f"{str(model)!r} is neither a folder, nor a .gguf file, nor the name of a repository on the Hub"
             ) from None
         return str(model), {}
@@ -50,7 +53,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     if not found or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
         return str(model), {}
     if len(found) > 1:
-        raise ValueError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
+        raise CheckpointError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
     return str(model), {"gguf_file": found[0]}
 
 
@@ -65,9 +68,45 @@ def read_config(model: str | os.PathLike) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **where)
     except OSError as error:
-        if str(model) in str(error):
-            raise
-        raise OSError(f"cannot read {str(model)!r}: {error}") from error
+        hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+        raise CheckpointError(" ".join(f"cannot read {str(model)!r}: {error}".split()), hint) from error
+
+
+def is_causal_lm(config: PreTrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for models of this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def load_tokenizer(model: str | os.PathLike) -> Any:
+    """Loads the tokenizer of whatever `locate` finds.
+
+    Raises:
+        CheckpointError: if there is none; the message says what to do.
+    """
+    name, where = locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(name, **where)
+    except Exception as error:  # of many types
+        if Path(name).is_dir() and not where and not any(Path(name).glob("*token*")):
+            raise CheckpointError(
+                f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
+                "save the tokenizer that the model was trained with there: "
+                f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
+            ) from None
+        raise CheckpointError(f"cannot read the tokenizer of {str(model)!r}: {error}") from error
+
+
+def dtype_name(dtype: str) -> str:
+    """The name in torch of a type of weights, which may be shortened, as in bf16; "auto" stays.
+
+    Raises:
+        ArgumentError: if there is no such type.
+    """
+    name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
+    found = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ArgumentError("dtype", dtype, "auto, float32, bfloat16, float16 or another floating-point type of torch")
+    return name
 
 
 @dataclass(frozen=True)
@@ -81,7 +120,8 @@ class Placement:
             devices or offloaded.
 
     Raises:
-        ValueError: if both `device` and `device_map` are given.
+        ArgumentError: if both `device` and `device_map` are given, if there is no such type, or if the device cannot be
+            used.
     """
 
     dtype: str = "auto"
@@ -89,8 +129,17 @@ class Placement:
     device_map: str | None = None
 
     def __post_init__(self) -> None:
-        if self.device and self.device_map:
-            raise ValueError(f"device and device_map: give one of the two, got {self.device!r} and {self.device_map!r}")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.device is None:
+            return
+        if self.device_map:
+            problem = f"and `device_map` {self.device_map!r} exclude each other"
+            raise ArgumentError("device", self.device, problem=problem, hint="give one of the two")
+        try:
+            torch.empty(0, device=self.device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ArgumentError("device", self.device, problem=f"cannot be used here: {reason}") from None
 
     @property
     def main_device(self) -> str:
@@ -113,15 +162,14 @@ def load(model: str | os.PathLike, **kwargs: Any) -> Any:
 
     Args:
         model: see `locate`.
-        kwargs: passed to `from_pretrained`.
+        kwargs: passed to `from_pretrained`; `dtype` as in `Placement`.
 
     Raises:
         OSError: if there is no such model.
         ValueError: as `from_pretrained` does, and `locate`; for a `dtype` that there is not.
     """
-    dtype = kwargs.get("dtype", "auto")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype must be auto, or a type of torch as float32, bfloat16 or float16, got {dtype!r}")
+    if isinstance(kwargs.get("dtype"), str):
+        kwargs["dtype"] = dtype_name(kwargs["dtype"])
     name, where = locate(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
     if where:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..core.processes import environment_with_flags
 
-# They take the configuration from transformers and read the weights by themselves: of a scaled checkpoint, without its
-# scale and without an error. By the first part of their names.
+# Programs, by the first part of their names, that take the configuration from transformers and read the weights by
+# themselves: they would lose the scale of a scaled checkpoint without an error.
 _READ_WEIGHTS = (
     "convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "ctranslate2", "mlx_lm", "sglang",
     "vllm",
@@ -20,11 +20,11 @@ _READ_WEIGHTS = (
 
 
 def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
-    """What is to be executed for a program.
+    """The command line that runs a program.
 
     Args:
         program: a script, a command of this Python environment or of PATH, or with `module` the name of a module.
-        arguments: what it gets.
+        arguments: its arguments.
         module: run `python -m program`.
 
     Raises:
@@ -56,7 +56,7 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
     return [found, *arguments]
 
 
-def run(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
+def become(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
     """Becomes the program: its output, its signals and its exit code are this process's. Does not return.
 
     Raises:

@@ -51,8 +51,8 @@ def markdown_text(text: object) -> str:
 
 
 def markdown_code(text: object) -> Markdown:
-    """Text as inline code in Markdown, in a table too."""
-    shown = one_line(text).replace("|", "\\|")
+    """Text as inline code in Markdown."""
+    shown = one_line(text)
     longest = max(map(len, re.findall("`+", shown)), default=0)
     return Markdown(f"`{shown}`" if longest == 0 else f"{'`' * (longest + 1)} {shown} {'`' * (longest + 1)}")
 
@@ -65,16 +65,18 @@ def markdown(header: Row, rows: Sequence[Row]) -> str:
 
 
 def _cell(cell: str) -> str:
-    return cell if isinstance(cell, Markdown) else ", ".join(map(markdown_text, cell.split("\n")))
+    if isinstance(cell, Markdown):
+        return cell.replace("|", "\\|")  # within code too, a bar would end the cell
+    return ", ".join(map(markdown_text, cell.split("\n")))
 
 
 def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     """A table for a terminal, the first column on the left; line breaks within a cell stay."""
     from rich.table import Table
 
-    table = Table(rich_text(header[0]), title=rich_text(title) if title else None, title_justify="left")
-    for name in header[1:]:
-        table.add_column(rich_text(name), justify="right")
+    table = Table(title=rich_text(title) if title else None, title_justify="left")
+    for at, name in enumerate(header):
+        table.add_column(rich_text(name), justify="right" if at else "left")
     for row in rows:
         table.add_row(*map(rich_text, row))
     return table

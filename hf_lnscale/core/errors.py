@@ -91,8 +91,15 @@ class UnsupportedArchitectureError(HFLNScaleError, ValueError):
     """The model's family is not in the table, or its modules are not where its row says they are."""
 
 
-class CheckpointError(HFLNScaleError, ValueError):
-    """A checkpoint, or a file in its folder, is incomplete or not what it should be."""
+class CheckpointError(HFLNScaleError, ValueError, OSError):
+    """A checkpoint, or a file in its folder, is missing, incomplete or not what it should be.
+
+    It is both types that transformers raises then.
+    """
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint of that name."""
 
 
 class UnsupportedTransformersError(HFLNScaleError, RuntimeError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from .._version import __version__
-from ..checkpoints.folders import public_name
-from ..checkpoints.names import Placement, locate, read_config, size_on_disk
+from ..checkpoints.folders import EVALUATION_FILE, public_name
+from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import markdown, show_bytes, terminal
+from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
-from .speed import Speed, Timing, measure
+from .speed import Speed, Timing, measure, relative_change
 from .tasks import TaskResult, run_tasks, task_manager
 
-EVALUATION_FILE = "evaluation.json"
+logger = logging.getLogger(__name__)
+
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -80,10 +81,12 @@ class Evaluation:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes Markdown to a file that ends in .md, JSON to any other, and `evaluation.json` into a folder."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / EVALUATION_FILE
+        """Writes Markdown to a .md file, JSON to a .json file, and `evaluation.json` into a folder.
+
+        Raises:
+            ArgumentError: for any other path.
+        """
+        path = report_path(path)
         text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -116,8 +119,8 @@ class Evaluation:
             values = [value(one) for one in self.models]
             cells = [show(one) for one in values]
             for at in range(1, len(values)):
-                if values[at] and values[0]:
-                    cells[at] += f"\n{_median(values[at]) / _median(values[0]) - 1:+.1%}"
+                change = relative_change(values[at], values[0])
+                cells[at] += "" if change is None else f"\n{change:+.1%}"
             rows.append([name, *cells])
 
         if any(one.num_layers for one in self.models):
@@ -138,11 +141,11 @@ class Evaluation:
         if first.speed:
             for name in _SPEEDS:
                 what = name.removesuffix("_tokens_per_second")
-                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), _show_timing)  # type: ignore[misc]
+                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), str)  # type: ignore[misc]
             add(
                 "first token, ms",
                 lambda one: one.speed and one.speed.first_token_seconds,
-                lambda value: _show_timing(Timing(*(1000 * part for part in asdict(value).values()))),
+                lambda value: str(Timing(*(1000 * part for part in asdict(value).values()))),
             )
             add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
@@ -180,8 +183,8 @@ class Evaluation:
             speed = self.settings["speed"]
             notes.append(
                 f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
-                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, on "
-                f"{self.settings['device']}"
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, in turn, "
+                f"on {self.settings['device']}"
                 + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
             )
         if first.tasks:
@@ -191,6 +194,18 @@ class Evaluation:
                 + (f", the first {limit} documents of each." if limit else ".")
             )
         return notes
+
+
+def report_path(out: str | os.PathLike[str]) -> Path:
+    """The file that `Evaluation.save` writes.
+
+    Raises:
+        ArgumentError: if `out` is neither a .json or .md file nor a folder.
+    """
+    path = Path(out) / EVALUATION_FILE if Path(out).is_dir() else Path(out)
+    if path.suffix not in (".json", ".md"):
+        raise ArgumentError("out", str(out), "a file that ends in .json or .md, or a folder that exists")
+    return path
 
 
 def evaluate(
@@ -244,7 +259,6 @@ def evaluate(
     if data is None and not tasks and not speed:
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
     device = placement.main_device
-    found = [locate(name) for name in names]
     configs = [read_config(name) for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
@@ -253,24 +267,21 @@ def evaluate(
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-        texts = first_bytes(documents(data, AutoTokenizer.from_pretrained(found[0][0], **found[0][1])), max_bytes)
+        texts = first_bytes(documents(data, load_tokenizer(names[0])), max_bytes)
+        if not any(text.strip() for text in texts):
+            raise ArgumentError("data", source, problem="holds no text")
 
+    labels = _labels(names)
+    costs: Sequence[Speed | None] = [None] * len(names)
+    if speed:
+        logger.info("speed and memory of %s, each in a process of its own, in turn", ", ".join(labels))
+        costs = measure(
+            *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+        )
     figures = []
-    for name, (folder, where), config, label in zip(names, found, configs, _labels(names), strict=True):
-        cost = None
-        if speed:
-            if progress:
-                print(f"{label}: speed and memory, in a process of its own", file=sys.stderr)
-            cost = measure(
-                name,
-                dtype=placement.dtype,
-                device=device,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                repeats=repeats,
-            )
+    for name, config, label, cost in zip(names, configs, labels, costs, strict=True):
         model: Any = placement.load(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if texts is not None or tasks else None
+        tokenizer = load_tokenizer(name) if texts is not None or tasks else None
         text_figures = None
         if texts is not None:
             text_figures = perplexity(
@@ -328,10 +339,10 @@ def _versions(tasks: bool) -> dict[str, str]:
 
 def _labels(names: list[str]) -> list[str]:
     """The last parts of each name: as many as tell them apart, if any do."""
-    parts = [Path(name).parts for name in names]
+    parts = [(Path(name).resolve() if Path(name).exists() else Path(name)).parts for name in names]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-count:]) for one in parts]
-        if len(set(labels)) == len({*names}):
+        if len(set(labels)) == len({*parts}):
             break
     return labels
 
@@ -343,14 +354,6 @@ def _weights(model: Any) -> str:
         return dtype
     said = quantization if isinstance(quantization, dict) else quantization.to_dict()
     return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
-
-
-def _median(value: Any) -> float:
-    return value.median if isinstance(value, Timing) else value
-
-
-def _show_timing(value: Timing) -> str:
-    return f"{value.median:,.1f} ({value.lowest:,.1f} to {value.highest:,.1f})"
 
 
 def _with_error(value: Estimate, sign: str = "") -> str:

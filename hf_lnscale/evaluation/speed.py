@@ -1,21 +1,27 @@
-"""What a checkpoint costs to run, measured in a process of its own: nothing else is in its memory."""
+"""Speed and memory of checkpoints, each measured in a process of its own, in turn.
+
+The processes take turns run by run, so that a machine whose speed drifts slows all of them alike.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Any
 
 import torch
-import typer
 
-from ..checkpoints.names import load
+from ..checkpoints.names import Placement, load, size_on_disk
+from ..core.processes import command_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Timing:
     """Several runs of the same thing.
 
     Attributes:
-        median, lowest, highest: of the runs; the first, which warms up, is not among them.
+        median, lowest, highest: over the runs; the first, which warms up, is not among them.
     """
 
     median: float
@@ -34,16 +40,30 @@ class Timing:
     def of(cls, values: list[float]) -> Timing:
         return cls(statistics.median(values), min(values), max(values))
 
+    def __str__(self) -> str:
+        return f"{self.median:,.1f} ({self.lowest:,.1f} to {self.highest:,.1f})"
+
+
+def relative_change(value: Timing | float | None, reference: Timing | float | None) -> float | None:
+    """Relative change from a reference; None where it is unknown, or where ranges overlap so that it could be noise."""
+    if isinstance(value, Timing) and isinstance(reference, Timing):
+        if value.lowest <= reference.highest and reference.lowest <= value.highest:
+            return None
+        return value.median / reference.median - 1.0
+    if isinstance(value, Timing) or isinstance(reference, Timing) or not value or not reference:
+        return None
+    return value / reference - 1.0
+
 
 @dataclass(frozen=True)
 class Speed:
-    """What loading and running a checkpoint takes.
+    """The cost of loading and running a checkpoint.
 
     Attributes:
         parameters: as the model counts them, tied ones once.
         load_seconds: until the model can run.
-        load_peak_bytes, peak_bytes: most memory after loading, and after running: the device's on a GPU, else the whole
-            process's, interpreter and libraries included.
+        load_peak_bytes, peak_bytes: peak memory after loading, and after running: of the device on a GPU, else of the
+            whole process, interpreter and libraries included.
         prefill_tokens_per_second: tokens of the prompt over the time to the first token.
         decode_tokens_per_second: tokens after the first.
         first_token_seconds: from the prompt to the first new token.
@@ -59,47 +79,118 @@ class Speed:
 
 
 def measure(
-    checkpoint: str | os.PathLike,
-    *,
-    drop_layers: list[int] | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
+    *checkpoints: str | os.PathLike[str],
+    drop_layers: Sequence[Sequence[int] | None] = (),
+    placement: Placement = Placement(),
     prompt_tokens: int = 512,
     new_tokens: int = 32,
-    repeats: int = 3,
-) -> Speed:
-    """Loads a checkpoint in a new process and runs it, batch size 1.
+    repeats: int = 5,
+) -> list[Speed]:
+    """Loads each checkpoint in a new process and runs all of them in turn, batch size 1.
+
+    All models are in memory at once; where they would not fit, they are measured one after the other.
 
     Args:
-        checkpoint: folder, name on the Hub, or GGUF file.
-        drop_layers: passed to `from_pretrained`.
-        dtype: passed to `from_pretrained`.
-        device: to run on; None takes a GPU if there is one.
+        checkpoints: folders, names on the Hub, or GGUF files.
+        drop_layers: for each checkpoint the layers that `from_pretrained` leaves out; empty for none.
+        placement: where to run, and in which type.
         prompt_tokens: length of the prompt, random ids.
         new_tokens: tokens to decode after the first, greedily.
-        repeats: runs, after one that warms up.
+        repeats: runs of each checkpoint, after one that warms up.
+
+    Returns:
+        One `Speed` a checkpoint.
 
     Raises:
         ValueError: for numbers that are not positive.
-        RuntimeError: if the process fails; the message is the last line that it printed.
+        RuntimeError: if a process fails; the message is the last line that it printed.
     """
     for name, value in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    arguments = ["--dtype", dtype, "--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--repeats", repeats]
-    arguments += ["--drop", ",".join(map(str, drop_layers))] if drop_layers else []
-    arguments += ["--device", device] if device else []
-    start = "import typer; from hf_lnscale.evaluation.speed import main; typer.run(main)"
-    command = [sys.executable, "-c", start, str(checkpoint), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise RuntimeError(f"measuring {str(checkpoint)!r} failed: {last[0]}")
-    found: Any = {
-        name: Timing(**value) if isinstance(value, dict) else value
-        for name, value in json.loads(done.stdout.splitlines()[-1]).items()
-    }
-    return Speed(**found)
+    drops = [list(layers or ()) for layers in drop_layers] or [[] for _ in checkpoints]
+    settings = {"dtype": placement.dtype, "device": placement.main_device, "new_tokens": new_tokens}
+    jobs = [
+        {**settings, "checkpoint": str(checkpoint), "drop_layers": layers, "prompt_tokens": prompt_tokens}
+        for checkpoint, layers in zip(checkpoints, drops, strict=True)
+    ]
+    if _fit(checkpoints, placement):
+        return _in_turn(jobs, repeats)
+    return [_in_turn([job], repeats)[0] for job in jobs]
+
+
+def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) -> bool:
+    """Whether all checkpoints fit into memory at once, with room for what they compute."""
+    sizes = [size_on_disk(checkpoint) for checkpoint in checkpoints]
+    if placement.main_device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(placement.main_device)
+    elif Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    else:
+        return False
+    # A type other than that on disk can take up to four times the bytes (8-bit to float32).
+    growth = 1.5 if placement.dtype == "auto" else 4
+    return all(sizes) and growth * sum(filter(None, sizes)) < free
+
+
+def _in_turn(jobs: list[dict[str, Any]], repeats: int) -> list[Speed]:
+    with contextlib.ExitStack() as opened:
+        processes = [opened.enter_context(_Process.started(job)) for job in jobs]
+        loaded = [process.answer() for process in processes]
+        runs: list[list[dict[str, float]]] = [[] for _ in jobs]
+        for turn in range(repeats + 1):
+            order = list(range(len(jobs)))
+            for which in order if turn % 2 else reversed(order):
+                runs[which].append(processes[which].answer("run"))
+    return [_speed(job, load, seconds[1:]) for job, load, seconds in zip(jobs, loaded, runs, strict=True)]
+
+
+def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, float]]) -> Speed:
+    prefill, decode = ([run[name] for run in runs] for name in ("prefill", "decode"))
+    return Speed(
+        **loaded,
+        peak_bytes=int(runs[-1]["peak_bytes"]),
+        prefill_tokens_per_second=Timing.of([job["prompt_tokens"] / seconds for seconds in prefill]),
+        decode_tokens_per_second=Timing.of([job["new_tokens"] / seconds for seconds in decode]),
+        first_token_seconds=Timing.of(prefill),
+    )
+
+
+@dataclass
+class _Process:
+    """A process that runs `serve`. It ends when its standard input closes, so also when this process is killed."""
+
+    job: dict[str, Any]
+    process: subprocess.Popen[str]
+    errors: IO[str]
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, job: dict[str, Any]) -> Iterator[_Process]:
+        command = command_of("hf_lnscale.evaluation.speed:serve")
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [*command, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            try:
+                yield cls(job, process, errors)
+            finally:
+                process.kill()
+                process.communicate()
+
+    def answer(self, request: str | None = None) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            if request is not None:
+                print(request, file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.process.wait()
+        self.errors.seek(0)
+        last = self.errors.read().strip().splitlines()[-1:] or ["no message"]
+        raise RuntimeError(f"measuring {self.job['checkpoint']!r} failed: {last[0]}")
 
 
 def peak_memory(device: str = "cpu") -> int:
@@ -115,45 +206,31 @@ def peak_memory(device: str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(
-    checkpoint: str,
-    drop: Annotated[str, typer.Option(help="Layers not to load, as in 12,14,17.")] = "",
-    dtype: str = "auto",
-    device: str = "",
-    prompt_tokens: int = 512,
-    new_tokens: int = 32,
-    repeats: int = 3,
-) -> None:
-    """Prints what loading and running a checkpoint costs, as one line of JSON."""
-    keywords: dict[str, Any] = {"drop_layers": [int(layer) for layer in drop.split(",")]} if drop else {}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def serve() -> None:
+    """Loads the checkpoint of the job in `sys.argv` and runs it once for each line on standard input."""
+    job = json.loads(sys.argv[1])
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
+    device = job["device"]
     started = time.perf_counter()
-    model: Any = load(checkpoint, dtype=dtype, **keywords).to(device)
-    load_seconds, load_peak_bytes = time.perf_counter() - started, peak_memory(device)
+    keywords = {"drop_layers": job["drop_layers"]} if job["drop_layers"] else {}
+    model = load(job["checkpoint"], dtype=job["dtype"], **keywords).to(device)
+    about = {"parameters": model.num_parameters(), "load_seconds": time.perf_counter() - started}
+    print(json.dumps({**about, "load_peak_bytes": peak_memory(device)}), file=answers, flush=True)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, prompt_tokens), generator=generator).to(device)
-    prefill, decode = [], []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
+    shape = (1, job["prompt_tokens"])
+    ids = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(device)
+    for _ in sys.stdin:
+        with torch.no_grad():
             started = time.perf_counter()
             output = model(ids, use_cache=True, logits_to_keep=1)
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()  # waits for the device
-            prefill.append(time.perf_counter() - started)
+            prefill = time.perf_counter() - started
             started = time.perf_counter()
-            for _ in range(new_tokens):
+            for _ in range(job["new_tokens"]):
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()
-            decode.append(time.perf_counter() - started)
-    prefill, decode = prefill[1:], decode[1:]
-    found = Speed(
-        parameters=model.num_parameters(),  # of packed weights too
-        load_seconds=load_seconds,
-        load_peak_bytes=load_peak_bytes,
-        peak_bytes=peak_memory(device),
-        prefill_tokens_per_second=Timing.of([prompt_tokens / seconds for seconds in prefill]),
-        decode_tokens_per_second=Timing.of([new_tokens / seconds for seconds in decode]),
-        first_token_seconds=Timing.of(prefill),
-    )
-    print(json.dumps(asdict(found)))
+            decode = time.perf_counter() - started
+        run = {"prefill": prefill, "decode": decode, "peak_bytes": peak_memory(device)}
+        print(json.dumps(run), file=answers, flush=True)

@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from ..core.families import UnsupportedArchitectureError, submodule
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import SourceLosses, batch_losses, perplexity_of
+from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
@@ -410,11 +410,11 @@ class Healer:
             dropped=tuple(dropped),
             method=self.method,
             steps=tuple(steps),
-            perplexity_full=perplexity_of(self._losses_full.mean()),
-            perplexity_before=perplexity_of(before.mean()),
-            perplexity_after=perplexity_of(losses.mean()),
+            perplexity_full=perplexity_of(self._losses_full.mean),
+            perplexity_before=perplexity_of(before.mean),
+            perplexity_after=perplexity_of(losses.mean),
             sources={
-                name: self._source(name, self._losses_full, before, losses, left_out.get(name)) for name in before.sums
+                name: self._source(name, self._losses_full, before, losses, left_out.get(name)) for name in before.of
             },
             data={"calibration": self.fitted.describe(), "held_out": self.judged.describe()},
             _originals=originals,
@@ -430,16 +430,15 @@ class Healer:
         self, name: str, full: SourceLosses, before: SourceLosses, after: SourceLosses, left_out: float | None
     ) -> HealedSource:
         weight = self.fitted.weights.get(name, 0.0)
-        error = after.change_error(before, name)
-        unseen = None if left_out is None else perplexity_of(before.of(name) + left_out)
+        unseen = None if left_out is None else perplexity_of(before.of[name].mean + left_out)
         return HealedSource(
             weight=weight,
-            perplexity_full=perplexity_of(full.of(name)),
-            perplexity_before=perplexity_of(before.of(name)),
-            perplexity_after=perplexity_of(after.of(name)),
-            change=after.of(name) - before.of(name),
-            change_error=None if math.isnan(error) else error,
-            perplexity_left_out=unseen if weight else perplexity_of(after.of(name)),
+            perplexity_full=perplexity_of(full.of[name].mean),
+            perplexity_before=perplexity_of(before.of[name].mean),
+            perplexity_after=perplexity_of(after.of[name].mean),
+            change=after.of[name].mean - before.of[name].mean,
+            change_error=after.of[name].error(before.of[name]),
+            perplexity_left_out=unseen if weight else perplexity_of(after.of[name].mean),
         )
 
 
@@ -587,12 +586,7 @@ class _Stream:
 
     def losses(self, only: str | None = None) -> SourceLosses:
         """Cross-entropy of the next token, going on from this place to the end; of all sources of text, or one."""
-        losses = SourceLosses()
-        for index, batch in enumerate(self.batches):
-            if only in (None, batch.name):
-                losses.add(batch.name, *batch_losses(self.halves, batch, self._pass(index)))
-        losses.require_tokens()
-        return losses
+        return SourceLosses(self.halves, self.batches, self._pass, only)
 
 
 # --- least squares ----------------------------------------------------------------------------------
@@ -693,20 +687,18 @@ class _Cut:
         for ridge in _RIDGES:
             self._restore()
             tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
-            if len(tried) > 1 and tried[-1][1].mean() > tried[-2][1].mean():
+            if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
                 break
-        best = min((losses for _, losses in tried), key=SourceLosses.mean)
+        best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
         fit, after = next(  # the largest penalty comes first
-            (fit, losses)
-            for fit, losses in tried
-            if losses is best or losses.mean() - best.mean() <= losses.mean_change_error(best)
+            (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
         )
         blend, reason = 1.0, "the loss on held-out data would not be lower"
-        if best.mean() < before.mean():
+        if best.mean < before.mean:
             blend, after, reason = self._blended(fit, after, before)
         changes = {}
         if cross_validate and len(self.token_weights) > 1:
-            for name in self.token_weights.keys() & before.sums.keys():
+            for name in self.token_weights.keys() & before.of.keys():
                 changes[name] = 0.0 if reason else self._left_out(name, moments, fit.ridge, blend, before)
         if reason:
             self._restore()
@@ -722,8 +714,8 @@ class _Cut:
             blend=blend,
             error_before=error_before,
             error_after=error_before if reason else self._error(),
-            loss_before=before.mean(),
-            loss_after=after.mean(),
+            loss_before=before.mean,
+            loss_after=after.mean,
             kept=not reason,
             reason=reason,
         )
@@ -736,10 +728,10 @@ class _Cut:
             if blend < 1.0:
                 self._write(fit, blend)
                 after = self.judged[1].losses()
-            worse = [name for name in before.sums if after.of(name) > before.of(name)]
-            if not worse and after.mean() < before.mean():
+            worse = [name for name in before.of if after.of[name].mean > before.of[name].mean]
+            if not worse and after.mean < before.mean:
                 return blend, after, ""
-        of = f" of {', '.join(worse)}" if len(before.sums) > 1 else ""
+        of = f" of {', '.join(worse)}" if len(before.of) > 1 else ""
         return 1.0, before, f"the loss on held-out data{of} would not be lower"
 
     def _left_out(self, name: str, moments: _Moments, ridge: float, blend: float, before: SourceLosses) -> float:
@@ -749,7 +741,7 @@ class _Cut:
         part = moments.copy()
         self._add_moments(part, [name], -1.0)
         self._write(self._fit(part.solve_in_place(ridge), ridge, others), blend)
-        return self.judged[1].losses(only=name).of(name) - before.of(name)
+        return self.judged[1].losses(only=name).mean - before.of[name].mean
 
     def _moments(self) -> _Moments:
         self.probe = next(self._tokens(self.fitted))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..core.families import text_config
-from ..core.record import DROPPED
+from ..core.record import record
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
@@ -29,11 +29,11 @@ _FINGERPRINT = (
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     """What a plan remembers of the shape of its model; a model that differs in it has other layers."""
     text = text_config(config)
-    dropped = (vars(text).get(DROPPED) or {}).get("layers", [])
+    dropped = record(config).dropped
     return {
         "model_type": text.model_type,
         **{name: getattr(text, name, None) for name in _FINGERPRINT},
-        "dropped_before": list(dropped),
+        "dropped_before": list(dropped.layers) if dropped else [],
     }
 
 
@@ -78,7 +78,7 @@ class PruningPlan:
                     f"{name} {there!r}; this one has {here!r}"
                 )
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the plan to a file, or into a folder as `pruning_plan.json`; returns the file's path."""
         path = Path(path)
         if path.is_dir() or path.suffix != ".json":
@@ -91,7 +91,7 @@ class PruningPlan:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PruningPlan:
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Reads a plan from a file, or from a folder that holds one.
 
         Raises:
@@ -103,9 +103,6 @@ class PruningPlan:
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
         said = f"perplexity {figures}" if figures else ""
-        if "speedup" in self.notes:
-            pays = "it pays" if self.notes.get("pays") else "it does not pay, plain decoding is faster"
-            said = f"as a draft it promises {self.notes['speedup']:.2f} times the speed of plain decoding: {pays}"
         return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
             f" ({said})" if said else ""
         )

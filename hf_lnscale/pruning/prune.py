@@ -1,263 +1,432 @@
-"""From a checkpoint to a smaller one on disk, with the price told: what `hf-lnscale prune` runs."""
+"""From a model to a smaller one: layers are chosen, the cut is healed, and the price is measured.
+
+`prune` does all of it. `plan_pruning` is the same search and healing with the model left as it was, and
+`hf-lnscale prune` calls `prune` with a path and a folder to write.
+"""
 
 from __future__ import annotations
 
-import math
+import copy
 import os
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import ModelCard, ModelCardData
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .._version import __version__
+from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
-from ..checkpoints.names import Placement, locate, read_config, size_on_disk
-from ..core.display import show_bytes
+from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
+from ..core.display import Markdown, markdown_code, show_bytes, terminal
+from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
-from ..evaluation.speed import Speed, measure
+from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.losses import loss_without, perplexity_of
-from ..measuring.text import Windows, token_batches, window_length
+from ..measuring.text import TokenBatches, Windows, token_batches, window_length
 from .heal import METHODS as HEAL_METHODS
-from .heal import why_not_healable
-from .layers import drop_layers, normalize_layers
-from .plan import PLAN_FILE, PruningPlan, fingerprint
-from .search import (
-    SEARCH_METHODS,
-    OtherSearchError,
-    heal_as_planned,
-    require_healable,
-    require_healing_data,
-    require_num_layers,
-    search_layers,
-    search_target,
-)
+from .heal import HealReport, why_not_healable
+from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
+from .plan import PLAN_FILE, PruningPlan
+from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
+
+_HEADER = ("", "before", "after", "change")
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What `prune` returns; printed, it is a table of before and after.
+
+    Attributes:
+        plan: the layers that were dropped, how they were chosen, and all figures.
+        model: the model without them.
+        rows: the table: name of the figure, before, after, change.
+        path: the folder that was written, or None.
+    """
+
+    plan: PruningPlan
+    model: Any
+    rows: list[tuple[str, str, str, str]]
+    path: Path | None = None
+
+    @property
+    def title(self) -> str:
+        name = f"{self.plan.model_name} " if self.plan.model_name else ""
+        return f"{name}without layers {', '.join(map(str, self.plan.layers))}"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(terminal(_HEADER, self.rows, self.title))
+        return capture.get().rstrip()
 
 
 def prune(
-    checkpoint: str,
+    model: Any,
     data: Any,
-    out: str | os.PathLike,
     *,
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
-    drop: list[int] | None = None,
+    target_params: int | None = None,
+    target_memory: int | None = None,
+    drop: Any = None,
+    cache_tokens: int = 0,
+    cache_batch: int = 1,
     method: str = "best_of",
     heal: str | None = "auto",
+    held_out: Any = None,
+    tokenizer: Any = None,
     windows: Windows = Windows(),
     placement: Placement = Placement(),
+    resume: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
     prompt_tokens: int = 512,
     new_tokens: int = 32,
-    force: bool = False,
     command: str = "",
     progress: bool = True,
-) -> tuple[PruningPlan, Table]:
-    """Prunes a checkpoint and writes the result: a plain checkpoint with tokenizer, plan and model card.
+) -> Pruned:
+    """Makes a model smaller: chooses layers by measurement, heals the cut, and drops them.
 
-    The folder appears under its name when it is complete. A search that is interrupted leaves `.NAME.search.json`
-    beside it, and goes on from there when it is asked for again, also with another number of layers.
+    A model in memory is changed in place. With `out`, the result is written as an ordinary checkpoint with tokenizer,
+    plan and model card; the folder appears under its name when it is complete. A search that is interrupted leaves
+    `.NAME.search.json` beside it, and the next one goes on from there, also with another number of layers.
+
+    Exactly one of the first five arguments says how far to go:
 
     Args:
-        checkpoint: folder or name on the Hub.
-        data: see `token_batches`; a quarter of it is held out to judge by.
+        model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
+        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on.
+        num_layers: drop that many layers.
+        max_perplexity_increase: drop as many as stay inside it on held-out data, 0.1 being ten percent more; with
+            `heal`, after healing.
+        target_params: drop as many as it takes to have at most that many parameters.
+        target_memory: drop as many as it takes for weights and KV cache to fit into that many bytes, the cache being
+            that of `cache_batch` sequences of `cache_tokens` tokens.
+        drop: drop these layers, counted from 0, negative ones from the end.
+        cache_tokens, cache_batch: see `target_memory`.
+        method: how layers are chosen, see `plan_pruning`.
+        heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
+            if it lowers the perplexity on held-out data.
+        held_out: data as above, to judge by; None holds out the last quarter of `data`.
+        tokenizer: turns text into ids, and is written beside the model; None loads it by the model's name.
+        windows: see `token_batches`; without `held_out`, `windows.num_tokens` counts both parts.
+        placement: device and type of the weights, also of those written; for a model that is loaded here.
+        resume: file in which the search notes each step, so that an interrupted one goes on from there; None is the
+            hidden file beside `out`.
         out: folder to write.
-        num_layers: number of layers to drop; or
-        max_perplexity_increase: drop as many as stay inside it on held-out data; or
-        drop: drop these.
-        method: see `plan_pruning`.
-        heal: how to heal, see `heal`; "auto" is "refit" for models that can be healed, None does not.
-        windows: see `token_batches`.
-        placement: where the model is computed, and the type of its weights, also of those written.
-        prompt_tokens, new_tokens: how many to time prefill and decoding with.
         force: replace a checkpoint that is at `out`.
+        prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
+            and written to `out`.
         command: the command line, for the model card.
         progress: show progress bars.
 
     Returns:
-        The plan, with what both cost in its notes, and a table of before and after: layers, parameters, size,
-        perplexity, speed, memory.
+        The plan, the model without the layers, and a table of before and after.
 
     Raises:
         FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
-        ValueError: for wrong arguments, and if the written checkpoint does not give the perplexity that the plan says.
+        ValueError: for wrong arguments, for a budget that not one layer meets, for a model that cannot be pruned or
+            healed, and if the written checkpoint does not have the perplexity that the plan says; nothing is written
+            then.
+        UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    target = Path(out).resolve()
-    require_free(target, (checkpoint, data), str(out), force)
-    if method not in SEARCH_METHODS:
-        raise ValueError(f"method must be one of {', '.join(SEARCH_METHODS)}, got {method!r}")
-    if heal not in (None, "auto", *HEAL_METHODS):
-        raise ValueError(f"heal must be one of auto, {', '.join(HEAL_METHODS)} or None, got {heal!r}")
-    if method == "greedy_healed" and heal is None:
-        raise ValueError("method 'greedy_healed' heals; heal=None goes with another method")
-    if sum(value is not None for value in (num_layers, max_perplexity_increase, drop)) != 1:
-        raise ValueError("give one of the three: a number of layers, a budget of perplexity, or the layers to drop")
-    name, where = locate(checkpoint)
-    config = read_config(checkpoint)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"{checkpoint!r} is no causal language model; prune it from Python, with plan_pruning and drop_layers"
-        )
-    family_of(config, "drop_layers")
-    # What can be known to be wrong is told before a weight is read.
-    if drop is not None:
-        drop = normalize_layers(drop, text_config(config).num_hidden_layers, "--drop")
-    elif num_layers is not None:
-        require_num_layers(num_layers, text_config(config).num_hidden_layers)
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    batches = token_batches(
-        data,
-        tokenizer=tokenizer,
-        windows=replace(windows, seq_len=window_length(windows.seq_len, [config])),
-    )
-    calibration, held_out = batches.split(0.25)
-    model: Any = placement.load(checkpoint)
-    if heal == "auto":
-        heal = "refit" if method == "greedy_healed" or why_not_healable(model) is None else None
-    require_healable(model, heal)
-    require_healing_data(calibration, heal)
-    if drop is None:
-        goal = search_target(text_stack(model), model, num_layers, max_perplexity_increase)
-    search = target.parent / f".{target.name}.search.json"
-    if drop is not None:
-        plan = _given(model, drop, calibration, held_out, heal)
+    goal = one_goal(
+        num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, target_params=target_params,
+        target_memory=target_memory, drop=drop,
+    )  # fmt: skip
+    _require_methods(method, heal)
+    checkpoint = None if isinstance(model, nn.Module) else os.fspath(model)
+    target = record = None
+    if out is not None:
+        target = Path(out).resolve()
+        require_free(target, (checkpoint, data, held_out), str(out), force)
+        record = target.parent / f".{target.name}.search.json" if resume is None else None
+    if checkpoint is not None:
+        config: PreTrainedConfig = read_config(checkpoint)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            problem = "is not a causal language model; load it, and prune it in memory"
+            raise ArgumentError("model", checkpoint, problem=problem)
+        _require_prunable(config, goal)
+        windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
+        if tokenizer is None:
+            tokenizer = load_tokenizer(checkpoint)
+        calibration, judged = _split(data, held_out, tokenizer, windows)
+        model = placement.load(checkpoint)
     else:
-        settings: dict[str, Any] = {"resume": search, "progress": progress}
-        try:
-            plan = search_layers(model, goal, method, heal, calibration, held_out, **settings)
-        except OtherSearchError:  # left behind by an interrupted one
-            search.unlink()
-            plan = search_layers(model, goal, method, heal, calibration, held_out, **settings)
+        stack = text_stack(model)
+        if target is not None and tokenizer is None:
+            if not stack.model.config.name_or_path:
+                raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
+            tokenizer = load_tokenizer(stack.model.config.name_or_path)
+        _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
+        calibration, judged = _split(data, held_out, tokenizer, windows, stack.model)
+    require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
+
+    search = (model, goal, method, heal, calibration, judged, cache_tokens, cache_batch)
+    try:
+        plan, report = _choose_and_heal(*search, resume or record, progress)
+    except OtherSearchError:
+        if record is None:
+            raise
+        record.unlink()  # an interrupted search left it
+        plan, report = _choose_and_heal(*search, record, progress)
     if not plan.layers:
-        search.unlink(missing_ok=True)
+        if record is not None:
+            record.unlink(missing_ok=True)
         raise ValueError(
             f"not one layer can go: the cheapest raises perplexity from {plan.perplexity['before']:.2f} by more than "
             f"{max_perplexity_increase:.0%} on held-out data. Nothing was written."
         )
-    if heal is not None:
-        plan, report = heal_as_planned(model, plan, calibration, held_out, heal, progress)
+    try:
+        drop_layers(model, list(plan.layers))
+    except BaseException:
+        if report is not None:
+            report.undo()
+        raise
+    if report is not None:
         report.forget()
-    drop_layers(model, list(plan.layers))
+    if target is None:
+        return Pruned(plan, model, _rows(plan))
 
-    with atomic_directory(target) as partial:
+    with atomic_directory(target, force) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        config = model.config
-        del model  # one at a time
-        _require_as_planned(partial, plan, held_out, placement)
-        device = placement.main_device
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()  # for the processes that measure
-        costs = [
-            measure(path, dtype=placement.dtype, device=device, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            for path in (checkpoint, str(partial))
-        ]
-        sizes = [size_on_disk(path) for path in (checkpoint, partial)]
-        before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
-        plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
+        rows = _rows(plan)
+        if checkpoint is not None:
+            del model  # one at a time
+            if placement.main_device.startswith("cuda"):
+                torch.cuda.empty_cache()  # for the processes that measure
+            costs = measure(
+                checkpoint, partial, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+            )
+            sizes = [size_on_disk(path) for path in (checkpoint, partial)]
+            before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
+            plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
+            rows = _rows(plan, costs, sizes)
+            model = _read_again(partial, plan, judged, placement)
+            model.config.name_or_path = model.name_or_path = str(target)
         plan.save(partial / PLAN_FILE)
-        rows = _rows(plan, costs, sizes)
-        _card(checkpoint, plan, rows, command, config).save(partial / "README.md")
-    search.unlink(missing_ok=True)
-    table = Table("", "before", "after", "", title=f"{checkpoint} without layers {', '.join(map(str, plan.layers))}")
-    for row in rows:
-        table.add_row(*row)
-    return plan, table
+        _card(checkpoint, plan, rows, command, model.config).save(partial / "README.md")
+    if record is not None:
+        record.unlink(missing_ok=True)
+    return Pruned(plan, model, rows, target)
 
 
-def _given(model: Any, layers: list[int], calibration: Any, held_out: Any, heal: str | None) -> PruningPlan:
-    stack = text_stack(model)
-    before = perplexity_of(loss_without(model, held_out))
-    if not math.isfinite(before):
-        raise ValueError(f"model: its perplexity on the held-out data is {before}; nothing can be compared with that")
-    after = perplexity_of(loss_without(model, held_out, layers))
-    return PruningPlan(
-        layers=tuple(layers),
-        model=fingerprint(stack.model.config),
-        model_name=public_name(stack.model.config.name_or_path or ""),
-        method={"search": "given"},
-        data={"calibration": calibration.describe() if heal else None, "held_out": held_out.describe()},
-        perplexity={"before": before, "after": after},
+def plan_pruning(
+    model: nn.Module,
+    data: Any,
+    *,
+    num_layers: int | None = None,
+    max_perplexity_increase: float | None = None,
+    target_params: int | None = None,
+    target_memory: int | None = None,
+    cache_tokens: int = 0,
+    cache_batch: int = 1,
+    method: str = "best_of",
+    heal: str | None = None,
+    held_out: Any = None,
+    tokenizer: Any = None,
+    windows: Windows = Windows(),
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> PruningPlan:
+    """Finds layers to drop from a model and leaves the model as it is; `prune` drops them, too.
+
+    A budget gives the largest number of layers that stays inside it. One layer more can cost less if each number has
+    its own set of layers, so all methods but the stepwise ones ("greedy", "greedy_healed") try two larger numbers after
+    one that is outside.
+
+    Methods:
+
+    - "best_of": tries the proposals of one pass over the data (the contiguous blocks of lowest angular distance, and
+      the layers of lowest Block Influence), and takes the best; with `heal`, the best after healing.
+    - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
+      2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on all of
+      the data, from the states before it on.
+    - "greedy_healed": the same, with the cut so far healed (by `heal`, or "refit") before candidates are measured.
+    - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
+    - "block_influence", "taylor", "perplexity", "kl": the layers of lowest score, all at once; see `score_layers`.
+
+    Args:
+        model: a causal language model of a known family, in memory.
+        data: see `prune`. A small set decides badly.
+        num_layers, max_perplexity_increase, target_params, target_memory: how far to go, exactly one of them; see
+            `prune`.
+        cache_tokens, cache_batch: see `prune`.
+        method: see above.
+        heal: a method of `heal` to try on the result, or "auto", see `prune`; the plan records what it gives. None does
+            not try.
+        held_out, tokenizer, windows, resume: see `prune`.
+        progress: show progress bars.
+
+    Returns:
+        The plan, with perplexities on held-out data. It is deterministic: same model, same data, same plan. It has no
+        layers if not one can go.
+
+    Raises:
+        ValueError: for a wrong argument, for a target that cannot be reached, for too little data, for a model whose
+            loss is not finite, or that cannot be healed if that is asked for, and (`OtherSearchError`) if `resume` is
+            the record of another search.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    goal = one_goal(
+        num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, target_params=target_params,
+        target_memory=target_memory,
+    )  # fmt: skip
+    if method == "greedy_healed":
+        heal = heal or "refit"
+    _require_methods(method, heal)
+    calibration, judged = _split(data, held_out, tokenizer, windows, text_stack(model).model)
+    plan, report = _choose_and_heal(
+        model, goal, method, heal, calibration, judged, cache_tokens, cache_batch, resume, progress
     )
+    if report is not None:
+        report.undo()
+        report.forget()
+    return plan
 
 
-def _require_as_planned(folder: Path, plan: PruningPlan, held_out: Any, placement: Placement) -> None:
-    """What was written is read again: it must do what the plan says."""
-    written: Any = placement.load(folder)
-    found = perplexity_of(loss_without(written, held_out))
+def _choose_and_heal(
+    model: nn.Module,
+    goal: tuple[str, Any],
+    method: str,
+    heal: str | None,
+    calibration: TokenBatches,
+    judged: TokenBatches,
+    cache_tokens: int,
+    cache_batch: int,
+    resume: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[PruningPlan, HealReport | None]:
+    """Checks what needs the model, and searches; see `search_layers`."""
+    target = search_target(model, goal, cache_tokens, cache_batch)
+    reason = why_not_healable(model) if heal else None
+    if reason and (heal != "auto" or method == "greedy_healed"):
+        raise ArgumentError("heal", heal, problem=f"is not possible: {reason}")
+    if heal == "auto":
+        heal = None if reason else "refit"
+    if heal and calibration.num_sequences < 2:
+        raise ArgumentError(
+            "data",
+            problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
+            "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
+        )
+    return search_layers(model, target, method, heal, calibration, judged, resume, progress)
+
+
+# --- checks before anything expensive ---------------------------------------------------------------------------------
+
+
+def _require_methods(method: str, heal: str | None) -> None:
+    if method not in SEARCH_METHODS:
+        raise ArgumentError("method", method, f"one of {', '.join(SEARCH_METHODS)}")
+    if heal not in (None, "auto", *HEAL_METHODS):
+        raise ArgumentError("heal", heal, f"one of auto, {', '.join(HEAL_METHODS)} or None")
+    if method == "greedy_healed" and heal is None:
+        raise ArgumentError("method", method, problem="heals; `heal=None` goes with another method")
+
+
+def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any]) -> None:
+    """Refuses a model whose configuration cannot lose layers, or does not have those that shall go."""
+    family_of(config, "drop_layers")
+    text = text_config(config)
+    total = text.num_hidden_layers
+    require_possible(goal, total)
+    any_layer = [min(set(range(total)) - counting_layers(text))]
+    prune_config(copy.deepcopy(config), normalize_layers(goal[1], total, "drop") if goal[0] == "drop" else any_layer)
+
+
+def _split(
+    data: Any, held_out: Any, tokenizer: Any, windows: Windows, model: Any = None
+) -> tuple[TokenBatches, TokenBatches]:
+    calibration = token_batches(data, model, tokenizer=tokenizer, windows=windows)
+    if held_out is None:
+        return calibration.split(0.25)
+    return calibration, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement: Placement) -> Any:
+    """The written model, which must have the perplexity that the plan says."""
+    written = placement.load(folder)
+    found = perplexity_of(loss_without(written, judged))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
-    if not abs(found - said) <= 0.01 * said:  # nor if one is no number
+    if not abs(found - said) <= 0.01 * said:  # nor if one is not a number
         raise ValueError(
             f"the written checkpoint has perplexity {found:.3f}, the plan says {said:.3f}; nothing is kept"
         )
+    return written
 
 
-def _rows(plan: PruningPlan, costs: list[Speed], sizes: list[int | None]) -> list[tuple[str, str, str, str]]:
+def _rows(
+    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
+) -> list[tuple[str, str, str, str]]:
     total = plan.model["num_hidden_layers"]
-    figures: list[tuple[str, list[Any], Any]] = [
+    before, decimals = plan.perplexity["before"], "{:.2f}".format
+    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
+    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("layers", [total, total - len(plan.layers)], str),
-        ("parameters", [cost.parameters for cost in costs], lambda value: f"{value / 1e6:,.1f} M"),
-        ("checkpoint", list(sizes), show_bytes),
-        ("perplexity, held out", [plan.perplexity["before"], plan.perplexity["after"]], lambda value: f"{value:.2f}"),
+        ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
+        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
+        ("perplexity, held out", [before, plan.perplexity["after"]], decimals),
     ]
     if "healed" in plan.perplexity:
-        figures.append(
-            ("perplexity, healed", [plan.perplexity["before"], plan.perplexity["healed"]], lambda value: f"{value:.2f}")
-        )
-    for name in ("prefill", "decode"):
-        speeds = [getattr(cost, f"{name}_tokens_per_second").median for cost in costs]
-        figures.append((f"{name}, tokens/s", speeds, lambda value: f"{value:,.1f}"))
-    figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
-    rows = []
-    for name, (before, after), show in figures:
-        change = f"{after / before - 1:+.1%}" if before and after else ""
-        rows.append((name, show(before), show(after), change))
-    return rows
+        figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
+    for name in ("prefill", "decode") if costs else ():
+        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
+        figures.append((f"{name}, tokens/s", speeds, str))
+    if costs:
+        figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
+    return [
+        (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
+        for name, (old, new), show in figures
+    ]
 
 
 def _card(
-    checkpoint: str, plan: PruningPlan, rows: list[tuple[str, str, str, str]], command: str, config: PreTrainedConfig
+    checkpoint: str | None,
+    plan: PruningPlan,
+    rows: list[tuple[str, str, str, str]],
+    command: str,
+    config: PreTrainedConfig,
 ) -> ModelCard:
     """Says how the checkpoint was made, and what it cost."""
-    on_hub = not Path(checkpoint).exists()
-    front = ModelCardData(base_model=checkpoint if on_hub else None, library_name="transformers", tags=["hf-lnscale"])
-    name = checkpoint if on_hub else Path(checkpoint).name
-    layers = ", ".join(map(str, plan.layers))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     if plan.heal is None:
         healing = "It was not healed or trained afterwards."
     elif "healed" in plan.perplexity:
         healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
     else:
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
-    held_out = plan.data["held_out"]
-    scaled = " LayerNorm Scaling is active in it: it needs hf_lnscale to load." if get_ln_scaling(config) else ""
-    made = f"`{command}`" if command else "`hf_lnscale.pruning.prune`"
-    search = plan.method["search"]
-    how = "as given" if search == "given" else f"chosen by the method `{search}`"
-    return ModelCard(
-        f"""---
-{front.to_yaml()}
----
-
-# {name}, {len(plan.layers)} of {plan.model["num_hidden_layers"]} layers dropped
-
-Layers {layers} (counted from 0) were dropped, {how}. {healing}{scaled}
-
-| | before | after | |
-| --- | --- | --- | --- |
-{table}
-
-Perplexity: on {held_out["num_tokens"]:,} tokens of {held_out["source"]}. Pruning keeps classification better than
-generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997). Speed and memory: batch size 1, on
-the machine that made this.
-
-Made by {made}, with hf_lnscale {__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
-All figures of the search are in `{PLAN_FILE}`.
-"""
+    search, held_out = plan.method["search"], plan.data["held_out"]
+    how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
+    notes = [
+        Markdown(f"Layers {', '.join(map(str, plan.layers))} (counted from 0) were dropped, {how}."),
+        healing,
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if get_ln_scaling(config) else []),
+        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
+    ]
+    note = (
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}. Pruning keeps classification "
+        "better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+    )
+    if "cost" in plan.notes:
+        note += " Speed and memory: batch size 1, on the machine that made this."
+    name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
+    return model_card(
+        f"{name}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",
+        base_model=checkpoint,
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(_HEADER, rows, note)],
+        made_by=command or "hf_lnscale.prune",
     )

@@ -1,17 +1,17 @@
-"""What each decoder layer is worth, to decide which to remove.
+"""Importance scores of decoder layers, to decide which to remove.
 
-A score is higher for a layer that matters more, whatever the method. Layers are counted as in `model.model.layers`: the
-first is 0. Measurements run without dropout, count no padding, hold one batch at a time, and leave the model as it was.
+A score is higher for a layer that matters more, whatever the method. Layers are counted from 0, as in
+`model.model.layers`. Measurements run without dropout, skip padding, hold one batch at a time, and leave the model as
+it was.
 
 "Without a layer" is exact: the layer does not run, and the numbers are those of a model that it was deleted from.
 
 Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary, L layers, P = L + 1 places in the
-residual stream (place i is in front of layer i, place L after the last layer).
+residual stream (place i is before layer i, place L after the last layer).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -24,22 +24,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.angles import BlockAngles, cosine_distance
+from ..measuring.losses import loss_gradient, sweep
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, upcast
+from ..measuring.stream import capture_residual_stream, eval_mode, last_tokens, upcast
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers"]
-METHODS = ("block_influence", "angular", "magnitude", "taylor", "perplexity", "kl")
+METHODS = ("block_influence", "angular", "taylor", "perplexity", "kl")
 _UNITS = {
     "block_influence": "1 - cosine",
-    "angular": "angular distance, share of pi",
-    "magnitude": "sum of |weights|",
+    "angular": "angular distance / pi",
     "taylor": "sum of |weight x gradient|, nats",
     "perplexity": "perplexity without the layer",
     "kl": "KL from the full model, nats a token",
@@ -55,7 +54,7 @@ class LayerScores:
         scores: float64. Shape (L,), or for "angular" shape (L, L): `scores[i, n - 1]` is the distance over the block of
             the n layers from i on, NaN where there are not as many.
         model: the name that the model was loaded by, or "".
-        data: what was measured on, as `TokenBatches.describe` says it; None for "magnitude".
+        data: the data that was measured on, as returned by `TokenBatches.describe`.
         baseline: perplexity of the full model, for "perplexity".
         tokens: for "angular", the tokens that were compared: "last" or "all".
     """
@@ -108,7 +107,7 @@ class LayerScores:
             raise ValueError(f"n must be an integer from {least} to {self.num_layers - 1}, got {n!r}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, with null where a score is not defined."""
+        """Writes JSON, with null for undefined scores."""
         content = {
             "method": self.method,
             "model": self.model,
@@ -122,10 +121,10 @@ class LayerScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerScores:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: if the file holds something else.
+            ValueError: if the file has other content.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -158,16 +157,17 @@ class LayerScores:
             rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
             for layer, score in enumerate(self.scores.tolist()):
                 table.add_row(str(layer), _number(score), str(rank[layer]))
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(title, soft_wrap=True, highlight=False, markup=False)
-        console.print(table)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(title, soft_wrap=True, highlight=False, markup=False)
+            console.print(table)
+        return capture.get()
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
 
         Args:
-            path: where to write the picture; its suffix says the format.
+            path: file to write the picture to; its suffix decides the format.
 
         Returns:
             The `matplotlib.figure.Figure`.
@@ -209,7 +209,7 @@ class LayerScores:
 
 def score_layers(
     model: nn.Module,
-    data: Any = None,
+    data: Any,
     method: str = "block_influence",
     *,
     tokenizer: Any = None,
@@ -219,26 +219,25 @@ def score_layers(
 ) -> LayerScores:
     """Scores every decoder layer of a model; a layer of low score can go.
 
-    Methods, with x_i the residual stream in front of layer i:
+    Methods, with x_i the residual stream before layer i:
 
     - "block_influence": 1 - mean over tokens of cos(x_i, x_{i+1}) (ShortGPT, arXiv 2403.03853, equation 1). One pass.
     - "angular": arccos(cos(x_i, x_{i+n})) / pi, mean over sequences, for every i and n in one pass (Gromov et al.,
       arXiv 2403.17887, equation 7).
-    - "magnitude": sum of |w| over the layer's weight matrices (Shortened LLaMA, arXiv 2402.02834, section 3.1). It
-      needs no data.
-    - "taylor": sum of |w dL/dw| over the layer's weight matrices, L the next-token loss (same section). The absolute
-      value is taken of each batch's own gradient, and its mean over batches by their tokens, so that no gradient
-      outlives its layer's backward pass; with one batch it is the paper's.
+    - "taylor": sum of |w dL/dw| over the layer's weight matrices, L the next-token loss (Shortened LLaMA, arXiv
+      2402.02834, section 3.1). The absolute value is taken of each batch's own gradient and averaged over batches,
+      weighted by their tokens, so that no gradient outlives its layer's backward pass; with one batch it is the
+      paper's.
     - "perplexity": of the model without the layer (same section).
     - "kl": mean over tokens of KL(full || without the layer), between the distributions of the next token.
 
     The last two take half a pass for each layer, see `sweep_losses`.
 
     Args:
-        model: a model of a known family, in any wrapper, though for "magnitude" and "taylor" without a PEFT adapter;
-            for "taylor", "perplexity" and "kl" with its language head.
-        data: texts, a dataset, a path or token ids, see `token_batches`, which the next arguments go to too. More
-            decides better: 32,768 tokens is little for "perplexity". Not read for "magnitude".
+        model: a model of a known family, in any wrapper; for "taylor" without a PEFT adapter; for "taylor",
+            "perplexity" and "kl" with its language head.
+        data: texts, a dataset, a path or token ids, see `token_batches`. The more, the better the decision: 32,768
+            tokens is little for "perplexity".
         method: one of `METHODS`.
         tokenizer: turns text into ids; loaded by the model's name if none is given.
         windows: how texts are cut.
@@ -246,9 +245,9 @@ def score_layers(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for an unknown method or `tokens`, for data that is missing or holds no token, for a model without
-            a language head where one is needed, and for weights that are quantized, offloaded or under an adapter
-            where they are read.
+        ValueError: for an unknown method or `tokens`, for data without tokens, for a model without a language head if
+            the method needs one, and for weights that are quantized, offloaded or under an adapter if the method reads
+            them.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     if method not in METHODS:
@@ -257,10 +256,6 @@ def score_layers(
         raise ValueError(f"tokens must be 'last' or 'all', got {tokens!r}")
     stack = text_stack(model)
     name = public_name(stack.model.config.name_or_path or "")
-    if method == "magnitude":
-        return LayerScores(method, _magnitude(stack), name)
-    if data is None:
-        raise ValueError(f"data: method {method!r} is measured on data; give texts, a dataset, a path or token ids")
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     about = batches.describe()
     if method == "block_influence":
@@ -270,10 +265,10 @@ def score_layers(
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
-    scores = torch.tensor(list(without.values()), dtype=torch.float64)
+    scores = torch.tensor([one.mean for one in without.values()], dtype=torch.float64)
     if method == "kl":
         return LayerScores(method, scores, name, about)
-    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
 
 
 # --- the residual stream ----------------------------------------------------------------------------
@@ -292,8 +287,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
         if place:
             assert before is not None
             y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
-            product_BT = (norm_BT * other_BT).clamp_min(torch.finfo(norm_BT.dtype).tiny)
-            distance_BT = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+            distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
             sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
         before = (x_BTD, norm_BT)
 
@@ -309,8 +303,7 @@ def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) ->
 
 def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: bool) -> torch.Tensor:
     stack = text_stack(model)
-    total_PP = torch.zeros(len(stack.layers) + 1, len(stack.layers) + 1, dtype=torch.float64)
-    count = 0
+    angles = BlockAngles(len(stack.layers))
     states: list[torch.Tensor] = []
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
@@ -318,33 +311,23 @@ def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: boo
 
     with eval_mode(model), capture_residual_stream(stack, visit):
         for batch in _track(batches, "angular", progress):
-            picked_BT = batch.attention_mask
-            if tokens == "last":
-                # The last real one: the first True of the mask read backwards, if the row has any.
-                picked_BT = picked_BT & (picked_BT.flip(1).cumsum(1).flip(1) == 1)
+            picked_BT = last_tokens(batch) if tokens == "last" else batch.attention_mask
             states.clear()
             stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            for chunk in range(0, len(states[0]), 512):
-                x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in states], dim=1)
-                x_NPD = F.normalize(x_NPD, dim=-1)
-                total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-                count += len(x_NPD)
-    # From pairs of places (i, i + n) to blocks (i, n).
-    scores_LL = torch.full((len(stack.layers),) * 2, math.nan, dtype=torch.float64)
-    for n in range(1, len(stack.layers) + 1):
-        scores_LL[: len(stack.layers) - n + 1, n - 1] = total_PP.diagonal(n) / _require_tokens(count)
-    return scores_LL
+            angles.add(states)
+    _require_tokens(angles.count)
+    return angles.mean()
 
 
 # --- weights ----------------------------------------------------------------------------------------
 
 
 def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
-    """The weight matrices of each layer; norms and biases are none."""
+    """The weight matrices of each layer, without norms and biases."""
     for name, module in stack.layers.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                "method: 'magnitude' and 'taylor' count a layer's own weights, and this model carries a PEFT adapter "
+                "method: 'taylor' counts a layer's own weights, and this model has a PEFT adapter "
                 f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
             )
     found = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
@@ -352,16 +335,10 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             what = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
             raise ValueError(
-                f"method: 'magnitude' and 'taylor' read the weights, and those of this model are {what}; load it "
+                f"method: 'taylor' reads the weights, and those of this model are {what}; load it "
                 "unquantized and whole, or choose another method"
             )
     return found
-
-
-def _magnitude(stack: Stack) -> torch.Tensor:
-    with torch.no_grad():
-        sums = [sum(upcast(w).abs().sum().cpu().double() for w in layer) for layer in _matrices(stack)]
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in sums])
 
 
 def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
@@ -394,12 +371,8 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
                 if not len(targets_N):
                     continue
                 x_ND = pick_tokens(halves.hidden(batch), picked_BT)
-                # The head's backward goes through a part of the logits at a time, the layers' once through all.
-                leaf_ND = x_ND.detach().requires_grad_()
-                for part in halves.parts(len(leaf_ND)):
-                    # The loss is summed over tokens, so that dividing by their number once gives the mean.
-                    token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum().backward()
-                x_ND.backward(leaf_ND.grad)
+                # The loss is summed over tokens, so that dividing by their number once gives the mean.
+                x_ND.backward(loss_gradient(halves, x_ND, targets_N))
                 count += len(targets_N)
     finally:
         for hook in hooks:
@@ -412,12 +385,13 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
 
 def _require_tokens(count: int) -> int:
     if not count:
-        raise ValueError("data: there is no token to measure on; all are padding, or sequences are too short")
+        raise ValueError("data: no token to measure on: everything is padding, or the sequences are too short")
     return count
 
 
 def _track(batches: TokenBatches, what: str, progress: bool) -> Iterable[Batch]:
-    return logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    tracked: Iterable[Batch] = logging.tqdm(batches, desc=what, disable=not progress, leave=False)
+    return tracked
 
 
 def _number(value: float) -> str:

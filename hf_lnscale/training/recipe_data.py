@@ -1,110 +1,89 @@
-"""What is trained on, and what is held out of it: from the Hub, from files, or from Python itself."""
+"""Data of the recipes: read from the Hub, from files or from Python itself, checked row by row, mixed, and held out."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import itertools
+import json
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, IterableDataset, load_dataset
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
+import pyarrow
+import pyarrow.parquet
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)  # fmt: skip
+from trl.scripts.utils import DatasetConfig
 
+from .._version import __version__
 from ..measuring import sample
-from .arguments import ChatConfig, DataArguments
-from .scripts import recipes_folder
+from .arguments import DataArguments
+from .chats import CHAT_FEATURES, chat_kind, to_chat
 
-# Of a text file, so many lines are one row: rows are what is shuffled and held out.
+# In a folder a text file is one document, unless it is larger than this many bytes. A larger file, and one that is
+# named by itself, is cut into rows of LINES_A_ROW lines: rows are what is shuffled and held out.
+LARGE_FILE = 1 << 20
 LINES_A_ROW = 100
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+
+Row = dict[str, Any]
+Convert = Callable[..., "Row | None"]
+# From the first row of a dataset, where it is, and the columns to read: how to convert a row, and to what.
+Prepare = Callable[[Row, str, "list[str] | None"], tuple[Convert, Features]]
 
 
-def load_text(arguments: DataArguments, column: str, seed: int) -> tuple[Any, Any]:
-    """Text to train on and text that is held out, each with the one column `column`.
+class Split(NamedTuple):
+    """Data to train on and data that is held out."""
+
+    train: Any
+    held_out: Any
+
+
+def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
+    """Loads text to train on and text to evaluate on, each with the single column `column`.
 
     Raises:
-        ValueError: if there is no such column, no text in it, or no row; the message names the dataset and what it has.
+        ValueError: if there is no such column, no text in it, or no row; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
-    if arguments.dataset_name is None:
-        embedded = Dataset.from_dict({column: sample.documents()})
-        return _held_out(arguments, embedded, seed, lambda data, name: data)
 
-    def only_text(data: Any, name: str) -> Any:
-        if column not in (has := _first_row(data, name)):
-            raise ValueError(f"dataset_text_field: {name!r} has no column {column!r}; it has {', '.join(has)}")
-        if not isinstance(has[column], (str, type(None))):
-            raise ValueError(
-                f"dataset_text_field: column {column!r} of {name!r} holds {has[column]!r}, which is no text"
-            )
-        data = data.filter(_has_text, input_columns=column, batched=True)  # the rest would be rows of nothing but EOS
-        # Any other column could make TRL take the rows for something else than text.
-        return data.select_columns([column])
+    def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
+        source = columns[0] if columns and column not in columns else column
+        return partial(_to_text, source=source, column=column), Features({column: Value("string")})
 
-    return _held_out(arguments, _load(arguments, arguments.dataset_train_split), seed, only_text)
+    return _load_split(arguments, seed, prepare, lambda: Dataset.from_dict({column: sample.documents()}))
 
 
-def load_conversations(arguments: DataArguments, seed: int) -> tuple[Any, Any]:
-    """Chats (`messages`), or prompts with completions, to train on and held out.
+def load_conversations(arguments: DataArguments, seed: int) -> Split:
+    """Loads chats, or prompts with completions, to train on and to evaluate on.
 
     Raises:
-        ValueError: if there are no such columns, or no row; the message names the dataset and what it has.
+        ValueError: if a row is neither, or there is no row; the message names the row and what is missing.
         FileNotFoundError: if a path does not exist.
     """
-    if arguments.dataset_name is None:
-        return _held_out(arguments, Dataset.from_list(sample.conversations()), seed, lambda data, name: data)
 
-    def only_conversations(data: Any, name: str) -> Any:
-        has = list(_first_row(data, name))
-        for wanted in (["messages"], ["prompt", "completion"], ["conversations"]):
-            if set(wanted) <= set(has):
-                return data.select_columns(wanted + [more for more in ("tools", "chat_template_kwargs") if more in has])
-        raise ValueError(
-            f"dataset_name: {name!r} has columns {', '.join(has)}; sft.py reads 'messages', or 'prompt' and "
-            "'completion'" + ("; for raw text there is continue_pretrain.py" if "text" in has else "")
-        )
+    def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
+        kind = chat_kind(first, where, columns)
+        return partial(to_chat, kind=kind, columns=columns), CHAT_FEATURES[kind]
 
-    return _held_out(arguments, _load(arguments, arguments.dataset_train_split), seed, only_conversations)
-
-
-def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
-    """Settles for the data which chat template there is, and whether only the assistant's answers are learned.
-
-    Raises:
-        ValueError: if the data is a chat and there is no template for it, or one that does not mark the answers.
-    """
-    if training.chat_template_path == "chatml":
-        training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
-    row = next(iter(train))
-    if training.assistant_only_loss is None:
-        training.assistant_only_loss = "prompt" not in row and not isinstance(row.get("text"), str)
-    if not is_conversational(row) and "conversations" not in row:
-        return
-    path = training.chat_template_path
-    advice = "name one with --chat_template_path: chatml, a .jinja file, or the tokenizer of a chat model"
-    if path is None:
-        template = tokenizer.chat_template
-        if not template:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; {advice}")
-    elif path.endswith((".jinja", ".j2")):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"chat_template_path: there is no file {path!r}")
-        template = tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-    else:
-        return
-    if training.assistant_only_loss and not has_generation_markers(template):
-        try:
-            get_training_chat_template(tokenizer)
-        except ValueError:
-            raise ValueError(
-                f"the chat template of {path or tokenizer.name_or_path!r} does not say which tokens are the "
-                f"assistant's; {advice}, or learn all tokens with --assistant_only_loss false"
-            ) from None
+    return _load_split(arguments, seed, prepare, lambda: Dataset.from_list(sample.conversations()))
 
 
 def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterable[str]:
-    """The texts of a dataset from its start, as many as fit: enough to train a tokenizer on."""
+    """Yields texts from the start of a dataset until they hold so many characters: enough to train a tokenizer on."""
     for row in data:
         if characters <= 0:
             return
@@ -112,93 +91,237 @@ def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterabl
         characters -= len(row[column])
 
 
-def _held_out(arguments: DataArguments, train: Any, seed: int, only: Any) -> tuple[Any, Any]:
-    """Picks the columns, and what to evaluate on: other data, a split, or rows that are taken out of training."""
-    name = arguments.dataset_name or "the text that comes with Python"
-    if arguments.eval_samples < 1:
-        raise ValueError(f"eval_samples must be at least 1, got {arguments.eval_samples}")
-    train = only(train, name)
-    other = arguments.eval_dataset_name
-    if other or (arguments.dataset_test_split and _has_splits(arguments)):
-        split = arguments.dataset_test_split or "train"
-        evaluation = only(_load(arguments, split, other), other or f"{name}, split {split}")
-        return train, _first(evaluation, arguments.eval_samples)
+def _to_text(row: Row, where: str, source: str, column: str) -> Row | None:
+    """The text of a row; None where it is empty, since the row would be nothing but an end of text."""
+    if source not in row:
+        raise ValueError(f"dataset_text_field: {where} has no column {source!r}; it has {', '.join(map(str, row))}")
+    text = row[source]
+    if not isinstance(text, (str, type(None))):
+        raise ValueError(f"dataset_text_field: column {source!r} of {where} holds {text!r}, which is not text")
+    return {column: text} if text else None
+
+
+def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python: Callable[[], Dataset]) -> Split:
+    """Loads one dataset or a mixture, and what to evaluate on: other data, a split, or rows taken out of training."""
+    name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
+    parts = arguments.datasets
+    if name:
+        parts = [DatasetConfig(name, arguments.dataset_config, split=arguments.dataset_train_split)]
+    shown = ", ".join(repr(part.path) for part in parts) or "the text that comes with Python"
+    train = _mixture(parts, arguments.streaming, prepare, test if name else None, seed) if parts else in_python()
+    if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
+        configuration = arguments.dataset_config if other == name else None
+        part = DatasetConfig(other, configuration, split=test or "train")
+        return Split(train, _first(_load(part, arguments.streaming, prepare), wanted))
     if isinstance(train, IterableDataset):
-        rest = train.skip(arguments.eval_samples)
+        rest = train.skip(wanted)
         if next(iter(rest), None) is None:
             raise ValueError(
-                f"eval_samples: the first {arguments.eval_samples} rows of {name!r} are held out, and no other is left "
-                "to train on; lower --eval_samples, or do not stream"
+                f"eval_samples: the first {wanted} rows of {shown} are held out, and no other is left to train on; "
+                "lower --eval_samples, or do not stream"
             )
-        return rest, _first(train, arguments.eval_samples)
+        return Split(rest, _first(train, wanted))
     if len(train) < 2:
         raise ValueError(
-            f"dataset_name: {name!r} has a single row, of which none can be held out to evaluate on; name other data "
+            f"dataset_name: {shown} has a single row, of which none can be held out to evaluate on; name other data "
             "with --eval_dataset_name"
         )
-    held_out = min(arguments.eval_samples, max(1, len(train) // 10))
-    parts = train.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+    both = train.train_test_split(test_size=min(wanted, max(1, len(train) // 10)), seed=seed)
+    return Split(both["train"], both["test"])
 
 
-def _has_text(texts: list[str | None]) -> list[bool]:
-    return [bool(text) for text in texts]
+def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test: str | None, seed: int) -> Any:
+    """Joins datasets, or draws rows from them by their fractions until one is used up: no row is drawn twice."""
+    loaded = [_load(part, streaming, prepare, test) for part in parts]
+    if len({tuple(data.features) for data in loaded}) > 1:
+        kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
+        raise ValueError(f"datasets: all must be of one kind; {'; '.join(kinds)}")
+    if all(part.fraction is None for part in parts):
+        return concatenate_datasets(loaded)
+    fractions = [part.fraction or 0.0 for part in parts]
+    if min(fractions) <= 0:
+        raise ValueError(f"datasets: fraction must be positive for all or given for none, got {fractions}")
+    shares = [fraction / sum(fractions) for fraction in fractions]
+    return interleave_datasets(loaded, shares, seed=seed, stopping_strategy="first_exhausted")
 
 
 def _first(data: Any, rows: int) -> Dataset:
-    """The first rows, in memory: of a stream, Trainer could not tell which of the last ones it has seen twice."""
+    """The first rows, in memory: with a stream, Trainer could not tell which of the last ones it has seen twice."""
     if isinstance(data, IterableDataset):
         return Dataset.from_list(list(data.take(rows)), features=data.features)
     return data.select(range(min(rows, len(data))))
 
 
-def _has_splits(arguments: DataArguments) -> bool:
-    """Whether there is a split to evaluate on. A file has none; of a folder, files of its name or in a folder of it."""
-    path, split = Path(arguments.dataset_name or ""), arguments.dataset_test_split
-    assert split is not None
-    return not path.exists() or (path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*")))
+def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | None = None) -> Any:
+    """Loads one dataset with its rows converted.
+
+    Args:
+        part: path or name, split, columns.
+        streaming: whether to read it during training.
+        prepare: see `Prepare`.
+        test: name of the split to evaluate on, whose files are left out.
+    """
+    path, name = Path(part.path), repr(part.path)
+    if path.exists() and not _is_saved(path):
+        files = _files(path, part.split, test)
+        where, first = next(itertools.chain.from_iterable(map(_read, files)), ("", None))
+        if first is None:
+            raise ValueError(f"dataset_name: {name} is empty")
+        convert, features = prepare(first, where, part.columns)
+        make = IterableDataset.from_generator if streaming else Dataset.from_generator
+        # The version is part of the cache's key: another release may convert rows differently.
+        data = make(_rows, gen_kwargs={"files": files, "convert": convert, "version": __version__}, features=features)
+    else:
+        if path.suffix in SUFFIXES or (part.path.startswith((".", "/")) and not path.exists()):
+            raise FileNotFoundError(f"dataset_name: there is no file {name}")
+        raw = _load_saved(path, part.split, streaming) if path.exists() else load_dataset(
+            part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, split=part.split,
+            streaming=streaming,
+        )  # fmt: skip
+        first = next(iter(raw), None)
+        if first is None:
+            raise ValueError(f"dataset_name: {name} is empty")
+        convert, features = prepare(first, f"row 1 of {name}", part.columns)
+        data = raw.map(
+            _convert_batch, batched=True, with_indices=True, remove_columns=list(first), features=features,
+            fn_kwargs={"convert": convert, "name": name, "columns": list(features), "version": __version__},
+        )  # fmt: skip
+    if next(iter(data), None) is None:
+        raise ValueError(f"dataset_name: {name} has no row with text")
+    return data
+
+
+def _convert_batch(batch: dict[str, list[Any]], indices: list[int], convert: Convert, name: str, columns: list[str],
+                   version: str) -> dict[str, list[Any]]:  # fmt: skip
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    found = (convert(row, f"row {index + 1} of {name}") for index, row in zip(indices, rows, strict=True))
+    kept = [row for row in found if row is not None]
+    return {column: [row[column] for row in kept] for column in columns}
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    """A file to read. Size and time of change are part of the cache's key."""
+
+    path: str
+    size: int
+    changed: int
+    whole: bool  # one of a folder: a text file is then one document
+
+
+def _kind(path: Path) -> str | None:
+    return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _files(path: Path, split: str, test: str | None) -> list[_File]:
+    """The files of a split: those named after it or in a folder of its name, else all that are not of the test split.
+
+    Raises:
+        ValueError: if they are of no kind that can be read, of several kinds, or all empty.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
+    if path.is_dir():
+        files = [file for file in files if _is_of(file, path, split)] or [
+            file for file in files if test is None or not _is_of(file, path, test)
+        ]
+    kinds = {_kind(file) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        what = "mixes, or is not one of," if kinds else "holds none of"
+        raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"dataset_name: {str(path)!r} is empty")
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [_File(str(file), stat.st_size, stat.st_mtime_ns, path.is_dir()) for file, stat in stats]
 
 
 def _is_of(file: Path, folder: Path, split: str) -> bool:
     named = re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem) is not None
-    return file.suffix in BUILDERS and (named or split in file.relative_to(folder).parts[:-1])
+    return _kind(file) is not None and (named or split in file.relative_to(folder).parts[:-1])
 
 
-def _load(arguments: DataArguments, split: str, name: str | None = None) -> Any:
-    given = name or arguments.dataset_name
-    assert given is not None
-    path = Path(given)
-    if not path.exists():
-        if path.suffix in BUILDERS or given.startswith((".", "/")):
-            raise FileNotFoundError(f"dataset_name: there is no file {given!r}")
-        configuration = None if name else arguments.dataset_config
-        return load_dataset(given, configuration, split=split, streaming=arguments.dataset_streaming)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
-    if name is None and path.is_dir():
-        test = arguments.dataset_test_split if split == arguments.dataset_train_split else None
-        files = [file for file in files if _is_of(file, path, split)] or [
-            file for file in files if test is None or not _is_of(file, path, test)
-        ]
-    kinds = {BUILDERS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        what = "holds none of" if not kinds else "mixes, or is not one of,"
-        raise ValueError(f"dataset_name: {given!r} {what} {', '.join(BUILDERS)}")
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"dataset_name: {given!r} is empty")
-    (kind,) = kinds
-    paths = [str(file.resolve()) for file in files]
-    data = load_dataset(str(kind), data_files={split: paths}, split=split, streaming=arguments.dataset_streaming)
-    if kind == "text":
-        data = data.map(_join_lines, batched=True, batch_size=LINES_A_ROW)
-    return data
+def _has_split(path: Path, split: str) -> bool:
+    """Whether there is such a split: never in a file; in a folder, if files or a folder have its name."""
+    if _is_saved(path):
+        return (path / split).is_dir()
+    return not path.exists() or (path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*")))
 
 
-def _join_lines(rows: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {"text": ["\n".join(rows["text"])]}
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _first_row(data: Any, name: str) -> dict[str, Any]:
-    first = next(iter(data), None)
-    if first is None:
-        raise ValueError(f"dataset_name: {name!r} is empty")
-    return first
+def _load_saved(path: Path, split: str, streaming: bool) -> Any:
+    """Loads what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    data = load_from_disk(str(path))
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise ValueError(f"dataset_name: {str(path)!r} has no split {split!r}; it has {', '.join(data)}")
+        data = data[split]
+    return data.to_iterable_dataset() if streaming else data
+
+
+def _rows(files: list[_File], convert: Convert, version: str) -> Iterator[Row]:
+    for file in files:
+        for where, row in _read(file):
+            if (converted := convert(row, where)) is not None:
+                yield converted
+
+
+def _read(file: _File) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of a file, each with the words that say where it is.
+
+    Raises:
+        ValueError: if the file, or a row, cannot be read; the message names it.
+    """
+    path = Path(file.path)
+    kind, name = _kind(path), repr(path.name)
+    try:
+        if kind == "parquet":
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
+            return
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as lines:
+            if kind == "csv":
+                csv.field_size_limit(sys.maxsize)
+                reader = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
+                yield from ((f"row {number} of {name}", row) for number, row in enumerate(reader, 1))
+            elif kind == "json":
+                yield from _read_json(lines, name, ".json" in path.suffixes)
+            elif file.whole and file.size <= LARGE_FILE:
+                yield name, {"text": lines.read()}
+            else:
+                while block := "".join(itertools.islice(lines, LINES_A_ROW)):
+                    yield name, {"text": block.removesuffix("\n")}
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"dataset_name: cannot read {name}: {error}") from None
+
+
+def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of JSON lines, or of a file that is one list of objects."""
+    rows: Iterable[tuple[str, Any]] = ((f"line {number} of {name}", line) for number, line in enumerate(lines, 1))
+    if may_be_list and (text := lines.read()).lstrip()[:1] == "[":
+        rows = ((f"row {number} of {name}", row) for number, row in enumerate(_parse(text, name), 1))
+    elif may_be_list:
+        rows = ((f"line {number} of {name}", line) for number, line in enumerate(text.splitlines(), 1))
+    for where, row in rows:
+        if isinstance(row, str):
+            if not row.strip():
+                continue
+            row = _parse(row, where)
+        if not isinstance(row, dict):
+            raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
+        yield where, row
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except ValueError as error:
+        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None

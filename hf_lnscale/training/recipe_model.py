@@ -1,4 +1,4 @@
-"""Checkpoints, as recipes load them."""
+"""Checkpoints, as the recipes load them."""
 
 from __future__ import annotations
 
@@ -9,69 +9,76 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
-from trl import ModelConfig, SFTConfig, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints.names import locate
-from ..core.families import family_of, text_config
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.families import family_of
+from ..core.record import get_ln_scaling, record
 from ..core.warnings import warn
-from .arguments import DepthArguments, WarmupArguments, layers_of
+from .arguments import DepthArguments, RecipeConfig, WarmupArguments
 
 
-def load(
-    model: ModelConfig, training: SFTConfig, depth: DepthArguments, warmup: WarmupArguments | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """The checkpoint to train, and its tokenizer.
-
-    Args:
-        model: which checkpoint, in which dtype, quantized or not.
-        training: whether its own code is trusted.
-        depth: the layers to leave out.
-        warmup: whether a Pre-LN checkpoint is to be led over to LayerNorm Scaling. It is loaded with the scale at the
-            start of its warmup, where it does nothing yet.
+def load_tokenizer(model: ModelConfig, training: RecipeConfig) -> Any:
+    """Loads the tokenizer of the checkpoint to train, once its name and its family are known to be right.
 
     Raises:
-        ValueError: if there is no checkpoint of that name, or layers do not exist.
-        UnsupportedArchitectureError: if its family is not in the table; before any weight is read.
+        ValueError: if there is no checkpoint of that name, or it is an adapter.
+        UnsupportedArchitectureError: if its family is not in the table.
     """
     name = model.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"model_name_or_path: there is no folder {name!r}")
-    locate(name)  # what it refuses
-    common = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **common)
-    family_of(config)
-    kwargs: dict[str, Any] = {"drop_layers": layers_of(depth.drop_layers)}
-    if warmup is not None and warmup.ln_scaling and not get_ln_scaling(config):
+    locate(name)  # refuses adapters
+    family_of(_config(model, training))
+    return AutoTokenizer.from_pretrained(name, **_common(model, training))
+
+
+def load_model(
+    model: ModelConfig, training: RecipeConfig, depth: DepthArguments, warmup: WarmupArguments | None = None
+) -> PreTrainedModel:
+    """Loads the checkpoint to train.
+
+    Args:
+        model: name, dtype and quantization of the checkpoint.
+        training: whether its own code is trusted.
+        depth: the layers to leave out.
+        warmup: whether to convert a Pre-LN checkpoint to LayerNorm Scaling. It is loaded with the scale at the start
+            of its warmup, where it has no effect yet.
+
+    Raises:
+        ValueError: if layers do not exist, or for quantized weights without an adapter.
+    """
+    name = model.model_name_or_path
+    kwargs: dict[str, Any] = {"drop_layers": depth.layers()}
+    if warmup is not None and warmup.ln_scaling and not get_ln_scaling(_config(model, training)):
         kwargs["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
         warn(
-            f"ln_scaling: {name!r} was trained without it. Where we measured it, a model that was led over ended worse "
-            "than one that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
+            f"ln_scaling: {name!r} was trained without it. In our measurements a converted model ended worse than one "
+            "that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, **common)
     quantization = get_quantization_config(model)
     if quantization is not None:
         if not model.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
         kwargs["quantization_config"] = quantization
         if model.load_in_4bit and not torch.accelerator.is_available():
-            # On a CPU, bitsandbytes repacks 4-bit weights when a model is evaluated, and lets no gradient through then.
+            # On a CPU, bitsandbytes repacks 4-bit weights when a model is evaluated; no gradient passes them then.
             print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
-    loaded = AutoModelForCausalLM.from_pretrained(
-        name,
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(name),
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
-        **common,
+        **_common(model, training),
         **kwargs,
     )
-    return loaded, tokenizer
+    return loaded
 
 
 def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
-    """A model to learn from: whole in every process, however the one that is trained is sharded.
+    """Loads a model to learn from: whole in every process, however the student is sharded.
 
     Args:
         name: folder, or name on the Hub.
@@ -79,11 +86,11 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
         tokenizer: the student's.
 
     Raises:
-        ValueError: if the teacher's tokenizer is another one; under DeepSpeed ZeRO-3, which takes every model apart
+        ValueError: if the teacher's tokenizer is another one, and under DeepSpeed ZeRO-3, which shards every model
             that is loaded.
     """
     if is_deepspeed_zero3_enabled():
-        raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would take the teacher apart; use ZeRO-2 or FSDP2")
+        raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would shard the teacher; use ZeRO-2 or FSDP2")
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):  # a folder without one
@@ -91,19 +98,28 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
     if vocabulary != tokenizer.get_vocab():
         raise ValueError(
             f"teacher: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
-            f"{len(tokenizer)}; they must be one"
+            f"{len(tokenizer)}; they must be the same"
         )
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return teacher
 
 
-def require_pruned(model: PreTrainedModel) -> None:
-    """Refuses a model of which nothing was dropped: there would be nothing to heal.
+def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArguments) -> None:
+    """Refuses a checkpoint that has all its layers and is to keep them: there would be nothing to heal.
 
     Raises:
-        ValueError: if its configuration notes no dropped layers.
+        ValueError: if nothing was or is to be dropped.
     """
-    if not vars(text_config(model.config)).get(DROPPED):
+    if not depth.layers() and record(_config(model, training)).dropped is None:
         raise ValueError(
-            f"{model.config.name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
+            f"{model.model_name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
             "hf-lnscale prune wrote"
         )
+
+
+def _common(model: ModelConfig, training: RecipeConfig) -> dict[str, Any]:
+    return {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+
+
+def _config(model: ModelConfig, training: RecipeConfig) -> Any:
+    return AutoConfig.from_pretrained(str(model.model_name_or_path), **_common(model, training))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -19,25 +19,64 @@ import torch
 import torch.distributed as dist
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)  # fmt: skip
 
-from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..checkpoints.folders import public_command
+from ..core.record import record
 from ..core.stack import text_stack
-from .arguments import RecipeConfig
+from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
 from .run_report import write_report
-from .scripts import command
+from .samples import SamplesCallback
+from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
-# What makes two runs the same, besides what the recipe's own arguments say: not how, where and how often it computes
+# Two runs with these alike, and the recipe's own arguments, are the same run: not how, where and how often it computes
 # and writes, nor how long it goes on.
 _IDENTITY = (
     "seed", "max_length", "packing", "packing_strategy", "dataset_text_field", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "loss_type", "assistant_only_loss",
     "completion_only_loss", "chat_template_path", "eos_token",
 )  # fmt: skip
+
+
+def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | None = None) -> None:
+    """Parses the command line and runs a recipe's `main` with it.
+
+    Before training starts, an error of the user's is one line on stderr and exit code 1. Any other error, and every
+    error during training, shows its traceback.
+
+    Args:
+        parser: made by the recipe's `make_parser`.
+        main: takes the parsed dataclasses, the training arguments last.
+        words: of the command line; by default those of this process.
+    """
+    words = sys.argv[1:] if words is None else words
+    training: RecipeConfig | None = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # from one library to another; nothing a user can act on
+            arguments = parser.parse_args_and_config(words)
+            training = arguments[-1]
+            training.command = [*shlex.split(parser.prog), *words]
+            main(*arguments)
+    except (ValueError, OSError, ImportError, DatasetsError, TemplateError) as error:
+        if training is not None and training.begun:
+            raise
+        shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+        # An error may be that of one machine alone.
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
+        print(f"{rank}{parser.recipe}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 class Run:
@@ -51,6 +90,7 @@ class Run:
     Raises:
         FileExistsError: if the folder holds another run, or this one and it is not to be resumed.
         FileNotFoundError: if the checkpoint to resume does not exist.
+        SystemExit: with code 0, if the run to resume is finished.
     """
 
     def __init__(self, recipe: str, training: RecipeConfig, *told: Any) -> None:
@@ -77,11 +117,9 @@ class Run:
         wanted = None if str(wanted).lower() in ("none", "false", "") else wanted
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            if not (self.folder / RUN_FILE).is_file():
-                raise FileExistsError(
-                    f"{shown} is not empty, and no run of a recipe made it; choose another --output_dir"
-                )
-            there = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))["identity"]
+            there = _read(self.folder / RUN_FILE).get("identity")
+            if there is None:
+                raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
             for key in {**there, **self.identity}:
                 if there.get(key) != self.identity.get(key):
                     raise FileExistsError(
@@ -90,84 +128,113 @@ class Run:
                     )
             if wanted is None:
                 raise FileExistsError(
-                    f"{shown} holds this run already; go on with it with --resume_from_checkpoint true, or choose "
+                    f"{shown} holds this run already; continue it with --resume_from_checkpoint true, or choose "
                     "another --output_dir"
                 )
         if wanted is None:
             return None
         if str(wanted).lower() in ("true", "1", "latest", "auto"):
+            self._leave_if_finished()
             return self._last_checkpoint()
         if not Path(str(wanted)).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
-        if not (Path(str(wanted)) / "trainer_state.json").is_file():
+        if not _read(Path(str(wanted)) / "trainer_state.json"):
             raise FileNotFoundError(
-                f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: no checkpoint of a run, or not complete"
+                f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: not a checkpoint, or not complete"
             )
         return str(wanted)
+
+    def _leave_if_finished(self) -> None:
+        metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
+        same = metrics.get("length") == [length, self.training.num_train_epochs]
+        if not metrics or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= metrics["steps"]):
+            return
+        if self.training.process_index == 0:
+            print(
+                f"{self.recipe}: the run in {self.folder} is finished, after step {metrics['steps']}; to train for "
+                "longer, raise --max_steps or --num_train_epochs"
+            )
+        raise SystemExit(0)
 
     def _last_checkpoint(self) -> str | None:
         """The last one that is complete: Trainer writes its state last, and may have been killed before."""
         found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-            try:
-                resumed_step(path)
+            if "global_step" in _read(path / "trainer_state.json"):
                 return str(path)
-            except (OSError, ValueError, KeyError):
-                if self.training.process_index == 0:
-                    print(f"{path} is not complete, and is left out", file=sys.stderr)
+            if self.training.process_index == 0:
+                print(f"{path} is not complete and is skipped", file=sys.stderr)
         return None
 
     def begin(self) -> None:
-        """Marks the folder as this run's, once all that was asked for is known to be right."""
+        """Marks the folder as this run's, once nothing is left that could be refused."""
         if self.training.process_index == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"identity": self.identity, "command": command()}, indent=2)
+            text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
             (self.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
         self.training.distributed_state.wait_for_everyone()
+        self.training.begun = True
 
-    def train(self, trainer: Trainer) -> dict[str, Any]:
+    def train(self, trainer: RecipeTrainer) -> dict[str, Any]:
         """Trains to the end and writes the model, its card, `metrics.json` and the plots.
 
         Returns:
-            What `metrics.json` holds.
+            The contents of `metrics.json`.
 
         Raises:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
         """
+        arguments, resumed = trainer.args, self.checkpoint
+        state = _read(Path(resumed) / "trainer_state.json") if resumed else {}
+        since = state.get("global_step", -1)
+        # A run that was killed between its last step and its report has nothing left to train.
+        longer = arguments.max_steps <= 0 and arguments.num_train_epochs > state.get("num_train_epochs", 0)
+        trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
+        if trained and arguments.load_best_model_at_end:
+            resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
-        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(trainer.model).model.config))  # type: ignore[arg-type]
+        model: Any = trainer.model
+        scaling = record(text_stack(model).model.config).active
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
-        trainer.add_callback(_Begin(self))
+        if self.training.early_stopping_patience:
+            trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
+        if self.training.num_samples:
+            trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
+        trainer.add_callback(_Begin(self, trained))
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
             trainer.add_callback(progress)
         trainer.add_callback(stop)
-        # Of padding-free batches no mask says what is padding, as none is; of others it does.
-        trainer.args.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
-        trainer.args.eval_on_start &= self.checkpoint is None
-        since = resumed_step(self.checkpoint) if self.checkpoint else -1
+        # Batches without padding have no mask that says what is padding.
+        arguments.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
+        arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
+            trainer.train(resume_from_checkpoint=resumed)
+        except _AlreadyTrained:
+            pass
         finally:
             stop.restore()
         seconds = time.perf_counter() - started
         if stop.stopped and stop.signal is not None:
             self._leave(trainer, stop.signal)
-        return write_report(self.recipe, trainer, self.identity, command(public=True), self.checkpoint, since, seconds)
+        command = public_command(self.training.command)
+        before = since, state.get("num_input_tokens_seen", 0)
+        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
 
-    def _leave(self, trainer: Trainer, number: int) -> None:
+    def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
-            again = command().replace(" --resume_from_checkpoint true", "") + " --resume_from_checkpoint true"
+            again = shlex.join(self.training.command).replace(" --resume_from_checkpoint true", "")
+            again += " --resume_from_checkpoint true"
             if trainer.args.world_size > 1:
                 again = f"start it as before, with --resume_from_checkpoint true: ... {again.removeprefix('python ')}"
             print(
                 f"{self.recipe}: stopped by {signal.Signals(number).name} after step {step}; saved in "
-                f"{self.folder / f'checkpoint-{step}'}. To go on: {again}",
+                f"{self.folder / f'checkpoint-{step}'}. To continue: {again}",
                 file=sys.stderr,
             )
         if dist.is_available() and dist.is_initialized():
@@ -175,26 +242,35 @@ class Run:
         raise SystemExit(128 + number)
 
 
-def resumed_step(checkpoint: str | os.PathLike) -> int:
-    """The step that a checkpoint of Trainer was written after."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class _AlreadyTrained(Exception):
+    """Leaves `Trainer.train` with the checkpoint loaded and no step taken."""
 
 
 class _Begin(TrainerCallback):
-    """Marks the folder when nothing is left that could be refused: after the other callbacks have had their say."""
+    """Marks the folder after the other callbacks have had the chance to refuse the run."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, trained: bool) -> None:
+        self.run, self.trained = run, trained
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.run.begin()
-        _State.training = True
+        if self.trained:
+            raise _AlreadyTrained
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM: saves at the end of the step and stops there, in all processes at once.
+    """Saves and stops at the end of the step on SIGINT or SIGTERM, in all processes at once.
 
     Pressed twice, Ctrl-C stops at once and saves nothing.
     """
@@ -226,36 +302,3 @@ class StopOnSignal(TrainerCallback):
         if self.signal is not None:
             self.stopped = control.should_save = control.should_training_stop = True
         return control
-
-
-class _State:
-    """Whether training has begun: from then on an error is no longer the user's, and its traceback is shown."""
-
-    training = False
-
-
-def script(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes a recipe's `main` fail with one line, and exit code 1, for what is wrong before training starts.
-
-    Of what no user could have meant, as of errors while training, the traceback is shown.
-    """
-
-    @functools.wraps(main)
-    def run() -> Any:
-        _State.training = False
-        # Of the libraries to one another: nothing that whoever runs a recipe could act on.
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            return main()
-        except (ValueError, OSError, ImportError, DatasetsError, TemplateError) as error:
-            if _State.training:
-                raise
-            shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-            lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
-            # What is wrong may be wrong on one machine alone.
-            rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
-            name = Path(sys.argv[0]).stem.split()[-1]
-            print(f"{rank}{name}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
-            raise SystemExit(1) from None
-
-    return run

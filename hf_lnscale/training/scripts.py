@@ -1,17 +1,13 @@
-"""Where the recipes are, and how `hf-lnscale train` starts them. Needs nothing that they need."""
+"""Finds the recipes and starts them for `hf-lnscale train`. Imports nothing that they need."""
 
 from __future__ import annotations
 
-import runpy
-import shlex
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-
-from ..checkpoints.folders import public_command
+from types import ModuleType
 
 RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft", "heal": "heal"}
-_started_as: list[str] = []  # how, where it was not as a script
 
 
 def recipes_folder() -> Path:
@@ -24,7 +20,7 @@ def find_config(recipe: str, name: str) -> Path:
     """The path of a config: a file, or the name of one that comes with the recipe.
 
     Raises:
-        FileNotFoundError: if it is neither; the message names those that there are.
+        FileNotFoundError: if it is neither; the message lists the configs of the recipe.
     """
     own = recipes_folder() / "configs" / recipe
     for path in (Path(name), own / f"{name}.yaml"):
@@ -34,8 +30,21 @@ def find_config(recipe: str, name: str) -> Path:
     raise FileNotFoundError(f"--config: there is no file {name!r}; those that come with {recipe} are {known}")
 
 
+def import_recipe(script: str) -> ModuleType:
+    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, from the package or from a checkout."""
+    name = f"hf_lnscale.recipes.{script}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, recipes_folder() / f"{script}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
 def start(recipe: str, words: list[str]) -> None:
-    """Runs the script of a recipe in this process, as `python recipes/RECIPE.py WORDS` does.
+    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does.
 
     Raises:
         ValueError: if there is no such recipe.
@@ -46,16 +55,7 @@ def start(recipe: str, words: list[str]) -> None:
     for package in ("trl", "peft", "accelerate", "datasets"):
         if find_spec(package) is None:
             raise ImportError(f"training needs {package}: pip install 'hf-lnscale[train]'")
-    before, sys.argv = sys.argv, ["hf-lnscale", *words]
-    _started_as[:] = ["hf-lnscale", "train", recipe]
-    try:
-        runpy.run_path(str(recipes_folder() / f"{RECIPES[recipe]}.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-        _started_as.clear()
+    from .recipe_run import launch
 
-
-def command(public: bool = False) -> str:
-    """The command line that this process was started with; to show to others, without where its paths lie."""
-    words = [*(_started_as or ["python", sys.argv[0]]), *sys.argv[1:]]
-    return public_command(words) if public else shlex.join(words)
+    module = import_recipe(RECIPES[recipe])
+    launch(module.make_parser(f"hf-lnscale train {recipe}"), module.main, words)

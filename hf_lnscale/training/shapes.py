@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # Not of the paper: as deep as its smallest, for a run of a minute.
+    # Not in the paper: as deep as its smallest, for a run of a minute.
     "demo": Shape(128, 344, 4, 12, 1e-3),
     "130M": Shape(768, 2048, 12, 12, 1e-3),
     "250M": Shape(768, 2560, 16, 24, 1e-3),
@@ -29,35 +29,30 @@ SHAPES = {
     "7B": Shape(4096, 11008, 32, 32, 5e-4),
 }
 SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-)
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim",
+)  # fmt: skip
 
 
 def new_config(
     tokenizer: Any, *, family: str, shape: str, config_name: str | None, max_length: int, sizes: dict[str, int | None]
 ) -> PreTrainedConfig:
-    """The configuration of a model to train from scratch.
+    """Makes the configuration of a model to train from scratch.
 
     Args:
         tokenizer: gives the vocabulary and the special tokens.
         family: a `model_type`, such as "llama" or "qwen3".
         shape: a key of `SHAPES`.
-        config_name: folder or name on the Hub to take the configuration from instead, vocabulary and all.
-        max_length: tokens that the model must be able to read, at the least.
-        sizes: any of `SIZES`, each in place of the shape's or of the configuration's own; None leaves it.
+        config_name: folder or name on the Hub to take the configuration from instead, including its vocabulary.
+        max_length: tokens that the model must at least be able to read.
+        sizes: any of `SIZES`, overriding the shape's or the configuration's own; None leaves it.
 
     Raises:
-        ValueError: for a shape or size that does not exist or does not go together; the message says what is valid.
+        ValueError: for a shape or size that does not exist or does not fit the others; the message says what is valid.
         UnsupportedArchitectureError: if the family is not in the table.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
     if config_name is not None:
-        config = AutoConfig.from_pretrained(config_name, **given)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(config_name, **given)
         family_of(config)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
@@ -71,25 +66,20 @@ def new_config(
         raise ValueError(f"family must be one of {', '.join(name for name in FAMILIES if name in CONFIG_MAPPING)}, "
                          f"got {family!r}; for models inside others, give --config_name")  # fmt: skip
     numbers = SHAPES[shape]._asdict()
-    numbers.pop("learning_rate")
+    del numbers["learning_rate"]
     numbers |= given
-    numbers.setdefault("num_key_value_heads", numbers["num_attention_heads"])
-    numbers.setdefault("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])
-    if "head_dim" not in given and numbers["hidden_size"] % numbers["num_attention_heads"]:
-        raise ValueError(
-            f"hidden_size {numbers['hidden_size']} is not a multiple of num_attention_heads "
-            f"{numbers['num_attention_heads']}; give --head_dim"
-        )
-    if numbers["num_attention_heads"] % numbers["num_key_value_heads"]:
-        raise ValueError(
-            f"num_attention_heads {numbers['num_attention_heads']} is not a multiple of num_key_value_heads "
-            f"{numbers['num_key_value_heads']}"
-        )
+    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
+    kv_heads = numbers.setdefault("num_key_value_heads", heads)
+    numbers.setdefault("head_dim", hidden // heads)
+    if "head_dim" not in given and hidden % heads:
+        raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give --head_dim")
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     end = tokenizer.eos_token_id
-    made: Any = CONFIG_MAPPING[family]
-    return made(
+    family_config: Any = CONFIG_MAPPING[family]
+    made: PreTrainedConfig = family_config(
         vocab_size=len(tokenizer),
-        # What it is trained on: whoever measures it takes no longer windows than it has positions.
+        # The training length: whoever measures the model takes no longer windows than it has positions.
         max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         eos_token_id=end,
@@ -97,3 +87,4 @@ def new_config(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
         **numbers,
     )
+    return made

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an evaluation loss that counts tokens, and one that learns from a teacher's logits.
+"""TRL's SFTTrainer with an evaluation loss over tokens, and one that learns from a teacher's logits.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
 """
@@ -9,20 +9,28 @@ import types
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+# From trl 1.16 on, the model's forward gives the log-probability of every token, and there is a kernel for divergences.
+if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer, but that `eval_loss` is the mean over all predicted tokens, on any number of processes.
+    """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, on any number of processes.
 
-    Trainer's own is a mean of the batches' means, in which a token of a short answer counts more than one of a long
-    one, and in which the samples count twice that fill up the last batch of several processes.
+    Trainer's own is a mean of the batches' means: a token of a short answer counts more than one of a long answer, and
+    samples that fill up the last batch of several processes count twice.
+
+    Attributes:
+        num_rows: rows of the data to train on, None for a stream, and of the data to evaluate on.
 
     Raises:
         ValueError: if no row of the training data has a token to learn within `max_length`.
@@ -31,9 +39,10 @@ class RecipeTrainer(SFTTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.padding_free and self.args.world_size > 1:
-            # Samples that fill up the last batch are known by their rows, and a batch without padding is a single one.
+            # Samples that fill up the last batch are dropped by row, and a batch without padding is a single row.
             self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
+        self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(kwargs["eval_dataset"]))
         if not isinstance(kept, Dataset) or arguments.packing:
             return
         gone, rows = len(given) - len(kept), len(given)
@@ -48,8 +57,14 @@ class RecipeTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+            if HAS_FUSED_HEAD:
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+            else:  # the loss of one row at a time, as a sum
+                labels_BT = inputs["labels"]
+                rows = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(labels_BT))]
+                losses = [model(**row, use_cache=False, num_items_in_batch=1).loss for row in rows]
+                sums_B = torch.stack(losses), (labels_BT[:, 1:] != -100).sum(-1)
         loss_B, count_B = self.accelerator.gather_for_metrics(sums_B)
         self._loss_sum += loss_B.double().sum().item()
         self._token_count += int(count_B.sum())
@@ -70,9 +85,9 @@ class DistillationTrainer(RecipeTrainer):
     """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
 
     The loss of Minitron for models pruned in depth (arXiv 2408.11796: logits alone; 2407.14679, its best practice 6,
-    adds hidden states where many layers went). TRL's DistillationTrainer has the student write what it is taught on; a
-    pruned model that stammers is better taught on text. The divergence is TRL's kernel, which projects hidden states on
-    the vocabulary tile by tile: no (B, T, V) logits of either model exist.
+    adds hidden states where many layers were dropped). TRL's DistillationTrainer has the student generate the text,
+    which needs a student that can write. The divergence is TRL's kernel, which projects hidden states on the
+    vocabulary tile by tile: the (B, T, V) logits of neither model are materialized.
 
     Args:
         teacher: a causal language model with the student's tokenizer; its head may be padded to another number of
@@ -80,10 +95,13 @@ class DistillationTrainer(RecipeTrainer):
         kwargs: as for SFTTrainer.
 
     Raises:
-        ValueError: if a head has fewer rows than the tokenizer has tokens, and for another loss than the divergence.
+        ValueError: if a head has fewer rows than the tokenizer has tokens, for another loss than the divergence, and
+            with trl older than 1.16.
     """
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        if not HAS_FUSED_HEAD:
+            raise ValueError("teacher: learning from one needs trl 1.16 or newer; without it, give --teacher none")
         super().__init__(**kwargs)
         if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
             raise ValueError(
@@ -93,9 +111,7 @@ class DistillationTrainer(RecipeTrainer):
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
         if sizes[0] != sizes[1] and min(sizes) < (tokens := len(kwargs["processing_class"])):
-            raise ValueError(
-                f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}, their tokenizer {tokens}; they must be one"
-            )
+            raise ValueError(f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}, their tokenizer {tokens}")
         self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
         _add_divergence(student)
 
@@ -116,9 +132,9 @@ class DistillationTrainer(RecipeTrainer):
 
 
 def _add_divergence(student: PreTrainedModel) -> None:
-    """Teaches the student's forward the keyword `teacher`: it then returns the divergence of each predicted token.
+    """Adds the keyword `teacher` to the student's forward, which then returns the divergence of each predicted token.
 
-    Inside the forward, as DDP and FSDP want it, for the parameters of the output head too.
+    DDP and FSDP need this inside the forward, for the parameters of the output head too.
     """
     forward = student.forward
 
@@ -130,7 +146,7 @@ def _add_divergence(student: PreTrainedModel) -> None:
         # The hidden state at a position predicts the token at the next one.
         predicted_BT = labels[:, 1:] != -100
         head, teacher_head = _head(self), _head(teacher_model)
-        # Of one tokenizer; the rows after its tokens are padding.
+        # Both have the same tokenizer; the rows after its tokens are padding.
         both = min(part.shape[0] for part in (head[0], teacher_head[0]) if part is not None)
         divergence_N, _ = ChunkedDivergenceFunction.apply(
             hidden_BTD[:, :-1][predicted_BT],
@@ -144,7 +160,7 @@ def _add_divergence(student: PreTrainedModel) -> None:
         )
         return ModelOutput(loss=divergence_N)
 
-    student.forward = types.MethodType(forward_with_teacher, student)  # type: ignore[method-assign]
+    student.forward = types.MethodType(forward_with_teacher, student)
 
 
 def _head(model: PreTrainedModel) -> list[torch.Tensor | None]:
@@ -154,6 +170,6 @@ def _head(model: PreTrainedModel) -> list[torch.Tensor | None]:
 
 
 def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """What a family of the table does to its logits: a factor (Granite divides), and a soft cap (Gemma)."""
+    """How a family transforms its logits: a factor (Granite divides), and a soft cap (Gemma)."""
     text = config.get_text_config()
     return 1.0 / getattr(text, "logits_scaling", 1.0), getattr(text, "final_logit_softcapping", None)

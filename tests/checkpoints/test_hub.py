@@ -12,14 +12,7 @@ from transformers import AutoModelForCausalLM
 import hf_lnscale
 import tiny
 from hf_lnscale.checkpoints.hub import push
-from hf_lnscale.pruning.plan import PruningPlan
 
-PLAN = PruningPlan(
-    layers=(1,),
-    model={"num_hidden_layers": 4},
-    perplexity={"before": 10.0, "after": 12.0, "healed": 11.0},
-    data={"held_out": {"num_tokens": 1000, "source": "text.txt"}},
-)
 EVALUATION = {
     "format": 1,
     "settings": {"versions": {"hf_lnscale": "0.1.0", "torch": "2.13.0"}},
@@ -93,8 +86,9 @@ def test_the_commit_is_what_the_dry_run_says(saved, monkeypatch):
 
 
 def test_a_scaled_checkpoint_is_refused_unless_asked_for(saved):
-    with pytest.raises(ValueError, match=r"active scale.*hf-lnscale export.*or use --allow-scaled"):
+    with pytest.raises(ValueError, match=r"^folder '.*scaled' has an active scale") as raised:
         push(saved / "scaled", "me/model", dry_run=True)
+    assert raised.value.render_hint() == "fold it first with hf-lnscale export, or use allow_scaled=True"
     card = push(saved / "scaled", "me/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale\nfrom transformers" in card
     assert "active in it" in card
@@ -122,12 +116,10 @@ def test_the_measured_table(saved, tmp_path):
 
     (folder / "all_results.json").write_text(json.dumps({"eval_loss": 3.25, "note": "text"}))
     assert "| eval_loss | 3.25 |" in card()
-    PLAN.save(folder)
-    assert "| perplexity, held out | 10.00 | 11.00 |" in card()
     (tmp_path / "found.json").write_text(json.dumps(EVALUATION))
     given = card(evaluation=tmp_path / "found.json")
     assert EVALUATION["markdown"] in given
-    assert "11.00" not in given
+    assert "3.25" not in given
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     assert card() == given
 
@@ -151,11 +143,11 @@ def test_the_measured_table(saved, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "given", "error", "message"),
     [
-        ("nowhere", {}, FileNotFoundError, "there is no folder"),
+        ("nowhere", {}, FileNotFoundError, "^folder .* does not exist"),
         ("empty", {}, FileNotFoundError, "it has no config.json"),
         ("config", {}, FileNotFoundError, "it has no weights"),
         ("plain", {"repo_id": "a/b/c"}, ValueError, "repo_id: "),
-        ("plain", {"evaluation": "none.json"}, FileNotFoundError, "evaluation: there is no file"),
+        ("plain", {"evaluation": "none.json"}, FileNotFoundError, "^evaluation .* does not exist"),
         ("plain", {"evaluation": "wrong.json"}, ValueError, "is not what hf-lnscale evaluate --out writes"),
     ],
 )

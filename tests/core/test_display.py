@@ -48,7 +48,7 @@ def test_markdown(name):
     def text_of(source, at):
         tokens = parser.parse(source)
         inline = [token for token in tokens if token.type == "inline"][at]
-        assert {child.type for child in inline.children} <= {"text", "text_special"} | {"code_inline"} * (at == 2)
+        assert {child.type for child in inline.children} <= {"text", "text_special", *["code_inline"] * (at == 2)}
         return "".join(child.content for child in inline.children)
 
     assert text_of(f"Model {markdown_text(name)} here", 0) == f"Model {visible(name)} here"
@@ -56,7 +56,8 @@ def test_markdown(name):
     assert text_of(f"x\n\n{markdown_text(name)}", 1) == visible(name)
     table = markdown(["", one_line(name)], [[one_line(name), "1"], [markdown_code(name), "2"]])
     cells = [token for token in parser.parse(table) if token.type == "inline"]
-    assert [cell.content for cell in cells][3::2] == ["1", "2"] and len(cells) == 6
+    assert [cell.content for cell in cells][3::2] == ["1", "2"]
+    assert len(cells) == 6
     for cell, kind in ((cells[1], "text"), (cells[2], "text"), (cells[4], "code_inline")):
         children = [child for child in cell.children if child.content]
         assert {child.type for child in children} <= {kind, f"{kind}_special"}

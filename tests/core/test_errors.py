@@ -21,9 +21,9 @@ def option(name, value):
             "--num-layers must be an integer from 1 to 29, got 31",
         ),
         (
-            errors.PathExistsError("out", Path("smaller"), problem="exists; choose another folder or pass `force=True`"),
-            "out 'smaller' exists; choose another folder or pass force=True",
-            "--out 'smaller' exists; choose another folder or pass --force",
+            errors.PathExistsError("out", Path("smaller"), problem="exists; choose another, or pass `force=True`"),
+            "out 'smaller' exists; choose another, or pass force=True",
+            "--out 'smaller' exists; choose another, or pass --force",
         ),
         (
             errors.ArgumentError("heal", problem="`method=greedy_healed` heals, `num_layers` does not"),

@@ -180,13 +180,11 @@ def test_export_command(scaled, tmp_path, cli):
     assert json.loads((out / "config.json").read_text())["ln_scaling_folded"]["depths"] == [1, 3, 4, 9]
 
     # A second time: refused, and nothing touched; with --force, replaced.
-    (out / "stale.txt").write_text("")
-    assert "exists and is not empty; choose another folder or use --force" in cli(
-        "export", scaled, "--out", out, code=1
-    )
-    assert (out / "stale.txt").exists()
+    (out / "tokenizer.stale").write_text("")
+    assert "exists and is not empty" in cli("export", scaled, "--out", out, code=1)
+    assert (out / "tokenizer.stale").exists()
     cli("export", scaled, "--out", out, "--force")
-    assert not (out / "stale.txt").exists()
+    assert not (out / "tokenizer.stale").exists()
     assert [path.name for path in out.parent.iterdir()] == ["plain"]
     assert "folded already" in cli("export", out, "--out", tmp_path / "again", code=1)
     assert not (tmp_path / "again").exists()
@@ -202,7 +200,9 @@ def test_forced_export_replaces_nothing_but_a_checkpoint(wrong, scaled, tmp_path
     (tmp_path / "thesis/text.md").write_text("years of work")
     out = {"holds the source": tmp_path, "another folder": tmp_path / "thesis", "a file": tmp_path / "thesis/text.md"}
     before = contents(tmp_path)
-    with pytest.raises((ValueError, FileExistsError), match=r"must not be, hold or lie in|is no checkpoint; --force"):
+    with pytest.raises(
+        (ValueError, FileExistsError), match=r"must not be, hold or lie in|is not a checkpoint, and only"
+    ):
         export(scaled, out[wrong], force=True, progress=False)
     assert contents(tmp_path) == before
 

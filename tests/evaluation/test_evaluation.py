@@ -20,7 +20,6 @@ from hf_lnscale import LNScalingConfig
 from hf_lnscale.checkpoints.names import load, locate
 from hf_lnscale.evaluation import Estimate, Perplexity, evaluate, perplexity
 from hf_lnscale.evaluation.perplexity import BLOCK_SIZE, block_cuts
-from hf_lnscale.evaluation.speed import measure
 from hf_lnscale.evaluation.tasks import TaskResult
 
 TEXT = "hé llo wörld, this is a text. " * 3 + "日本語 and 🙂 end"
@@ -233,14 +232,6 @@ def test_blocks_of_two_tokenizers_are_the_same_places():
     torch.testing.assert_close(other.block_tokens, other.block_bytes)  # a token a byte
     torch.testing.assert_close(one.block_nats, one.block_tokens * math.log(tiny.VOCAB), rtol=1e-5, atol=0)
     assert one.minus(other)["bits_per_byte"].value < 0
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-def test_numbers_that_cannot_be_are_refused_before_a_process_starts(tmp_path):
-    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        measure(tmp_path, repeats=0)
 
 
 # --- tasks and tables -------------------------------------------------------------------------------------------------

@@ -553,17 +553,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lnscale.pruning.heal import heal
 
 I = 5120
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=I, num_hidden_layers=3, num_attention_heads=2)
-model = LlamaForCausalLM(config).eval()
-# Loads what the linear algebra needs.
-small = torch.eye(64, dtype=torch.float64)
-torch.linalg.solve_triangular(torch.linalg.cholesky(small), small @ small, upper=False)
 ids = [torch.randint(0, 64, (1, 64)) for _ in range(16)]
-with torch.no_grad():
-    model(ids[0])
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-heal(model, [1], {"a": ids[:8], "b": ids[8:]}, held_out={"a": ids[:1], "b": ids[1:2]}, progress=False)
+for width in (I // 32, I):  # the first loads what is loaded when it is used
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(intermediate_size=width, **sizes)).eval()
+    with torch.no_grad():
+        model(ids[0])
+    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    heal(model, [1], {"a": ids[:8], "b": ids[8:]}, held_out={"a": ids[:1], "b": ids[1:2]}, progress=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / (8 * I * I))
 """
 

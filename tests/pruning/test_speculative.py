@@ -1,8 +1,6 @@
-"""Speculative decoding with a model's own layers: the draft, and what is said of it."""
+"""Drafts for speculative decoding: the model without some of its layers, on the same weights."""
 
 import copy
-import json
-import random
 import types
 
 import pytest
@@ -14,15 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 import tiny
 from hf_lnscale import ln_scales
-from hf_lnscale.pruning import speculative as drafting
-from hf_lnscale.pruning.speculative import (
-    best_num_assistant_tokens,
-    choose_draft,
-    draft_model,
-    expected_speedup,
-    expected_tokens,
-    measure_draft,
-)
+from hf_lnscale.pruning.plan import PruningPlan, fingerprint
+from hf_lnscale.pruning.speculative import draft_model
 from oracles import decoder_layers
 
 # Their state cannot be taken back to before a rejected token.
@@ -106,9 +97,6 @@ def test_linear_attention_has_no_assisted_generation(family):
     model = tiny.model(family)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(tiny.tokens(1, 5), assistant_model=draft_model(model, [1]), **GREEDY)
-    for measure in (lambda: choose_draft(model, tiny.tokens()), lambda: measure_draft(model, tiny.tokens(), [1])):
-        with pytest.raises(ValueError, match="linear-attention layers"):
-            measure()
 
 
 class Allocated(TorchDispatchMode):
@@ -204,8 +192,6 @@ def test_lora():
     assert {id(parameter) for parameter in draft.parameters()} < {id(parameter) for parameter in lora.parameters()}
     expected = lora.generate(tiny.tokens(1, 5), **GREEDY)
     assert torch.equal(lora.generate(tiny.tokens(1, 5), assistant_model=draft, **GREEDY), expected)
-    measured = measure_draft(lora, tiny.tokens(1, 5), [1], max_new_tokens=8)
-    assert measured.same == 1.0
 
 
 def test_what_cannot_be_shared_is_refused():
@@ -221,11 +207,26 @@ def test_what_cannot_be_shared_is_refused():
 
 @pytest.mark.parametrize(
     ("layers", "number", "message"),
-    [([4], None, "layer 4 does not exist"), ([1, 1], None, "given twice"), ([1], 0, "num_assistant_tokens must be")],
+    [
+        ([4], 5, "layer 4 does not exist"),
+        ([1, 1], 5, "given twice"),
+        ([1], 0, "num_assistant_tokens must be an integer of at least 1, got 0"),
+        ([1], True, "num_assistant_tokens must be an integer of at least 1, got True"),
+    ],
 )
 def test_wrong_arguments(layers, number, message):
     with pytest.raises(ValueError, match=message):
         draft_model(tiny.model(), layers, num_assistant_tokens=number)
+
+
+def test_a_plan_names_the_layers():
+    model = tiny.model()
+    plan = PruningPlan((1, 3), fingerprint(model.config))
+    draft = draft_model(model, plan)
+    assert torch.equal(logits(draft), logits(skipping(model, [1, 3])))
+    assert draft.generation_config.num_assistant_tokens == 5
+    with pytest.raises(ValueError, match="the plan was made for another model"):
+        draft_model(tiny.model(num_hidden_layers=5), plan)
 
 
 def test_methods_bound_to_modules_are_bound_to_the_drafts():
@@ -261,8 +262,6 @@ def test_a_model_without_a_head():
     draft = draft_model(model, [1])
     with torch.no_grad():
         assert draft(tiny.tokens()).last_hidden_state.shape == (2, 12, tiny.HIDDEN)
-    with pytest.raises(ValueError, match="LlamaModel has no language modeling head"):
-        choose_draft(model, tiny.tokens())
 
 
 def test_sampling():
@@ -300,179 +299,3 @@ def test_more_than_one_sequence_is_refused_by_transformers():
     model = tiny.model()
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(tiny.tokens(2, 5), assistant_model=draft_model(model, [1]), **GREEDY)
-
-
-# --- what is said of it ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("acceptance", "number"), [(0.0, 3), (0.5, 1), (0.8, 4), (0.95, 10), (1.0, 5)])
-def test_expected_tokens_and_speed_against_simulation(acceptance, number):
-    chance = random.Random(0)
-    cost, verification, rounds, tokens, seconds = 0.3, 1.2, 20_000, 0, 0.0
-    for _ in range(rounds):
-        accepted = 0
-        while accepted < number and chance.random() < acceptance:
-            accepted += 1
-        tokens += accepted + 1
-        seconds += number * cost + verification
-    assert expected_tokens(acceptance, number) == pytest.approx(tokens / rounds, rel=0.02)
-    assert expected_speedup(acceptance, cost, number, verification) == pytest.approx(tokens / seconds, rel=0.02)
-
-
-def test_a_draft_pays_if_its_acceptance_is_above_its_cost():
-    """arXiv 2211.17192, corollary 3.9: there is a number of tokens that pays, and one of at least (1 + a) / (1 + c)."""
-    for acceptance, cost in [(0.5, 0.49), (0.9, 0.6), (0.5, 0.51), (0.3, 0.9), (0.99, 0.05)]:
-        number, speedup = best_num_assistant_tokens(acceptance, cost, 50)
-        assert (speedup > 1.0) == (acceptance > cost)
-        assert speedup >= (1 + acceptance) / (1 + cost) - 1e-12
-        assert speedup == expected_speedup(acceptance, cost, number)
-        assert speedup == max(expected_speedup(acceptance, cost, g) for g in range(1, 51))
-    # What a check of many tokens costs speaks for proposing fewer.
-    assert best_num_assistant_tokens(0.99, 0.05, [1.0 + g for g in range(20)])[0] < 5
-    assert best_num_assistant_tokens(0.9, 0.2, [1.0, 1.0, 9.0])[0] == 2
-
-
-def accepted_step_by_step(draft, text, start, eos=None):
-    """One entry a token of the answer: whether the draft, shown the text before it, says the same."""
-    found = []
-    for at in range(start, text.shape[1]):
-        found.append(logits(draft, text[:, :at])[0, -1].argmax().item() == text[0, at].item())
-        if text[0, at].item() == eos:
-            break
-    return found
-
-
-@pytest.mark.parametrize("ends", [False, True])
-def test_acceptance_against_a_count_step_by_step(ends):
-    model = tiny.model(ln_scaling=True)
-    prompts = tiny.tokens(6, 5)
-    eos = model.generate(prompts, **GREEDY)[-1, 9].item() if ends else None
-    model.generation_config.eos_token_id = eos
-    choice = choose_draft(model, prompts, max_drop=1, max_new_tokens=12, held_out=0.34, max_assistant_tokens=2)
-
-    texts = [written_by(model, prompt[None], 12) for prompt in prompts]
-
-    def acceptance(layer, some):
-        found = [accepted_step_by_step(skipping(model, [layer]), text, 5, eos) for text in some]
-        return sum(map(sum, found)) / sum(map(len, found))
-
-    [step] = choice.steps
-    assert step.layers == [max(range(4), key=lambda layer: acceptance(layer, texts[:4]))]
-    assert step.acceptance == pytest.approx(acceptance(step.layers[0], texts[4:]), abs=1e-12)
-    assert 0 < step.acceptance < 1
-
-
-def test_acceptance_of_sampling_against_a_count_step_by_step():
-    model, prompts = tiny.model(ln_scaling=True), tiny.tokens(6, 5)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    model.generation_config.eos_token_id = None
-    torch.manual_seed(3)
-    choice = choose_draft(
-        model, prompts, max_drop=1, max_new_tokens=12, temperature=0.7, held_out=0.34, max_assistant_tokens=2
-    )
-    torch.manual_seed(3)
-    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.7, "top_k": 0}
-    texts = torch.cat([model.generate(part, **settings) for part in (prompts[:4], prompts[4:])])
-    draft, chances = skipping(model, choice.layers), []
-    for text in texts[4:]:
-        for at in range(5, 17):
-            p, q = (torch.softmax(logits(m, text[None, :at])[0, -1] / 0.7, -1)[text[at]].item() for m in (model, draft))
-            chances.append(min(1.0, q / p))
-    assert choice.acceptance == pytest.approx(sum(chances) / len(chances), rel=1e-4)
-    assert 0.05 < choice.acceptance < 0.95
-
-
-def test_counts_of_a_measurement_against_a_replay():
-    model, prompts = tiny.model(ln_scaling=True), tiny.tokens(3, 5)
-    model.generation_config.eos_token_id = None
-    oracle, proposed, accepted, judged, rounds = skipping(model, [1]), 0, 0, 0, 0
-    for prompt in prompts:
-        right = accepted_step_by_step(oracle, written_by(model, prompt[None], 16), 5)
-        at = 0
-        while at < 16:
-            offered = min(3, 16 - at - 1)  # the last token is the model's own
-            taken = 0
-            while taken < offered and right[at + taken]:
-                taken += 1
-            proposed, accepted, rounds = proposed + offered, accepted + taken, rounds + 1
-            judged += taken + (taken < offered)
-            at += taken + 1
-    got = measure_draft(model, prompts, [1], num_assistant_tokens=3, max_new_tokens=16)
-    assert (got.proposed, got.accepted) == (proposed, accepted)
-    assert 0 < got.accepted < got.proposed
-    assert got.acceptance == accepted / judged
-    assert got.tokens_per_verification == 48 / rounds
-    assert got.same == 1.0
-    assert len(got.speedups) == 3
-    assert got.predicted == expected_speedup(got.acceptance, got.cost_ratio, 3, got.verification_cost)
-    json.dumps(got.to_dict())
-
-
-def test_layers_that_do_nothing_are_left_out_and_every_token_is_accepted():
-    model = with_idle_layers([1, 2, 5], num_hidden_layers=6).train()
-    model.generation_config.eos_token_id = None
-    choice = choose_draft(model, tiny.tokens(4, 5), max_new_tokens=16, num_candidates=2)
-    assert choice.steps[2].layers == [1, 2, 5]
-    assert [step.acceptance for step in choice.steps[:3]] == [1.0, 1.0, 1.0]
-    assert all(len(step.layers) == number for number, step in enumerate(choice.steps, start=1))
-    assert choice.speedup == max(step.speedup for step in choice.steps)
-    assert choice.pays == (choice.speedup > 1.0)
-    stored = json.loads(json.dumps(choice.to_dict()))
-    assert stored["layers"] == choice.layers
-    assert stored["data"]["max_new_tokens"] == 16
-    assert len(stored["verification_costs"]) == 10
-    measured = measure_draft(model, tiny.tokens(1, 5), choice.steps[2], num_assistant_tokens=4, max_new_tokens=21)
-    assert measured.acceptance == 1.0
-    assert measured.accepted == measured.proposed
-    assert measured.tokens_per_verification > 4
-    assert measured.layers == [1, 2, 5]
-    assert all(module.training for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_choice_is_by_speed(monkeypatch):
-    """With costs made up: a layer costs a tenth, all but the layers half."""
-    model = with_idle_layers([1, 2], num_hidden_layers=5)
-
-    def time_ratio(model, other, context, width, pairs=9):
-        return (5 + len(decoder_layers(other))) / (5 + len(decoder_layers(model))) * (1 + 0.1 * (width - 1))
-
-    monkeypatch.setattr(drafting, "_time_ratio", time_ratio)
-    choice = choose_draft(model, tiny.tokens(4, 5), max_new_tokens=16, max_assistant_tokens=4)
-    assert choice.layers == [1, 2]
-    assert choice.cost_ratio == pytest.approx(0.8)
-    assert choice.verification_costs == pytest.approx([1.1, 1.2, 1.3, 1.4])
-    assert (choice.num_assistant_tokens, choice.speedup) == (4, pytest.approx(5 / (4 * 0.8 + 1.4)))
-    assert choice.pays
-    assert draft_model(model, choice).generation_config.num_assistant_tokens == 4
-    # And where nothing is idle, it says so. A draft of one layer costs 0.6: below that, no other is looked at.
-    poor = choose_draft(tiny.model(num_hidden_layers=5), tiny.tokens(4, 5), max_new_tokens=16)
-    assert not poor.pays
-    assert poor.to_dict()["pays"] is False
-    assert [step.acceptance > 0.6 for step in poor.steps[:-1]] == [True] * (len(poor.steps) - 1)
-
-
-def test_padded_prompts_are_answered_as_they_are():
-    model = tiny.model(ln_scaling=True)
-    model.generation_config.eos_token_id = None
-    ids = tiny.tokens(4, 8)
-    mask = torch.tensor([[0] * (8 - n) + [1] * n for n in (8, 5, 8, 3)])
-    padded = choose_draft(model, {"input_ids": ids, "attention_mask": mask}, max_drop=1, max_new_tokens=8, held_out=0.5)
-    single = choose_draft(model, [ids[0], ids[1, 3:], ids[2], ids[3, 5:]], max_drop=1, max_new_tokens=8, held_out=0.5)
-    assert padded.layers == single.layers
-    assert padded.acceptance == single.acceptance
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_drop": 4}, r"max_drop must be an integer of 1 \.\.\. 3, got 4"),
-        ({"num_candidates": 0}, "num_candidates must be"),
-        ({"max_assistant_tokens": True}, "max_assistant_tokens must be"),
-        ({"temperature": -1.0}, "temperature must be"),
-    ],
-)
-def test_wrong_arguments_of_the_choice(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        choose_draft(tiny.model(), tiny.tokens(), **arguments)

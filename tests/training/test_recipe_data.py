@@ -6,6 +6,9 @@ import pytest
 import recipe
 from hf_lnscale.training.arguments import DataArguments
 from hf_lnscale.training.recipe_data import LINES_A_ROW, first_texts, load_conversations, load_text
+from hf_lnscale.training.recipe_model import load_model, load_tokenizer
+from hf_lnscale.training.scripts import import_recipe
+from hf_lnscale.training.trainer import RecipeTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +98,8 @@ def test_chats_beside_text_are_chats(tmp_path):
     rows = [{"text": "x", **row} for row in recipe.CHAT]
     path = recipe.write_rows(tmp_path / "rows.jsonl", rows)
     train, _ = load_conversations(DataArguments(dataset_name=str(path)), seed=0)
-    assert train.column_names == ["messages"]
+    assert "messages" in train.column_names
+    assert "text" not in train.column_names  # TRL would take the rows for text
 
 
 def test_text_that_comes_with_python():
@@ -117,3 +121,111 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path):
 def test_first_texts_stop_where_there_are_enough():
     rows = [{"text": "x" * 10}] * 10
     assert len(list(first_texts(rows, "text", characters=35))) == 4
+
+
+# --- folders of texts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_files_of_a_folder_are_documents_that_end(streaming, tmp_path):
+    """In the stream of tokens that is trained on, each file stands as it is, with an end of text after it."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    files = [f"File {i}.\n\nIts line {'x' * i}.\n" * (1 + 60 * (i % 3)) for i in range(13)]  # of up to 484 lines
+    for i, text in enumerate(files):
+        (folder / f"{i:02}.txt").write_text(text)
+    recipe.save_model(tmp_path / "model")
+    words = ["--model_name_or_path", tmp_path / "model", "--dataset_name", folder, *recipe.SMALL, "--eval_samples", 1]
+    words += ["--dataset_streaming"] if streaming else []
+    words += ["--output_dir", tmp_path / "out"]
+    parser = import_recipe("continue_pretrain").make_parser()
+    _, depth, data, checkpoint, training = parser.parse_args_and_config([*map(str, words)])
+    tokenizer = load_tokenizer(checkpoint, training)
+    train, held_out = load_text(data, "text", training.seed)
+    model = load_model(checkpoint, training, depth)
+    trainer = RecipeTrainer(
+        model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    end = tokenizer.eos_token
+    ids = [id for part in (trainer.train_dataset, trainer.eval_dataset) for row in part for id in row["input_ids"]]
+    stream = tokenizer.decode(ids)
+    assert sorted(stream.split(end)) == sorted(["", *files])
+
+
+def test_a_large_file_of_a_folder_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lnscale.training.recipe_data.LARGE_FILE", 1000)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = [f"line {i}" for i in range(250)]
+    (folder / "a.txt").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("short")
+    train, held_out = load_text(DataArguments(dataset_name=str(folder)), "text", seed=0)
+    expected = ["\n".join(lines[start : start + 100]) for start in (0, 100, 200)] + ["short"]
+    assert sorted(texts(train) + texts(held_out)) == sorted(expected)
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    for text in ("one", "two"):
+        path = recipe.write_rows(tmp_path / "text.jsonl", [{"text": text}] * 4)
+        assert set(texts(load_text(DataArguments(dataset_name=str(path)), "text", seed=0)[0])) == {text}
+
+
+@pytest.mark.parametrize(("rows", "wanted", "held"), [(2, 256, 1), (9, 256, 1), (10, 256, 1), (29, 256, 2), (50, 3, 3)])
+def test_what_is_held_out_is_what_is_said(rows, wanted, held, tmp_path):
+    """A tenth at most, but one row at least."""
+    path = recipe.write_rows(tmp_path / "text.jsonl", [{"text": f"text {i}"} for i in range(rows)])
+    train, held_out = load_text(DataArguments(dataset_name=str(path), eval_samples=wanted), "text", seed=0)
+    assert (len(train), len(held_out)) == (rows - held, held)
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def mixture(*parts, **more):
+    return DataArguments(datasets=list(parts), **more)
+
+
+def test_a_mixture_by_fractions(tmp_path):
+    """Rows are drawn until one of the parts is used up; none is drawn twice."""
+    new = recipe.write_rows(tmp_path / "new.jsonl", [{"text": f"new {i}"} for i in range(2000)])
+    old = recipe.write_rows(tmp_path / "old.jsonl", [{"body": f"old {i}", "more": 1} for i in range(500)])
+    parts = [{"path": str(new), "fraction": 0.95}, {"path": str(old), "fraction": 0.05, "columns": ["body"]}]
+    for streaming in (False, True):
+        train, held_out = load_text(mixture(*map(dict, parts), streaming=streaming, eval_samples=10), "text", seed=0)
+        found = texts(train) + texts(held_out)
+        assert len(set(found)) == len(found) > 1900
+        # Of 2000 draws, 100 with a standard deviation of sqrt(2000 * 0.05 * 0.95) = 10.
+        assert 60 < sum(text.startswith("old") for text in found) < 140
+
+
+def test_a_mixture_without_fractions_is_all_rows(tmp_path):
+    """Of chats in formats that differ."""
+    recipe.write_rows(tmp_path / "a.jsonl", recipe.CHAT[:8])
+    recipe.write_rows(tmp_path / "b.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(7)])
+    parts = [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")]
+    train, held_out = load_conversations(mixture(*parts), seed=0)
+    found = [row["messages"][1]["content"] for part in (train, held_out) for row in part]
+    expected = [row["messages"][1]["content"] for row in recipe.CHAT[:8]] + [f"{i}" for i in range(7)]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_mixture_from_a_config(tmp_path):
+    """As a YAML file gives it, to the recipe's parser."""
+    recipe.write_rows(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    (tmp_path / "mix.yaml").write_text(f"datasets:\n- path: {tmp_path / 'a.jsonl'}\n  fraction: 1.0\n")
+    parser = import_recipe("continue_pretrain").make_parser()
+    _, _, data, _, _ = parser.parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
+    train, held_out = load_text(data, "text", seed=0)
+    assert (len(train), len(held_out)) == (18, 2)
+
+
+def test_mixtures_that_are_none(tmp_path):
+    recipe.write_rows(tmp_path / "a.jsonl", recipe.CHAT)
+    recipe.write_rows(tmp_path / "b.jsonl", [{"prompt": "x", "completion": "y"}] * 9)
+    a, b = ({"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(ValueError, match=r"one kind; .*a\.jsonl' has messages.*b\.jsonl' has prompt, comp"):
+        load_conversations(mixture(dict(a), dict(b)), seed=0)
+    with pytest.raises(ValueError, match=r"fraction must be positive for all or given for none, got \[0.5, 0.0\]"):
+        load_conversations(mixture(a | {"fraction": 0.5}, dict(a)), seed=0)
+    with pytest.raises(ValueError, match="dataset_name and datasets are both given"):
+        mixture(a, dataset_name="b")

@@ -15,6 +15,7 @@ import recipe
 import tiny
 from hf_lnscale import ln_scales
 from hf_lnscale.training.arguments import TeacherArguments
+from hf_lnscale.training.scripts import import_recipe
 from hf_lnscale.training.trainer import RecipeTrainer
 from recipe import SMALL
 
@@ -251,7 +252,7 @@ def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, mon
     # "true" in a folder that holds no run yet starts one: the same command line each time, on machines that go away.
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true") == 0
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lnscale.measuring.sample.train_tokenizer", None)
+        patch.setattr(import_recipe("pretrain"), "train_tokenizer", None)
         done = recipe.run("pretrain", *words, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "true")
         assert done == 0
     for folder in ("stopped", "new"):
@@ -312,11 +313,15 @@ BAD = {
         r"more-tokens', of 301 tokens, is not the student's, of 300",
     ),
     "another loss": ("heal", "--drop_layers 1 --teacher scaled --loss_type dft", r"loss_type .* do not go with it"),
-    "number": ("continue_pretrain", "--dataset_name number.jsonl", r"'text' of .* holds 1, which is no text"),
-    "broken": ("continue_pretrain", "--dataset_name broken.jsonl", r"JSON"),
+    "number": (
+        "continue_pretrain",
+        "--dataset_name number.jsonl",
+        r"'text' of line 1 .* holds 1, which is not text",
+    ),
+    "broken": ("continue_pretrain", "--dataset_name broken.jsonl", r"line 2 of 'broken\.jsonl' is not JSON"),
     "short stream": ("continue_pretrain", "--dataset_streaming --eval_samples 40", r"no other is left to train on"),
-    "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path chatml", r"content is no text"),
-    "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter and no model; merge it first"),
+    "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path silent.jinja", r"drops tool calls, and"),
+    "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter, not a model; merge it first"),
     "no rate": ("pretrain", "--config_name scaled", r"learning_rate: with --config_name, give one"),
     "no state": ("continue_pretrain", "--resume_from_checkpoint scaled", r"has no trainer_state\.json"),
     "4 bit": ("sft", "--dataset_name pairs.jsonl --load_in_4bit", r"add --use_peft"),
@@ -332,6 +337,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_input_is_one_line_before_training(case, tmp_path, wrong, capsys):
     (wrong / "plain.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    marked = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    (wrong / "silent.jinja").write_text(marked)
     name, words, said = BAD[case]
     words = [str(wrong / word) if (wrong / word).exists() or word == "no.jsonl" else word for word in words.split()]
     if "--model_name_or_path" not in words and name != "pretrain" and case != "no model":
@@ -360,10 +367,10 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    assert "is not empty, and no run of a recipe made it" in refused("continue_pretrain", *words)
+    assert "is not empty, and no recipe's run made it" in refused("continue_pretrain", *words)
     (tmp_path / "out" / "thesis.tex").unlink()
     assert recipe.run("continue_pretrain", *words) == 0
-    assert "holds this run already; go on with it with --resume" in refused("continue_pretrain", *words)
+    assert "holds this run already; continue it with --resume" in refused("continue_pretrain", *words)
     resume = ["--resume_from_checkpoint", "true"]
     assert "its recipe is 'continue_pretrain'" in refused("heal", *words, *resume)
     other = refused("continue_pretrain", "--model_name_or_path", here / "pre-ln", *common, *resume)
@@ -392,7 +399,7 @@ def test_what_to_resume(tmp_path, here, capsys):
     weights.unlink()
     again = [*words, "--drop_layers", 1, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true"]
     assert recipe.run("continue_pretrain", *again) == 0
-    assert "checkpoint-6 is not complete, and is left out" in capsys.readouterr().err
+    assert "checkpoint-6 is not complete and is skipped" in capsys.readouterr().err
     assert recipe.metrics(tmp_path / "whole")["resumed_from"] == "checkpoint-4"
     recipe.same_weights(tmp_path / "whole", tmp_path / "named")
 

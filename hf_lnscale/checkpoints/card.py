@@ -1,0 +1,110 @@
+"""The model card of every checkpoint that this package writes or uploads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+from .._version import __version__
+from ..core.display import Markdown, Row, markdown, markdown_code, markdown_text
+from .folders import public_name
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a model card.
+
+    Attributes:
+        header: titles of its columns.
+        rows: its cells.
+        note: what the figures were measured on.
+        heading: of the section that it stands in; none without.
+    """
+
+    header: Row
+    rows: Sequence[Row]
+    note: str = ""
+    heading: str = ""
+
+    def __str__(self) -> str:
+        heading = f"## {markdown_text(self.heading)}" if self.heading else ""
+        return _paragraphs([heading, markdown(self.header, self.rows), _text(self.note)])
+
+
+def model_card(
+    title: str,
+    *,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    library_name: str = "transformers",
+    tags: Sequence[str] = (),
+    pipeline_tag: str | None = None,
+    notes: Sequence[str] = (),
+    code: str = "",
+    parts: Sequence[Table | Markdown] = (),
+    pictures: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    made_by: str = "",
+    versions: Mapping[str, str] | None = None,
+) -> ModelCard:
+    """Makes a model card. Text in it is escaped, unless it is of the type `Markdown`.
+
+    Args:
+        title: its heading.
+        base_model: the model that this one was made from; a local path is left out.
+        dataset: the data that it was trained on; a local path is left out.
+        library_name: the library that loads it.
+        tags: besides "hf-lnscale".
+        pipeline_tag: the Hub's name of the task.
+        notes: sentences that say what was done; they make one paragraph.
+        code: Python that loads it.
+        parts: tables, or sections that are Markdown already.
+        pictures: names of files beside the card.
+        settings: what it was made with, by name; those that are empty or False are left out.
+        made_by: the command line, or the function, that made it.
+        versions: of libraries, by name; None takes those of this package, transformers and torch.
+    """
+    data = ModelCardData(
+        base_model=_public(base_model),
+        datasets=[dataset] if _public(dataset) else None,
+        library_name=library_name,
+        tags=["hf-lnscale", *tags],
+        pipeline_tag=pipeline_tag,
+    )
+    if versions is None:
+        versions = {"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    made = f"Made {f'by {markdown_code(made_by)}, ' if made_by else ''}with "
+    made += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    given = [
+        (markdown_code(name), markdown_code(value))
+        for name, value in (settings or {}).items()
+        if value not in (None, "", [], {}) and value is not False
+    ]
+    sections = [
+        f"# {markdown_text(title)}",
+        " ".join(map(_text, notes)),
+        f"```python\n{code}\n```" if code else "",
+        *map(str, parts),
+        *(f"![{markdown_text(Path(name).stem)}]({name})" for name in pictures),
+        made,
+        markdown(("argument", ""), given) if given else "",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_paragraphs(sections)}\n")
+
+
+def _public(name: str | None) -> str | None:
+    return name if name and not Path(name).exists() and public_name(name) == name else None
+
+
+def _text(text: str) -> str:
+    return text if isinstance(text, Markdown) else markdown_text(text)
+
+
+def _paragraphs(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,58 @@
+"""`hf-lnscale diagnose`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.display import one_line
+from .options import BatchSize, Checkpoint, Data, Device, Dtype, Force, SeqLen
+
+
+def diagnose(
+    checkpoint: Checkpoint,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, diagnosis.json and the plots.")],
+    compare: Annotated[str | None, typer.Option(help="A second checkpoint, shown beside the first.")] = None,
+    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
+    gradients: Annotated[bool, typer.Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
+    jacobian: Annotated[
+        bool, typer.Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")
+    ] = True,
+    draw: Annotated[bool, typer.Option("--plots/--no-plots", help="Write PNG and SVG files; needs matplotlib.")] = True,
+    num_tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the data to use.")] = 16_384,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: Annotated[str | None, typer.Option(help="Such as auto: spread over devices, or offloaded.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """See what each layer of a model does and is worth: a report.
+
+    The curse of depth in a model of yours: tables here, plots in the report.
+    """
+    from rich.console import Console
+
+    from ..checkpoints.names import Placement
+    from ..diagnosis.folder import diagnose_checkpoints
+    from ..measuring.text import Windows
+
+    found = diagnose_checkpoints(
+        checkpoint, data, out, compare=compare, draw=draw, force=force, loss=loss, gradients=gradients,
+        jacobian=jacobian, windows=Windows(num_tokens, seq_len, batch_size),
+        placement=Placement(dtype, device, device_map),
+    )  # fmt: skip
+    if as_json:
+        documents = [json.loads(one.to_json()) for one in found]
+        print(json.dumps(documents if compare else documents[0], indent=1))
+        return
+    for one in found:
+        Console(highlight=False).print(one)
+    print(f"wrote {one_line(out / 'report.html')}")

@@ -1,0 +1,74 @@
+"""`hf-lnscale evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.display import one_line, rich_text
+from .options import AsJson, Device, Dtype
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models to measure; the first is the reference.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, as in hellaswag,arc_easy; or task files.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only this many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Use only this many bytes of the text, from its start.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between the starts of windows; half a window.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, at a time.")] = 4,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that speed is measured with.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed runs; their median is shown.")] = 5,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result too: to a .json or .md file, or into the model's folder.")
+    ] = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Measure models side by side: quality, speed, memory, size.
+
+    Perplexity and bits per byte of a text, tasks of lm-evaluation-harness,
+    tokens per second, time to the first token, peak memory, parameters, size
+    on disk. The first model is the reference; differences have standard errors.
+    """
+    from rich.console import Console
+
+    from ..checkpoints.names import Placement
+    from ..evaluation.comparison import evaluate as run
+    from ..evaluation.comparison import report_path
+
+    if out is not None:
+        report_path(out)
+    found = run(
+        models, data, tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+        include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,
+        stride=stride, batch_size=batch_size, speed=speed, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        repeats=repeats, placement=Placement(dtype, device),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif as_markdown:
+        print(found.markdown())
+    else:
+        console = Console(highlight=False)
+        console.print(found.table())
+        console.print(rich_text(found.notes))
+    if out is not None:
+        print(f"wrote {one_line(found.save(out))}", file=sys.stderr)

@@ -1,0 +1,44 @@
+"""`hf-lnscale info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from ..core.display import one_line, terminal
+from .options import AsJson, Checkpoint
+
+
+def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Show what a checkpoint is: family, layers, scales, cuts.
+
+    Reads no weights.
+    """
+    from rich.console import Console
+
+    from ..checkpoints.export import read_info
+    from ..core.config import LNScalingConfig
+
+    found = read_info(checkpoint)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    state = "no LayerNorm Scaling"
+    if scaling := LNScalingConfig.of(found.active or found.folded):
+        way = f" (step {scaling.step} of {scaling.warmup_steps} on the way to {scaling.exponent:g})"
+        where = "active: needs hf_lnscale to run" if found.active else "folded into the weights: runs anywhere"
+        state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{way if scaling.warming_up else ''}, {where}"
+    family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
+    print(one_line(found.path))
+    print(f"  family   {one_line(family)}{'' if found.supported else ' (not supported)'}")
+    print(f"  layers   {found.num_layers or 'not counted in its configuration'}")
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped["layers"]))
+        base = f" of {one_line(found.dropped['base'])}" if found.dropped["base"] else ""
+        print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}")
+    print(f"  scaling  {state}")
+    if scaling and found.num_layers:
+        scaling = scaling.for_layers(found.num_layers)
+        scales = zip(scaling.depths or (), scaling.scales(found.num_layers), strict=True)
+        rows = [(str(layer), str(depth), f"{scale:.4f}") for layer, (depth, scale) in enumerate(scales)]
+        Console().print(terminal(("layer", "depth", "scale"), rows))

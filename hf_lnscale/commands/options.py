@@ -1,0 +1,69 @@
+"""Options and values that several verbs share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub."),
+]
+Data = Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens in a window; 512, or the number of positions of the model if smaller.")
+]
+BatchSize = Annotated[int, typer.Option(help="Windows at a time.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: auto (the checkpoint's own), fp32, bf16, fp16.")]
+Device = Annotated[str | None, typer.Option(help="Device to compute on; a GPU if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
+_UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", start=1)}
+_COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_increase(value: str) -> float:
+    """Reads a relative increase, "10%" or "0.1"."""
+    try:
+        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        number = 0.0
+    # 10 without a percent sign is more likely ten percent than a thousand.
+    if not 0 < number < (float("inf") if value.endswith("%") else 1):
+        raise typer.BadParameter(f"{value!r} is not a valid increase; use 10% or 0.1")
+    return number
+
+
+def parse_layers(value: str) -> list[int]:
+    """Reads layers, counted from 0: "12,14,17", with ranges that include their ends, as in "12-14,17"."""
+    layers: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            raise typer.BadParameter(f"{value!r} is not a list of layers; use 12,14,17 or 12-14")
+        layers += range(first, last + 1)
+    return layers
+
+
+def parse_bytes(value: str) -> int:
+    """Reads a size, "4GiB", "500MB" or a number of bytes."""
+    return int(_quantity(value, _UNITS, "size", "4GiB, 500MB or a number of bytes"))
+
+
+def parse_count(value: str) -> int:
+    """Reads a count, "1.1B", "500M" or a plain number."""
+    return int(_quantity(value, _COUNTS, "count", "1.1B, 500M or a plain number"))
+
+
+def _quantity(value: str, units: dict[str, float], what: str, valid: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, flags=re.IGNORECASE)
+    named = {name.lower(): factor for name, factor in units.items()}
+    if not match or match[2].lower() not in named or not float(match[1]):
+        raise typer.BadParameter(f"{value!r} is not a valid {what}; use {valid}")
+    return float(match[1]) * named[match[2].lower()]

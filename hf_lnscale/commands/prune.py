@@ -1,0 +1,103 @@
+"""`hf-lnscale prune`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.display import one_line
+from .options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Dtype,
+    Force,
+    SeqLen,
+    parse_bytes,
+    parse_count,
+    parse_increase,
+    parse_layers,
+)
+
+
+def prune(
+    model: Checkpoint,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    num_layers: Annotated[int | None, typer.Option("--layers", help="Drop this many layers.")] = None,
+    max_perplexity_increase: Annotated[
+        Any,
+        typer.Option(
+            "--max-ppl-increase",
+            parser=parse_increase,
+            metavar="SHARE",
+            help="Drop as many as stay inside it on held-out data, as in 10%.",
+        ),
+    ] = None,
+    target_params: Annotated[
+        Any,
+        typer.Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M."),
+    ] = None,
+    target_memory: Annotated[
+        Any,
+        typer.Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB."),
+    ] = None,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
+    cache_batch: Annotated[int, typer.Option(help="Sequences in that cache.")] = 1,
+    drop: Annotated[
+        Any,
+        typer.Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "best_of",
+    heal: Annotated[
+        str,
+        typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
+    ] = "auto",
+    held_out: Annotated[Path | None, typer.Option(help="Data to judge by, instead of a quarter of --data.")] = None,
+    num_tokens: Annotated[
+        int, typer.Option("--tokens", help="Tokens of the data to use; a quarter is held out.")
+    ] = 65_536,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Drop layers, chosen by measurement: a smaller checkpoint.
+
+    Give one of --layers, --max-ppl-increase, --target-params,
+    --target-memory and --drop.
+    """
+    from ..checkpoints.folders import public_command
+    from ..checkpoints.names import Placement
+    from ..core.record import get_ln_scaling
+    from ..measuring.text import Windows
+    from ..pruning.prune import prune as run
+
+    found = run(
+        model, data, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
+        target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,
+        drop=drop, method=method, heal=None if heal == "none" else heal, held_out=held_out,
+        windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device), out=out, force=force,
+        command=public_command(["hf-lnscale", *sys.argv[1:]]),
+    )  # fmt: skip
+    plan = found.plan
+    if as_json:
+        print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
+        return
+    print(found)
+    if plan.heal is not None and "healed" not in plan.perplexity:
+        print("healing did not help on held-out data and was left out")
+    if get_ln_scaling(found.model.config):
+        state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
+    else:
+        state = "a plain checkpoint, loads without hf_lnscale"
+    print(f"wrote {one_line(out)}: {state}")

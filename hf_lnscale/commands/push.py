@@ -1,0 +1,47 @@
+"""`hf-lnscale push`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="JSON from evaluate --out, for the card; default: evaluation.json in FOLDER.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model that it was made from.")] = None,
+    allow_scaled: Annotated[
+        bool, typer.Option("--allow-scaled", help="Upload an active scale, which needs hf_lnscale to load.")
+    ] = False,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="For a repository that is made.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the Hub, its figures in the card.
+
+    What belongs to a training run (optimizer, logs, checkpoints) stays here.
+    """
+    from ..checkpoints.hub import push as run
+
+    done = run(
+        folder, repo_id, evaluation=evaluation, base_model=base_model, allow_scaled=allow_scaled, private=private,
+        message=message, dry_run=dry_run,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(done), "folder": str(done.folder)}, indent=2))
+    elif done.url:
+        print(f"uploaded {len(done.files) + 1} files: {done.url}")
+    else:
+        print(done)

@@ -1,0 +1,184 @@
+"""Chats for training: rows of every common format as messages, and the chat template that marks the answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json, List, Value
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
+
+from .arguments import RecipeConfig
+from .scripts import recipes_folder
+
+_EXTRAS = {"tools": Value("string"), "chat_template_kwargs": Json()}
+CHAT_FEATURES = {
+    "messages": Features({"messages": List(Json()), **_EXTRAS}),
+    "prompt and completion of messages": Features({"prompt": List(Json()), "completion": List(Json()), **_EXTRAS}),
+    "prompt and completion": Features({"prompt": Value("string"), "completion": Value("string")}),
+}
+# Names that roles have in ShareGPT's format and in others.
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
+    "ipython": "tool", "developer": "system",
+}  # fmt: skip
+_FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+
+
+def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[str, ...]:
+    """The columns that a row is read from: the first of the formats of which it has all."""
+    allowed = set(columns or row)
+    for names in _FORMATS:
+        if all(name in allowed and row.get(name) is not None for name in names):
+            return names
+    hint = "; for raw text there is continue_pretrain.py" if isinstance(row.get("text"), str) else ""
+    has = ", ".join(str(name) for name, value in row.items() if value is not None) or "nothing"
+    raise ValueError(
+        f"dataset_name: {where} has columns {has}; sft.py reads 'messages', 'conversations', 'prompt' and "
+        f"'completion', or 'instruction' and 'output'{hint}"
+    )
+
+
+def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
+    """The key of `CHAT_FEATURES` that a row becomes.
+
+    Raises:
+        ValueError: if it has none of the formats.
+    """
+    if "prompt" not in _format(row, where, columns):
+        return "messages"
+    return "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
+
+
+def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
+    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`.
+
+    Raises:
+        ValueError: for what is missing or not valid; the message starts with `where`.
+    """
+    names = _format(row, where, columns)
+    if (found := chat_kind(row, where, columns)) != kind:
+        raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
+    if kind == "prompt and completion":
+        for name in names:
+            if not isinstance(row[name], str):
+                raise ValueError(f"dataset_name: {where}: {name} is not text, but {row[name]!r}")
+        return {name: row[name] for name in names}
+    if names == ("instruction", "output"):
+        question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+        turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
+        chat = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
+    else:
+        chat = {"messages" if name == "conversations" else name: row[name] for name in names}
+    chat = {name: _messages(value, f"{where}: {name}") for name, value in chat.items()}
+    answers = chat["messages" if "messages" in chat else "completion"]
+    if not any(message["role"] == "assistant" for message in answers):
+        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        tools = _decode(tools, f"{where}: tools")
+    keywords = row.get("chat_template_kwargs") or {}
+    return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
+
+
+def _decode(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):  # as in CSV
+        value = _decode(value, where)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"dataset_name: {where} must be a list of messages, got {value!r}")
+    return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    """A message with `role`, `content` as text and, where there are some, `tool_calls` with arguments as objects."""
+    if not isinstance(given, dict):
+        raise ValueError(f"dataset_name: {where} must have a role and a content, got {given!r}")
+    message = {key: value for key, value in given.items() if value is not None}
+    for name, theirs in (("role", "from"), ("content", "value")):
+        if name not in message and theirs in message:
+            message[name] = message.pop(theirs)
+    said, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    role = ROLES.get(str(said).lower(), said)
+    if role not in ("system", "user", "assistant", "tool"):
+        known = ", ".join(["system", "user", "assistant", "tool", *ROLES])
+        raise ValueError(f"dataset_name: {where} has the role {said!r}; valid are {known}")
+    if said == "function_call":
+        call = _decode(str(content), where)
+        content, calls = "", call if isinstance(call, list) else [call]
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"dataset_name: {where} has a content that is not text: {str(content)[:80]}")
+        content = "".join(part["text"] for part in content)
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"dataset_name: {where} ({role}) has no content" + (f", but {content!r}" if content else ""))
+    message |= {"role": role, "content": content}
+    message.pop("tool_calls", None)
+    return message | {"tool_calls": [_call(call, where) for call in calls]} if calls else message
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"dataset_name: {where} has a tool call without a function's name: {call!r}")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):  # as in OpenAI's format; templates that write JSON would quote it once more
+        arguments = _decode(arguments, f"{where}: arguments of {function['name']!r}")
+    named = {"name": function["name"], "arguments": arguments}
+    return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
+
+
+def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
+    """Settles for the data which chat template is used, and whether only the assistant's answers are learned.
+
+    Raises:
+        ValueError: if the data is chats and there is no template, or one that does not mark the answers or drops the
+            tool calls that the data has.
+        FileNotFoundError: if the template's file does not exist.
+    """
+    if training.chat_template_path == "chatml":
+        training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
+    is_chat = not {"messages", "tools"}.isdisjoint(train.column_names)
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = is_chat
+    if not is_chat:
+        return
+    path = training.chat_template_path
+    advice = "name one with --chat_template_path: chatml, a .jinja file, or the tokenizer of a chat model"
+    if path is None:
+        if not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; {advice}")
+    elif path.endswith((".jinja", ".j2")):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"chat_template_path: there is no file {path!r}")
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    else:
+        return
+    shown = f"the chat template of {path or tokenizer.name_or_path!r}"
+    if training.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError:
+            raise ValueError(
+                f"{shown} does not say which tokens are the assistant's; {advice}, or learn all tokens with "
+                "--assistant_only_loss false"
+            ) from None
+    rows = train if isinstance(train, Dataset) else itertools.islice(train, 1000)
+    if any(_uses_tools(row) for row in rows) and not supports_tool_calling(tokenizer):
+        raise ValueError(f"{shown} drops tool calls, and the data has some; {advice}")
+
+
+def _uses_tools(row: dict[str, Any]) -> bool:
+    messages = row.get("messages") or [*row["prompt"], *row["completion"]]
+    return bool(row.get("tools")) or any(message.get("tool_calls") for message in messages)

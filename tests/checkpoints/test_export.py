@@ -1,0 +1,76 @@
+"""Exporting reads what `from_pretrained` reads, whatever else lies in the folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from hf_lnscale.checkpoints.export import export
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = tmp_path / "sharded"
+    tiny.model(ln_scaling=True).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def require_equal(source, tmp_path):
+    """What was exported does what `from_pretrained` of the source does."""
+    out = export(source, tmp_path / "out", progress=False)
+    loaded, exported = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, out))
+    assert torch.equal(loaded(tiny.tokens()).logits, exported(tiny.tokens()).logits)
+    return out
+
+
+def test_a_single_file_beside_a_sharded_set(sharded, tmp_path):
+    """transformers takes the single file, here that of another model."""
+    tiny.model(seed=1, ln_scaling=True).save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single/model.safetensors", sharded)
+    out = require_equal(sharded, tmp_path)
+    assert sorted(path.name for path in out.glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_a_shard_that_holds_more_than_the_index_reads_from_it(sharded, tmp_path):
+    """Left over from another run: a file with tensors that the index reads elsewhere."""
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    tiny.model(seed=1, ln_scaling=True).save_pretrained(tmp_path / "single")
+    stale = sorted(set(index["weight_map"].values()))[0]
+    moved = [name for name, file in index["weight_map"].items() if file == stale]
+    shutil.copy(sharded / stale, sharded / "model-moved.safetensors")
+    index["weight_map"] |= dict.fromkeys(moved, "model-moved.safetensors")
+    kept = next(iter(moved))
+    index["weight_map"][kept] = stale
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    require_equal(sharded, tmp_path)
+
+
+def test_shards_of_one_name_in_two_folders(sharded, tmp_path):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    moved = {file: f"part{i}/model.safetensors" for i, file in enumerate(sorted(set(index["weight_map"].values())))}
+    for file, new in moved.items():
+        (sharded / new).parent.mkdir()
+        shutil.move(sharded / file, sharded / new)
+    index["weight_map"] = {name: moved[file] for name, file in index["weight_map"].items()}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    require_equal(sharded, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": 1}', "no JSON"])
+def test_an_index_of_another_shape(content, sharded, tmp_path):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="is not an index of safetensors files"):
+        export(sharded, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_is_read_again(sharded, tmp_path, monkeypatch):
+    """As by a disk that loses a write."""
+    monkeypatch.setattr("hf_lnscale.checkpoints.export._fold_tensor", lambda *args: None)
+    with pytest.raises(ValueError, match="was not written as folded"):
+        export(sharded, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

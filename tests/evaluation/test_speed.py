@@ -1,0 +1,90 @@
+"""Speed and memory of checkpoints, measured in processes that take turns."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from hf_lnscale.checkpoints.names import Placement
+from hf_lnscale.evaluation.speed import Timing, measure, relative_change
+
+CPU = Placement(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    tiny.model(max_position_embeddings=64).save_pretrained(folder)
+    return folder
+
+
+def test_numbers_that_cannot_be_are_refused_before_a_process_starts(tmp_path):
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure(tmp_path, repeats=0)
+
+
+def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
+    """With a `typer.py` in the current folder, which must not be run."""
+    (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
+    (tmp_path / "json.py").write_text("raise SystemExit('code of the current folder was run')")
+    monkeypatch.chdir(tmp_path)
+    whole, cut = measure(
+        checkpoint, checkpoint, drop_layers=[None, [1]], placement=CPU, prompt_tokens=8, new_tokens=4, repeats=3
+    )
+    layer = sum(p.numel() for p in tiny.model().model.layers[1].parameters())
+    assert whole.parameters - cut.parameters == layer
+    for timing in (whole.prefill_tokens_per_second, cut.decode_tokens_per_second):
+        assert 0 < timing.lowest <= timing.median <= timing.highest
+    # Tokens over seconds: the same run gives both figures.
+    assert whole.prefill_tokens_per_second.highest == pytest.approx(8 / whole.first_token_seconds.lowest)
+    assert whole.peak_bytes >= whole.load_peak_bytes > 0
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(RuntimeError, match=r"measuring .* failed: .*[Hh]eader"):
+        measure(tmp_path, placement=CPU)
+
+
+def test_a_range_that_overlaps_is_no_change():
+    reference = Timing.of([9.0, 10.0, 11.0])
+    assert relative_change(Timing.of([12.0, 13.0, 14.0]), reference) == pytest.approx(0.3)
+    assert relative_change(Timing.of([7.0, 8.0, 8.9]), reference) == pytest.approx(-0.2)
+    assert relative_change(Timing.of([11.0, 13.0, 14.0]), reference) is None  # touching ranges overlap
+    assert relative_change(Timing.of([8.0, 8.5, 9.0]), reference) is None
+
+
+def test_the_processes_end_with_the_one_that_started_them(checkpoint):
+    code = """
+import sys
+from hf_lnscale.checkpoints.names import Placement
+from hf_lnscale.evaluation.speed import measure
+measure(sys.argv[1], placement=Placement(device="cpu"), prompt_tokens=4, new_tokens=4, repeats=10**9)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code, str(checkpoint)])
+    child = None
+    for _ in range(600):
+        found = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True).stdout.split()
+        if found:
+            child = int(found[0])
+            break
+        time.sleep(0.1)
+    assert child is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    for _ in range(600):
+        try:
+            os.kill(child, 0)
+            state = Path(f"/proc/{child}/stat").read_text().split()[2]
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child goes on")

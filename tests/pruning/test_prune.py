@@ -1,0 +1,323 @@
+"""`prune`: in memory and on disk, in Python and on the command line."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+import hf_lnscale
+import tiny
+from hf_lnscale import PruningPlan, drop_layers, plan_pruning
+from hf_lnscale.measuring.text import Windows, token_batches
+from hf_lnscale.pruning import prune as prune_module
+from hf_lnscale.pruning import search
+
+L = 6
+
+
+def model(family="llama", **changes):
+    return tiny.model(family, num_hidden_layers=L, **changes)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model(ln_scaling=True).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"w{token}" for token in tiny.tokens(1, 800)[0].tolist()))
+    return file
+
+
+def run(*arguments, expect=0):
+    command = [sys.executable, "-m", "hf_lnscale", "prune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_prune(checkpoint, text, tmp_path):
+    """Layers by count, healed: what is written is plain but for its own depths, and does what its plan says."""
+    printed = run(
+        checkpoint, "--data", text, "--layers", 2, "--heal", "linear", "--seq-len", 16, "--out", tmp_path / "out"
+    )
+    assert "LayerNorm Scaling is active" in printed
+    for word in ("layers", "parameters", "checkpoint", "perplexity", "prefill", "decode", "peak memory"):
+        assert word in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no record of the search, no temporary folder
+    found = PruningPlan.load(tmp_path / "out")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.config.dropped_layers["layers"] == list(found.layers)
+    assert pruned.config.ln_scaling["depths"] == [i + 1 for i in range(L) if i not in found.layers]
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    _, held_out = token_batches(text, tokenizer=tokenizer, windows=Windows(seq_len=16)).split(0.25)
+    with torch.no_grad():
+        losses = [pruned(batch.input_ids, labels=batch.input_ids).loss for batch in held_out]
+    sizes = torch.tensor([batch.input_ids[:, 1:].numel() for batch in held_out])
+    perplexity = math.exp((torch.stack(losses) * sizes).sum() / sizes.sum())
+    assert perplexity == pytest.approx(found.perplexity.get("healed", found.perplexity["after"]), rel=1e-4)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"without_layers {found.layers}" not in card
+    assert "2 of 6 layers dropped" in card
+    assert "hf-lnscale prune" in card
+    assert "| perplexity, held out |" in card
+    assert not tiny.uploaded_that_say(tmp_path.parent, tmp_path / "out")
+    # The plan names the same layers to whoever loads the whole checkpoint with it.
+    again = AutoModelForCausalLM.from_pretrained(checkpoint, drop_layers=tmp_path / "out")
+    assert again.config.dropped_layers["layers"] == pruned.config.dropped_layers["layers"]
+
+
+def test_the_method_that_heals_writes_what_it_says(checkpoint, text, tmp_path):
+    given = ("--method", "greedy_healed", "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
+    run(checkpoint, "--data", text, *given)
+    assert PruningPlan.load(tmp_path / "out").heal["method"] == "refit"
+    assert "goes with another method" in run(checkpoint, "--data", text, *given, "--heal", "none", "--force", expect=1)
+
+
+def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
+    record = tmp_path / ".out.search.json"
+    record.write_text(json.dumps({"key": {"method": {"search": "greedy"}}, "steps": []}))
+    run(checkpoint, "--data", text, "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
+    assert not record.exists()
+
+
+def test_prune_given_layers(checkpoint, text, tmp_path):
+    given = ("--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out", "--json")
+    command = [sys.executable, "-m", "hf_lnscale", "prune", *map(str, (checkpoint, *given))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)  # and nothing else is printed there
+    assert found["layers"] == [1, 4]
+    costs = found["notes"]["cost"]
+    assert costs["after"]["size_on_disk"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert costs["after"]["parameters"] < costs["before"]["parameters"]
+    assert PruningPlan.load(tmp_path / "out").notes["cost"] == costs
+    expected = drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), [1, 4])
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(got(tiny.tokens()).logits, expected(tiny.tokens()).logits)
+
+
+def test_prune_heals_where_it_can(checkpoint, text, tmp_path):
+    run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "llama")
+    assert PruningPlan.load(tmp_path / "llama").heal["method"] == "refit"
+    model("gemma2").save_pretrained(tmp_path / "gemma2")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gemma2")
+    given = (tmp_path / "gemma2", "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "out")
+    run(*given)
+    assert PruningPlan.load(tmp_path / "out").heal is None
+    assert "healing is not possible" in run(*given, "--heal", "linear", "--force", expect=1)
+
+
+def in_process(checkpoint, text, out, **options):
+    return prune_module.prune(
+        str(checkpoint), str(text), out=out, progress=False, **{"windows": Windows(seq_len=16), **options}
+    )
+
+
+def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
+    """On what the model says itself, every layer matters."""
+    sharp = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        sharp.lm_head.weight.mul_(50)
+    sharp.save_pretrained(tmp_path / "sharp")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "sharp")
+    said = sharp.generate(tiny.tokens(20, 1), min_new_tokens=31, max_new_tokens=31, suppress_tokens=[0, 1, 2])
+    (tmp_path / "text.txt").write_text(" ".join(f"w{token}" for token in said.flatten().tolist()))
+    budget = {"max_perplexity_increase": 1e-9, "method": "block_influence"}
+    with pytest.raises(ValueError, match="not one layer can go: the cheapest raises perplexity from"):
+        in_process(tmp_path / "sharp", tmp_path / "text.txt", tmp_path / "out", **budget)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sharp", "text.txt"]
+
+
+def test_prune_heals_once(checkpoint, text, tmp_path, monkeypatch):
+    """What the search ends with is healed in place, and that is what is written."""
+    healings = []
+    heal = search.heal
+
+    def counted(model, layers, *args, **options):
+        healings.append(tuple(layers))
+        return heal(model, layers, *args, **options)
+
+    monkeypatch.setattr(search, "heal", counted)
+    found = in_process(checkpoint, text, tmp_path / "out", num_layers=2, heal="linear")
+    assert healings == [found.plan.layers]
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
+    expected = plan_pruning(
+        whole, str(text), num_layers=2, heal="linear", tokenizer=tokenizer, windows=Windows(seq_len=16), progress=False
+    )
+    for name in ("layers", "perplexity", "heal"):
+        assert getattr(found.plan, name) == getattr(expected, name)
+
+
+def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
+    model("gemma2").save_pretrained(tmp_path / "gemma2")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "gemma2")
+    for options in ({"heal": "linear"}, {"method": "greedy_healed"}):
+        with pytest.raises(ValueError, match="healing is not possible for model_type 'gemma2'"):
+            in_process(tmp_path / "gemma2", text, tmp_path / "out", num_layers=1, **options)
+    for options in ({"num_layers": 1}, {"drop": [1]}):
+        with pytest.raises(ValueError, match="1 sequence of calibration data is too little"):
+            in_process(checkpoint, text, tmp_path / "out", windows=Windows(32, 16), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["gemma2"]
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e6])
+def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        broken.lm_head.weight.mul_(value)
+    broken.save_pretrained(tmp_path / "broken")
+    tf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "broken")
+    for given in ({"drop": [1]}, {"num_layers": 1}):
+        with pytest.raises(ValueError, match=r"its perplexity on the held-out data is (nan|inf)"):
+            in_process(tmp_path / "broken", text, tmp_path / "out", heal=None, **given)
+    # And of what was written, whatever the plan says.
+    batches = token_batches(text, tokenizer=tf.AutoTokenizer.from_pretrained(checkpoint), windows=Windows(seq_len=16))
+    for said in (90.0, math.nan):
+        with pytest.raises(ValueError, match="nothing is kept"):
+            prune_module._read_again(
+                tmp_path / "broken",
+                PruningPlan((1,), {}, perplexity={"after": said}),
+                batches,
+                prune_module.Placement(),
+            )
+
+
+def test_prune_refuses_before_a_weight_is_read(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_module.Placement, "load", lambda *_, **__: pytest.fail("loaded"))
+    for given, message in (
+        ({"num_layers": 0}, "num_layers must be an integer from 1 to 5"),
+        ({"num_layers": 6}, "num_layers must be an integer from 1 to 5"),
+        ({"drop": [9]}, "layer 9 does not exist in a model of 6"),
+        ({"drop": [1], "windows": Windows(seq_len=10_000)}, "seq_len must be at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            in_process(checkpoint, text, tmp_path / "out", **given)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        in_process(checkpoint, "none.txt", tmp_path / "out", num_layers=1)
+
+
+def test_prune_refuses(checkpoint, text, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("x")
+    given = (checkpoint, "--data", text, "--seq-len", 16)
+    assert "exists and is not empty" in run(*given, "--layers", 1, "--out", tmp_path / "full", expect=1)
+    assert "exactly one of" in run(*given, "--out", tmp_path / "out", expect=1)
+    assert "is no share" in run(*given, "--max-ppl-increase", "10", "--out", tmp_path / "out", expect=2)
+    assert "is no checkpoint; --force" in run(*given, "--layers", 1, "--force", "--out", tmp_path / "full", expect=1)
+    for out in (checkpoint, checkpoint / "inside", checkpoint.parent, text.parent):
+        assert "must not be, hold or lie in" in run(*given, "--layers", 1, "--force", "--out", out, expect=1)
+    assert "--drop: '' is no list" in run(*given, "--drop", "", "--out", tmp_path / "out", expect=2)
+    assert "--drop: 'a' is no list" in run(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
+    assert "does not exist in a model of 6" in run(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)
+    assert "no share" in run(*given, "--max-ppl-increase", "x", "--out", tmp_path / "out", expect=2)
+    assert "there is no file" in run(checkpoint, "--data", "none.txt", "--layers", 1, "--out", "o", expect=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+# --- in memory ------------------------------------------------------------------------------------------------------
+
+
+DATA = [tiny.tokens(4, 12, seed=seed) for seed in range(4)]
+
+
+def test_in_memory():
+    """The model is healed and cut in place, as `plan_pruning`, `heal` and `drop_layers` do it one by one."""
+    full = model()
+    by_hand = copy.deepcopy(full)
+    found = hf_lnscale.prune(full, DATA, num_layers=2, progress=False)
+    assert found.model is full
+    assert found.path is None
+    plan = plan_pruning(by_hand, DATA, num_layers=2, heal="refit", progress=False)
+    assert found.plan == plan
+    if "healed" in plan.perplexity:
+        hf_lnscale.heal(by_hand, plan.layers, token_batches(DATA).split(0.25)[0], progress=False)
+    drop_layers(by_hand, plan.layers)
+    assert torch.equal(full(tiny.tokens()).logits, by_hand(tiny.tokens()).logits)
+    assert [row[0] for row in found.rows][:4] == ["layers", "parameters", "weights", "perplexity, held out"]
+    assert found.rows[0] == ("layers", "6", "4", "-33.3%")
+    assert "without layers" in str(found)
+    losses = [full(ids, labels=ids, use_cache=False).loss.item() for ids in DATA[3:]]
+    said = plan.perplexity.get("healed", plan.perplexity["after"])
+    assert math.exp(losses[0]) == pytest.approx(said, rel=1e-5)
+
+
+def test_in_memory_by_size_and_by_name():
+    total = sum(p.numel() for p in model().parameters())
+    layer = sum(p.numel() for p in model().model.layers[0].parameters())
+    found = hf_lnscale.prune(model(), DATA, target_params=total - 2 * layer, heal=None, progress=False)
+    assert found.model.num_parameters() == total - 2 * layer
+    found = hf_lnscale.prune(model(), DATA, drop=[-1, 2], heal=None, progress=False)
+    assert found.plan.layers == (2, 5)
+    assert found.plan.method == {"search": "given"}
+    assert found.plan.data["calibration"] is None
+
+
+def test_in_memory_onto_disk(checkpoint, text, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    found = in_process_of(loaded, text, tmp_path / "out", drop=[1, 4])
+    assert found.path == (tmp_path / "out").resolve()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(tiny.tokens()).logits, loaded(tiny.tokens()).logits)
+    assert PruningPlan.load(tmp_path / "out") == found.plan
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")("w5").input_ids == [5]
+    assert "| perplexity, held out |" in (tmp_path / "out/README.md").read_text()
+    nameless = model()
+    with pytest.raises(ValueError, match="tokenizer: give the one to write"):
+        hf_lnscale.prune(nameless, DATA, num_layers=1, out=tmp_path / "other")
+
+
+def in_process_of(loaded, text, out, **options):
+    return hf_lnscale.prune(loaded, str(text), out=out, windows=Windows(seq_len=16), progress=False, **options)
+
+
+def test_what_cannot_be_dropped_is_refused_before_the_search(monkeypatch):
+    monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
+    adapted = get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    held = model()
+    optimizer = torch.optim.SGD(held.parameters())
+    for full, given, message in (
+        (adapted, {"num_layers": 1}, "carries a PEFT adapter"),
+        (held, {"num_layers": 1}, "an optimizer .SGD. holds parameters"),
+        (model(), {"num_layers": 6}, "num_layers must be an integer from 1 to 5 for this model, got 6"),
+        (model(), {"drop": [9]}, "drop: layer 9 does not exist in a model of 6 layers"),
+        (model(), {"num_layers": 1, "drop": [1]}, "exactly one of .*; got num_layers=1, drop=.1."),
+        (tiny.model(num_hidden_layers=1), {"num_layers": 1}, "model: it has a single layer"),
+        (model(), {"target_params": 10}, "target_params must be at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf_lnscale.prune(full, DATA, progress=False, **given)
+    del optimizer
+
+
+def test_a_cut_that_fails_leaves_the_weights_as_they_were(monkeypatch):
+    full = model()
+    before = copy.deepcopy(full.state_dict())
+
+    def fail(*_):
+        assert any(not torch.equal(before[name], value) for name, value in full.state_dict().items())
+        raise MemoryError
+
+    monkeypatch.setattr(prune_module, "drop_layers", fail)
+    said = full.generate(tiny.tokens(16, 1), max_new_tokens=11, do_sample=False, eos_token_id=None)
+    with pytest.raises(MemoryError):
+        hf_lnscale.prune(full, said, drop=[2], progress=False)
+    assert all(torch.equal(before[name], value) for name, value in full.state_dict().items())
