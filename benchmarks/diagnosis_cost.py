@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lnscale
 from hf_lnscale.core.stack import text_stack
-from hf_lnscale.diagnosis.examine import _costs, _first
+from hf_lnscale.diagnosis.examine import first_sequences, forward_passes
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances, stream
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
@@ -92,8 +92,8 @@ def main(
     if bool(checkpoint) != bool(text):
         raise typer.BadParameter("give both --checkpoint and --text, or none", param_hint="--text")
     name, model, data = subject(checkpoint, text, dtype, sequences, length)
-    few = _first(data, SEQUENCES)
-    announced = _costs(text_stack(model), few.num_tokens / data.num_tokens, PROBES)
+    few = first_sequences(data, SEQUENCES)
+    announced = forward_passes(text_stack(model), few.num_tokens / data.num_tokens, PROBES)
 
     def nothing(share: float) -> None: ...
 
@@ -106,11 +106,11 @@ def main(
             announced["loss"], slow,
         ),
         (
-            "gradients", "decoder and head", lambda: gradient_norms(model, data, nothing, 1.0),
+            "gradients", "decoder and head", lambda: gradient_norms(model, data, nothing),
             lambda: plain(model, data), announced["gradients"], slow,
         ),
         (
-            "jacobian", "decoder and head", lambda: jacobian_distances(model, few, PROBES, nothing, 1.0),
+            "jacobian", "decoder and head", lambda: jacobian_distances(model, few, PROBES, nothing),
             lambda: plain(model, data), announced["jacobian"], slow,
         ),
     ]  # fmt: skip

@@ -8,26 +8,52 @@ Importing it makes every `from_pretrained`, `from_config` and configuration of t
     model = AutoModelForCausalLM.from_pretrained(name, drop_layers=[12, 14, 17])
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .core.apply import (
-    apply_ln_scaling,
-    fold_ln_scaling,
-    ln_scales,
-    remove_ln_scaling,
-    set_ln_scaling_step,
-    unfold_ln_scaling,
-)
-from .core.config import LNScalingConfig
-from .core.families import UnsupportedArchitectureError, register_family
-from .diagnosis import Diagnosis, diagnose
-from .evaluation import evaluate
 from .hooks.install import disable, enable, is_enabled
-from .pruning.heal import heal
-from .pruning.layers import drop_layers
-from .pruning.plan import PruningPlan
-from .pruning.prune import Pruned, plan_pruning, prune
-from .pruning.scores import LayerScores, score_layers
-from .pruning.speculative import draft_model
+
+if TYPE_CHECKING:
+    from .core.apply import (
+        apply_ln_scaling,
+        fold_ln_scaling,
+        ln_scales,
+        remove_ln_scaling,
+        set_ln_scaling_step,
+        unfold_ln_scaling,
+    )
+    from .core.config import LNScalingConfig
+    from .core.errors import UnsupportedArchitectureError, UnsupportedTransformersError
+    from .core.families import register_family
+    from .diagnosis import Diagnosis, diagnose
+    from .evaluation import evaluate
+    from .pruning.heal import heal
+    from .pruning.layers import drop_layers
+    from .pruning.plan import PruningPlan
+    from .pruning.prune import Pruned, plan_pruning, prune
+    from .pruning.scores import LayerScores, score_layers
+    from .pruning.speculative import draft_model
+
+# Where the public names are defined; imported when one is used, so that importing this package costs nothing.
+_DEFINED_IN = {
+    "core.apply": (
+        "apply_ln_scaling", "fold_ln_scaling", "ln_scales", "remove_ln_scaling", "set_ln_scaling_step",
+        "unfold_ln_scaling",
+    ),
+    "core.config": ("LNScalingConfig",),
+    "core.errors": ("UnsupportedArchitectureError", "UnsupportedTransformersError"),
+    "core.families": ("register_family",),
+    "diagnosis": ("Diagnosis", "diagnose"),
+    "evaluation": ("evaluate",),
+    "pruning.heal": ("heal",),
+    "pruning.layers": ("drop_layers",),
+    "pruning.plan": ("PruningPlan",),
+    "pruning.prune": ("Pruned", "plan_pruning", "prune"),
+    "pruning.scores": ("LayerScores", "score_layers"),
+    "pruning.speculative": ("draft_model",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 __all__ = [
     "Diagnosis",
@@ -36,6 +62,7 @@ __all__ = [
     "Pruned",
     "PruningPlan",
     "UnsupportedArchitectureError",
+    "UnsupportedTransformersError",
     "__version__",
     "apply_ln_scaling",
     "diagnose",
@@ -56,5 +83,18 @@ __all__ = [
     "set_ln_scaling_step",
     "unfold_ln_scaling",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 enable()

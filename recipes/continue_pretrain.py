@@ -19,7 +19,14 @@ converted: its scale is ramped from none to 1/sqrt(l) over the first steps, all 
 
 from trl import ModelConfig, get_peft_config
 
-from hf_lnscale.training.arguments import ContinueConfig, DataArguments, DepthArguments, RecipeParser, WarmupArguments
+from hf_lnscale.training.arguments import (
+    TEXT,
+    DataArguments,
+    DepthArguments,
+    RecipeConfig,
+    RecipeParser,
+    WarmupArguments,
+)
 from hf_lnscale.training.recipe_data import load_text
 from hf_lnscale.training.recipe_model import load_model, load_tokenizer
 from hf_lnscale.training.recipe_run import Run, launch
@@ -27,8 +34,9 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    types = (WarmupArguments, DepthArguments, DataArguments, ModelConfig, ContinueConfig)
-    return RecipeParser("continue_pretrain", types, __doc__, prog)
+    types = (WarmupArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    # Warmed up and decayed again, which Ibrahim et al. (arXiv 2403.08763) find best for a new text.
+    return RecipeParser("continue_pretrain", types, __doc__, prog, **TEXT, learning_rate=5e-5, warmup_steps=0.01)
 
 
 def main(
@@ -36,7 +44,7 @@ def main(
     depth: DepthArguments,
     data: DataArguments,
     checkpoint: ModelConfig,
-    training: ContinueConfig,
+    training: RecipeConfig,
 ) -> None:
     run = Run("continue_pretrain", training, warmup, depth, data, checkpoint)
     tokenizer = load_tokenizer(checkpoint, training)

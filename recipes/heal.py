@@ -18,7 +18,14 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
 
 from trl import ModelConfig, get_peft_config
 
-from hf_lnscale.training.arguments import DataArguments, DepthArguments, HealConfig, RecipeParser, TeacherArguments
+from hf_lnscale.training.arguments import (
+    TEXT,
+    DataArguments,
+    DepthArguments,
+    RecipeConfig,
+    RecipeParser,
+    TeacherArguments,
+)
 from hf_lnscale.training.recipe_data import load_text
 from hf_lnscale.training.recipe_model import load_model, load_teacher, load_tokenizer, require_pruned
 from hf_lnscale.training.recipe_run import Run, launch
@@ -26,9 +33,9 @@ from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser(
-        "heal", (TeacherArguments, DepthArguments, DataArguments, ModelConfig, HealConfig), __doc__, prog
-    )
+    types = (TeacherArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    # Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well.
+    return RecipeParser("heal", types, __doc__, prog, **TEXT, learning_rate=1e-4, warmup_steps=0.05)
 
 
 def main(
@@ -36,7 +43,7 @@ def main(
     depth: DepthArguments,
     data: DataArguments,
     checkpoint: ModelConfig,
-    training: HealConfig,
+    training: RecipeConfig,
 ) -> None:
     run = Run("heal", training, teacher, depth, data, checkpoint)
     tokenizer = load_tokenizer(checkpoint, training)

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_lnscale.measuring.sample import train_tokenizer
-from hf_lnscale.training.arguments import DataArguments, PretrainArguments, PretrainConfig, RecipeParser
+from hf_lnscale.training.arguments import TEXT, DataArguments, PretrainArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.recipe_data import first_texts, load_text
 from hf_lnscale.training.recipe_run import Run, launch
 from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
@@ -34,10 +34,14 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser("pretrain", (PretrainArguments, DataArguments, PretrainConfig), __doc__, prog)
+    # The paper's settings (arXiv 2502.05795, section 5), except the batch of 512, which depends on the machine.
+    paper = {"learning_rate": None, "warmup_steps": 0.1, "weight_decay": 0.0, "max_length": 256}
+    quick = {"gradient_checkpointing": False, "eval_on_start": False}
+    types = (PretrainArguments, DataArguments, RecipeConfig)
+    return RecipeParser("pretrain", types, __doc__, prog, **TEXT, **paper, **quick)
 
 
-def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, texts: Iterable[str]) -> Any:
+def get_tokenizer(new: PretrainArguments, training: RecipeConfig, run: Run, texts: Iterable[str]) -> Any:
     """The named one, that of the checkpoint to resume, or a new one that one process trains for all."""
     if new.tokenizer_name or new.config_name or run.checkpoint:
         return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
@@ -47,7 +51,7 @@ def get_tokenizer(new: PretrainArguments, training: PretrainConfig, run: Run, te
     return tokenizer
 
 
-def main(new: PretrainArguments, data: DataArguments, training: PretrainConfig) -> None:
+def main(new: PretrainArguments, data: DataArguments, training: RecipeConfig) -> None:
     if training.learning_rate is None:
         if new.config_name:
             raise ValueError("learning_rate: with --config_name, give one; the paper's go with its shapes")

@@ -21,7 +21,7 @@ In full on eight GPUs:
 
 from trl import ModelConfig, get_peft_config
 
-from hf_lnscale.training.arguments import ChatConfig, DataArguments, DepthArguments, RecipeParser
+from hf_lnscale.training.arguments import DataArguments, DepthArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.recipe_data import load_conversations
 from hf_lnscale.training.recipe_model import load_model, load_tokenizer
@@ -30,10 +30,11 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser("sft", (DepthArguments, DataArguments, ModelConfig, ChatConfig), __doc__, prog)
+    types = (DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    return RecipeParser("sft", types, __doc__, prog, num_samples=2)
 
 
-def main(depth: DepthArguments, data: DataArguments, checkpoint: ModelConfig, training: ChatConfig) -> None:
+def main(depth: DepthArguments, data: DataArguments, checkpoint: ModelConfig, training: RecipeConfig) -> None:
     run = Run("sft", training, depth, data, checkpoint)
     tokenizer = load_tokenizer(checkpoint, training)
     train, held_out = load_conversations(data, training.seed)

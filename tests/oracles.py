@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D hidden size, H heads, K key/value heads, E head siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -31,17 +31,19 @@ def rotate(x_BHTE: torch.Tensor, theta: float) -> torch.Tensor:
     )
 
 
-def llama_with_layernorm_scaling(
-    weights: dict[str, torch.Tensor], config: dict, tokens_BT: torch.Tensor, exponent: float = 0.5
-) -> torch.Tensor:
-    """Logits (B, T, V) of a Llama in which both pre-norms of layer l are divided by l ** exponent.
+Function = Callable[[torch.Tensor], torch.Tensor]
+Branch = Callable[[torch.Tensor, Function, Function, int, int], torch.Tensor]
 
-    arXiv 2502.05795, equation 8, with l counted from 1; the norm before the output head is not scaled.
+
+def llama(weights: dict[str, torch.Tensor], config: dict, tokens_BT: torch.Tensor, branch: Branch) -> torch.Tensor:
+    """Logits (B, T, V) of a Llama whose residual branches are joined by a formula.
 
     Args:
         weights: state dict of a Llama, in float64.
         config: the fields of its config.json.
         tokens_BT: token ids.
+        branch: the stream behind a sub-layer, from the stream x_BTD in front of it, the sub-layer and its norm as
+            functions, the layer counted from 0, and 0 for attention or 1 for the MLP. Llama's is x + function(norm(x)).
     """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     eps, theta = config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]
@@ -50,29 +52,41 @@ def llama_with_layernorm_scaling(
 
     x_BTD = weights["model.embed_tokens.weight"][tokens_BT]
     for layer in range(config["num_hidden_layers"]):
-        scale = 1.0 / (layer + 1) ** exponent
         name = f"model.layers.{layer}."
 
-        h_BTD = scale * rms_norm(x_BTD, weights[name + "input_layernorm.weight"], eps)
-        q, k, v = (
-            (h_BTD @ weights[f"{name}self_attn.{which}_proj.weight"].T).view(batch, length, n, -1).transpose(1, 2)
-            for which, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
-        q, k = rotate(q, theta), rotate(k, theta)
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-        scores_BHTT = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-        attention_BHTE = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1) @ v
-        x_BTD = (
-            x_BTD
-            + attention_BHTE.transpose(1, 2).reshape(batch, length, -1) @ weights[name + "self_attn.o_proj.weight"].T
-        )
+        def attention(h_BTD: torch.Tensor, name: str = name) -> torch.Tensor:
+            q, k, v = (
+                (h_BTD @ weights[f"{name}self_attn.{which}_proj.weight"].T).view(batch, length, n, -1).transpose(1, 2)
+                for which, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            )
+            q, k = rotate(q, theta), rotate(k, theta)
+            k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+            scores_BHTT = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+            attention_BHTE = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1) @ v
+            return (
+                attention_BHTE.transpose(1, 2).reshape(batch, length, -1) @ weights[f"{name}self_attn.o_proj.weight"].T
+            )
 
-        h_BTD = scale * rms_norm(x_BTD, weights[name + "post_attention_layernorm.weight"], eps)
-        gate = h_BTD @ weights[name + "mlp.gate_proj.weight"].T
-        up = h_BTD @ weights[name + "mlp.up_proj.weight"].T
-        x_BTD = x_BTD + (gate * torch.sigmoid(gate) * up) @ weights[name + "mlp.down_proj.weight"].T
+        def mlp(h_BTD: torch.Tensor, name: str = name) -> torch.Tensor:
+            gate = h_BTD @ weights[name + "mlp.gate_proj.weight"].T
+            up = h_BTD @ weights[name + "mlp.up_proj.weight"].T
+            return (gate * torch.sigmoid(gate) * up) @ weights[name + "mlp.down_proj.weight"].T
+
+        for which, (function, norm) in enumerate(((attention, "input"), (mlp, "post_attention"))):
+            weight_D = weights[f"{name}{norm}_layernorm.weight"]
+            x_BTD = branch(x_BTD, function, lambda x, weight_D=weight_D: rms_norm(x, weight_D, eps), layer, which)
 
     return rms_norm(x_BTD, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
+
+
+def llama_with_layernorm_scaling(
+    weights: dict[str, torch.Tensor], config: dict, tokens_BT: torch.Tensor, exponent: float = 0.5
+) -> torch.Tensor:
+    """Logits (B, T, V) of a Llama in which both pre-norms of layer l are divided by l ** exponent.
+
+    arXiv 2502.05795, equation 8, with l counted from 1; the norm before the output head is not scaled.
+    """
+    return llama(weights, config, tokens_BT, lambda x, f, norm, layer, _: x + f(norm(x) / (layer + 1) ** exponent))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 
-pytest.importorskip("trl", minversion="1.16")  # which needs Python 3.11
+pytest.importorskip("trl", minversion="1.9")
 
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.training.recipe_run import launch

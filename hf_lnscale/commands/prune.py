@@ -76,10 +76,8 @@ def prune(
     Give one of --layers, --max-ppl-increase, --target-params,
     --target-memory and --drop.
     """
-    from rich.console import Console
-
     from ..checkpoints.folders import public_command
-    from ..checkpoints.names import Placement, read_config
+    from ..checkpoints.names import Placement
     from ..core.record import get_ln_scaling
     from ..measuring.text import Windows
     from ..pruning.prune import prune as run
@@ -95,10 +93,10 @@ def prune(
     if as_json:
         print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
         return
-    Console().print(found.table())
+    print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if get_ln_scaling(read_config(out)):
+    if get_ln_scaling(found.model.config):
         state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
     else:
         state = "a plain checkpoint, loads without hf_lnscale"

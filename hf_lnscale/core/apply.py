@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .config import LNScalingConfig, is_integer
 from .families import UnsupportedArchitectureError, family_of, text_config
 from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
-from .record import ACTIVE, DROPPED, FOLDED, Stored, get_ln_scaling, set_ln_scaling
-from .stack import Stack, own_stack, text_stack
+from .record import FOLDED, get_ln_scaling, record, set_ln_scaling, write
+from .stack import Stack, own_stack, pretrained_modules, text_stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def apply_from_config(model: PreTrainedModel) -> None:
     """Scales the norms that `model` itself holds as its configuration says; called once a model is constructed."""
-    value = get_ln_scaling(model.config)
-    if value is None:
+    scaling = record(model.config).active
+    if scaling is None:
         return
     stack = own_stack(model)
     if stack is None:
         # A head or a vision model. The decoder inside was scaled when it was constructed; once more does no harm, and
         # reaches layers that the head has put in since.
-        inside = [stack for module in model.modules() if (stack := own_stack(module))]
+        inside = [stack for module in pretrained_modules(model) if (stack := own_stack(module))]
         for stack in inside:
-            if scaling := get_ln_scaling(stack.model.config):
-                _apply(stack, LNScalingConfig(**scaling))
+            if own := record(stack.model.config).active:
+                _apply(stack, own)
         if text_config(model.config) is model.config and not inside:
             raise UnsupportedArchitectureError(
                 f"ln_scaling: {type(model).__name__} has no decoder layers at {family_of(model.config).layers!r}"
             )
         return
-    _apply(stack, LNScalingConfig(**value))
+    _apply(stack, scaling)
 
 
 def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
@@ -44,13 +46,16 @@ def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
     _require_free(norms)
     for position, norm in norms:
         scale_norm(norm, scales[position], stack.family.one_plus_weight, scaling.warming_up)
-    vars(stack.model.config)[ACTIVE] = Stored(scaling.to_dict())
+    write(stack.model.config, replace(record(stack.model.config), active=scaling))
 
 
-def _configs(model: nn.Module, stack: Stack) -> list[dict[str, Any]]:
-    """The attributes of every configuration in `model` that speaks of the stack; most often all are one object."""
-    configs = [text_config(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [vars(config) for config in configs if config.model_type == stack.model.config.model_type]
+def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
+    """Changes the record in every configuration in `model` that describes the stack; usually all are one object."""
+    new = replace(record(stack.model.config), **changes)
+    configs = [text_config(module.config) for module in pretrained_modules(model)]
+    for config in configs:
+        if config.model_type == stack.model.config.model_type:
+            write(config, new)
 
 
 def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
@@ -76,17 +81,16 @@ def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
         return remove_ln_scaling(model)
     stack = text_stack(model)
     config = stack.model.config
-    before = get_ln_scaling(config)
+    before = record(config)
     set_ln_scaling(config, ln_scaling)
+    scaling = record(config).active
+    assert scaling is not None
     try:
-        _apply(stack, LNScalingConfig(**vars(config)[ACTIVE]))
+        _apply(stack, scaling)
     except ValueError:
-        vars(config).pop(ACTIVE)
-        if before:
-            vars(config)[ACTIVE] = before
+        write(config, before)
         raise
-    for attributes in _configs(model, stack):
-        attributes[ACTIVE] = vars(config)[ACTIVE]
+    _write(model, stack)
     return model
 
 
@@ -105,8 +109,7 @@ def remove_ln_scaling(model: nn.Module) -> nn.Module:
     _require_free(stack.norms)
     for _, norm in stack.norms:
         unscale_norm(norm)
-    for attributes in _configs(model, stack):
-        attributes.pop(ACTIVE, None)
+    _write(model, stack, active=None)
     return model
 
 
@@ -128,7 +131,7 @@ def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
-    scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
+    scaling = record(stack.model.config).active
     if scaling is None or not scaling.warmup_steps:
         raise ValueError(
             f"the model's ln_scaling is {get_ln_scaling(stack.model.config)}: there is no warmup to move. Give it one: "
@@ -141,9 +144,7 @@ def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
     with torch.no_grad():
         for position, norm in stack.norms:
             write_scale(norm, scales[position])
-    stored = Stored(moved.to_dict())
-    for attributes in _configs(model, stack):
-        attributes[ACTIVE] = stored
+    _write(model, stack, active=moved)
     return model
 
 
@@ -178,9 +179,9 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
-    scaling = vars(stack.model.config).get(ACTIVE)
-    if scaling is None:
-        folded = vars(stack.model.config).get(FOLDED)
+    found = record(stack.model.config)
+    if found.active is None:
+        folded = found.folded and found.folded.to_dict()
         raise ValueError(f"the scale is folded already: {folded}" if folded else "the model has no active ln_scaling")
     _require_weights(stack)
     with torch.no_grad():
@@ -189,9 +190,7 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
                 one_plus = stack.family.one_plus_weight and name == "weight"
                 parameter.copy_(scale_parameter(parameter, float(norm.ln_scale), one_plus))  # type: ignore[arg-type]
             unscale_norm(norm)
-    for attributes in _configs(model, stack):
-        attributes.pop(ACTIVE, None)
-        attributes[FOLDED] = scaling
+    _write(model, stack, active=None, folded=found.active)
     return model
 
 
@@ -207,21 +206,18 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
-    folded = vars(stack.model.config).get(FOLDED)
+    folded = record(stack.model.config).folded
     if folded is None:
         raise ValueError(f"there is nothing to unfold: no {FOLDED} in the model's config")
     _require_weights(stack)
-    scaling = LNScalingConfig.of(folded)
-    assert scaling is not None
-    scales = scaling.scales(len(stack.layers))
+    scales = folded.scales(len(stack.layers))
     with torch.no_grad():
         for position, norm in stack.norms:
             for name, parameter in norm.named_parameters(recurse=False):
                 one_plus = stack.family.one_plus_weight and name == "weight"
                 parameter.copy_(unscale_parameter(parameter, scales[position], one_plus))
-    for attributes in _configs(model, stack):
-        attributes.pop(FOLDED, None)
-    return apply_ln_scaling(model, scaling)
+    _write(model, stack, folded=None)
+    return apply_ln_scaling(model, folded)
 
 
 def require_consistent(model: nn.Module) -> None:
@@ -230,19 +226,18 @@ def require_consistent(model: nn.Module) -> None:
     Raises:
         ValueError: if the two differ; the message says how that comes about.
     """
-    for module in model.modules():
+    for module in pretrained_modules(model):
         stack = own_stack(module)
         if stack is None:
             continue
-        scaling = LNScalingConfig.of(get_ln_scaling(stack.model.config))
-        dropped, number = vars(stack.model.config).get(DROPPED), stack.model.config.num_hidden_layers
-        if dropped and number != len(stack.layers):
+        found, number = record(stack.model.config), stack.model.config.num_hidden_layers
+        if found.dropped and number != len(stack.layers):
             raise ValueError(
                 f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
-                f"{dropped['layers']} dropped: drop_layers was assigned to the configuration of a model that is built "
-                "already (use hf_lnscale.drop_layers(model, layers))"
+                f"{list(found.dropped.layers)} dropped: drop_layers was assigned to the configuration of a model that "
+                "is built already (use hf_lnscale.drop_layers(model, layers))"
             )
-        said = scaling.scales(len(stack.layers)) if scaling else [1.0] * len(stack.layers)
+        said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
         applied = [
             {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
             for layer in stack.layers

@@ -131,6 +131,11 @@ class LNScalingConfig:
             )
         return replace(self, depths=depths)
 
+    def keeping(self, positions: list[int]) -> LNScalingConfig:
+        """The same for a model that keeps the layers at these positions only; the depths must be written out."""
+        assert self.depths is not None
+        return replace(self, depths=tuple(self.depths[position] for position in positions))
+
     def scales(self, num_layers: int) -> list[float]:
         """The factor of each layer, shape (L,), computed in double precision (equation 8: `l ** -0.5`)."""
         depths = self.for_layers(num_layers).depths

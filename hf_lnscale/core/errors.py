@@ -98,6 +98,10 @@ class CheckpointError(HFLNScaleError, ValueError, OSError):
     """
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint of that name."""
+
+
 class UnsupportedTransformersError(HFLNScaleError, RuntimeError):
     """The installed release of transformers lacks what a flag of this package needs."""
 

@@ -96,7 +96,7 @@ class ScaledNorm(nn.Module):
     _bound_forward: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in vars(self):
+        if "forward" in self.__dict__:
             self._adopt_bound_forward()
         return super().__call__(*args, **kwargs)
 
@@ -106,11 +106,11 @@ class ScaledNorm(nn.Module):
 
     def _adopt_bound_forward(self) -> None:
         """Liger and `use_kernels` bind a forward to the instance; on its own, it would read the unscaled weight."""
-        bound = vars(self)["forward"]
+        bound = self.__dict__["forward"]
         if isinstance(bound, MethodType) and bound.__self__ is self:
-            del vars(self)["forward"]
+            del self.__dict__["forward"]
             if bound.__func__ is not type(self).forward:
-                vars(self)["_bound_forward"] = bound.__func__
+                self.__dict__["_bound_forward"] = bound.__func__
         elif getattr(inspect.unwrap(bound), "__func__", None) is not type(self).forward:
             raise RuntimeError(
                 f"ln_scaling: {bound!r} was set as the forward of a scaled {type(self).__name__}, and whether it reads "

@@ -1,63 +1,222 @@
-"""What stands in a configuration, in memory and in config.json: the one reader and writer of the plugin's keys."""
+"""The plugin's keys in a model's configuration, in memory and in config.json: their one reader and writer."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .config import LNScalingConfig
+from .config import LNScalingConfig, is_integer
 from .families import family_of, text_config
 
-
-class Stored(dict):
-    """The value in a configuration. Of a class of this package, so that unpickling one imports, and enables, it."""
-
-
-# What a configuration carries, in memory and in config.json.
+# ON_DISK holds the scaling in the checkpoint's own config.json and exists in memory alone: it tells a model that was
+# trained with the scale from one in which it was switched on cold.
 ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
-# Which layers of which number are missing (pruning/layers.py); a layer that is left keeps the depth it had.
 DROPPED = "dropped_layers"
-# What the checkpoint's own config.json said, in memory only: tells a model trained with the scale from a cold switch.
 ON_DISK = "_ln_scaling_on_disk"
+# Key in the metadata of safetensors files.
+MARK = "hf_lnscale"
+
+
+class Stored(dict[str, Any]):
+    """An active scaling in a configuration. Defined here so that unpickling a configuration imports this package."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Which layers of the original model are missing.
+
+    Attributes:
+        layers: their sorted numbers in the original model, counted from 0.
+        num_hidden_layers: number of layers of the original model.
+        base: name of the original model, empty if it has none that others can use.
+    """
+
+    layers: tuple[int, ...]
+    num_hidden_layers: int
+    base: str = ""
+
+    @property
+    def kept(self) -> list[int]:
+        """The numbers, in the original model, of the layers that are left."""
+        return [layer for layer in range(self.num_hidden_layers) if layer not in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": list(self.layers), "num_hidden_layers": self.num_hidden_layers, "base": self.base}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a configuration says about the scale and the layers of its text decoder.
+
+    Attributes:
+        active: the scaling that is applied to the norms' outputs, or None.
+        folded: the scaling that the norm weights contain, or None.
+        dropped: the layers that are missing, or None if none are.
+        on_disk: the scaling that was active in the checkpoint's own config.json, or None.
+    """
+
+    active: LNScalingConfig | None = None
+    folded: LNScalingConfig | None = None
+    dropped: Dropped | None = None
+    on_disk: LNScalingConfig | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that belong into a config.json and their values; empty for a plain model."""
+        values = {ACTIVE: self.active, FOLDED: self.folded, DROPPED: self.dropped}
+        return {key: value.to_dict() for key, value in values.items() if value is not None}
+
+
+class SourceName(str):
+    """The name of the checkpoint that a model of ours was loaded from, with what was done to the model since.
+
+    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL its reference
+    models. `from_pretrained` of this name gives the same model again, not the one that the checkpoint holds.
+
+    Attributes:
+        record: what the model's configuration says.
+        changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
+    """
+
+    record: Record
+    changed: str
+
+    def __new__(cls, name: str, record: Record = Record(), changed: str = "") -> SourceName:
+        made = super().__new__(cls, name)
+        made.record, made.changed = record, changed
+        return made
+
+
+def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
+    """Notes in a configuration's name what a model that is loaded by it must be like; see `SourceName`.
+
+    Args:
+        config: of a model in memory.
+        changed: how its weights were changed; None leaves what was noted.
+    """
+    name = getattr(config, "_name_or_path", "")
+    changed = getattr(name, "changed", "") if changed is None else changed
+    if name:
+        found = record(config)
+        own = replace(found, on_disk=None)
+        config._name_or_path = SourceName(name, own, changed) if found != Record() or changed else str(name)
+
+
+def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
+    """Reads and validates the plugin's keys in a configuration, or in the dict of a config.json.
+
+    Stored depths of exactly 1, 2, ... are the default ones and follow the number of layers, which may have been changed
+    since they were written.
+
+    Raises:
+        ValueError: for a value that is not valid; the message names the key, the value and what is valid.
+    """
+    values, num_layers = _values(config)
+    return Record(
+        active=_scaling(values, ACTIVE, num_layers),
+        folded=_scaling(values, FOLDED, num_layers),
+        dropped=_dropped(values.get(DROPPED)),
+        on_disk=_scaling(values, ON_DISK, num_layers),
+    )
+
+
+def write(config: PreTrainedConfig, new: Record) -> None:
+    """Replaces what `record` reads. The values are new objects, as configurations may share the old ones."""
+    values = vars(text_config(config))
+    for key in (ACTIVE, FOLDED, DROPPED, ON_DISK):
+        values.pop(key, None)
+    values |= new.to_dict()
+    if new.active is not None:
+        values[ACTIVE] = Stored(values[ACTIVE])
+    if new.on_disk is not None:
+        values[ON_DISK] = new.on_disk.to_dict()
+    remember_source(config)
+
+
+def mark(own: Record) -> str | None:
+    """What weights are marked with that belong to a configuration with this record; None for a plain model."""
+    return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
+
+
+def is_flagged(config: Any) -> bool:
+    """Whether something is a configuration with a key of the plugin, in itself or in a part; only reads attributes."""
+    if not isinstance(config, PreTrainedConfig):
+        return False
+    values = vars(config)
+    return any(key in values for key in (ACTIVE, FOLDED, DROPPED, ON_DISK)) or any(
+        is_flagged(value) for value in values.values()
+    )
+
+
+def require_valid(config: PreTrainedConfig) -> None:
+    """Validates a configuration that was read from a file, which may have been edited by hand.
+
+    Raises:
+        ValueError: for a value that is not valid in itself, or that does not fit the number of layers.
+    """
+    found, num_layers = record(config), _num_layers(text_config(config))
+    if found.active and found.folded:
+        raise ValueError(
+            f"the model's config has both {ACTIVE} and {FOLDED}, which would scale twice; remove {ACTIVE}, or "
+            f"{FOLDED} if the norm weights do not contain the scale"
+        )
+    if num_layers is None:
+        return
+    for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
+        if scaling is not None:
+            with _naming(key):
+                scaling.for_layers(num_layers)
+    if found.dropped is not None and len(found.dropped.kept) != num_layers:
+        raise ValueError(
+            f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
+            f"layers, but num_hidden_layers is {num_layers}; give drop_layers to leave out more layers"
+        )
 
 
 def get_ln_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The active scaling of a model's text decoder as a dict, a copy, or None."""
-    return copy.deepcopy(vars(text_config(config)).get(ACTIVE))
+    active = record(config).active
+    return Stored(active.to_dict()) if active else None
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
     """Writes a value of the `ln_scaling` argument into a configuration; a model built from it is scaled accordingly.
 
-    None changes nothing, and True neither where a scaling is set already: a checkpoint's own depths stay.
+    None changes nothing, and neither does True if a scaling is set already: a checkpoint keeps its own depths.
+
+    Raises:
+        ValueError: for a wrong value, or if the norm weights contain a scale already.
+        UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    if value is None or (value is True and get_ln_scaling(config)):
+    if value is None:
         return
-    text = text_config(config)
-    holder = vars(text)
-    scaling = LNScalingConfig.of(value)
+    now, text = record(config), text_config(config)
+    if value is True and now.active:
+        return
+    scaling, num_layers = LNScalingConfig.of(value), _num_layers(text)
     if scaling is None:
-        holder.pop(ACTIVE, None)
+        write(config, replace(now, active=None))
         return
     if text.model_type:  # the base class, with which Trainer looks into a config.json, has none
         family_of(config)
-    if FOLDED in holder:
+    if now.folded:
         raise ValueError(
-            f"ln_scaling={value!r} on a checkpoint whose norm weights hold the scale already ({FOLDED} in its config): "
-            "that would scale twice. It needs no flag to run; to train it further with LayerNorm Scaling, load it "
-            "without the flag and call hf_lnscale.unfold_ln_scaling(model)."
+            f"ln_scaling={value!r} on a checkpoint whose norm weights contain the scale already ({FOLDED} in its "
+            "config): that would scale twice. It needs no flag to run; to train it further with LayerNorm Scaling, "
+            "load it without the flag and call hf_lnscale.unfold_ln_scaling(model)."
         )
-    if scaling.depths is None and (record := holder.get(DROPPED)):
-        own = [layer + 1 for layer in range(record["num_hidden_layers"]) if layer not in record["layers"]]
-        scaling = replace(scaling, depths=tuple(own))
-    if scaling.depths is not None and (num_layers := getattr(text, "num_hidden_layers", None)):
+    if isinstance(value, Stored):  # copied from a configuration, perhaps of another number of layers
+        scaling = _fitted(scaling, num_layers)
+    if scaling.depths is None and now.dropped:
+        scaling = replace(scaling, depths=tuple(layer + 1 for layer in now.dropped.kept))
+    if scaling.depths is not None and num_layers:
         scaling = scaling.for_layers(num_layers)
-    holder[ACTIVE] = Stored(scaling.to_dict())
+    write(config, replace(now, active=scaling))
 
 
 def trained_without(config: PreTrainedConfig) -> str | None:
@@ -66,21 +225,86 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     Returns:
         None where they agree, else "on", "off" or "other": what was done to the checkpoint's own.
     """
-    text = text_config(config)
-    num_layers = text.num_hidden_layers if hasattr(text, "num_hidden_layers") else 0
-    here, there = get_ln_scaling(config), vars(text).get(ON_DISK)
-    if here is None and there is None:
+    found = record(config)
+    if found.active is None and found.on_disk is None:
         return None
+    num_layers = _num_layers(text_config(config)) or 0
     scales = []
-    for value in (here, there):
-        scaling = LNScalingConfig.of(value)
+    for scaling in (found.active, found.on_disk):
         try:
             scales.append(scaling.scales(num_layers) if scaling else [1.0] * num_layers)
         except ValueError:  # the checkpoint has another number of layers than the model
             scales.append([])
     if scales[0] == scales[1]:
         return None
-    return "off" if here is None else "on" if there is None else "other"
+    return "off" if found.active is None else "on" if found.on_disk is None else "other"
+
+
+def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | None:
+    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
+    for saved in stateful_callbacks.values():
+        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
+            if stood := one["attributes"].get("ln_scaling"):
+                return LNScalingConfig.of(stood)
+    return None
+
+
+def _values(config: PreTrainedConfig | dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The mapping that holds the keys, and its number of layers if it has one."""
+    if not isinstance(config, dict):
+        text = text_config(config)
+        return vars(text), _num_layers(text)
+    keys = (ACTIVE, FOLDED, DROPPED)
+    values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
+    number = values.get("num_hidden_layers")
+    return values, number if is_integer(number) else None
+
+
+def _num_layers(text: PreTrainedConfig) -> int | None:
+    number = getattr(text, "num_hidden_layers", None)
+    return number if is_integer(number) else None  # some have a dict
+
+
+def _fitted(scaling: LNScalingConfig, num_layers: int | None) -> LNScalingConfig:
+    depths = scaling.depths
+    if depths and num_layers and len(depths) != num_layers and depths == tuple(range(1, len(depths) + 1)):
+        return replace(scaling, depths=tuple(range(1, num_layers + 1)))
+    return scaling
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Makes errors of `LNScalingConfig`, which speak of the argument `ln_scaling`, name the key that was read."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key} in the model's config is not valid: {error}") from None
+
+
+def _scaling(values: dict[str, Any], key: str, num_layers: int | None) -> LNScalingConfig | None:
+    if (stored := values.get(key)) is None:
+        return None
+    with _naming(key):
+        scaling = LNScalingConfig.of(stored)
+    return _fitted(scaling, num_layers) if scaling else None
+
+
+def _dropped(stored: Any) -> Dropped | None:
+    if stored is None:
+        return None
+    try:
+        layers, number, base = stored["layers"], stored["num_hidden_layers"], stored.get("base") or ""
+        valid = isinstance(layers, list | tuple) and is_integer(number) and isinstance(base, str)
+        valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in layers)
+        valid = valid and len(set(layers)) == len(layers) < number
+    except (TypeError, KeyError, IndexError, AttributeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f'{DROPPED} in the model\'s config must be like {{"layers": [1, 2], "num_hidden_layers": 6}}, with '
+            f"different integers from 0 to num_hidden_layers - 1 and not all of them, got {stored!r}"
+        )
+    return Dropped(tuple(sorted(layers)), number, base) if layers else None
 
 
 MODEL_TYPE_PREFIX = "hf_lnscale_"
@@ -100,11 +324,10 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
     """Turns the dict of a configuration into what is written to `config.json`, in place.
 
     Returns:
-        The same dict, unchanged but for internal notes if no scale is active in it.
+        The same dict, unchanged if no scale is active in it.
     """
     scaled = False
     for part in list(parts(config)):
-        part.pop(ON_DISK, None)
         if part.get(ACTIVE):
             scaled = True
             part["id2label"] = {**(part.get("id2label") or {}), TRIPWIRE: ""}
@@ -118,14 +341,18 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `protect`, in place, for the dict read from `config.json`.
 
-    Notes beside each active scale that the file had it. Any other file's dict comes back as it is.
+    Notes beside each active scale that the file had it. Any other file's dict is returned as it is.
+
+    Raises:
+        ValueError: if the file has an `ln_scaling` that is not valid.
     """
     scaled = False
     for part in list(parts(config)):
-        if not part.get(ACTIVE):
+        active = _scaling(part, ACTIVE, None)
+        if active is None:
             continue
         scaled = True
-        part[ON_DISK] = part[ACTIVE]
+        part[ACTIVE], part[ON_DISK] = Stored(active.to_dict()), active.to_dict()
         labels = {key: label for key, label in (part.pop("id2label", None) or {}).items() if key != TRIPWIRE}
         if labels:
             part["id2label"] = labels

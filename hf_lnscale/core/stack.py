@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .families import FAMILIES, Family, UnsupportedArchitectureError, family_of, submodule
 
-# --- models -----------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class Stack:
         return found
 
 
-def own_stack(module: nn.Module) -> Stack | None:
+def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:
+    """The modules of a model that are models of transformers, the outermost first."""
+    # Not imported above: its import installs the hooks, which import this file.
+    from transformers import PreTrainedModel
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def own_stack(module: PreTrainedModel) -> Stack | None:
     """The stack whose layers `module` itself holds (a `LlamaModel`, not the `LlamaForCausalLM` around it)."""
-    if not isinstance(module, PreTrainedModel):
-        return None
     family = FAMILIES.get(module.config.model_type)
     if family is None:
         return None
@@ -66,13 +73,13 @@ def text_stack(model: nn.Module) -> Stack:
         UnsupportedArchitectureError: if there is none of a known family.
         ValueError: if there is more than one.
     """
-    stacks = [stack for module in model.modules() if (stack := own_stack(module))]
+    modules = pretrained_modules(model)
+    stacks = [stack for module in modules if (stack := own_stack(module))]
     if len(stacks) > 1:
         kinds = [type(stack.model).__name__ for stack in stacks]
         raise ValueError(f"model holds {len(stacks)} text decoders ({', '.join(kinds)}); pass the one that is meant")
     if stacks:
         return stacks[0]
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            family_of(module.config)
+    for module in modules:
+        family_of(module.config)
     raise UnsupportedArchitectureError(f"no decoder of a known family found in {type(model).__name__}")

@@ -1,11 +1,11 @@
 """Measurements over depth: how the residual stream grows, and what each layer is worth.
 
-Layers are counted as in `model.model.layers`: the first is 0. All measurements run without dropout, and leave the model
-as it was: same mode, no hooks, no gradients, no cache.
+Layers are counted from 0, as in `model.model.layers`. All measurements run without dropout and leave the model as it
+was: same mode, no hooks, no gradients, no cache.
 """
 
+from .diagnosis import Diagnosis
 from .examine import diagnose
 from .measure import loss_added_by_removing_each_layer, residual_variance
-from .result import Diagnosis
 
 __all__ = ["Diagnosis", "diagnose", "loss_added_by_removing_each_layer", "residual_variance"]

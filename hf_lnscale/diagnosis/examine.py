@@ -1,4 +1,4 @@
-"""`diagnose`: every measure over depth, with its cost said in advance."""
+"""`diagnose`: every measure over depth, with its cost announced in advance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from transformers.utils import logging
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.errors import ArgumentError
+from ..core.record import get_ln_scaling, record
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import MOST_NATS, loss_without, sweep
+from ..measuring.losses import MOST_NATS, MeanLoss, loss_without, sweep
 from ..measuring.split_model import SplitModel
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 from . import verdict
+from .diagnosis import Diagnosis
 from .measure import (
     NotDifferentiableError,
     Streamed,
@@ -31,7 +33,6 @@ from .measure import (
     stream,
     weights_have_gradients,
 )
-from .result import Diagnosis
 
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
@@ -66,78 +67,76 @@ def diagnose(
     - `loss`: the loss without each layer, about L / 2; and without several, 1 for each layer that can go.
     - `gradients`: the norm of each layer's gradient, 4. Weights that are quantized or offloaded have none; the gradient
       with respect to the stream is measured in any case.
-    - `jacobian`: how far each layer's Jacobian is from the identity, 2 + `jacobian_probes`, on `jacobian_sequences`
-      sequences alone.
+    - `jacobian`: the distance of each layer's Jacobian from the identity, 2 + `jacobian_probes`, on
+      `jacobian_sequences` sequences only.
 
-    What is announced, with `progress`, is the sum for the model at hand. Memory beyond the model: the pass holds one
-    batch; the rest L states of one batch, shape (L, B, T, D), and the graph of one layer. Small batches help.
+    With `progress` the sum for the model at hand is announced. Memory beyond the model: the pass holds one batch; the
+    rest L states of one batch, shape (L, B, T, D), and the graph of one layer. Small batches help.
 
     Args:
         model: a model of a known family, in any wrapper, on any devices; for `loss` and `gradients` with its language
             head.
-        data: texts, a dataset, a path or token ids, see `token_batches`, which the next arguments go to too.
+        data: texts, a dataset, a path or token ids, see `token_batches`.
         tokenizer: turns text into ids; loaded by the model's name if none is given.
         windows: how texts are cut.
         loss, gradients, jacobian: whether to measure these.
-        jacobian_sequences: sequences, from the first on, that the Jacobian is estimated on.
+        jacobian_sequences: number of sequences, from the first on, that the Jacobian is estimated on.
         jacobian_probes: random vectors for each of them.
         progress: show the cost in advance and a progress bar.
 
     Raises:
         ValueError: for wrong arguments, for data without a sequence of two tokens, for a model without a language head
-            where one is needed, and if the residual stream is not finite.
+            if one is needed, and if the residual stream is not finite, or zero.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     for name, value in {"jacobian_sequences": jacobian_sequences, "jacobian_probes": jacobian_probes}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            raise ArgumentError(name, value, "an integer of at least 1")
     stack = text_stack(model)
     if loss or gradients:
         _require_head(model)
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
-    few = _first(batches, jacobian_sequences)
+    few = first_sequences(batches, jacobian_sequences)
     wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
-    costs = _costs(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
+    costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
     costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
     notes: list[str] = []
+    full, without, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
     with _Progress(costs, batches.num_tokens, progress) as bar:
-        with bar.part("stream"):
-            streamed = stream(model, batches, lambda share: bar.advance(share * costs["stream"]))
-        _require_finite(stack, streamed)
-        full, added, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
+        with bar.part("stream") as advance:
+            streamed = stream(model, batches, advance)
+        _require_sound(stack, streamed)
         if loss:
-            with bar.part("loss"):
-                full, without = sweep(
-                    model, batches, (), None, "loss", lambda share: bar.advance(share * costs["loss"])
-                )
-                if not full < MOST_NATS:
-                    raise ValueError(
-                        f"model: its loss is {full:.4g} nats a token on this data; nothing can be compared with that"
-                    )
-                added = [one - full for one in without.values()]
+            with bar.part("loss") as advance:
+                full, without = sweep(model, batches, (), None, "loss", advance)
+            if not full.mean < MOST_NATS:
+                problem = f"its loss is {full.mean:.4g} nats per token on this data; nothing can be compared with that"
+                raise ArgumentError("model", problem=problem)
             with bar.part("cuts"):
-                cuts = _nested_cuts(model, batches, added, full, bar)
+                cuts = _nested_cuts(model, batches, full, without, bar)
         if gradients:
-            with bar.part("gradients"), _noting("gradients", notes):
-                weights_NL, states_L = gradient_norms(model, batches, bar.advance, costs["gradients"])
+            with bar.part("gradients") as advance, _noting("gradients", notes):
+                weights_NL, states_L = gradient_norms(model, batches, advance)
             if states_L is not None and not weights_have_gradients(stack):
                 notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
         if jacobian:
-            with bar.part("jacobian"), _noting("jacobian_distance", notes):
-                distances_SL = jacobian_distances(model, few, jacobian_probes, bar.advance, costs["jacobian"])
+            with bar.part("jacobian") as advance, _noting("jacobian_distance", notes):
+                distances_SL = jacobian_distances(model, few, jacobian_probes, advance)
     residual = _residual(streamed)
-    layers = _layers(streamed, full, added, weights_NL, states_L, distances_SL)
-    notes += _leave_out_infinite(layers)
-    baseline = None if full is None else {"loss": full, "perplexity": math.exp(full)}
+    layers = _layers(streamed, full, without, weights_NL, states_L, distances_SL)
+    notes += _leave_out_infinite(layers, stack)
+    baseline = None if full is None else _baseline(full)
+    about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
+    of_text = about["source"] != "token ids" and not isinstance(data, TokenBatches)
     return Diagnosis(
         model=_about(model, stack),
-        data=batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)},
+        data=about,
         baseline=baseline,
         residual=residual,
         layers=layers,
         angular=[[None if math.isnan(x) else x for x in row] for row in streamed.angles_LL.tolist()],
         cuts=cuts,
-        verdict=verdict.judge(residual, layers, baseline, cuts),
+        verdict=verdict.judge(residual, layers, baseline, cuts, about, windows.num_tokens if of_text else None),
         cost=bar.found(),
         notes=notes,
         versions={"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
@@ -146,7 +145,7 @@ def diagnose(
 
 @contextmanager
 def _noting(what: str, notes: list[str]) -> Iterator[None]:
-    """What no gradient goes through is not measured, and that is said."""
+    """A measure that no gradient can be taken for is left out, with a note."""
     try:
         yield
     except NotDifferentiableError as error:
@@ -157,23 +156,36 @@ def _require_head(model: nn.Module) -> None:
     try:
         SplitModel(model)
     except ValueError:
-        raise ValueError(
-            f"model: {type(model).__name__} has no language head to predict tokens with; load it with "
-            "AutoModelForCausalLM, or leave out what needs one: loss=False, gradients=False"
+        raise ArgumentError(
+            "model",
+            problem=f"{type(model).__name__} has no language head to predict tokens with; load it with "
+            "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`",
         ) from None
 
 
-def _require_finite(stack: Stack, streamed: Streamed) -> None:
-    for place, moments in enumerate(streamed.rest):
+def _require_sound(stack: Stack, streamed: Streamed) -> None:
+    """Refuses a residual stream that is not finite, or zero after a layer."""
+    for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
+        where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
-            where = f"after layer {place - 1}" if place else "after the embedding"
-            raise ValueError(
-                f"model: the residual stream {where} is not finite in {_dtype(stack)}; load the model in bfloat16 "
-                "or float32"
-            )
+            problem = f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}"
+            raise ArgumentError("model", problem=problem)
+        if place and not typical:
+            problem = f"{where} is zero for a token; are the weights those of a trained model?"
+            raise ArgumentError("model", problem=problem)
 
 
-def _first(batches: TokenBatches, sequences: int) -> TokenBatches:
+def _remedy(stack: Stack) -> str:
+    """Advice for values that are not finite."""
+    for name, weight in stack.model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            return f"the weight {name} is not"
+    if stack.model.dtype == torch.float16:
+        return "load the model in bfloat16 or float32"
+    return "its activations overflow"
+
+
+def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
     """The first sequences, in batches no larger than they are."""
     found: list[Batch] = []
     for batch in batches:
@@ -183,8 +195,13 @@ def _first(batches: TokenBatches, sequences: int) -> TokenBatches:
     return TokenBatches(found, batches.source)
 
 
-def _costs(stack: Stack, share: float, probes: int) -> dict[str, float]:
-    """Forward passes of each part, by the arithmetic of layers and head; `share` of the data is for the Jacobian."""
+def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
+    """Cost of each part in forward passes, by the arithmetic of layers and head.
+
+    Args:
+        share: fraction of the data that the Jacobian is measured on.
+        probes: random vectors for each of its sequences.
+    """
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
     # The embedding is no product with a matrix, the head is; where both are one matrix, it counts once too.
@@ -192,7 +209,7 @@ def _costs(stack: Stack, share: float, probes: int) -> dict[str, float]:
     body = 1 - head
     return {
         "stream": body,
-        # A pass that keeps the states in front of every layer, and from each of these what comes after the layer.
+        # A pass that keeps the states before every layer, and from each of these the layers after it.
         "loss": body * (1 + (layers - 1) / 2) + head * (layers + 1),
         "cuts": 1.0,
         "gradients": _GRADIENT_PASSES,
@@ -201,44 +218,44 @@ def _costs(stack: Stack, share: float, probes: int) -> dict[str, float]:
 
 
 def _nested_cuts(
-    model: nn.Module, batches: TokenBatches, added: list[float], full: float, bar: _Progress
+    model: nn.Module, batches: TokenBatches, full: MeanLoss, without: dict[int, MeanLoss], bar: _Progress
 ) -> list[dict[str, Any]]:
-    """Layers removed together, in the order of what each costs alone, until the largest budget is passed.
+    """Layers removed together, in the order of what each costs alone, until the largest budget is exceeded.
 
-    What layers cost together is more than the sum of what they cost alone, so it is measured; the first cut beyond the
-    budget is the last.
+    Layers cost more together than the sum of what they cost alone, so each cut is measured.
     """
+    added = [one.mean - full.mean for one in without.values()]
     order = sorted(range(len(added)), key=added.__getitem__)
     cuts: list[dict[str, Any]] = []
     for count in range(1, len(order)):
         removed = order[:count]
         # The first is known from the sweep.
-        found = full + added[removed[0]] if count == 1 else loss_without(model, batches, removed)
+        found = full.mean + added[removed[0]] if count == 1 else loss_without(model, batches, removed)
         cuts.append({"layers": removed, "perplexity": math.exp(found)})
-        if count > 2:
-            bar.more(1.0)
         if count > 1:
-            bar.advance(1.0)
-        if found > full + math.log1p(max(verdict.BUDGETS)):
+            bar.advance(1.0, more=count > 2)
+        if found > full.mean + math.log1p(max(verdict.BUDGETS)):
             break
     return cuts
 
 
-# --- what is found, in the form of diagnosis.json ---------------------------------------------------------------------
+# --- the results, in the form of diagnosis.json -----------------------------------------------------------------------
 
 
 def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
     config = stack.model.config
+    dropped = record(config).dropped
     return {
         "name": public_name(config.name_or_path or "") or type(model).__name__,
         "model_type": config.model_type,
         "num_layers": len(stack.layers),
         "hidden_size": config.hidden_size,
-        "parameters": _parameters(model, stack),
+        # transformers counts packed weights too.
+        "parameters": (model if isinstance(model, PreTrainedModel) else stack.model).num_parameters(),
         "dtype": _dtype(stack),
         "quantized": getattr(config, "quantization_config", None) is not None,
         "ln_scaling": get_ln_scaling(config),
-        "dropped_layers": (vars(config).get(DROPPED) or {}).get("layers", []),
+        "dropped_layers": list(dropped.layers) if dropped else [],
     }
 
 
@@ -246,15 +263,21 @@ def _dtype(stack: Stack) -> str:
     return str(stack.model.dtype).removeprefix("torch.")
 
 
-def _parameters(model: nn.Module, stack: Stack) -> int:
-    """Also of packed weights, which transformers knows to count."""
-    return (model if isinstance(model, PreTrainedModel) else stack.model).num_parameters()
+def _baseline(full: MeanLoss) -> dict[str, float | None]:
+    error, perplexity = full.error(), math.exp(full.mean)
+    return {
+        "loss": full.mean,
+        "loss_error": error,
+        "perplexity": perplexity,
+        # Delta method: d exp(x) = exp(x) dx.
+        "perplexity_error": None if error is None else perplexity * error,
+    }
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     places = []
     for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
-        whole = first.with_(rest)
+        whole = first.merged(rest)
         places.append(
             {
                 "place": place,
@@ -271,16 +294,21 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
 
 def _layers(
     streamed: Streamed,
-    full: float | None,
-    added: list[float] | None,
+    full: MeanLoss | None,
+    without: dict[int, MeanLoss] | None,
     weights_NL: torch.Tensor | None,
     states_L: torch.Tensor | None,
     distances_SL: torch.Tensor | None,
 ) -> list[dict[str, Any]]:
     gradient, gradient_error = _mean_and_error(weights_NL)
     square, square_error = _mean_and_error(distances_SL)
+    states = None if states_L is None else states_L.tolist()
     found = []
     for layer in range(len(streamed.attention_L)):
+        added, error, perplexity = None, None, None
+        if full is not None and without is not None:
+            added, error = without[layer].mean - full.mean, without[layer].error(full)
+            perplexity = math.exp(min(full.mean + added, MOST_NATS))  # JSON has no infinity
         distance = None if square is None else math.sqrt(square[layer])
         found.append(
             {
@@ -291,15 +319,14 @@ def _layers(
                 "mlp_ratio_all_tokens": streamed.mlp_L[layer, 0].item(),
                 "block_influence": streamed.influence_L[layer, 0].item(),
                 "angular_distance": streamed.angles_LL[layer, 0].item(),
-                "loss_added": None if added is None else added[layer],
-                "perplexity_without": None
-                if added is None or full is None
-                else math.exp(min(full + added[layer], MOST_NATS)),
+                "loss_added": added,
+                "loss_added_error": error,
+                "perplexity_without": perplexity,
                 "gradient_norm": _or_none(gradient, layer),
                 "gradient_norm_error": _or_none(gradient_error, layer),
-                "state_gradient_norm": _or_none(None if states_L is None else states_L.tolist(), layer),
+                "state_gradient_norm": _or_none(states, layer),
                 "jacobian_distance": distance,
-                # Of a root: half of the square's, over the root.
+                # The error of a root: half of the square's, over the root.
                 "jacobian_distance_error": None
                 if not distance or square_error is None
                 else square_error[layer] / (2 * distance),
@@ -308,16 +335,17 @@ def _layers(
     return found
 
 
-def _leave_out_infinite(layers: list[dict[str, Any]]) -> list[str]:
-    """Makes them None, as JSON has none of them; returns a note for each measure."""
+def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]:
+    """Sets gradients that are not finite to None, as JSON cannot hold them; returns a note for each measure."""
     notes = []
     for name in [name for name, value in layers[0].items() if "gradient" in name or "jacobian" in name]:
         bad = [one for one in layers if one[name] is not None and not math.isfinite(one[name])]
         for one in bad:
             one[name] = None
         if bad:
-            which = ", ".join(str(one["layer"]) for one in bad)
-            notes.append(f"{name}: not finite in layers {which}; load the model in bfloat16 or float32")
+            notes.append(
+                f"{name}: not finite in layers {', '.join(str(one['layer']) for one in bad)}; {_remedy(stack)}"
+            )
     return notes
 
 
@@ -337,22 +365,20 @@ def _or_none(values: list[float] | None, at: int) -> float | None:
 
 
 class _Progress:
-    """One bar over all parts, in forward passes; the cost is said before it."""
+    """One bar over all parts, in forward passes, after a line with their cost."""
 
     def __init__(self, costs: dict[str, float], num_tokens: int, show: bool) -> None:
-        self.costs = costs
+        self.costs, self.total = costs, sum(costs.values())
         self.seconds: dict[str, float] = {}
         if show:
             parts = ", ".join(f"{passes:.1f} for {_PARTS[part]}" for part, passes in costs.items())
-            total = sum(costs.values())
-            print(f"about {total:.0f} forward passes over {num_tokens:,} tokens: {parts}", file=sys.stderr)
+            print(f"about {self.total:.0f} forward passes over {num_tokens:,} tokens: {parts}", file=sys.stderr)
         self.bar: Any = logging.tqdm(
-            total=sum(costs.values()),
+            total=self.total,
             disable=not show,
             leave=False,
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} passes [{elapsed}<{remaining}]",
         )
-        self.advance: Callable[[float], object] = self.bar.update
 
     def __enter__(self) -> _Progress:
         return self
@@ -360,15 +386,19 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def more(self, passes: float) -> None:
-        """There is more to do than was known in advance."""
-        self.bar.total = (self.bar.total or 0) + passes
+    def advance(self, passes: float, more: bool = False) -> None:
+        """Advances the bar; `more` work than was known in advance lengthens it first."""
+        if more:
+            self.total += passes
+            self.bar.total = self.total
+        self.bar.update(passes)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Yields a function to call with each fraction of the part that is done."""
         self.bar.set_description(_PARTS[name].partition(" (")[0])
         started = time.perf_counter()
-        yield
+        yield lambda fraction: self.advance(fraction * self.costs[name])
         self.seconds[name] = time.perf_counter() - started
 
     def found(self) -> dict[str, dict[str, float]]:

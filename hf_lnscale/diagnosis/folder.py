@@ -1,4 +1,4 @@
-"""From checkpoints to a folder with the report: what `hf-lnscale diagnose` runs."""
+"""From checkpoints to a folder with the report: `hf-lnscale diagnose`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import Placement, locate, read_config
+from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, read_config
+from ..core.errors import ArgumentError, CheckpointError, require_packages
 from ..core.families import family_of
-from ..measuring.text import Windows, require_file, window_length
-from . import figures as plots
+from ..measuring.split_model import require_known_ids
+from ..measuring.text import Windows, require_file, token_batches, window_length
+from . import png
+from .diagnosis import Diagnosis
 from .examine import diagnose
-from .result import FILE, Diagnosis
+from .result import FILE
 
 COMPARED = "compare.json"
 REPORT = "report.html"
 
 
-def run(
+def diagnose_checkpoints(
     checkpoint: str,
     data: Any,
     out: str | os.PathLike[str],
@@ -34,43 +35,44 @@ def run(
     force: bool = False,
     **settings: Any,
 ) -> list[Diagnosis]:
-    """Diagnoses a checkpoint, or two, and writes diagnosis.json (compare.json of the second), plots and report.html.
+    """Diagnoses a checkpoint, or two, and writes diagnosis.json (compare.json for the second), plots and report.html.
 
-    The folder appears under its name when it is complete.
+    The text is read, and everything else that can be checked is, before a model is loaded. The folder appears under its
+    name when it is complete.
 
     Args:
         checkpoint: folder or name on the Hub.
-        data: see `diagnose`.
+        data: path of a text, or other data as for `diagnose` that can be read more than once.
         out: folder to write.
         compare: a second checkpoint, to be shown beside the first.
         windows: how text is cut.
         placement: where the models are computed, and the type of their weights.
         draw: write plots as PNG and SVG, which needs matplotlib.
-        force: replace a diagnosis that is at `out`.
+        force: replace an existing diagnosis at `out`.
         settings: passed to `diagnose`.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds something else than a diagnosis.
+        FileExistsError: if `out` is not empty, without `force`, or does not hold a diagnosis.
         ImportError: if plots are wanted and matplotlib is missing; before anything is computed.
         ValueError: as `diagnose`.
     """
     target = Path(out).resolve()
     require_free(target, (checkpoint, compare, data), str(out), force, FILE, "diagnosis")
     if draw:
-        plots.require_matplotlib()
+        require_packages("plotting", "plot", "matplotlib")
     names = [checkpoint] if compare is None else [checkpoint, compare]
     require_file(data)
     configs = [read_config(name) for name in names]
-    for name, config in zip(names, configs, strict=True):  # a second that is none is told before the first is measured
+    for name, config, argument in zip(names, configs, ("checkpoint", "compare"), strict=False):
         family_of(config, "diagnose")
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"{name!r} is no causal language model; diagnose it from Python, with hf_lnscale.diagnose")
+        if not is_causal_lm(config):
+            problem = "is no causal language model; diagnose it from Python, with hf_lnscale.diagnose"
+            raise ArgumentError(argument, name, problem=problem)
     windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
+    tokenizers = [_tokenizer(*pair, data, windows) for pair in zip(names, configs, strict=True)]
     found = []
-    for name in names:
+    for name, tokenizer in zip(names, tokenizers, strict=True):
         model = placement.load(name)
-        folder, where = locate(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where) if where else None
         found.append(diagnose(model, data, tokenizer=tokenizer, windows=windows, **settings))
         del model
         gc.collect()
@@ -81,6 +83,22 @@ def run(
         if compare is not None:
             found[1].save(partial / COMPARED)
         if draw:
-            plots.save_all(found, partial)
+            png.save_all(found, partial)
         found[0].report(partial / REPORT, *found[1:])
     return found
+
+
+def _tokenizer(name: str, config: Any, data: Any, windows: Windows) -> Any:
+    """The tokenizer of a model, with which the data gives tokens of its vocabulary; None for data that needs none."""
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(name)
+        batches = token_batches(data, tokenizer=tokenizer, windows=windows)
+    except CheckpointError as missing:
+        try:
+            batches = token_batches(data, windows=windows)  # token ids
+        except ValueError:
+            raise missing from None
+    for batch in batches:
+        require_known_ids(batch, config)
+    return tokenizer

@@ -1,76 +1,52 @@
 """The measurements: one streamed pass without gradients, and one walk back through the layers with them.
 
-The pass holds one batch and, of each layer, sums. The walk holds the L states of one batch and the graph of one layer.
-Every sum is taken in at least float32 and added up in float64.
+The pass holds one batch and, for each layer, sums. The walk holds the L states of one batch and the graph of one layer.
+Every sum is taken in at least float32 and accumulated in float64.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, L layers, P = L + 1 places in the residual
-stream (place i is in front of layer i, place L after the last layer).
+Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, L layers, P = L + 1 places in the
+residual stream (place i is before layer i, place L after the last layer).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.angles import BlockAngles, cosine_distance
+from ..measuring.losses import loss_gradient, sweep
+from ..measuring.moments import Moments, channel_moments
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, hidden_states, upcast
+from ..measuring.stream import (
+    capture_residual_stream,
+    eval_mode,
+    first_tokens,
+    hidden_states,
+    last_tokens,
+    layer_output,
+    upcast,
+)
 from ..measuring.text import Batch, TokenBatches, token_batches
-
-
-class Moments:
-    """Count, mean and variance of each channel over tokens, merged batch by batch in float64 (Chan et al. 1983)."""
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.mean_D = torch.zeros(channels, dtype=torch.float64)
-        self.squares_D = torch.zeros(channels, dtype=torch.float64)
-
-    def add(self, count: int, mean_D: torch.Tensor, variance_D: torch.Tensor) -> None:
-        if not count:
-            return
-        total = self.count + count
-        difference_D = mean_D - self.mean_D
-        self.squares_D += variance_D * count + difference_D**2 * (self.count * count / total)
-        self.mean_D += difference_D * (count / total)
-        self.count = total
-
-    def with_(self, other: Moments) -> Moments:
-        both = Moments(len(self.mean_D))
-        for one in (self, other):
-            both.add(one.count, one.mean_D, one.squares_D / max(one.count, 1))
-        return both
-
-    @property
-    def channels_D(self) -> torch.Tensor:
-        """The variance of each channel over tokens."""
-        return self.squares_D / self.count
-
-    @property
-    def variance(self) -> float:
-        """Of all entries: within the channels, and between their means."""
-        return (self.channels_D.mean() + self.mean_D.var(correction=0)).item()
 
 
 @dataclass
 class Streamed:
-    """What one pass finds. "First" are the first tokens of sequences, "rest" all others.
+    """The results of one pass. "First" are the first tokens of sequences, "rest" all others.
 
     Attributes:
         first, rest: moments at each place of the stream.
         typical_P: geometric mean over the rest of a token's mean square |x|^2 / D.
         attention_L, mlp_L: mean over tokens of the sub-layer's output norm over that of the state that it is added to;
-            each for all tokens and for the rest, shape (L, 2).
-        influence_L: 1 - mean cosine of input and output, over all tokens and over the rest, shape (L, 2).
-        angles_LL: angular distance of the block of n layers from i on at [i, n - 1], NaN where there are not as many.
+            for all tokens and for the rest, shape (L, 2).
+        influence_L: 1 - mean cosine of input and output, for all tokens and for the rest, shape (L, 2).
+        angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
     """
 
     first: list[Moments]
@@ -82,23 +58,13 @@ class Streamed:
     angles_LL: torch.Tensor
 
 
-def first_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are the first of their sequence, shape (B, T), bool; padding is none."""
-    return batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
-
-
-def last_tokens(batch: Batch) -> torch.Tensor:
-    return batch.attention_mask & (batch.attention_mask.flip(1).cumsum(1).flip(1) == 1)
-
-
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """One pass of the decoder over the batches.
+    """One pass of the decoder over the batches; `advance` is called with each fraction of it that is done.
 
     Raises:
         ValueError: if no sequence has a second token.
     """
     stack = text_stack(model)
-    layers = len(stack.layers)
     pass_ = _Pass(stack)
     with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
         for batch in batches:
@@ -107,35 +73,30 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
             pass_.finish()
             advance(1 / len(batches))
     if not pass_.rest or not pass_.rest[0].count:
-        raise ValueError("data: there is no token past the first of each sequence; give sequences of two or more")
+        problem = "there is no token past the first of each sequence; give sequences of two or more"
+        raise ArgumentError("data", problem=problem)
     first, rest = pass_.first[0].count, pass_.rest[0].count
     # From sums over first and rest to means over all and over the rest.
     shares = torch.tensor([[1 / (first + rest), 0.0], [1 / (first + rest), 1 / rest]], dtype=torch.float64)
     attention_L, mlp_L, influence_L = (pass_.sums[name] @ shares for name in ("attention", "mlp", "influence"))
-    angles_LL = torch.full((layers, layers), math.nan, dtype=torch.float64)
-    for n in range(1, layers + 1):
-        angles_LL[: layers - n + 1, n - 1] = pass_.angles_PP.diagonal(n) / pass_.sequences
-    return Streamed(
-        pass_.first, pass_.rest, (pass_.logs_P / rest).exp(), attention_L, mlp_L, influence_L, angles_LL
-    )  # fmt: skip
+    typical_P = (pass_.logs_P / rest).exp()
+    return Streamed(pass_.first, pass_.rest, typical_P, attention_L, mlp_L, influence_L, pass_.angles.mean())
 
 
 def _sum_where(mask_BT: torch.Tensor, values_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, values_BT.double(), 0.0).sum()
 
 
-def _moments(x: torch.Tensor) -> torch.Tensor:
-    """Variance and mean of each channel, shape (2, D). In two steps, which take a third of the time of `var_mean`."""
-    tokens = tuple(range(x.dim() - 1))
-    mean_D = x.mean(tokens)
-    return torch.stack([(x - mean_D).square_().mean(tokens), mean_D])
+def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x_BTD = upcast(x_BTD)
+    return x_BTD, torch.linalg.vector_norm(x_BTD, dim=-1).clamp_min(torch.finfo(x_BTD.dtype).tiny)
 
 
 class _Pass:
-    """The sums of a pass: on the device while a batch runs, fetched once a batch, as to wait at each layer costs more.
+    """The sums of a pass: on the device during a batch, and fetched once a batch; waiting at each layer costs more.
 
     Attributes:
-        before, middle: the state in front of the layer that runs, and that between attention and MLP; with their norms.
+        before, middle: the state before the running layer, and that between attention and MLP; with their norms.
     """
 
     before: tuple[torch.Tensor, torch.Tensor]
@@ -147,13 +108,12 @@ class _Pass:
         self.rest: list[Moments] = []
         self.logs_P = torch.zeros(layers + 1, dtype=torch.float64)
         self.sums = {name: torch.zeros(layers, 2, dtype=torch.float64) for name in ("attention", "mlp", "influence")}
-        self.angles_PP = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
-        self.sequences = 0
+        self.angles = BlockAngles(layers)
 
     def start(self, batch: Batch) -> None:
         self.padded = batch.padded
         self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
-        # As numbers, not as a mask: to pick by a mask, a GPU has to be waited for.
+        # As numbers and not as a mask: picking by a mask waits for a GPU.
         self.last_tokens = last_tokens(batch).nonzero(as_tuple=True)
         self.counts = [int(mask_BT.sum()) for mask_BT in self.masks[torch.device("cpu")]]
         self.moments: list[list[torch.Tensor]] = [[], []]
@@ -163,27 +123,24 @@ class _Pass:
 
     def at(self, place: int, x_BTD: torch.Tensor) -> None:
         self.last.append(x_BTD[tuple(index.to(x_BTD.device, non_blocking=True) for index in self.last_tokens)])
-        x_BTD = upcast(x_BTD)
-        norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1).clamp_min(torch.finfo(x_BTD.dtype).tiny)
+        x_BTD, norm_BT = _with_norm(x_BTD)
         if place:
             m_BTD, m_norm_BT = (one.to(x_BTD.device) for one in self.middle)
             y_BTD, y_norm_BT = (one.to(x_BTD.device) for one in self.before)
             self._sum("mlp", torch.linalg.vector_norm(x_BTD - m_BTD, dim=-1) / m_norm_BT)
-            self._sum("influence", 1 - torch.linalg.vecdot(x_BTD, y_BTD) / (norm_BT * y_norm_BT))
+            self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
         first_BT, rest_BT = self._masks(x_BTD.device)
         self.logs.append(_sum_where(rest_BT, (norm_BT.square() / x_BTD.shape[-1]).log()))
-        # Without padding a view, else a copy.
+        # A view without padding, else a copy.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
         for found, part, count in zip(self.moments, parts, self.counts, strict=True):
-            found.append(_moments(part) if count else part.new_zeros(2, 0))
+            found.append(channel_moments(part) if count else part.new_zeros(2, 0))
 
     def between(self, place: int, m_BTD: torch.Tensor) -> None:
-        m_BTD = upcast(m_BTD)
-        norm_BT = torch.linalg.vector_norm(m_BTD, dim=-1).clamp_min(torch.finfo(m_BTD.dtype).tiny)
+        self.middle = _with_norm(m_BTD)
         x_BTD, x_norm_BT = (one.to(m_BTD.device) for one in self.before)
-        self._sum("attention", torch.linalg.vector_norm(m_BTD - x_BTD, dim=-1) / x_norm_BT)
-        self.middle = (m_BTD, norm_BT)
+        self._sum("attention", torch.linalg.vector_norm(self.middle[0] - x_BTD, dim=-1) / x_norm_BT)
 
     def _sum(self, name: str, values_BT: torch.Tensor) -> None:
         self.found[name].append(torch.stack([_sum_where(m, values_BT) for m in self._masks(values_BT.device)]))
@@ -205,9 +162,7 @@ class _Pass:
         self.logs_P += torch.stack([value.cpu() for value in self.logs])
         for name, values in self.found.items():
             self.sums[name] += torch.stack([value.cpu() for value in values])
-        x_BPD = F.normalize(torch.stack([x_BD.cpu().double() for x_BD in self.last], dim=1), dim=-1)
-        self.angles_PP += (x_BPD @ x_BPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-        self.sequences += len(x_BPD)
+        self.angles.add(self.last)
         del self.before, self.middle, self.last, self.moments
 
 
@@ -215,13 +170,13 @@ class _Pass:
 
 
 class NotDifferentiableError(ValueError):
-    """A layer computes with an operation that no gradient goes through."""
+    """A layer uses an operation without a derivative."""
 
 
 def _require_differentiable(y: torch.Tensor) -> None:
-    """Kernels made for inference may have no backward: autograd goes around them with a warning, and is silently wrong.
+    """Kernels made for inference may have no backward: autograd skips them with a warning, and is silently wrong.
 
-    (So does bitsandbytes' on a CPU, once a pass without gradients has packed the weights.)
+    (So is bitsandbytes' on a CPU, once a pass without gradients has packed the weights.)
     """
     queue, seen = [y.grad_fn], set()
     while queue:
@@ -236,49 +191,51 @@ def _require_differentiable(y: torch.Tensor) -> None:
 
 @dataclass
 class _Call:
-    """How a layer was called in a pass, to call it again by itself."""
+    """The call of a layer in a pass, to repeat it outside of the pass."""
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    @property
-    def x_BTD(self) -> torch.Tensor:
-        return hidden_states(self.args, self.kwargs)
+    def leaf(self) -> torch.Tensor:
+        """The layer's input, as the start of a graph."""
+        return hidden_states(self.args, self.kwargs).detach().requires_grad_()
 
     def again(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.args:
-            output = self.layer(x_BTD, *self.args[1:], **self.kwargs)
-        else:
-            output = self.layer(**{**self.kwargs, "hidden_states": x_BTD})
-        return output[0] if isinstance(output, tuple) else output
+        """Runs the layer on another input; the output has a graph.
+
+        Raises:
+            NotDifferentiableError: if no gradient goes through the layer.
+        """
+        with torch.enable_grad():
+            if self.args:
+                y_BTD = layer_output(self.layer(x_BTD, *self.args[1:], **self.kwargs))
+            else:
+                y_BTD = layer_output(self.layer(**{**self.kwargs, "hidden_states": x_BTD}))
+        _require_differentiable(y_BTD)
+        return y_BTD
 
 
 @contextmanager
 def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]:
-    """Within it, the calls of all layers are kept, with the states that go in, and what comes out of the last."""
+    """Within it, the calls of all layers are kept, with their inputs, and the output of the last layer."""
     calls: list[_Call] = []
     last: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, kwargs: calls.append(_Call(layer, args, kwargs)), with_kwargs=True
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(layer, args, kwargs))
+
+    with ExitStack() as hooks:
+        for layer in stack.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
+        hooks.enter_context(
+            stack.layers[-1].register_forward_hook(lambda layer, args, output: last.append(layer_output(output)))
         )
-        for layer in stack.layers
-    ]
-    hooks.append(
-        stack.layers[-1].register_forward_hook(
-            lambda layer, args, output: last.append(output[0] if isinstance(output, tuple) else output)
-        )
-    )
-    try:
         yield calls, last
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def weights_have_gradients(stack: Stack) -> bool:
-    """Whether all weights of the layers are there, in a dtype that gradients are taken in."""
+    """Whether all weights of the layers are in memory, in a dtype that has gradients."""
     matrices = [weight for weight in stack.layers.parameters() if weight.dim() >= 2]
     return not getattr(stack.model.config, "quantization_config", None) and all(
         weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta for weight in matrices
@@ -298,21 +255,21 @@ def _requiring_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def gradient_norms(
-    model: nn.Module, batches: TokenBatches, advance: Callable[[float], object], passes: float
+    model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of the gradient of the loss, the mean cross-entropy of the next token.
 
-    One layer at a time, from the last to the first: the layer runs again from its kept input, and only its graph is in
-    memory. So is no gradient but that of one layer.
+    It walks from the last layer to the first: each runs again from its kept input, and only its graph and its gradients
+    are in memory.
 
     Args:
-        passes: what is to be advanced by, over all batches.
+        advance: called with each fraction of the work that is done.
 
     Returns:
         weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights;
-            NaN where the weights cannot have one (quantized, offloaded).
+            NaN if the weights cannot have one (quantized, offloaded).
         states_L: mean over tokens, without the first of each sequence, of the norm of the gradient of the sequence's
-            summed loss with respect to the token's state in front of the layer.
+            summed loss with respect to the token's state before the layer.
 
     Raises:
         ValueError: for a model without a language head, and if there is no token to predict.
@@ -334,13 +291,7 @@ def gradient_norms(
             y_BTD = last.pop().detach().requires_grad_()
             with torch.enable_grad():
                 x_ND = pick_tokens(halves.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
-                leaf_ND = x_ND.detach().requires_grad_()
-                gradient_ND = torch.zeros_like(leaf_ND)
-                # The head's backward goes through a part of the logits at a time. The loss is summed over tokens.
-                for part in halves.parts(len(leaf_ND)):
-                    loss = token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum()
-                    gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
-                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, gradient_ND)
+                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, loss_gradient(halves, x_ND, targets_N))
             rest_BT = batch.attention_mask & ~first_tokens(batch)
             found: list[float] = []
             while calls:
@@ -348,44 +299,42 @@ def gradient_norms(
                 norm_BT = torch.linalg.vector_norm(upcast(g_BTD), dim=-1)
                 states_L[len(calls)] += norm_BT[rest_BT.to(norm_BT.device)].double().sum().item()
                 found.append(squares)
-                advance(passes / len(batches) / len(layers))
+                advance(1 / len(batches) / len(layers))
             weights.append(torch.tensor(found[::-1], dtype=torch.float64).sqrt() / len(targets_N))
             rest += int(rest_BT.sum())
     if not weights:
-        raise ValueError("data: there is no token to predict; sequences must hold two tokens or more")
+        raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
     return torch.stack(weights), states_L / rest
 
 
 def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Tensor, float]:
     """The gradient with respect to a layer's input, and the square of the norm of that of its weights (NaN without)."""
     parameters = list(call.layer.parameters()) if weights else []
-    x_BTD = call.x_BTD.detach().requires_grad_()
-    with torch.enable_grad(), _requiring_gradients(parameters):
+    x_BTD = call.leaf()
+    with _requiring_gradients(parameters):
         y_BTD = call.again(x_BTD)
-        _require_differentiable(y_BTD)
-        found = torch.autograd.grad(
-            y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True
-        )  # experts that no token went to have none
+        # Experts that no token went to have no gradient.
+        found = torch.autograd.grad(y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True)
     squares = [upcast(gradient).square().sum().double() for gradient in found[1:] if gradient is not None]
     return found[0], sum(square.item() for square in squares) if weights else math.nan
 
 
 def jacobian_distances(
-    model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object], passes: float
+    model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object]
 ) -> torch.Tensor:
-    """How far each layer's Jacobian J is from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence.
+    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence.
 
     J is that of all of a sequence's outputs but the first token's, with respect to all of its inputs: a matrix of
     (T - 1) D rows. For u of independent entries +1 and -1 in these rows, the mean of |(J - I)^T u|^2 is |J - I|_F^2
-    (Hutchinson 1990), and |I|_F^2 is (T - 1) D. Products from the left are one backward pass each, which every
-    attention kernel and every quantized weight has; for forward products that does not hold.
+    (Hutchinson 1990), and |I|_F^2 is (T - 1) D. Each product from the left is one backward pass, which every attention
+    kernel and most kernels for quantized weights have; not all have forward products.
 
     Args:
         probes: products for each sequence.
-        passes: what is to be advanced by, over all batches.
+        advance: called with each fraction of the work that is done.
 
     Returns:
-        Shape (sequences, L), the mean over the probes; sequences of a single token are left out.
+        Shape (S, L), the mean over the probes; sequences of a single token are left out.
 
     Raises:
         NotDifferentiableError: if no gradient goes through a layer.
@@ -398,14 +347,12 @@ def jacobian_distances(
         with eval_mode(model):
             with _recording(stack) as (calls, _):
                 stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            entries_B = rest_BT.sum(1) * calls[0].x_BTD.shape[-1]
+            entries_B = rest_BT.sum(1) * calls[0].leaf().shape[-1]
             squares_LB = torch.zeros(len(calls), len(rest_BT), dtype=torch.float64)
             for position in reversed(range(len(squares_LB))):
                 call = calls.pop()
-                x_BTD = call.x_BTD.detach().requires_grad_()
-                with torch.enable_grad():
-                    y_BTD = call.again(x_BTD)
-                _require_differentiable(y_BTD)
+                x_BTD = call.leaf()
+                y_BTD = call.again(x_BTD)
                 device = y_BTD.device
                 generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
                 for probe in range(probes):
@@ -415,7 +362,7 @@ def jacobian_distances(
                     difference_BTD = upcast(product_BTD) - u_BTD.to(product_BTD.device)
                     squares_LB[position] += difference_BTD.square().sum((1, 2)).double().cpu()
                 del y_BTD
-                advance(passes / len(batches) / len(squares_LB))
+                advance(1 / len(batches) / len(squares_LB))
         real_B = entries_B > 0
         samples.append((squares_LB / probes / entries_B)[:, real_B].T)
     return torch.cat(samples)
@@ -425,13 +372,13 @@ def jacobian_distances(
 
 
 def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) -> list[float]:
-    """The variance of the residual stream in front of the first layer and after each layer.
+    """Variance of the residual stream before the first layer and after each layer.
 
-    It is the variance of arXiv 2502.05795, section 3: one number a layer, of all entries of the hidden states, pooled
-    over sequences, positions and channels, with their common mean taken off. In units of the hidden states, squared.
+    It is the variance of arXiv 2502.05795, section 3: one number per layer, over all entries of the hidden states,
+    pooled over sequences, positions and channels, around their common mean. In units of the hidden states, squared.
 
     One token can be nearly all of it. Trained models put massive activations on the first token of a sequence
-    (arXiv 2402.17762): measure with `skip_tokens=1` too before reading anything into a jump.
+    (arXiv 2402.17762): measure with `skip_tokens=1` too before you interpret a jump.
 
     Args:
         model: a causal language model of a known family; any head or wrapper.
@@ -439,7 +386,7 @@ def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) ->
         skip_tokens: leave the first tokens of each sequence out of the variance; they are still attended to.
 
     Returns:
-        L + 1 floats: [0] after the embedding, [i] after i layers. The final norm comes after the last of them.
+        L + 1 floats: [0] after the embedding, [i] after i layers, before the final norm.
 
     Raises:
         ValueError: if there is no token to measure on.
@@ -458,23 +405,23 @@ def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) ->
         for batch in token_batches(input_ids):
             stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
     if not moments[0].count:
-        raise ValueError(f"residual_variance: input_ids holds no token past the first {skip_tokens} of each sequence")
+        raise ArgumentError("input_ids", problem=f"holds no token past the first {skip_tokens} of each sequence")
     return [one.variance for one in moments]
 
 
 def loss_added_by_removing_each_layer(model: nn.Module, batches: Any) -> list[float]:
-    """What each layer is worth: the loss without it minus the loss with all of them.
+    """The loss without each layer, minus the loss with all of them.
 
-    A removed layer hands its input on unchanged, one layer at a time, without any training afterwards. A number near 0
-    says that the model does as well without the layer; a negative one, that it does better. (The effectiveness of a
-    layer in arXiv 2502.05795, section 2, measured there by performance on a benchmark.)
+    A removed layer returns its input unchanged, one layer at a time, without any training afterwards. A number near 0
+    means that the model does as well without the layer; a negative one, better. (The effectiveness of a layer in
+    arXiv 2502.05795, section 2, measured there by performance on a benchmark.)
 
     Args:
         model: a causal language model of a known family, with its head.
-        batches: token ids, shape (B, T) with T >= 2, or several such batches, or what `token_batches` takes.
+        batches: token ids, shape (B, T) with T >= 2, or several such batches, or as `token_batches` takes it.
 
     Returns:
-        L floats, first layer first, in nats a token (mean cross-entropy of the next token over all batches). It costs
+        L floats, first layer first, in nats per token (mean cross-entropy of the next token over all batches). It costs
         about L / 2 passes over the batches.
 
     Raises:
@@ -482,4 +429,4 @@ def loss_added_by_removing_each_layer(model: nn.Module, batches: Any) -> list[fl
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     full, without = sweep(model, token_batches(batches, text_stack(model).model), (), None, "loss", False)
-    return [loss - full for loss in without.values()]
+    return [one.mean - full.mean for one in without.values()]

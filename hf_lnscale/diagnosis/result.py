@@ -1,49 +1,82 @@
-"""`Diagnosis`: what was measured, on disk, in a terminal, in a notebook, as plots and as a report."""
+"""`DiagnosisData`: the measurements of a diagnosis, on disk and as a table."""
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from .verdict import number
+from .verdict import with_error
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 FILE = "diagnosis.json"
 _FORMAT = 1
 
 
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """What `diagnose` finds. The attributes are those of diagnosis.json, which docs/diagnosis.md describes in full.
+class Column(NamedTuple):
+    """A measure in the tables of layers.
 
     Attributes:
-        model: name, model_type, sizes, dtype, and what of the plugin is active in it.
-        data: what was measured on, as `TokenBatches.describe` says it.
-        baseline: loss and perplexity of the whole model; None without `loss`.
-        residual: for each of the L + 1 places of the residual stream its variance, counted in several ways.
-        layers: for each layer what it does and what it is worth; None where that was not measured.
-        angular: angular distance of the block of n layers from layer i on at `angular[i][n - 1]`; None where there are
-            not as many.
+        title: heading in the report.
+        description: explanation of the heading.
+        field: see `DiagnosisData.values`.
+        short: heading in a terminal; "" leaves the measure out there.
+    """
+
+    title: str
+    description: str
+    field: str
+    short: str = ""
+
+
+COLUMNS = (
+    Column("layer", "Layer, counted from 0", "layer", "layer"),
+    Column("typical", "Mean square of a typical token after the layer", "residual.typical", "typical"),
+    Column("variance", "Variance of the residual stream after the layer, all tokens", "residual.variance", "variance"),
+    Column("without first", "The same without the first token of each sequence", "residual.variance_without_first"),
+    Column("largest channel", "The largest variance of a single channel", "residual.largest_channel_variance"),
+    Column("attention", "Norm of attention's output over that of the stream", "attention_ratio", "attn"),
+    Column("MLP", "Norm of the MLP's output over that of the stream", "mlp_ratio", "MLP"),
+    Column("influence", "Block Influence: 1 - mean cosine of input and output", "block_influence", "influence"),
+    Column("angle", "Angular distance of input and output at the last token, fraction of pi", "angular_distance"),
+    Column("loss added", "Loss added by removing the layer, nats per token", "loss_added", "loss added"),
+    Column("ppl without", "Perplexity without the layer", "perplexity_without"),
+    Column("gradient", "Norm of the gradient of the layer's weights", "gradient_norm", "gradient"),
+    Column("state gradient", "Norm of the gradient of a token's state before the layer", "state_gradient_norm"),
+    Column("Jacobian", "Distance of the layer's Jacobian from the identity", "jacobian_distance", "|J-I|"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagnosisData:
+    """The content of diagnosis.json, which docs/diagnosis.md describes in full.
+
+    Attributes:
+        model: name, model_type, sizes, dtype, and the state of the plugin in it.
+        data: the data it was measured on, as returned by `TokenBatches.describe`.
+        baseline: loss and perplexity of the whole model, with standard errors; None without `loss`.
+        residual: variance at each of the L + 1 places of the residual stream, counted in several ways.
+        layers: the measures of each layer; None where one was not taken.
+        angular: angular distance of the block of n layers from layer i on at `angular[i][n - 1]`; None if there are
+            fewer layers.
         cuts: layers removed together, with the perplexity; None without `loss`.
-        verdict: facts and sentences.
-        cost: of each part, forward passes as announced and seconds as taken.
+        verdict: cautions, facts and sentences.
+        cost: for each part, forward passes as announced and seconds as taken.
         notes: what could not be measured, and why.
-        versions: of the libraries.
+        versions: versions of the libraries.
     """
 
     model: dict[str, Any]
     data: dict[str, Any]
-    baseline: dict[str, float] | None
+    baseline: dict[str, Any] | None
     residual: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     angular: list[list[float | None]]
@@ -55,25 +88,44 @@ class Diagnosis:
 
     @property
     def name(self) -> str:
-        return self.model["name"]
+        """The model's name."""
+        return str(self.model["name"])
+
+    def values(self, field: str) -> list[Any]:
+        """A field of each layer, None where it was not measured; "residual.x" is x of the stream after the layer."""
+        if field.startswith("residual."):
+            return [place.get(field.removeprefix("residual.")) for place in self.residual[1:]]
+        return [layer.get(field) for layer in self.layers]
+
+    def measured(self, field: str) -> bool:
+        """Whether there is a value for any layer."""
+        return any(value is not None for value in self.values(field))
+
+    def cells(self, field: str, errors: bool = True) -> list[str]:
+        """A field of each layer as text, with its standard error if it has one and `errors` are wanted."""
+        if field == "layer":
+            return [str(layer) for layer in self.values(field)]
+        found = self.values(f"{field}_error" if errors else "")
+        return [with_error(*pair) for pair in zip(self.values(field), found, strict=True)]
 
     def to_json(self) -> str:
+        """The content of diagnosis.json."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the JSON to a file, or into a folder that exists as `diagnosis.json`; returns the file's path."""
+        """Writes the JSON to a file, or as `diagnosis.json` into an existing folder; returns the file's path."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         path.write_text(self.to_json(), encoding="utf-8")
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
-        """Reads what `save` wrote, from the file or the folder that holds it.
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a file that `save` wrote, or the folder that holds it.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if the file holds something else.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file has other content.
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
@@ -87,61 +139,17 @@ class Diagnosis:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} holds no diagnosis: {error}") from None
 
-    def plot(self, what: str, compare: Diagnosis | None = None) -> Figure:
-        """One of the plots: "variance", "angular", "loss_added", "layers"; with `compare`, of both on shared axes.
-
-        Raises:
-            ValueError: if there is no such plot, or what it shows was not measured.
-            ImportError: if matplotlib is missing; the message names the extra.
-        """
-        from .figures import plot
-
-        return plot(what, [self] if compare is None else [self, compare])
-
-    def report(self, path: str | os.PathLike[str] | None = None, compare: Diagnosis | None = None) -> str:
-        """The report: one HTML file that needs nothing else, no network either.
-
-        Args:
-            path: where to write it.
-            compare: another diagnosis, to be shown beside this one on the same axes.
-
-        Returns:
-            The HTML.
-        """
-        from .html_report import render
-
-        text = render([self] if compare is None else [self, compare])
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
-
-    def _repr_html_(self) -> str:
-        """In a notebook the report shows, in a frame of its own, so that the styles of the two stay apart."""
-        return (
-            f'<iframe title="Diagnosis of {html.escape(self.name)}" srcdoc="{html.escape(self.report())}" '
-            'style="width: 100%; height: 640px; border: 1px solid #8888; border-radius: 4px"></iframe>'
-        )
-
     def __str__(self) -> str:
-        """The verdict, and a table of the layers."""
-        columns = [
-            ("layer", None),
-            ("variance behind", None),
-            ("typical", None),
-            ("attention", "attention_ratio"),
-            ("MLP", "mlp_ratio"),
-            ("influence", "block_influence"),
-            ("loss added", "loss_added"),
-            ("gradient", "gradient_norm"),
-            ("|J - I|", "jacobian_distance"),
-        ]
-        table = Table(*(title for title, _ in columns))
-        for one, place in zip(self.layers, self.residual[1:], strict=True):
-            first = [str(one["layer"]), number(place["variance"]), number(place["typical"])]
-            table.add_row(*first, *(number(one[name]) for _, name in columns if name))
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        title = f"{self.name}: {self.verdict['headline']}"
-        for line in (title, *(f"- {sentence}" for sentence in self.verdict["sentences"] + self.notes)):
+        """The verdict, and a table of the layers, as wide as the terminal."""
+        output = io.StringIO()
+        console = Console(file=output, color_system=None)
+        lines = (*self.verdict.get("cautions", ()), *self.verdict["sentences"], *self.notes)
+        for line in (f"{self.name}: {self.verdict['headline']}", *(f"- {line}" for line in lines)):
             console.print(line, highlight=False, markup=False)
+        shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
+        table = Table(*(column.short for column in shown), padding=(0, 1) if console.width >= 100 else 0)
+        # Of the errors those of the losses: more do not fit into 80 columns.
+        for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
+            table.add_row(*row)
         console.print(table)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return output.getvalue()

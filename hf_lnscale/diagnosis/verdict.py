@@ -1,26 +1,31 @@
 """From measurements to words: how the residual stream grows, which layers do little, how many could go.
 
-Every sentence carries its numbers, and the thresholds are here, in one place. Nothing is said of what was not measured.
+Every sentence carries its numbers, and the thresholds are here, in one place. There is no sentence about what was not
+measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+# A verdict takes at least this much text: with less, medians over layers and signs change from sample to sample.
+LEAST_TOKENS, LEAST_SEQUENCES = 2048, 4
 # A model shows a sign of the curse of depth if ...
 GROWTH = 10.0  # ... the stream of a typical token grows this much from the first layer to the last,
-SHARE = 0.5  # ... what the deeper half does is less than this share of what the other half does.
+SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of the other half's measure.
 # A layer does almost nothing if perplexity rises by less than this without it.
 IDLE = 0.01
 BUDGETS = (0.05, 0.10)
 # Massive activations: these few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
-# Of two kinds of growth one is the better if the other misses by more than this many times as much, and 1 %.
+# One kind of growth fits better than another if the other misses by more than this many times as much, plus 1 %.
 TIE = 1.1
+_PERPLEXITY = ("perplexity", "perplexity_error")
 
 
 def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
@@ -49,8 +54,8 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
     start, rate, off = straight(depth_L - 1)
     fits["exponential"] = {"start": math.exp(start), "rate": math.exp(rate), "off_by": math.exp(off)}
 
-    # For a given slope the best start is known: search over the slope, finer and finer around the best. Slopes below
-    # -1 / (L - 1) would make the variance negative.
+    # The best start for a given slope is known, so the search is over the slope, finer and finer around the best. With
+    # slopes below -1 / (L - 1) the variance would be negative.
     falling = -1 / (len(y_L) - 1)
     slopes = np.concatenate([falling * (1 - np.geomspace(1e-6, 1, 400)), np.geomspace(1e-6, 1e6, 2000)])
     for _ in range(6):
@@ -66,7 +71,7 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
 
 
 def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the stream of a typical token grows from the first layer to the last; the step into it is left out."""
+    """Growth of a typical token's mean square from after the first layer to after the last."""
     values = [place["typical"] for place in residual[1:]]
     found: dict[str, Any] = {"first": values[0], "last": values[-1], "factor": values[-1] / values[0]}
     window = max(1, round(len(values) / 4))
@@ -85,7 +90,7 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def massive(residual: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Where a few tokens make up the variance: the layer after which they first do, and how much they add."""
+    """The first layer after which a few tokens make up the variance, and how much they add; None if there is none."""
     for place in residual[1:]:
         if place["variance"] > MASSIVE * place["typical"]:
             return {
@@ -100,36 +105,73 @@ def massive(residual: list[dict[str, Any]]) -> dict[str, Any] | None:
 def judge(
     residual: list[dict[str, Any]],
     layers: list[dict[str, Any]],
-    baseline: dict[str, float] | None,
+    baseline: dict[str, Any] | None,
     cuts: list[dict[str, Any]] | None,
+    data: dict[str, Any] | None = None,
+    num_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """The verdict: facts in numbers, and sentences made of them."""
+    """The verdict: facts in numbers, and sentences made of them.
+
+    Args:
+        residual, layers, baseline, cuts: the parts of a diagnosis.
+        data: description of the text it is based on; without one, there is enough text.
+        num_tokens: how many tokens of text were to be measured on; None if that is not known.
+    """
     grown, spikes = growth(residual), massive(residual)
-    signs: dict[str, dict[str, Any] | None] = {
+    signs = {
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
         "near_identity": _halves(layers, "jacobian_distance"),
-        # Where neither half is worth anything, as in a model that has learned nothing, which is less is noise.
+        # If neither half adds anything, as in a model that has learned nothing, the difference is noise.
         "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
     }
-    idle = None
+    idle, inside = None, None
     if baseline:
         idle = [one["layer"] for one in layers if one["loss_added"] < math.log1p(IDLE)]
-    inside = None
-    if cuts is not None and baseline:
-        inside = {f"{budget:.0%}": _inside(cuts, baseline["perplexity"], budget) for budget in BUDGETS}
-    found: dict[str, Any] = {
-        "growth": grown, "massive_activations": spikes, "signs": signs, "idle_layers": idle, "removable": inside,
-    }  # fmt: skip
+        inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
-    found["headline"] = f"{count} of {len(measured)} signs of the curse of depth"
-    found["sentences"] = [*_on_growth(grown, len(layers)), *_on_massive(spikes), *_on_layers(found, layers, baseline)]
-    return found
+    sufficient, cautions = _sample(data, num_tokens)
+    headline = f"{count} of {len(measured)} signs of the curse of depth"
+    return {
+        "headline": headline if sufficient else "too little text to count signs of the curse of depth",
+        "sufficient": sufficient,
+        "cautions": cautions,
+        "growth": grown,
+        "massive_activations": spikes,
+        "signs": signs,
+        "idle_layers": idle,
+        "removable": inside,
+        "sentences": [
+            *_on_growth(grown),
+            *_on_massive(spikes),
+            *_on_signs(signs),
+            *(_on_layers(idle or [], layers, baseline) if baseline else ()),
+            *(_on_cuts(inside) if inside else ()),
+        ],
+    }
+
+
+def _sample(data: dict[str, Any] | None, num_tokens: int | None) -> tuple[bool, list[str]]:
+    """Whether the text carries a verdict, and cautions about it."""
+    if data is None:
+        return True, []
+    tokens, sequences = data["num_tokens"], data["num_sequences"]
+    cautions = []
+    sufficient = tokens >= LEAST_TOKENS and sequences >= LEAST_SEQUENCES
+    if not sufficient:
+        cautions.append(
+            f"{tokens:,} tokens in {sequences} sequence{'s' * (sequences != 1)} are too few for a verdict: it takes "
+            f"{LEAST_TOKENS:,} tokens in {LEAST_SEQUENCES} sequences. Another text could give other figures."
+        )
+    # The rest of a text that does not fill a window is left out.
+    if num_tokens is not None and num_tokens - tokens >= data["seq_len"]:
+        cautions.append(f"The text ends after {tokens:,} of the {num_tokens:,} tokens to measure on.")
+    return sufficient, cautions
 
 
 def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict[str, Any] | None:
-    """Median over the deeper half of the layers against that over the other half, if that is more than `least`. The
-    median, as first and last layers are a kind of their own in most models."""
+    """The median over the deeper half of the layers against that over the other half; a sign if the latter is more
+    than `least`. Medians, because the first and last layers are unlike the others in most models."""
     values = [one[name] for one in layers]
     if len(values) < 2 or any(value is None for value in values):
         return None
@@ -149,7 +191,7 @@ def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dic
     return {"count": len(best["layers"]), "layers": sorted(best["layers"]), "perplexity": best["perplexity"]}
 
 
-def _on_growth(grown: dict[str, Any], num_layers: int) -> list[str]:
+def _on_growth(grown: dict[str, Any]) -> list[str]:
     factor = grown["factor"]
     text = (
         f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
@@ -160,13 +202,13 @@ def _on_growth(grown: dict[str, Any], num_layers: int) -> list[str]:
         text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
     sentences = [text + "."]
     if fits := grown["fits"]:
-        said = {
+        named = {
             "linear": "linear",
             "polynomial": f"polynomial, l^{fits['polynomial']['power']:.1f}",
-            "exponential": f"exponential, {times(fits['exponential']['rate'])} a layer",
+            "exponential": f"exponential, {times(fits['exponential']['rate'])} per layer",
         }
-        order = sorted(said, key=lambda kind: fits[kind]["off_by"])
-        fitted = "; ".join(f"{said[kind]} (misses by {_percent(fits[kind])})" for kind in order)
+        order = sorted(named, key=lambda kind: fits[kind]["off_by"])
+        fitted = "; ".join(f"{named[kind]} (misses by {_percent(fits[kind])})" for kind in order)
         if factor <= 1.5:
             sentences.append("It hardly grows, so it has no kind of growth.")
         elif grown["kind"]:
@@ -180,56 +222,57 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
     if not spikes:
         return []
     text = (
-        f"A few tokens carry massive activations, from layer {spikes['layer']} on: counted in, the variance behind it "
+        f"A few tokens carry massive activations, from layer {spikes['layer']} on: with them, the variance after it "
         f"is {times(spikes['factor'])} that of a typical token"
     )
     if spikes["factor_without_first"] < MASSIVE:
         text += ", and all of that is the first token of each sequence"
     elif spikes["factor_without_first"] < spikes["factor"] / 2:
         text += f"; {times(spikes['factor_without_first'])} without the first token of each sequence"
-    return [text + ". That is not growth of the stream, and is left out of the fits."]
+    return [text + ". This is not growth of the stream, and the fits leave it out."]
 
 
-def _on_layers(
-    found: dict[str, Any], layers: list[dict[str, Any]], baseline: dict[str, float] | None
-) -> list[str]:  # fmt: skip
+def _on_signs(signs: dict[str, Any]) -> list[str]:
     sentences = []
-    if near := found["signs"]["near_identity"]:
+    if near := signs["near_identity"]:
         sentences.append(
             f"Distance of a layer's Jacobian from the identity: median {near['deeper_half']:.2f} in the deeper half of "
             f"the layers, {near['first_half']:.2f} in the other half."
         )
-    if baseline:
-        worth = found["signs"]["deep_layers_worth_little"]
-        if worth:
-            sentences.append(
-                f"Loss added by removing a layer: median {worth['deeper_half']:.3f} nats in the deeper half, "
-                f"{worth['first_half']:.3f} in the other half."
-            )
-        idle = found["idle_layers"]
-        if idle:
-            sentences.append(
-                f"{_layers(idle)} {'does' if len(idle) == 1 else 'do'} almost nothing: without {_it(idle)}, one at a "
-                f"time, perplexity rises by less than {100 * IDLE:.0f} %."
-            )
-        else:
-            least = min(layers, key=lambda one: one["loss_added"])
-            sentences.append(
-                f"No layer does almost nothing: the least needed is layer {least['layer']}, without which perplexity "
-                f"rises from {number(baseline['perplexity'])} to {number(least['perplexity_without'])} "
-                f"({100 * math.expm1(least['loss_added']):+.1f} %)."
-            )
-    if removable := found["removable"]:
-        five, ten = (removable[f"{budget:.0%}"] for budget in BUDGETS)
-        same = five["count"] == ten["count"]
-        text = f"Within {'5 % or 10 %' if same else '5 %'} of perplexity {_could_go(five)}"
+    if worth := signs["deep_layers_worth_little"]:
         sentences.append(
-            text
-            + ("" if same else f", within 10 % {_could_go(ten)}")
-            + ". Removed together, in the order of what each "
-            "costs alone, without healing; hf-lnscale prune searches and heals."
+            f"Loss added by removing a layer: median {worth['deeper_half']:.3f} nats in the deeper half, "
+            f"{worth['first_half']:.3f} in the other half."
         )
     return sentences
+
+
+def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
+    if idle:
+        return [
+            f"{_layers(idle)} {'does' if len(idle) == 1 else 'do'} almost nothing: without "
+            f"{'it' if len(idle) == 1 else 'them'}, one at a time, perplexity rises by less than {100 * IDLE:.0f} %."
+        ]
+    least = min(layers, key=lambda one: float(one["loss_added"]))
+    rise = f"{100 * math.expm1(least['loss_added']):+.1f} %"
+    if error := least.get("loss_added_error"):  # delta method: d exp(x) = exp(x) dx
+        rise += f", standard error {100 * math.exp(least['loss_added']) * error:.1f}"
+    return [
+        f"No layer does almost nothing: the least needed is layer {least['layer']}, without which perplexity rises "
+        f"from {number(baseline['perplexity'])} to {number(least['perplexity_without'])} ({rise})."
+    ]
+
+
+def _on_cuts(inside: dict[str, Any]) -> list[str]:
+    five, ten = (inside[f"{budget:.0%}"] for budget in BUDGETS)
+    same = five["count"] == ten["count"]
+    text = f"Within {'5 % or 10 %' if same else '5 %'} of perplexity {_could_go(five)}"
+    if not same:
+        text += f", within 10 % {_could_go(ten)}"
+    return [
+        f"{text}. Removed together, in the order of what each costs alone, without healing; hf-lnscale prune searches "
+        "and heals."
+    ]
 
 
 def _could_go(part: dict[str, Any]) -> str:
@@ -244,12 +287,8 @@ def _layers(layers: list[int], small: bool = False) -> str:
     return text if small else text[0].upper() + text[1:]
 
 
-def _it(layers: list[int]) -> str:
-    return "it" if len(layers) == 1 else "them"
-
-
 def ranges(layers: list[int]) -> str:
-    """Sorted numbers in words: [1, 2, 3, 7] is "1-3, 7"."""
+    """Sorted numbers as text: [1, 2, 3, 7] is "1-3, 7"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -260,7 +299,7 @@ def ranges(layers: list[int]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, those of thousands apart."""
+    """A number with three digits, "-" for None; thousands are separated."""
     if value is None:
         return "-"
     if not value:
@@ -270,7 +309,18 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
+def with_error(value: float | None, error: float | None = None) -> str:
+    """A number with its standard error, if there is one, to two digits of the error: "0.267 ± 0.012"."""
+    if value is None or not error:
+        return number(value)
+    if error < 1e-4 or abs(value) >= 1e7:
+        return f"{number(value)} ± {number(error)}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+
+
 def times(factor: float) -> str:
+    """A factor as text: "2.50 times"."""
     return f"{number(factor) if factor >= 10 else format(factor, '.2f')} times"
 
 
@@ -279,35 +329,32 @@ def _percent(fit: dict[str, float]) -> str:
 
 
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
-    """Rows of what differs between two diagnoses: name, value in the first, value in the second."""
+    """Rows of the differences between two diagnoses: name, value in the first, value in the second."""
     rows: list[tuple[str, str, str]] = []
-    both = [(one.model, one.verdict, one.baseline) for one in (before, after)]
 
-    def row(name: str, values: list[Any], show: Any = number) -> None:
+    def row(name: str, find: Callable[[Any, Any], Any], show: Callable[[Any], str] = number) -> None:
+        """`find` takes a diagnosis and its verdict."""
+        values = [find(one, one.verdict) for one in (before, after)]
         if any(value is not None for value in values):
-            rows.append((name, *("not measured" if value is None else show(value) for value in values)))  # type: ignore[arg-type]
+            first, second = ("not measured" if value is None else show(value) for value in values)
+            rows.append((name, first, second))
 
-    row("layers", [model["num_layers"] for model, _, _ in both], str)
-    row("perplexity", [baseline and baseline["perplexity"] for _, _, baseline in both])
-    row("growth of a typical token, first to last layer", [v["growth"]["factor"] for _, v, _ in both], times)
-    row("kind of growth", [v["growth"]["kind"] or "cannot be told" for _, v, _ in both], str)
+    def median_of(sign: str, half: str) -> Callable[[Any, Any], Any]:
+        return lambda _, verdict: (verdict["signs"][sign] or {}).get(half)
+
+    def could_go(budget: str) -> Callable[[Any, Any], Any]:
+        return lambda _, verdict: (verdict["removable"] or {}).get(budget)
+
+    row("layers", lambda one, _: one.model["num_layers"], str)
+    row("perplexity", lambda one, _: one.baseline, lambda found: with_error(*map(found.get, _PERPLEXITY)))
+    row("growth of a typical token, first to last layer", lambda _, verdict: verdict["growth"]["factor"], times)
+    row("kind of growth", lambda _, verdict: verdict["growth"]["kind"] or "undecided", str)
     for half in ("first_half", "deeper_half"):
-        name = half.replace("_", " ")
-        for sign, what in (
-            ("near_identity", "distance of the Jacobian from the identity"),
-            ("deep_layers_worth_little", "loss added by removing a layer, nats"),
-        ):
-            row(f"{what}, median of the {name}", [(v["signs"][sign] or {}).get(half) for _, v, _ in both])
-    row(
-        "layers that do almost nothing",
-        [None if v["idle_layers"] is None else len(v["idle_layers"]) for _, v, _ in both],
-        str,
-    )
-    for budget in BUDGETS:
-        key = f"{budget:.0%}"
-        row(
-            f"layers that could go inside {100 * budget:.0f} % of perplexity",
-            [(v["removable"] or {}).get(key, {}).get("count") for _, v, _ in both],
-            str,
-        )
+        of = f"median of the {half.replace('_', ' ')}"
+        row(f"distance of the Jacobian from the identity, {of}", median_of("near_identity", half))
+        row(f"loss added by removing a layer, nats, {of}", median_of("deep_layers_worth_little", half))
+    row("layers that do almost nothing", lambda _, verdict: verdict["idle_layers"], lambda idle: str(len(idle)))
+    for key in (f"{budget:.0%}" for budget in BUDGETS):
+        name = f"layers that could go within {key.replace('%', ' %')} of perplexity"
+        row(name, could_go(key), lambda part: str(part["count"]))
     return rows

@@ -31,18 +31,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..measuring.losses import MOST_NATS
-from ..measuring.stream import eval_mode, upcast
+from ..measuring.losses import MOST_NATS, token_losses
+from ..measuring.stream import eval_mode
 from ..measuring.text import added_beginning, documents, window_length
+from ..measuring.uncertainty import ratio_residuals, standard_error
 
 BLOCK_SIZE = 2048  # characters
 SEQ_LEN = 1024
-# Logits in float32 at a time: 64 MiB.
-_MAX_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -121,24 +119,20 @@ class Perplexity:
 
     def _stderr(self, sizes: torch.Tensor, unit: float) -> float | None:
         residuals = _residuals(self, sizes, sizes.sum().item())
-        return None if residuals is None else unit * _stderr(residuals)
+        error = None if residuals is None else standard_error(residuals)
+        return None if error is None else unit * error
 
 
 def _residuals(one: Perplexity, sizes: torch.Tensor, total: float) -> torch.Tensor | None:
-    """What each block adds to the error of the ratio sum(nats) / sum(sizes), linearized."""
-    if one.block_nats is None or len(one.block_nats) < 2:
-        return None
-    return (one.block_nats - one.nats / total * sizes) / total
-
-
-def _stderr(residuals: torch.Tensor) -> float:
-    count = len(residuals)
-    return math.sqrt(count / (count - 1) * residuals.square().sum().item())
+    """The share of each block in the error of the ratio sum(nats) / sum(sizes)."""
+    return None if one.block_nats is None else ratio_residuals(one.block_nats, sizes, one.nats / total)
 
 
 def _difference(ours: Estimate, theirs: Estimate, our_residuals: Any, their_residuals: Any, unit: float) -> Estimate:
     known = our_residuals is not None and their_residuals is not None
-    return Estimate(ours.value - theirs.value, _stderr((our_residuals - their_residuals) / unit) if known else None)
+    return Estimate(
+        ours.value - theirs.value, standard_error((our_residuals - their_residuals) / unit) if known else None
+    )
 
 
 def perplexity(
@@ -293,13 +287,8 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
     for row, window in enumerate(batch):
         size = window.end - window.first + 1
         logits_NV = logits_BTV[row, window.end - window.start - size : window.end - window.start]
-        targets_N = encoded[window.document].ids[window.first : window.end + 1].to(logits_NV.device)
-        part = max(1, _MAX_LOGITS // logits_NV.shape[-1])
-        found = [
-            F.cross_entropy(upcast(some_NV), targets, reduction="none").double().cpu()
-            for some_NV, targets in zip(logits_NV.split(part), targets_N.split(part), strict=True)
-        ]
-        values = torch.cat(found)
+        targets_N = encoded[window.document].ids[window.first : window.end + 1]
+        values = token_losses(logits_NV, targets_N).double().cpu()
         if not values.isfinite().all():
             raise ValueError(f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help")
         yield values

@@ -12,15 +12,14 @@ so: PEFT then knows no such type, and raises it as a `KeyError`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ..core.config import LNScalingConfig
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED, FOLDED, ON_DISK, parts, set_ln_scaling
+from ..core.record import ACTIVE, DROPPED, FOLDED, Record, record, set_ln_scaling
 from ..core.warnings import warn
 from ..pruning import layers
 
@@ -28,30 +27,41 @@ NOTE = "hf_lnscale"
 TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnscale and import it before loading"
 
 
-def base_state(config: PreTrainedConfig | dict[str, Any] | None) -> dict[str, Any]:
-    """What a configuration, or the dict of one, says of scale and layers; empty for a plain model."""
-    if config is None:
-        return {}
-    said = list(parts(config)) if isinstance(config, dict) else [vars(text_config(config))]
-    return {name: part[name] for name in (ACTIVE, FOLDED, DROPPED) for part in said if part.get(name)}
+def base_state(config: PreTrainedConfig | None) -> Record:
+    """What a configuration says about scale and layers, whatever is on disk; empty for a plain model or without one."""
+    return dataclasses.replace(record(config), on_disk=None) if config is not None else Record()
 
 
-def note(adapter: dict[str, Any]) -> dict[str, Any] | None:
-    """The traits of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none."""
-    return (adapter.get("auto_mapping") or {}).get(NOTE)
+def note(adapter: dict[str, Any]) -> Record | None:
+    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none.
+
+    Raises:
+        ValueError: if the note is not one that this package writes.
+    """
+    mapping = adapter.get("auto_mapping")
+    noted = mapping.get(NOTE) if isinstance(mapping, dict) else None
+    if noted is None:
+        return None
+    where = f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json"
+    if not isinstance(noted, dict):
+        raise ValueError(f"{where} must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
+    try:
+        return record(noted)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid: {error}") from None
 
 
 def add_note(path: Path, base: PreTrainedConfig) -> None:
     """Notes in an adapter_config.json what its base is; a note that is there already is replaced."""
     adapter = json.loads(path.read_text(encoding="utf-8"))
     found = base_state(base)
-    noted = bool(found) or ON_DISK in vars(text_config(base))
+    noted = record(base) != Record()
     if not noted and note(adapter) is None:
         return
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
-        mapping[NOTE] = found
-        if ACTIVE in found or not _on_disk_as(base, adapter):
+        mapping[NOTE] = found.to_dict()
+        if found.active or not _on_disk_as(base, adapter):
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
@@ -83,14 +93,21 @@ def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> d
     base = base or _config_on_disk(adapter)
     if base is None:  # loading it will say what is wrong
         return {}
-    found = _to_restore(wanted, base)
-    restored = copy.deepcopy(base)
-    if found is not None:
-        layers.set_drop_layers(restored, found.get("drop_layers"))
-        set_ln_scaling(restored, found.get("ln_scaling"))
-    if found is None or not _same(wanted, base_state(restored)):
+    found = keywords_to_restore(wanted, base)
+    if found is None:
         raise ValueError(_mismatch(adapter, "this adapter", wanted, base))
     return found
+
+
+def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
+    """The keywords of `from_pretrained` that make a model with the wanted record of a checkpoint; None if none do."""
+    found = _to_restore(wanted, base)
+    if found is None:
+        return None
+    restored = copy.deepcopy(base)
+    layers.set_drop_layers(restored, found.get("drop_layers"))
+    set_ln_scaling(restored, found.get("ln_scaling"))
+    return found if _same(wanted, base_state(restored)) else None
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
@@ -109,10 +126,11 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
         if base is None:
             return
         # Trained on a plain base, or without this package on one that is pruned or folded on disk.
-        there = _config_on_disk(adapter, local=not here)
-        if there is None and not here:
+        plain = here == Record()
+        there = _config_on_disk(adapter, local=plain)
+        if there is None and plain:
             return
-        if there is None and ACTIVE not in here:
+        if there is None and here.active is None:
             warn(
                 f"whether the adapter {name!r} was trained on this base, which has {_describe(here)}, cannot be "
                 f"known: it has no note, and its base {adapter.get('base_model_name_or_path')!r} cannot be read"
@@ -123,54 +141,48 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
         raise ValueError(_mismatch(adapter, f"the adapter {name!r}", wanted, base))
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """By what counts for an adapter: the name of the model that layers were dropped from does not."""
+def _same(one: Record, other: Record) -> bool:
+    """Compares what matters to an adapter, so not the name of the model that layers were dropped from."""
 
-    def key(said: dict[str, Any]) -> tuple[Any, ...]:
-        dropped = said.get(DROPPED) or {}
-        return said.get(ACTIVE), said.get(FOLDED), dropped.get("layers"), dropped.get("num_hidden_layers")
+    def key(state: Record) -> Record:
+        return dataclasses.replace(state, dropped=state.dropped and dataclasses.replace(state.dropped, base=""))
 
     return key(one) == key(other)
 
 
-def _to_restore(wanted: dict[str, Any], base: PreTrainedConfig) -> dict[str, Any] | None:
-    """The keywords without a look at whether they are enough; None if layers are missing."""
+def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
+    """The keywords, without checking whether they are enough; None if layers are missing."""
     held, original = layers.original_layers(base)
-    kept, of = layers.original_layers(wanted) if wanted.get(DROPPED) else (list(range(original)), original)
+    kept, of = list(range(original)), original
+    if wanted.dropped:
+        kept, of = wanted.dropped.kept, wanted.dropped.num_hidden_layers
     if of != original or not set(kept) <= set(held):
         return None
     found: dict[str, Any] = {}
     if kept != held:
         found["drop_layers"] = [position for position, layer in enumerate(held) if layer not in kept]
-    if wanted.get(ACTIVE) != base_state(base).get(ACTIVE) and (wanted.get(ACTIVE) or ACTIVE in base_state(base)):
-        found["ln_scaling"] = _scaling(wanted.get(ACTIVE)) or False
+    if wanted.active != base_state(base).active:
+        found["ln_scaling"] = wanted.active.to_dict() if wanted.active else False
     return found
 
 
-def _mismatch(adapter: dict[str, Any], what: str, wanted: dict[str, Any], base: PreTrainedConfig | None) -> str:
+def _mismatch(adapter: dict[str, Any], what: str, wanted: Record, base: PreTrainedConfig | None) -> str:
     message = f"{what} was trained on a base with {_describe(wanted)}; this base has {_describe(base_state(base))}. "
     found = _to_restore(wanted, base) if base is not None else None
-    if found and wanted.get(FOLDED) == base_state(base).get(FOLDED):
+    if found and wanted.folded == base_state(base).folded:
         said = ", ".join(f"{key}={value!r}" for key, value in found.items())
         return f"{message}Load the base with from_pretrained(..., {said})"
     where = adapter.get("base_model_name_or_path")
     return f"{message}Load it on that base" + (f", {where!r}" if where else "")
 
 
-def _describe(said: dict[str, Any]) -> str:
-    if DROPPED in said:
-        kept, original = layers.original_layers(said)
-        which = f"layers {kept} of {original} (dropped: {said[DROPPED]['layers']})"
-    else:
-        which = "all its layers"
-    if FOLDED in said:
-        return f"ln_scaling={_scaling(said[FOLDED])!r} folded into its weights and {which}"
-    return f"ln_scaling={_scaling(said.get(ACTIVE))!r} and {which}"
-
-
-def _scaling(value: Any) -> dict[str, Any] | None:
-    scaling = LNScalingConfig.of(value)
-    return scaling.to_dict() if scaling else None
+def _describe(state: Record) -> str:
+    which = "all its layers"
+    if dropped := state.dropped:
+        which = f"layers {dropped.kept} of {dropped.num_hidden_layers} (dropped: {list(dropped.layers)})"
+    if state.folded:
+        return f"ln_scaling={state.folded.to_dict()!r} folded into its weights and {which}"
+    return f"ln_scaling={state.active and state.active.to_dict()!r} and {which}"
 
 
 def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedConfig | None:
@@ -178,8 +190,13 @@ def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedC
     name = adapter.get("base_model_name_or_path")
     if not name:
         return None
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(name, revision=adapter.get("revision"), local_files_only=local)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=adapter.get("revision"), local_files_only=local
+        )
+        return found
     except (OSError, ValueError):
         return None
 

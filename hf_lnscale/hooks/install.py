@@ -1,114 +1,145 @@
-"""The only file that touches the inside of transformers and PEFT: what `enable()` puts in, and `disable()` takes out.
+"""The table of everything that is replaced in transformers and PEFT; `enable()` installs it, `disable()` removes it.
 
-Every hook is a thin wrapper around the function that was there, and does nothing for a model without a scale.
-tests/test_hooks.py fails, by name, when a hooked function changes its signature or its role.
+A module that is not imported yet is hooked right after it is imported. This file imports only the standard library.
+
+Each hook is a thin wrapper around the original function and, for a model without a flag, only calls it. If one function
+is not as the table says, none in its group is wrapped: models without a flag work as before, and using a flag raises an
+`UnsupportedTransformersError`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import inspect
+import re
+import sys
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
-from transformers.integrations.peft import PeftAdapterMixin
-from transformers.utils import is_peft_available
+SUPPORTED = "5.16.1 to 5.24"
 
-from ..core.record import get_ln_scaling, set_ln_scaling
-from ..pruning import layers
-from .configuration import _dict_from_json_file, from_dict_hook, to_json_file_hook
-from .models import (
-    _from_config,
-    _load_pretrained_model,
-    from_pretrained_hook,
-    load_distributed_hook,
-    post_init_hook,
-    save_pretrained_hook,
+CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
+TRAINER, PEFT = "transformers.trainer", "peft"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attribute that is replaced.
+
+    Attributes:
+        group: the module whose import is waited for.
+        owner: the class, as `module:name`, or the module itself, as `module:`.
+        name: the attribute.
+        replacement: what makes the replacement, as `module:name` in this folder: a wrapper from the original function,
+            or a property if its name says so.
+        parameters: those of the original that must be there: all of a private function, the first ones of a public
+            one. Empty if none is relied on.
+        needed_since: the first release of transformers that has the function and anything for the hook to do; before
+            it, the hook is left out where the function is missing.
+    """
+
+    group: str
+    owner: str
+    name: str
+    replacement: str
+    parameters: tuple[str, ...] = ()
+    needed_since: str = ""
+
+
+_CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedModel"
+_PEFT_MODEL, _PEFT_CONFIG = "peft.peft_model:PeftModel", "peft.config:PeftConfigMixin"
+
+HOOKS = (
+    Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
+    Hook(CONFIGURATION, _CONFIG, "drop_layers", "configuration:drop_layers_property"),
+    Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", ("cls", "config_dict")),
+    Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", ("self",)),
+    Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
+    # Private: every reading of a config.json goes through it, before `model_type` is looked at.
+    Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", ("cls", "json_file")),
+    Hook(MODELS, _MODEL, "__init__", "models:init", ("self", "config")),
+    Hook(MODELS, _MODEL, "post_init", "models:post_init", ("self",)),
+    Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", ("self", "save_directory")),
+    Hook(MODELS, _MODEL, "from_pretrained", "models:from_pretrained", ("cls", "pretrained_model_name_or_path")),
+    # Private: every `AutoModel.from_config` calls it; unknown keywords would go on to the model's `__init__`.
+    Hook(MODELS, _MODEL, "_from_config", "models:from_config", ("cls", "config", "kwargs")),
+    # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
+    # `key_mapping` is kept with the model and reverted on saving: old numbers beside a config with fewer layers.
+    Hook(
+        MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
+        ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys"),
+    ),
+    # Not a class's: the one place where a model's safetensors files are written, with their metadata.
+    Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", ("tensors", "filename")),
+    # Private: reads a checkpoint of torch.distributed.checkpoint by names, without the function above. Before 5.20
+    # from_pretrained cannot read such a checkpoint.
+    Hook(
+        MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
+        ("self", "distributed_checkpoint_dir", "device_map", "device_mesh"), needed_since="5.20",
+    ),
+    Hook(
+        MODELS, "transformers.integrations.peft:PeftAdapterMixin", "load_adapter", "peft:load_adapter_into_model",
+        ("self", "peft_model_id"),
+    ),
+    Hook(TRAINER, f"{TRAINER}:Trainer", "train", "trainer:train", ("self", "resume_from_checkpoint")),
+    Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", ("cls", "path_json_file")),
+    Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", ("self", "save_directory")),
+    Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", ("self", "save_directory")),
+    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:load_adapter", ("self", "model_id")),
+    # AutoPeftModelForCausalLM and its sisters share it: the one place that loads the base by its path.
+    Hook(
+        PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
+        ("cls", "pretrained_model_name_or_path"),
+    ),
+)  # fmt: skip
+
+# What refuses flags in a group in which something is not as the table says.
+GUARDS = (
+    Hook(CONFIGURATION, _CONFIG, "ln_scaling", "guard:ln_scaling_property"),
+    Hook(CONFIGURATION, _CONFIG, "drop_layers", "guard:drop_layers_property"),
+    Hook(CONFIGURATION, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
+    Hook(MODELS, _MODEL, "__init__", "guard:refuse"),
+    Hook(MODELS, _MODEL, "from_pretrained", "guard:refuse"),
+    Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
+    Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
+    Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
 )
-from .peft import (
-    adapter_from_pretrained_hook,
-    auto_adapter_hook,
-    from_json_file_hook,
-    load_adapter_hook,
-    load_adapter_into_model_hook,
-    save_adapter_config_hook,
-    save_adapter_hook,
-)
-from .trainer import train_hook
 
 _MISSING = object()
+
+
+class _Installed(NamedTuple):
+    original: Any  # _MISSING where the class inherited the attribute or had none
+    hook: Any
+
+
 _lock = threading.RLock()
-_originals: dict[tuple[type, str], Any] = {}
-_installed: dict[tuple[type, str], Any] = {}
-
-
-def _hooks() -> dict[tuple[type, str], Any]:
-    """Each attribute that is replaced, with its replacement."""
-    return {
-        (PreTrainedConfig, "ln_scaling"): property(
-            get_ln_scaling, set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None."
-        ),
-        (PreTrainedConfig, "drop_layers"): property(
-            lambda config: None,
-            layers.set_drop_layers,
-            doc="Assigned, drops layers from the configuration. `dropped_layers` says which are gone.",
-        ),
-        (PreTrainedConfig, "from_dict"): from_dict_hook(PreTrainedConfig.__dict__["from_dict"]),
-        (PreTrainedConfig, "to_json_file"): to_json_file_hook(PreTrainedConfig.__dict__["to_json_file"]),
-        # Private: the one place through which every reading of a config.json goes, before `model_type` is looked at.
-        (PreTrainedConfig, "_dict_from_json_file"): _dict_from_json_file(
-            PreTrainedConfig.__dict__["_dict_from_json_file"]
-        ),
-        (PreTrainedModel, "post_init"): post_init_hook(PreTrainedModel.__dict__["post_init"]),
-        (PreTrainedModel, "save_pretrained"): save_pretrained_hook(PreTrainedModel.__dict__["save_pretrained"]),
-        (PreTrainedModel, "from_pretrained"): from_pretrained_hook(PreTrainedModel.__dict__["from_pretrained"]),
-        # Private: what every `AutoModel.from_config` calls; unknown keywords would go on to the model's `__init__`.
-        (PreTrainedModel, "_from_config"): _from_config(PreTrainedModel.__dict__["_from_config"]),
-        # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
-        # `key_mapping` is kept with the model and reverted on saving: old numbers beside a config with fewer layers.
-        (PreTrainedModel, "_load_pretrained_model"): _load_pretrained_model(
-            PreTrainedModel.__dict__["_load_pretrained_model"]
-        ),
-        # Private: reads a checkpoint of torch.distributed.checkpoint by names, past the function above.
-        (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): load_distributed_hook(
-            PreTrainedModel._load_and_finalize_distributed_pretrained_model
-        ),
-        (PeftAdapterMixin, "load_adapter"): load_adapter_into_model_hook(PeftAdapterMixin.__dict__["load_adapter"]),
-        (Trainer, "train"): train_hook(Trainer.__dict__["train"]),
-    }
-
-
-def _peft_hooks() -> dict[tuple[type, str], Any]:
-    """The same for PEFT. Where it is installed, transformers' Trainer has imported it already."""
-    from peft import PeftModel
-    from peft.auto import _BaseAutoPeftModel
-    from peft.config import PeftConfigMixin
-
-    return {
-        (PeftConfigMixin, "from_json_file"): from_json_file_hook(PeftConfigMixin.__dict__["from_json_file"]),
-        (PeftConfigMixin, "save_pretrained"): save_adapter_config_hook(PeftConfigMixin.__dict__["save_pretrained"]),
-        (PeftModel, "save_pretrained"): save_adapter_hook(PeftModel.__dict__["save_pretrained"]),
-        (PeftModel, "from_pretrained"): adapter_from_pretrained_hook(PeftModel.__dict__["from_pretrained"]),
-        (PeftModel, "load_adapter"): load_adapter_hook(PeftModel.__dict__["load_adapter"]),
-        # Private: what AutoPeftModelForCausalLM and its sisters share, the one place that loads the base by its path.
-        (_BaseAutoPeftModel, "from_pretrained"): auto_adapter_hook(_BaseAutoPeftModel.__dict__["from_pretrained"]),
-    }
+_enabled = False
+_installed: dict[tuple[type, str], _Installed] = {}
+_waiting: set[str] = set()  # groups that are not imported yet
+problems: dict[str, list[str]] = {}  # group: what is not as the table says
 
 
 def enable() -> None:
-    """Makes transformers understand `ln_scaling`. Importing `hf_lnscale` calls it; a second call changes nothing."""
+    """Makes transformers understand the flags. Importing `hf_lnscale` calls it; a second call changes nothing."""
+    global _enabled
     with _lock:
-        if _installed:
+        if _enabled:
             return
-        _install(_hooks())
-        if is_peft_available():
-            _install(_peft_hooks())
-
-
-def _install(hooks: dict[tuple[type, str], Any]) -> None:
-    for (owner, name), hook in hooks.items():
-        _originals[owner, name] = owner.__dict__.get(name, _MISSING)
-        _installed[owner, name] = hook
-        setattr(owner, name, hook)
+        _enabled = True
+        _waiting.update((CONFIGURATION, MODELS, TRAINER, PEFT))
+        sys.meta_path.insert(0, _finder)
+    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+        if sys.modules.get(group) is not None:
+            importlib.import_module(group)  # waits if another thread is importing it at the moment
+    _install_what_is_imported()
 
 
 def disable() -> None:
@@ -120,22 +151,156 @@ def disable() -> None:
     Raises:
         RuntimeError: if another library has since replaced one of the functions; nothing is changed then.
     """
+    global _enabled
     with _lock:
-        for (owner, name), hook in _installed.items():
-            if owner.__dict__.get(name) is not hook:
+        for (owner, name), (_, hook) in _installed.items():
+            if (now := owner.__dict__.get(name)) is not hook:
                 raise RuntimeError(
                     f"{owner.__name__}.{name} was replaced after hf_lnscale.enable(), by "
-                    f"{getattr(owner.__dict__.get(name), '__module__', 'another library')}; undo that first"
+                    f"{getattr(now, '__module__', 'another library')}; undo that first"
                 )
-        for (owner, name), original in _originals.items():
+        for (owner, name), (original, _) in _installed.items():
             if original is _MISSING:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
         _installed.clear()
-        _originals.clear()
+        _waiting.clear()
+        problems.clear()
+        if _finder in sys.meta_path:
+            sys.meta_path.remove(_finder)
+        _enabled = False
 
 
 def is_enabled() -> bool:
-    """Whether transformers understands `ln_scaling` in this process."""
-    return bool(_installed)
+    """Whether transformers understands the flags in this process, or will as soon as it is imported."""
+    return _enabled
+
+
+# --- after an import ------------------------------------------------------------------------------------------------
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules to hook as they would be found, with a loader that hooks them once they are loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in (CONFIGURATION, MODELS, TRAINER, PEFT):
+            _install_what_is_imported()  # a module whose import had begun before this finder was there
+            return None
+        others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:  # the spec may be asked for without an import: get_source, get_filename
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if _enabled:
+            _waiting.discard(module.__name__)
+            _install(module.__name__)
+
+
+_finder = _Finder()
+
+
+def _install_what_is_imported() -> None:
+    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+        module = sys.modules.get(group)
+        if group in _waiting and module is not None:
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                continue
+            _waiting.discard(group)
+            _install(group)
+
+
+def _install(group: str) -> None:
+    """Hooks the classes of a group; or, if something is not as the table says, only refuses flags there."""
+    made, found = _made(HOOKS, group)
+    if found:
+        problems[group] = found
+        made, _ = _made(GUARDS, group)
+    # Not while anything is imported: another thread could hold the import's lock and wait for this one.
+    with _lock:
+        for (owner, name), hook in made.items():
+            _installed[owner, name] = _Installed(owner.__dict__.get(name, _MISSING), hook)
+            setattr(owner, name, hook)
+
+
+def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[type, str], Any], list[str]]:
+    """The replacements of a group, and what is not as its table says."""
+    made: dict[tuple[type, str], Any] = {}
+    found: list[str] = []
+    for hook in table:
+        if hook.group != group:
+            continue
+        module, _, cls = hook.owner.partition(":")
+        try:
+            owner = importlib.import_module(module)
+            owner = getattr(owner, cls) if cls else owner
+            file, _, factory = hook.replacement.partition(":")
+            make = getattr(importlib.import_module(f".{file}", __package__), factory)
+        except (ImportError, AttributeError) as error:
+            found.append(str(error))
+            continue
+        if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
+            continue  # reloaded, and the class is the same
+        if hook.replacement.endswith("_property"):
+            made[owner, hook.name] = make()
+            continue
+        original = inspect.getattr_static(owner, hook.name, None)
+        if original is None:
+            if not hook.needed_since or _release() >= _numbers(hook.needed_since):
+                found.append(f"{cls}.{hook.name} is missing")
+            continue
+        kind = type(original) if isinstance(original, (classmethod, staticmethod)) else None
+        function: Callable[..., Any] = original.__func__ if kind else original
+        given = tuple(inspect.signature(function).parameters)
+        private = hook.name.startswith("_") and not hook.name.startswith("__")
+        if hook.parameters and (given if private else given[: len(hook.parameters)]) != hook.parameters:
+            found.append(f"{cls}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(hook.parameters)}")
+            continue
+        wrapper = functools.wraps(function)(make(function))
+        made[owner, hook.name] = kind(wrapper) if kind else wrapper
+    return made, found
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
+
+
+def _release() -> tuple[int, ...]:
+    return _numbers(sys.modules["transformers"].__version__)
+
+
+def require_supported(*groups: str) -> None:
+    """Refuses the use of a flag if a hook that it needs could not be installed.
+
+    Raises:
+        UnsupportedTransformersError: with the release, what is missing and the releases that are supported.
+    """
+    found = [problem for group in groups or (CONFIGURATION, MODELS) for problem in problems.get(group, ())]
+    if not found:
+        return
+    from ..core.errors import UnsupportedTransformersError
+
+    versions = [f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft") if name in sys.modules]
+    raise UnsupportedTransformersError(
+        f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported are the "
+        f"releases {SUPPORTED} of transformers. Models that use neither are not affected."
+    )

@@ -4,76 +4,161 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import dataclasses
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 
 from ..core.apply import apply_from_config, require_consistent
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED, FOLDED, ON_DISK, parts, set_ln_scaling, trained_without
+from ..core.errors import ArgumentError, CheckpointError, UnsupportedTransformersError
+from ..core.norm import ScaledNorm
+from ..core.record import SourceName, is_flagged, record, remember_source, trained_without, write
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
+from .configuration import set_drop_layers, set_ln_scaling
+from .install import require_supported
 from .peft import adapter_to_load, noting
+from .saving import must_be_written_last, require_same_checkpoint, weights_first
+
+# Attribute of a model that is being constructed: the handle of the check in `init`.
+_UNAPPLIED = "_ln_scaling_unapplied"
 
 
-def post_init_hook(original: Any) -> Any:
-    @functools.wraps(original)
-    def post_init(self: PreTrainedModel) -> None:
-        original(self)
-        apply_from_config(self)
+def init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if is_flagged(self.config):
+            require_supported()
+            # Should a release not call `post_init`, the model must not run unscaled.
+            vars(self)[_UNAPPLIED] = self.register_forward_pre_hook(lambda model, _: require_applied(model))
+
+    return __init__
+
+
+def post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if is_flagged(self.config):
+            apply_from_config(self)
+            _done(self)
+        return result
 
     return post_init
 
 
-def save_pretrained_hook(original: Any) -> Any:
-    @functools.wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        require_consistent(self)
-        with noting(self.config):  # it may hold adapters, which are then what is saved
+def _done(model: Any) -> None:
+    if (handle := vars(model).pop(_UNAPPLIED, None)) is not None:
+        handle.remove()
+
+
+def require_applied(model: Any) -> None:
+    """Refuses a model whose construction ended without `post_init`, unless it is as its configuration says anyway."""
+    for part in model.modules():
+        if _UNAPPLIED not in vars(part):
+            continue
+        try:
+            require_consistent(part)
+        except ValueError:
+            raise UnsupportedTransformersError(
+                f"{type(part).__name__} was constructed without calling post_init, so its ln_scaling was not applied. "
+                "If it is a class of your own, call self.post_init() at the end of its __init__; if it is one of "
+                "transformers, this release is not supported."
+            ) from None
+        _done(part)
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a model has neither a flag in its configuration nor scaled norms."""
+    flagged = any(isinstance(part, ScaledNorm) or is_flagged(getattr(part, "config", None)) for part in model.modules())
+    return not flagged
+
+
+def save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not is_plain(self):
+            require_consistent(self)
+        given = signature.bind(self, *args, **kwargs).arguments
+        folder, main = given["save_directory"], given.get("is_main_process", True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(noting(self.config))  # the model may hold adapters, which are then what is saved
+            # What is pushed is uploaded at the end of the original, config.json too.
+            if must_be_written_last(folder, self.config) and not given.get("push_to_hub"):
+                stack.enter_context(weights_first(folder, self.config, main))
             return original(self, *args, **kwargs)
 
     return save_pretrained
 
 
-def from_pretrained_hook(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def from_pretrained(
-        cls: type[PreTrainedModel],
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        adapter = adapter_to_load(pretrained_model_name_or_path, kwargs)
-        if adapter is not None:
+def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name, config = pretrained_model_name_or_path, kwargs.get("config")
+        if isinstance(name, SourceName):
+            kwargs = {**_as_in_memory(name, kwargs), **kwargs}
+        if adapter := adapter_to_load(name, kwargs):
             given = config if isinstance(config, PreTrainedConfig) else None
             kwargs = {**adapters.keywords(adapter, given), **kwargs}
         if isinstance(config, PreTrainedConfig):
-            config = copy.deepcopy(config)
+            kwargs["config"] = config = copy.deepcopy(config)
             # With a configuration object, keywords would go on to the model's `__init__`.
-            layers.set_drop_layers(config, kwargs.pop("drop_layers", None))
+            set_drop_layers(config, kwargs.pop("drop_layers", None))
             set_ln_scaling(config, kwargs.pop("ln_scaling", None))
-            name = pretrained_model_name_or_path
-            if name is not None and config.name_or_path != str(name):  # it says nothing about these weights
+            own = record(config)
+            # One of another name says nothing about these weights; one that was copied through `to_dict` lost it.
+            if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
                 _note_what_is_on_disk(config, name, kwargs)
         _refuse_gguf_without_layers(config, kwargs)
-        loaded = original.__func__(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        if pretrained_model_name_or_path is not None and adapter is None:
-            model = loaded[0] if kwargs.get("output_loading_info") else loaded
-            _warn_if_cold(model.config, pretrained_model_name_or_path)
+        loaded = original(cls, name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if is_flagged(getattr(model, "config", None)):
+            require_applied(model)
+            if name is not None and adapter is None and not isinstance(name, SourceName):
+                _warn_if_cold(model.config, name)
+            remember_source(model.config)
         return loaded
 
-    return classmethod(from_pretrained)
+    return from_pretrained
+
+
+def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that make the model whose configuration has this name, of the checkpoint that it was loaded from."""
+    if name.changed:
+        raise ArgumentError(
+            "pretrained_model_name_or_path",
+            str(name),
+            problem=f"is the name of a model that was {name.changed} in memory, so loading it gives another model. "
+            "Save the model and load it from that folder, or pass the second model yourself, such as "
+            "ref_model=copy.deepcopy(model)",
+        )
+    base = kwargs.get("config")
+    if not isinstance(base, PreTrainedConfig):
+        where = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+        base = AutoConfig.from_pretrained(str(name), **{key: kwargs[key] for key in where if key in kwargs})
+    wanted, there = name.record, record(base)
+    if wanted.folded != there.folded and (wanted.folded, there.folded) in (
+        (there.active, None),
+        (None, wanted.active),
+    ):  # folded or unfolded in memory: the same function
+        wanted = dataclasses.replace(wanted, active=there.active, folded=there.folded)
+    found = adapters.keywords_to_restore(wanted, base)
+    if found is None:
+        raise CheckpointError(
+            f"{str(name)!r} does not hold the model that its name was taken from, which has {wanted.to_dict()}: the "
+            "checkpoint was replaced since. Save the model and use that folder"
+        )
+    return found
 
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
-    pruned = isinstance(config, PreTrainedConfig) and DROPPED in vars(text_config(config))
+    pruned = isinstance(config, PreTrainedConfig) and record(config).dropped is not None
     if kwargs.get("gguf_file") and (pruned or kwargs.get("drop_layers") is not None):
         raise ValueError(
             "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
@@ -82,22 +167,16 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
-    part = vars(text_config(config))
-    part.pop(ON_DISK, None)
+    write(config, dataclasses.replace(record(config), on_disk=None))
     where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
         saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
     except (OSError, ValueError):  # no configuration beside the weights, as for a single file
         return
-    if active := active_in(saved):
+    if active := record(saved).active:
         if positions := layers.positions_on_disk(config, saved):
-            active = {**active, "depths": [active["depths"][position] for position in positions]}
-        part[ON_DISK] = active
-
-
-def active_in(saved: dict[str, Any]) -> dict[str, Any] | None:
-    """The scaling in a dict read from a config.json."""
-    return next((part[ACTIVE] for part in parts(saved) if part.get(ACTIVE)), None)
+            active = active.keeping(positions)
+        write(config, dataclasses.replace(record(config), on_disk=active))
 
 
 def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
@@ -118,81 +197,87 @@ def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
     warn(what.format(name=str(name)))
 
 
-def _from_config(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        if kwargs.get("drop_layers") is not None:
+def from_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_config(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        dropped = kwargs.pop("drop_layers", None)
+        if dropped is not None:
             config = copy.deepcopy(config)
-            layers.set_drop_layers(config, kwargs["drop_layers"])
-        kwargs.pop("drop_layers", None)
+            set_drop_layers(config, dropped)
         if "ln_scaling" in kwargs:
             config = copy.deepcopy(config)
             # The weights are new: nothing is folded into them, whatever the configuration was taken from.
-            vars(text_config(config)).pop(FOLDED, None)
+            write(config, dataclasses.replace(record(config), folded=None))
             set_ln_scaling(config, kwargs.pop("ln_scaling"))
-        return original.__func__(cls, config, **kwargs)
+        model = original(cls, config, *args, **kwargs)
+        if is_flagged(config):
+            require_applied(model)
+        return model
 
-    return classmethod(_from_config)
+    return from_config
 
 
-def _load_pretrained_model(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def _load_pretrained_model(
-        model: PreTrainedModel,
-        state_dict: dict[str, Any] | None,
-        checkpoint_files: list[str] | None,
-        load_config: Any,
-        expected_keys: list[str] | None = None,
-    ) -> Any:
+def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
         name = load_config.pretrained_model_name_or_path
+        if given["expected_keys"] is None and name is not None:
+            require_same_checkpoint(given["checkpoint_files"] or [], lambda: _saved_config(model, name, load_config))
+        if not is_flagged(model.config) or record(model.config).dropped is None:
+            return original(*args, **kwargs)
         positions = None
         # `expected_keys` are given for an adapter alone, which has the numbers of the model that it is put on.
-        if expected_keys is None and DROPPED in vars(text_config(model.config)):
+        if given["expected_keys"] is None:
             if name is not None:
-                positions = _positions_on_disk(model, name, load_config)
+                positions = layers.positions_on_disk(model.config, _saved_config(model, name, load_config))
             elif state_dict is not None:
                 positions = layers.positions_in_state_dict(model.config, model, state_dict)
         if positions is None:
-            return original.__func__(model, state_dict, checkpoint_files, load_config, expected_keys)
+            return original(*args, **kwargs)
         with contextlib.ExitStack() as opened:
             if state_dict is None:
-                state_dict = _checkpoint_tensors(checkpoint_files or [], load_config, opened)
+                state_dict = _checkpoint_tensors(given["checkpoint_files"] or [], load_config, opened)
             renamed = layers.renumber(state_dict, model, positions)
             kept = {new: state_dict[old] for old, new in renamed.items()}
             if is_deepspeed_zero3_enabled():
                 # It copies whole tensors; slices are materialized for those that are kept.
                 kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
             # Without the files: offloading to disk would read tensors from them by their new names.
-            found, offloaded = original.__func__(model, kept, None, load_config, expected_keys)
+            given.update(state_dict=kept, checkpoint_files=None)
+            found, offloaded = original(*bound.args, **bound.kwargs)
         # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if offloaded and source in offloaded:
                 offloaded.setdefault(name, offloaded[source])
         return found, offloaded
 
-    return staticmethod(_load_pretrained_model)
+    return load_pretrained_model
 
 
-def load_distributed_hook(original: Any) -> Any:
-    @functools.wraps(original)
-    def _load_and_finalize_distributed_pretrained_model(self: PreTrainedModel, folder: Any, *args: Any) -> Any:
-        if DROPPED in vars(text_config(self.config)):
+def load_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_distributed(self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_flagged(self.config) and record(self.config).dropped is not None:
             saved, _ = type(self.config).get_config_dict(folder)
             if layers.positions_on_disk(self.config, saved) is not None:
                 raise ValueError(
                     f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
                     "load it whole and use hf_lnscale.drop_layers(model, layers)"
                 )
-        return original(self, folder, *args)
+        return original(self, folder, *args, **kwargs)
 
-    return _load_and_finalize_distributed_pretrained_model
+    return load_distributed
 
 
-def _positions_on_disk(model: PreTrainedModel, name: Any, load_config: Any) -> list[int] | None:
+def _saved_config(model: PreTrainedModel, name: Any, load_config: Any) -> dict[str, Any]:
+    """The dict of the config.json of a checkpoint that is being loaded."""
     where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
     kwargs = {key: value for key, value in (load_config.download_kwargs or {}).items() if key in where}
     saved, _ = type(model.config).get_config_dict(name, **kwargs)
-    return layers.positions_on_disk(model.config, saved)
+    return saved
 
 
 def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:

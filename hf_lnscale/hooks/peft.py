@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 from ..core.apply import require_consistent
 from . import adapter_note as adapters
 
-# --- adapters ---------------------------------------------------------------------------------------
-
-# Of the model whose adapter is being saved.
+# The configuration of the model whose adapter is being saved.
 _base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
 
 
 @contextlib.contextmanager
-def noting(base: PreTrainedConfig | None) -> Any:
+def noting(base: PreTrainedConfig | None) -> Iterator[None]:
     token = _base.set(base)
     try:
         yield
@@ -58,8 +56,7 @@ def require_base_of(name: Any, where: dict[str, Any], model: Any) -> None:
         adapters.require_base(adapter, os.fspath(name), base)
 
 
-def load_adapter_into_model_hook(original: Any) -> Any:
-    @functools.wraps(original)
+def load_adapter_into_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         load_config = kwargs.get("load_config")
         name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
@@ -71,46 +68,42 @@ def load_adapter_into_model_hook(original: Any) -> Any:
     return load_adapter
 
 
-def from_json_file_hook(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        return adapters.without_tripwire(original.__func__(cls, path_json_file, **kwargs))
+def from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return adapters.without_tripwire(original(cls, *args, **kwargs))
 
-    return classmethod(from_json_file)
+    return from_json_file
 
 
-def save_adapter_config_hook(original: Any) -> Any:
-    @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
-        original(self, save_directory, **kwargs)
+def save_adapter_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, save_directory, *args, **kwargs)
         if (base := _base.get()) is not None:
             adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
+        return result
 
     return save_pretrained
 
 
-def save_adapter_hook(original: Any) -> Any:
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+def save_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         require_consistent(self)
         base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
         with noting(base):
-            original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
     return save_pretrained
 
 
-def adapter_from_pretrained_hook(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def from_pretrained(cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+def adapter_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         require_base_of(model_id, kwargs, model)  # before the model is changed
-        return original.__func__(cls, model, model_id, *args, **kwargs)
+        return original(cls, model, model_id, *args, **kwargs)
 
-    return classmethod(from_pretrained)
+    return from_pretrained
 
 
-def load_adapter_hook(original: Any) -> Any:
-    @functools.wraps(original)
+def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         require_base_of(model_id, kwargs, self)
         return original(self, model_id, *args, **kwargs)
@@ -118,15 +111,14 @@ def load_adapter_hook(original: Any) -> Any:
     return load_adapter
 
 
-def auto_adapter_hook(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = read_adapter(pretrained_model_name_or_path, kwargs)
         with warnings.catch_warnings():
             if adapter is not None and (found := adapters.keywords(adapter)):
                 kwargs = {**found, **kwargs}
-                # Not cold: that is how the adapter was trained.
+                # Not a cold switch: that is how the adapter was trained.
                 warnings.filterwarnings("ignore", message="ln_scaling was")
-            return original.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
+            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
 
-    return classmethod(from_pretrained)
+    return from_pretrained

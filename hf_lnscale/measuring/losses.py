@@ -1,13 +1,13 @@
 """The loss of a model with layers left out.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary, L layers.
+Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,22 +15,145 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from ..core.errors import ArgumentError
 from ..core.stack import text_stack
-from .split_model import SplitModel, pick_tokens, predictions
-from .stream import eval_mode, hidden_states
+from .split_model import SplitModel, logit_slices, pick_tokens, predictions
+from .stream import eval_mode, hidden_states, upcast
 from .text import TokenBatches, token_batches
+from .uncertainty import ratio_residuals, standard_error
 
-# Of a loss, in nats a token: what exp() still takes.
+# Largest loss (nats per token) before exp() overflows.
 MOST_NATS = 700.0
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), loss in nats a token; infinite where that is no number any more."""
+    """exp(loss), loss in nats per token; infinite where that overflows."""
     return math.exp(loss) if loss < MOST_NATS else math.inf
 
 
+def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each token, shape (N,), nats, in at least float32; upcast a part of the logits at a time."""
+    targets_N = targets_N.to(logits_NV.device)
+    parts = [
+        F.cross_entropy(upcast(logits_NV[part]), targets_N[part], reduction="none")
+        for part in logit_slices(*logits_NV.shape)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def loss_gradient(halves: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Gradient of the loss, summed over tokens, with respect to the states that the head reads, shape (N, D).
+
+    The backward pass goes through the head a part of the logits at a time.
+    """
+    leaf_ND = x_ND.detach().requires_grad_()
+    gradient_ND = torch.zeros_like(leaf_ND)
+    with torch.enable_grad():
+        for part in halves.parts(len(leaf_ND)):
+            loss = token_losses(halves.logits(leaf_ND[part]), targets_N[part]).sum()
+            gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
+    return gradient_ND
+
+
+class MeanLoss:
+    """A mean over tokens, in nats, kept by sequence so that it has a standard error.
+
+    Attributes:
+        total: sum over tokens.
+        sums_S: sum over the tokens of each sequence, float64.
+        counts_S: number of tokens in each sequence; shared by the losses of a sweep.
+    """
+
+    def __init__(self, counts_S: torch.Tensor) -> None:
+        self.total, self.counts_S = 0.0, counts_S
+        self.sums_S = torch.zeros(len(counts_S), dtype=torch.float64)
+
+    def add(self, values_N: torch.Tensor, sequences_N: torch.Tensor) -> None:
+        """Adds tokens, each of the sequence with the given number."""
+        values_N = values_N.cpu().double()
+        self.total += values_N.sum().item()
+        self.sums_S.index_add_(0, sequences_N, values_N)
+
+    @property
+    def mean(self) -> float:
+        return self.total / int(self.counts_S.sum())
+
+    def error(self, reference: MeanLoss | None = None) -> float | None:
+        """Standard error of the mean, or of its difference to a reference on the same sequences; None for one."""
+        used_S = self.counts_S > 0
+        residuals_S = ratio_residuals(self.sums_S[used_S], self.counts_S[used_S], self.mean)
+        if reference is not None:
+            residuals_S -= ratio_residuals(reference.sums_S[used_S], self.counts_S[used_S], reference.mean)
+        return standard_error(residuals_S)
+
+
+class SourceLosses:
+    """The loss of a model on several sources of text.
+
+    Args:
+        halves: the model.
+        batches: the text.
+        hidden: index of a batch -> the decoder's output for it, shape (B, T, D).
+        only: one source, to leave out the others.
+
+    Attributes:
+        of: name of the source -> its loss.
+
+    Raises:
+        ValueError: if a source has no token to predict.
+    """
+
+    def __init__(
+        self,
+        halves: SplitModel,
+        batches: TokenBatches,
+        hidden: Callable[[int], torch.Tensor],
+        only: str | None = None,
+    ) -> None:
+        picked = [predictions(batch) for batch in batches]
+        self.of: dict[str, MeanLoss] = {}
+        for name in [only] if only else dict.fromkeys(batch.name for batch in batches):
+            mine = [index for index, batch in enumerate(batches) if batch.name == name]
+            loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in mine]))
+            if not loss.counts_S.sum():
+                raise ArgumentError(
+                    "data", problem=f"there is no token to predict in {name}; sequences must hold two tokens or more"
+                )
+            sequences = 0
+            for index in mine:
+                picked_BT, targets_N = picked[index]
+                x_ND = pick_tokens(hidden(index), picked_BT)
+                sequences_N = sequences + picked_BT.nonzero()[:, 0]
+                for part in halves.parts(len(x_ND)):
+                    loss.add(token_losses(halves.logits(x_ND[part]), targets_N[part]), sequences_N[part])
+                sequences += len(picked_BT)
+            self.of[name] = loss
+
+    @property
+    def mean(self) -> float:
+        """Mean over sources, each counted once: the logarithm of the geometric mean of their perplexities."""
+        return sum(loss.mean for loss in self.of.values()) / len(self.of)
+
+    def error(self, reference: SourceLosses) -> float:
+        """Standard error of the difference of the mean to a reference; a source of one sequence adds nothing to it."""
+        errors = [loss.error(reference.of[name]) or 0.0 for name, loss in self.of.items()]
+        return math.hypot(*errors) / len(self.of)
+
+
+def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[int] = ()) -> SourceLosses:
+    """The loss of a model from which layers are removed, for each source of text.
+
+    Raises:
+        ValueError: if a source has no token to predict.
+    """
+    halves, gone = SplitModel(model), list(removed)
+    with eval_mode(model):
+        return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
+
+
 def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:
-    """The loss of a model from which layers are removed, in nats a token: mean cross-entropy of the next token.
+    """The loss of a model from which layers are removed, in nats per token: mean cross-entropy of the next token.
 
     Args:
         model: a causal language model of a known family.
@@ -40,7 +163,7 @@ def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) ->
     Raises:
         ValueError: for a position that does not exist, or if there is no token to predict.
     """
-    return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0]
+    return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0].mean
 
 
 def sweep_losses(
@@ -51,10 +174,10 @@ def sweep_losses(
     measure: str = "loss",
     progress: bool = True,
 ) -> dict[int, float]:
-    """What the model loses by removing one more layer, for each candidate.
+    """The loss after removing one more layer, for each candidate.
 
-    The states in front of every candidate are kept from one pass, and a candidate runs only what comes after it: half
-    the layers on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
+    The states before every candidate are kept from one pass, and a candidate runs only the layers after it: half the
+    layers on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
 
     Args:
         model: a causal language model of a known family.
@@ -66,14 +189,14 @@ def sweep_losses(
         progress: show a progress bar.
 
     Returns:
-        Candidate -> nats a token, in the order of the candidates.
+        Candidate -> nats per token, in the order of the candidates.
 
     Raises:
         ValueError: for a position that does not exist or is removed already, an unknown measure, a model without a
             language head, or if there is no token to measure on.
     """
-    batches = token_batches(batches, text_stack(model).model)
-    return sweep(model, batches, removed, candidates, measure, progress)[1]
+    found = sweep(model, token_batches(batches, text_stack(model).model), removed, candidates, measure, progress)[1]
+    return {candidate: one.mean for candidate, one in found.items()}
 
 
 def sweep(
@@ -83,13 +206,13 @@ def sweep(
     candidates: Iterable[int] | None,
     measure: str,
     progress: bool | Callable[[float], object],
-) -> tuple[float, dict[int, float]]:
-    """Mean over tokens of the measure without `removed` (of "loss" only), and of that without each candidate too.
+) -> tuple[MeanLoss, dict[int, MeanLoss]]:
+    """`sweep_losses` with the loss of the model without `removed` (for "loss" only), and with losses by sequence.
 
-    `progress` says whether a bar is shown, or is called with the share of the work that was done since the last call.
+    `progress` shows a bar, or is called with the fraction of the work done since the last call.
     """
     if measure not in ("loss", "kl"):
-        raise ValueError(f"measure must be 'loss' or 'kl', got {measure!r}")
+        raise ArgumentError("measure", measure, "'loss' or 'kl'")
     halves = SplitModel(model)
     layers = halves.stack.layers
     gone = set(_positions("removed", removed, len(layers)))
@@ -97,95 +220,72 @@ def sweep(
         candidates = [i for i in range(len(layers)) if i not in gone]
     candidates = _positions("candidates", candidates, len(layers))
     if twice := gone.intersection(candidates):
-        raise ValueError(f"candidates: layer {min(twice)} is removed already; removed is {sorted(gone)}")
+        problem = f"layer {min(twice)} is removed already; removed is {sorted(gone)}"
+        raise ArgumentError("candidates", problem=problem)
 
-    current, count = 0.0, 0
-    totals = dict.fromkeys(candidates, 0.0)
-    bar = logging.tqdm(
-        total=len(batches) * len(candidates),
-        desc=f"{measure} without a layer",
-        disable=progress is not True,
-        leave=False,
-    )
-    advance = progress if callable(progress) else None
-    # Of a batch the layers are one half of the work and the head is the other, near enough for a bar.
-    share = 0.5 / max(len(batches), 1)
+    picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
+    counts_S = torch.cat([picked_BT.sum(1) for picked_BT in picked])
+    if not counts_S.sum():
+        raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
+    current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
+    description = f"{measure} without a layer"
+    bar = logging.tqdm(total=1.0, desc=description, disable=progress is not True, leave=False, bar_format=_BAR)
+    advance = progress if callable(progress) else bar.update
+    # For a batch the layers are one half of the work and the head is the other, near enough for a bar.
+    share, sequences = 0.5 / max(len(batches), 1), 0
     with eval_mode(model), bar:
-        for batch in batches:
-            picked_BT, targets_N = predictions(batch)
-            if measure == "kl":
-                picked_BT = batch.attention_mask
+        for batch, picked_BT in zip(batches, picked, strict=True):
+            targets_N = predictions(batch)[1]
             states: dict[int, torch.Tensor] = {}
             with _keeping(layers, candidates, states):
                 current_ND = pick_tokens(halves.hidden(batch, gone), picked_BT)
             full_ND = pick_tokens(halves.hidden(batch), picked_BT) if measure == "kl" and gone else current_ND
             finals: dict[int, torch.Tensor] = {}
             for candidate in totals:
-                # A state is needed once; what comes of it takes its place in memory.
+                # A state is needed once; the state that follows from it takes its place in memory.
                 start = (candidate, states.pop(candidate))
                 finals[candidate] = pick_tokens(halves.hidden(batch, gone, start), picked_BT)
-                bar.update()
-                if advance:
-                    advance(share / len(candidates))
+                advance(share / len(candidates))
+            sequences_N = sequences + picked_BT.nonzero()[:, 0]
             for part in halves.parts(len(full_ND)):
                 if measure == "loss":
                     score = _cross_entropy_to(targets_N[part])
-                    current += score(halves.logits(current_ND[part]))
+                    current.add(score(halves.logits(current_ND[part])), sequences_N[part])
                 else:
                     score = _divergence_from(halves.logits(full_ND[part]))
                 for candidate, x_ND in finals.items():
-                    totals[candidate] += score(halves.logits(x_ND[part]))
-                if advance:
-                    advance(share * len(full_ND[part]) / len(full_ND))
-            count += len(full_ND)
-    if not count:
-        raise ValueError("data: there is no token to predict; sequences must hold two tokens or more")
-    return current / count, {candidate: total / count for candidate, total in totals.items()}
+                    totals[candidate].add(score(halves.logits(x_ND[part])), sequences_N[part])
+                advance(share * len(full_ND[part]) / len(full_ND))
+            sequences += len(picked_BT)
+    return current, totals
 
 
 @contextmanager
 def _keeping(layers: nn.ModuleList, positions: Iterable[int], states: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Within it, what goes into the layers at `positions` is put into `states`."""
+    """Within it, the inputs of the layers at `positions` are put into `states`."""
 
     def keep(position: int) -> Any:
         return lambda layer, args, kwargs: states.__setitem__(position, hidden_states(args, kwargs))
 
-    hooks = [layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in positions]
-    try:
+    with ExitStack() as hooks:
+        for i in positions:
+            hooks.enter_context(layers[i].register_forward_pre_hook(keep(i), with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def token_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits_NV, targets_N.to(logits_NV.device), reduction="none")
+def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda logits_NV: token_losses(logits_NV, targets_N)
 
 
-def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], float]:
-    return lambda logits_NV: _sum(token_cross_entropy(logits_NV, targets_N))
-
-
-def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], float]:
+def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     log_p_NV = full_NV.log_softmax(-1)
     p_NV = log_p_NV.exp()
-
-    def divergence(logits_NV: torch.Tensor) -> float:
-        return _sum((p_NV * (log_p_NV - logits_NV.log_softmax(-1))).sum(-1))
-
-    return divergence
-
-
-# --- small things -----------------------------------------------------------------------------------
+    return lambda logits_NV: (p_NV * (log_p_NV - logits_NV.log_softmax(-1))).sum(-1)
 
 
 def _positions(argument: str, positions: Iterable[int], num_layers: int) -> list[int]:
     positions = list(positions)
     for position in positions:
         if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < num_layers:
-            raise ValueError(f"{argument}: layers are 0 to {num_layers - 1}, got {position!r}")
+            raise ArgumentError(argument, problem=f"layers are 0 to {num_layers - 1}, got {position!r}")
     return positions
-
-
-def _sum(values: torch.Tensor) -> float:
-    return values.cpu().double().sum().item()

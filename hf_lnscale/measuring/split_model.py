@@ -1,6 +1,6 @@
 """A causal language model run in two parts, decoder and head, with any of its layers left out.
 
-"Without a layer" is exact: the layer does not run, and the numbers are those of a model that it was deleted from.
+"Without a layer" is exact: the layer does not run, and the numbers are those of a model from which it was deleted.
 
 Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,28 +17,26 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
 from .stream import hidden_states, upcast
 from .text import Batch
 
 # Logits in memory at a time, B x T x V being too many for small machines: 64 MiB in float32.
 _MAX_LOGITS = 2**24
-# One state of the residual stream is all that is asked of a model, whatever its config says. (The library would put
-# hooks on the layers for the others, and these stay.)
+# Only the last state is needed, whatever the config says. (For the others the library would put hooks on the layers,
+# which stay there.)
 PLAIN_FORWARD = {"use_cache": False, "return_dict": True} | dict.fromkeys(
     ["output_hidden_states", "output_attentions", "output_router_logits"], False
 )
 
 
-# --- the model without layers -----------------------------------------------------------------------
-
-
 class StandIn(nn.Module):
-    """Takes a module's place in its parent. Everything but the forward is the module's own, for code that asks."""
+    """Takes a module's place in its parent, with another forward; all other attributes are the module's own."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        vars(self).update(_module=module, _forward=forward)  # not a child, or its parameters would be there twice
+        vars(self).update(_module=module, _forward=forward)  # not a child: its parameters would be counted twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
@@ -49,6 +47,7 @@ class StandIn(nn.Module):
 
 @contextmanager
 def replaced(parent: nn.Module, children: dict[str, StandIn]) -> Iterator[None]:
+    """Within it, stand-ins take the place of some children of a module."""
     saved = {name: parent._modules[name] for name in children}
     parent._modules.update(children)
     try:
@@ -60,9 +59,12 @@ def replaced(parent: nn.Module, children: dict[str, StandIn]) -> Iterator[None]:
 class SplitModel:
     """A causal language model as its decoder, up to the final norm, and its head.
 
-    Both run the model's own forward, with stand-ins for what is left out: masks, rotary embeddings and what a family
-    does to its logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
+    Both run the model's own forward, with stand-ins for the parts left out: masks, rotary embeddings and the family's
+    treatment of logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
     a mask.
+
+    Raises:
+        ValueError: if the model has no language head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,14 +72,15 @@ class SplitModel:
         heads = [
             (module, name)
             for module in model.modules()
-            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
             for name, child in module.named_modules()
             if child is self.stack.model and name
         ]
         if not heads:
-            raise ValueError(
-                f"model: {type(model).__name__} has no language head to predict tokens with; load it with "
-                "AutoModelForCausalLM, or choose a method that needs none, such as 'block_influence'"
+            raise ArgumentError(
+                "model",
+                problem=f"{type(model).__name__} has no language head to predict tokens with; load it with "
+                "AutoModelForCausalLM, or choose a method that needs none, such as 'block_influence'",
             )
         self.head, path = heads[-1]
         folder, _, self.name = path.rpartition(".")
@@ -96,14 +99,13 @@ class SplitModel:
             start: (position, x_BTD): the stream after that layer is x_BTD; no layer up to it runs.
         """
         position, x_BTD = start if start else (-1, None)
-        stand_ins = {i: self._skip(i) for i in {*removed, *range(position)}}
-        if start:
-            stand_ins[position] = self._skip(position, x_BTD)
+        stand_ins = {i: self._skip(i, x_BTD if i == position else None) for i in {*removed, *range(position + 1)}}
         with replaced(self.stack.layers, {str(i): stand_in for i, stand_in in stand_ins.items()}):
             output = self.stack.model(**model_inputs(self.stack, batch), **PLAIN_FORWARD)
         self.output = copy.copy(output)
         self.output["last_hidden_state"] = None
-        return output.last_hidden_state
+        hidden_BTD: torch.Tensor = output.last_hidden_state
+        return hidden_BTD
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """The head's output for states that `hidden` returned, shape (N, V), in at least float32."""
@@ -116,8 +118,7 @@ class SplitModel:
 
     def parts(self, count: int) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit into memory."""
-        size = max(1, _MAX_LOGITS // self.stack.model.config.vocab_size)
-        return (slice(at, at + size) for at in range(0, count, size))
+        return logit_slices(count, self.stack.model.config.vocab_size)
 
     def _skip(self, position: int, x_BTD: torch.Tensor | None = None) -> StandIn:
         if self.tuples is None:
@@ -131,19 +132,21 @@ class SplitModel:
         return StandIn(self.stack.layers[position], forward)
 
 
+def logit_slices(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of `count` tokens whose logits fit into memory."""
+    size = max(1, _MAX_LOGITS // vocab_size)
+    return (slice(at, at + size) for at in range(0, count, size))
+
+
 def returns_tuples(stack: Stack) -> list[bool]:
     """Whether each layer returns its output in a tuple, as layers did up to transformers 4; found on two tokens."""
     found: list[bool] = []
-    hooks = [
-        layer.register_forward_hook(lambda layer, args, output: found.append(isinstance(output, tuple)))
-        for layer in stack.layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in stack.layers:
+            note = layer.register_forward_hook(lambda layer, args, output: found.append(isinstance(output, tuple)))
+            hooks.enter_context(note)
         ids = torch.zeros(1, 2, dtype=torch.long)
         stack.model(**model_inputs(stack, Batch(ids, torch.ones_like(ids, dtype=torch.bool))), **PLAIN_FORWARD)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -154,10 +157,26 @@ def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pick_tokens(x_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
+    """The states of some tokens, shape (N, D)."""
     return x_BTD[picked_BT.to(x_BTD.device)]
 
 
 def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the decoder's forward, on the device of its embedding.
+
+    Raises:
+        ValueError: for a token id that the model does not have.
+    """
+    require_known_ids(batch, stack.model.config)
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
     return (batch if device.type == "meta" else batch.to(device)).model_inputs()
+
+
+def require_known_ids(batch: Batch, config: Any) -> None:
+    """Refuses token ids beyond the vocabulary, with which a model would fail, or on a GPU end the process."""
+    size, ids = config.get_text_config().vocab_size, batch.input_ids
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < size):
+        wrong = int(ids.max() if ids.max() >= size else ids.min())
+        problem = f"token id {wrong} is beyond the model's vocabulary of {size:,}; is the tokenizer another model's?"
+        raise ArgumentError("data", problem=problem)

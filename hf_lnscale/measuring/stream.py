@@ -1,13 +1,13 @@
-"""The residual stream of a model that runs: what the measurements over depth share.
+"""Hooks on the residual stream of a running model.
 
-Shapes: B batch, T tokens, D hidden size, L layers, P = L + 1 places in the stream (place i is in front of layer i,
-place L after the last layer).
+Shapes: B batch, T tokens, D hidden size, L layers, P = L + 1 places in the stream (place i is before layer i, place L
+after the last layer).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import nn
 
 from ..core.families import submodule
 from ..core.stack import Stack
-
-__all__ = ["capture_residual_stream", "eval_mode", "hidden_states", "upcast"]
+from .text import Batch
 
 
 @contextmanager
@@ -40,40 +39,49 @@ def capture_residual_stream(
 ) -> Iterator[None]:
     """Within it, `visit(place, x_BTD)` is called with each of the P states of a pass, in order.
 
-    Between places i and i + 1, `middle(i, x_BTD)` is called with the state between attention and MLP: what the norm in
-    front of the MLP reads.
+    Between places i and i + 1, `middle(i, x_BTD)` is called with the state between attention and MLP: the input of the
+    norm before the MLP.
     """
 
-    def in_front(place: int) -> Any:
-        return lambda layer, args, kwargs: visit(place, hidden_states(args, kwargs))
+    def reader(function: Callable[[int, torch.Tensor], None], place: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: function(place, hidden_states(args, kwargs))
 
-    def after_last(layer: nn.Module, args: Any, output: Any) -> None:
-        visit(len(stack.layers), output[0] if isinstance(output, tuple) else output)
-
-    def between(place: int) -> Any:
-        assert middle is not None
-        return lambda norm, args, kwargs: middle(place, hidden_states(args, kwargs))
-
-    hooks = [
-        layer.register_forward_pre_hook(in_front(place), with_kwargs=True) for place, layer in enumerate(stack.layers)
-    ]
-    hooks.append(stack.layers[-1].register_forward_hook(after_last))
-    if middle is not None:
+    with ExitStack() as hooks:
         for place, layer in enumerate(stack.layers):
-            norm = submodule(layer, stack.family.mlp_norm)
-            hooks.append(norm.register_forward_pre_hook(between(place), with_kwargs=True))
-    try:
+            hooks.enter_context(layer.register_forward_pre_hook(reader(visit, place), with_kwargs=True))
+            if middle is not None:
+                norm = submodule(layer, stack.family.mlp_norm)
+                assert norm is not None
+                hooks.enter_context(norm.register_forward_pre_hook(reader(middle, place), with_kwargs=True))
+        after_last = stack.layers[-1].register_forward_hook(
+            lambda layer, args, output: visit(len(stack.layers), layer_output(output))
+        )
+        hooks.enter_context(after_last)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def first_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are the first of their sequence, shape (B, T), bool; padding is not counted."""
+    return batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
+
+
+def last_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are the last of their sequence, shape (B, T), bool; padding is not counted."""
+    return batch.attention_mask & (batch.attention_mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The residual stream that goes into a decoder layer or a norm, shape (B, T, D)."""
-    return args[0] if args else kwargs["hidden_states"]
+    """The input of a decoder layer or a norm, shape (B, T, D), from the arguments it was called with."""
+    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def layer_output(output: Any) -> torch.Tensor:
+    """The output of a decoder layer, shape (B, T, D), from the value it returned."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """In at least float32."""
+    """Converted to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ from ..core.stack import text_stack
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import eval_mode
 from ..measuring.text import Batch, TokenBatches
-from .search import BLOCKS, HEALED, Target
+from .search import BLOCKS, HEALED, STEPWISE, Target
 
 # Penalties that healing tries on each set of layers, if none does worse than the one before.
 _PENALTIES = 4
@@ -53,7 +53,10 @@ class Cost:
             shown = f"{self.seconds:.0f} s"
         else:
             shown = f"{self.seconds / 60:.0f} min" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} h"
-        return f"about {shown}, {show_bytes(self.device_bytes)} for the model and fits, {show_bytes(self.state_bytes)} for states"
+        return (
+            f"about {shown}; {show_bytes(self.device_bytes)} for the model and the fits, "
+            f"{show_bytes(self.state_bytes)} for states of the residual stream"
+        )
 
 
 def work_of_search(
@@ -68,35 +71,34 @@ def work_of_search(
         features: input features of the weights that are fitted.
     """
     dropped, total = target.least, float(num_layers)
-    kept = total - dropped
-    # The perplexity before, after and healed.
+    kept, held_out = total - dropped, 0.25 * calibration
+    # Perplexities: of the full model, without the layers, and healed.
     layers, head = judged * (total + kept * (2 if heal else 1)), judged * (3.0 if heal else 2.0)
-    chosen_by = 0.25 * calibration
     fits = 1 if heal else 0
     if "drop" in target.words:
         pass
     elif method == "best_of":
         tried = min(BLOCKS, num_layers - dropped + 1) + 1
-        each = chosen_by if heal else calibration
-        layers += 2 * calibration * total + tried * each * kept
+        each = held_out if heal else calibration
+        # Scores; the full model's states before each cut, and what comes after it.
+        layers += calibration * total + each * (total + tried * kept / 2)
         head += tried * each
-        fits *= 1 + min(HEALED, tried)
-    elif method in ("greedy", "greedy_healed"):
-        for gone in range(dropped):
-            left = total - gone
+        fits *= min(HEALED, tried)
+    elif method in STEPWISE:
+        for left in range(num_layers, num_layers - dropped, -1):
             layers += calibration * left * (1 + (left - 1) / 2)
-            head += calibration * left
-        fits += dropped - 1 if method == "greedy_healed" else 0
+            head += calibration * (left + 1)
+        fits = dropped if method == "greedy_healed" else fits
     elif method in ("perplexity", "kl"):
         layers += calibration * total * (1 + (total - 1) / 2)
-        head += calibration * total
-    elif method == "taylor":
-        layers, head = layers + 3 * calibration * total, head + 3 * calibration
+        head += calibration * (total + 1)
     else:
-        layers += calibration * total
-    # Of each fit: the states of both models, and the loss with each penalty from half of the layers on.
-    layers += fits * (2 * calibration * total / 2 + chosen_by * (total + kept) / 2 + _PENALTIES * chosen_by * kept / 2)
-    head += fits * chosen_by * (2 + _PENALTIES)
+        passes = 3 if method == "taylor" else 1  # a backward pass is twice a forward pass
+        layers, head = layers + passes * calibration * total, head + (passes - 1) * 1.5 * calibration
+    if fits:
+        # The full model's states once; of each fit the loss before, and with each penalty, from the cut on.
+        layers += calibration * total + fits * held_out * (1 + _PENALTIES) * kept / 2
+        head += held_out * (1 + fits * (1 + _PENALTIES))
     return Work(layers, head, fits * 2.0 * calibration * features**2)
 
 
@@ -119,7 +121,9 @@ def estimate_cost(
     parameters = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     fits = 8 * (2 * features**2 + 3 * features * width) if heal else 0
-    states = 2 * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
+    # At both ends of each cut, and of the pruned model.
+    places = 2 * (HEALED if method == "best_of" and "drop" not in target.words else 1) + 1
+    states = places * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
     return Cost(work.layers * per_layer + work.head * per_head + work.products * per_product, weights + fits, states)
 
 

@@ -7,6 +7,7 @@ numbering of the model that it was once cut from, so that layers can be found ag
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import numbers
@@ -20,9 +21,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
-from ..core.config import LNScalingConfig
 from ..core.families import UnsupportedArchitectureError, family_of, text_config
-from ..core.record import ACTIVE, DROPPED, FOLDED, ON_DISK, parts
+from ..core.record import Dropped, record, write
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
@@ -127,12 +127,10 @@ def kept_layers(num_layers: int, dropped: Iterable[int]) -> list[int]:
 
 def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int], int]:
     """Which layers of the model that it was once cut from a model has: their numbers there, and how many there were."""
-    values = config if isinstance(config, dict) else vars(text_config(config))
-    record = values.get(DROPPED)
-    if not record:
-        num_layers = values["num_hidden_layers"] if isinstance(config, dict) else text_config(config).num_hidden_layers
-        return list(range(num_layers)), num_layers
-    return kept_layers(record["num_hidden_layers"], record["layers"]), record["num_hidden_layers"]
+    if (dropped := record(config).dropped) is not None:
+        return dropped.kept, dropped.num_hidden_layers
+    num_layers = config["num_hidden_layers"] if isinstance(config, dict) else text_config(config).num_hidden_layers
+    return list(range(num_layers)), num_layers
 
 
 def _each(values: list[Any], kept: list[int]) -> list[Any]:
@@ -223,17 +221,17 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         )
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
-    base = (vars(text).get(DROPPED) or {}).get("base") or public_name(config.name_or_path or "")
-
-    for name in (ACTIVE, FOLDED, ON_DISK):
-        if (stored := vars(text).get(name)) is not None:
-            depths = LNScalingConfig.of(stored).for_layers(num_layers).depths  # type: ignore[union-attr]
-            # A new one: configurations may share the old.
-            vars(text)[name] = type(stored)({**stored, "depths": _each(list(depths or ()), kept)})
+    found = record(config)
+    base = (found.dropped.base if found.dropped else "") or public_name(config.name_or_path or "")
+    scalings = {
+        name: scaling.for_layers(num_layers).keeping(kept)
+        for name in ("active", "folded", "on_disk")
+        if (scaling := getattr(found, name)) is not None
+    }
     for name in fields:
         _FOLLOW[name](text, kept)
     text.num_hidden_layers = len(kept)
-    vars(text)[DROPPED] = {"layers": gone, "num_hidden_layers": original, "base": base}
+    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
 
 
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
@@ -359,13 +357,13 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     key = type(config).base_config_key
     if key in saved and saved.get("model_type") != config.model_type:
         saved = saved[key]  # the text part alone, of a checkpoint that has others
-    there = next((part for part in parts(saved) if part.get(DROPPED)), None)
+    there = record(saved).dropped
     if there is None:
         # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
         full = text_config(type(config).from_dict(_without(saved, "drop_layers")))
         held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
     else:
-        held, held_of = original_layers(there)
+        held, held_of = there.kept, there.num_hidden_layers
     if held == wanted and held_of == original:
         return None
     if held_of != original or not set(wanted) <= set(held):

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..core.families import text_config
-from ..core.record import DROPPED
+from ..core.record import record
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
@@ -29,11 +29,11 @@ _FINGERPRINT = (
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     """What a plan remembers of the shape of its model; a model that differs in it has other layers."""
     text = text_config(config)
-    dropped = (vars(text).get(DROPPED) or {}).get("layers", [])
+    dropped = record(config).dropped
     return {
         "model_type": text.model_type,
         **{name: getattr(text, name, None) for name in _FINGERPRINT},
-        "dropped_before": list(dropped),
+        "dropped_before": list(dropped.layers) if dropped else [],
     }
 
 

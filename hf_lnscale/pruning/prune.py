@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
-from ..checkpoints.names import Placement, locate, read_config, size_on_disk
+from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import Markdown, markdown_code, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
@@ -29,6 +30,7 @@ from ..core.stack import text_stack
 from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.text import TokenBatches, Windows, token_batches, window_length
+from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
 from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
@@ -37,6 +39,8 @@ from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible
 
 if TYPE_CHECKING:
     import rich.table
+
+logger = logging.getLogger(__name__)
 
 _HEADER = ("", "before", "after", "change")
 
@@ -164,8 +168,7 @@ def prune(
         _require_prunable(config, goal)
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
         if tokenizer is None:
-            name, where = locate(checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            tokenizer = load_tokenizer(checkpoint)
         calibration, judged = _split(data, held_out, tokenizer, windows)
         model = placement.load(checkpoint)
     else:
@@ -173,7 +176,7 @@ def prune(
         if target is not None and tokenizer is None:
             if not stack.model.config.name_or_path:
                 raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
-            tokenizer = AutoTokenizer.from_pretrained(stack.model.config.name_or_path)
+            tokenizer = load_tokenizer(stack.model.config.name_or_path)
         _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
         calibration, judged = _split(data, held_out, tokenizer, windows, stack.model)
     require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
@@ -327,6 +330,9 @@ def _choose_and_heal(
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
             "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
         )
+    cost = estimate_cost(model, target, method, heal, calibration, judged)
+    each = " for each number of layers that is tried" if target.budget is not None else ""
+    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
     return search_layers(model, target, method, heal, calibration, judged, resume, progress)
 
 

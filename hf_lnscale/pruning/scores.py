@@ -24,17 +24,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import sweep, token_cross_entropy
+from ..measuring.angles import BlockAngles, cosine_distance
+from ..measuring.losses import loss_gradient, sweep
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, upcast
+from ..measuring.stream import capture_residual_stream, eval_mode, last_tokens, upcast
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
-__all__ = ["METHODS", "LayerScores", "score_layers"]
+__all__ = ["METHODS", "LayerScores", "score_layers", "score_stream"]
 STREAM_METHODS = ("block_influence", "angular")
 METHODS = (*STREAM_METHODS, "taylor", "perplexity", "kl")
 _UNITS = {
@@ -264,10 +264,10 @@ def score_layers(
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
-    scores = torch.tensor(list(without.values()), dtype=torch.float64)
+    scores = torch.tensor([one.mean for one in without.values()], dtype=torch.float64)
     if method == "kl":
         return LayerScores(method, scores, name, about)
-    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full))
+    return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
 
 
 # --- the residual stream ----------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def score_stream(
 
 
 class _BlockInfluence:
-    """1 - the mean cosine of each layer's input and output, over all tokens."""
+    """Mean over all tokens of the cosine distance between each layer's input and output."""
 
     def __init__(self, num_layers: int) -> None:
         self.total_L = torch.zeros(num_layers, dtype=torch.float64)
@@ -314,58 +314,47 @@ class _BlockInfluence:
 
     def start(self, batch: Batch) -> None:
         self.real_BT, self.sums = batch.attention_mask, list[torch.Tensor]()
+        self.before: tuple[torch.Tensor, torch.Tensor] | None = None
         self.count += int(batch.attention_mask.sum())
 
     def visit(self, place: int, x_BTD: torch.Tensor) -> None:
         x_BTD = upcast(x_BTD)
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
-        if place:
+        if self.before is not None:
             y_BTD, other_BT = (state.to(x_BTD.device) for state in self.before)
-            product_BT = (norm_BT * other_BT).clamp_min(torch.finfo(norm_BT.dtype).tiny)
-            distance_BT = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+            distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
             self.sums.append(distance_BT[self.real_BT.to(x_BTD.device)].sum())
         self.before = (x_BTD, norm_BT)
 
     def finish(self) -> None:
         # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
         self.total_L += torch.tensor([value.item() for value in self.sums], dtype=torch.float64)
-        del self.before
+        self.before = None
 
     def scores(self) -> torch.Tensor:
         return self.total_L / _require_tokens(self.count)
 
 
 class _Angular:
-    """Angular distances between all places of the residual stream, at the last token of each sequence or at all."""
+    """Angular distances over every block, at the last token of each sequence or at all tokens."""
 
     def __init__(self, num_layers: int, tokens: str) -> None:
-        self.num_layers, self.tokens = num_layers, tokens
-        self.total_PP = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
-        self.count = 0
+        self.angles, self.tokens = BlockAngles(num_layers), tokens
 
     def start(self, batch: Batch) -> None:
-        self.picked_BT, self.states = batch.attention_mask, list[torch.Tensor]()
-        if self.tokens == "last":
-            # The last real one: the first True of the mask read backwards, if the row has any.
-            self.picked_BT = self.picked_BT & (self.picked_BT.flip(1).cumsum(1).flip(1) == 1)
+        self.picked_BT = last_tokens(batch) if self.tokens == "last" else batch.attention_mask
+        self.states: list[torch.Tensor] = []
 
     def visit(self, place: int, x_BTD: torch.Tensor) -> None:
         self.states.append(x_BTD[self.picked_BT.to(x_BTD.device)])
 
     def finish(self) -> None:
-        for chunk in range(0, len(self.states[0]), 512):
-            x_NPD = torch.stack([x_ND[chunk : chunk + 512].cpu().double() for x_ND in self.states], dim=1)
-            x_NPD = F.normalize(x_NPD, dim=-1)
-            self.total_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
-            self.count += len(x_NPD)
+        self.angles.add(self.states)
         self.states.clear()
 
     def scores(self) -> torch.Tensor:
-        # From pairs of places (i, i + n) to blocks (i, n).
-        scores_LL = torch.full((self.num_layers,) * 2, math.nan, dtype=torch.float64)
-        for n in range(1, self.num_layers + 1):
-            scores_LL[: self.num_layers - n + 1, n - 1] = self.total_PP.diagonal(n) / _require_tokens(self.count)
-        return scores_LL
+        _require_tokens(self.angles.count)
+        return self.angles.mean()
 
 
 # --- weights ----------------------------------------------------------------------------------------
@@ -420,12 +409,8 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
                 if not len(targets_N):
                     continue
                 x_ND = pick_tokens(halves.hidden(batch), picked_BT)
-                # The head's backward goes through a part of the logits at a time, the layers' once through all.
-                leaf_ND = x_ND.detach().requires_grad_()
-                for part in halves.parts(len(leaf_ND)):
-                    # The loss is summed over tokens, so that dividing by their number once gives the mean.
-                    token_cross_entropy(halves.logits(leaf_ND[part]), targets_N[part]).sum().backward()
-                x_ND.backward(leaf_ND.grad)
+                # The loss is summed over tokens, so that dividing by their number once gives the mean.
+                x_ND.backward(loss_gradient(halves, x_ND, targets_N))
                 count += len(targets_N)
     finally:
         for hook in hooks:

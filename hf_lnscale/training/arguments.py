@@ -18,8 +18,8 @@ from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, TrlParser
 from .scripts import find_config
 from .shapes import SHAPES
 
-if Version(trl.__version__) < Version("1.16"):
-    raise ImportError(f"the recipes need trl 1.16 or newer, and with it Python 3.11; this is trl {trl.__version__}")
+if Version(trl.__version__) < Version("1.9"):
+    raise ImportError(f"the recipes need trl 1.9 or newer; this is trl {trl.__version__}")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -148,6 +148,16 @@ class RecipeConfig(SFTConfig):
     resume_from_checkpoint: str | None = option(
         None, "true: continue from the last checkpoint in the output folder, if there is one; or the path of one."
     )
+    learning_rate: float | None = option(2e-5, "Peak; for pretrain by default the paper's.")  # type: ignore[assignment]
+    assistant_only_loss: bool | None = option(  # type: ignore[assignment]
+        None, "Learn only the assistant's answers; defaults to on for chats."
+    )
+    chat_template_path: str | None = option(
+        None, "Chat template: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take it from."
+    )
+    num_samples: int = option(
+        0, "Held-out prompts to answer at each evaluation, greedily, into samples.jsonl in the output folder; 0: off."
+    )
     early_stopping_patience: int = option(
         0,
         "Stop after this many evaluations in a row without a lower loss, and keep the best checkpoint; 0: off. Needs "
@@ -174,66 +184,11 @@ class RecipeConfig(SFTConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-@dataclass
-class TextConfig(RecipeConfig):
-    """Defaults for training on raw text: one stream of tokens, cut into windows."""
-
-    packing: bool = option(True, "Join texts and cut them into windows of max_length tokens.")
-    packing_strategy: str = option(
-        "wrapped",
-        "wrapped: one stream, windows cut anywhere; bfd, bfd_split: texts are kept apart, which needs FlashAttention "
-        "to be fast.",
-        choices=["bfd", "bfd_split", "wrapped"],
-    )
-    lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warmup.")
-    lr_scheduler_kwargs: dict[str, Any] | str | None = option(
-        {"min_lr_rate": 0.1}, "By default the cosine ends at a tenth."
-    )
-
-
-@dataclass
-class PretrainConfig(TextConfig):
-    """The paper's settings (arXiv 2502.05795, section 5), except the batch of 512, which depends on the machine."""
-
-    learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "Peak; by default the paper's: 1e-3 for shapes up to 350M, 5e-4 from 1B on."
-    )
-    warmup_steps: float = option(0.1, "Steps to the peak, or their fraction of all.")
-    weight_decay: float = option(0.0, "The paper uses none.")
-    max_length: int | None = option(256, "Tokens in a window.")
-    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
-    eval_on_start: bool = option(False, "Evaluate before the first step too.")
-
-
-@dataclass
-class ContinueConfig(TextConfig):
-    """Warmed up and decayed again, which Ibrahim et al. (arXiv 2403.08763) find best for a new text."""
-
-    learning_rate: float = option(5e-5, "Peak.")
-    warmup_steps: float = option(0.01, "Steps to the peak, or their fraction of all.")
-
-
-@dataclass
-class HealConfig(TextConfig):
-    """Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well."""
-
-    learning_rate: float = option(1e-4, "Peak.")
-    warmup_steps: float = option(0.05, "Steps to the peak, or their fraction of all.")
-
-
-@dataclass
-class ChatConfig(RecipeConfig):
-    """TRL's defaults, except that only the assistant's answers are learned where the data is chats."""
-
-    assistant_only_loss: bool | None = option(  # type: ignore[assignment]
-        None, "Learn only the assistant's answers; defaults to on for chats."
-    )
-    chat_template_path: str | None = option(
-        None, "Chat template: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take it from."
-    )
-    num_samples: int = option(
-        2, "Held-out prompts to answer at each evaluation, greedily, into samples.jsonl in the output folder; 0: off."
-    )
+# Defaults for training on raw text: one stream of tokens, cut into windows; the cosine ends at a tenth of the peak.
+TEXT: dict[str, Any] = {
+    "packing": True, "packing_strategy": "wrapped", "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+}  # fmt: skip
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -248,9 +203,12 @@ class RecipeParser(TrlParser):
         types: the dataclasses to fill.
         description: shown by `--help`.
         prog: how the recipe is started, as in "hf-lnscale train sft".
+        defaults: of the recipe, in place of the dataclasses' own.
     """
 
-    def __init__(self, recipe: str, types: Iterable[Any], description: str | None, prog: str | None = None) -> None:
+    def __init__(
+        self, recipe: str, types: Iterable[Any], description: str | None, prog: str | None = None, **defaults: Any
+    ) -> None:
         super().__init__(
             types,
             prog=prog or f"python {shlex.quote(sys.argv[0])}",
@@ -258,6 +216,7 @@ class RecipeParser(TrlParser):
             description=description,
             formatter_class=_HelpFormatter,
         )
+        self.set_defaults(**defaults)
         self.recipe = recipe
 
     def parse_args_and_config(  # type: ignore[override]

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
 
-from .arguments import ChatConfig
+from .arguments import RecipeConfig
 from .scripts import recipes_folder
 
 _EXTRAS = {"tools": Value("string"), "chat_template_kwargs": Json()}
@@ -139,7 +139,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
 
 
-def prepare_chat(training: ChatConfig, tokenizer: Any, train: Any) -> None:
+def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
     """Settles for the data which chat template is used, and whether only the assistant's answers are learned.
 
     Raises:

@@ -12,8 +12,8 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints.names import locate
-from ..core.families import family_of, text_config
-from ..core.record import DROPPED, get_ln_scaling
+from ..core.families import family_of
+from ..core.record import get_ln_scaling, record
 from ..core.warnings import warn
 from .arguments import DepthArguments, RecipeConfig, WarmupArguments
 
@@ -110,7 +110,7 @@ def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArgum
     Raises:
         ValueError: if nothing was or is to be dropped.
     """
-    if not depth.layers() and not vars(text_config(_config(model, training))).get(DROPPED):
+    if not depth.layers() and record(_config(model, training)).dropped is None:
         raise ValueError(
             f"{model.model_name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
             "hf-lnscale prune wrote"

@@ -29,8 +29,7 @@ from transformers import (
 )  # fmt: skip
 
 from ..checkpoints.folders import public_command
-from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..core.record import record
 from ..core.stack import text_stack
 from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
@@ -195,15 +194,15 @@ class Run:
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
         model: Any = trainer.model
-        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))
+        scaling = record(text_stack(model).model.config).active
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
         if self.training.early_stopping_patience:
             trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
-        if samples := getattr(self.training, "num_samples", 0):
-            trainer.add_callback(SamplesCallback(trainer, samples))
+        if self.training.num_samples:
+            trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
         trainer.add_callback(_Begin(self, trained))
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
@@ -223,7 +222,8 @@ class Run:
         if stop.stopped and stop.signal is not None:
             self._leave(trainer, stop.signal)
         command = public_command(self.training.command)
-        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, since, seconds)
+        before = since, state.get("num_input_tokens_seen", 0)
+        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step

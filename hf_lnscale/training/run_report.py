@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,7 @@ from .._version import __version__
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
 from ..core.display import Markdown, one_line
-from ..core.families import text_config
-from ..core.record import ACTIVE, DROPPED
+from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
 from .depth_stats import plot_depth_stats
@@ -39,7 +39,7 @@ def write_report(
     given: dict[str, Any],
     command: str,
     resumed: str | None,
-    since: int,
+    since: tuple[int, int],
     seconds: float,
 ) -> dict[str, Any]:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
@@ -50,7 +50,7 @@ def write_report(
         given: the arguments of the recipe, for the card.
         command: the command line, for the card.
         resumed: the checkpoint that this process started from.
-        since: the step of that checkpoint; without one, -1.
+        since: the step of that checkpoint, without one -1, and the tokens seen by then.
         seconds: of training in this process, including evaluations and checkpoints.
 
     Returns:
@@ -65,8 +65,8 @@ def write_report(
     trainer.save_model()  # first, so that nothing that goes wrong from here on costs the model
     loss = trainer.evaluate()["eval_loss"]
     state = trainer.state
-    session_tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > since]
+    step_before, tokens_before = since
+    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > step_before]
     before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
@@ -79,7 +79,8 @@ def write_report(
         "train_rows": trainer.num_rows[0],
         "eval_rows": trainer.num_rows[1],
         "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": session_tokens / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
+        "tokens_per_second": (state.num_input_tokens_seen - tokens_before)
+        / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
         "wall_seconds": seconds,
         "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,
@@ -120,7 +121,12 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if adapters := getattr(model, "peft_config", None):
-        found["lora_target_modules"] = sorted(next(iter(adapters.values())).target_modules)
+        modules = next(iter(adapters.values())).target_modules
+        found["lora_target_modules"] = modules if isinstance(modules, str) else sorted(modules)
+    name, parts = given["dataset_name"], given["datasets"]
+    found["datasets"] = [name] if name else [part["path"] for part in parts]
+    if fractions := [part["fraction"] for part in parts if part["fraction"]]:
+        found["fractions"] = fractions
     return found
 
 
@@ -134,42 +140,35 @@ def _versions() -> dict[str, str]:
     return {"hf_lnscale": __version__} | {module.__name__: module.__version__ for module in named}
 
 
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    before = metrics["eval_loss_before"]
-    rows = [] if before is None else [("evaluation loss before", f"{before:.4f}")]
-    rows += [
-        ("evaluation loss", f"{metrics['eval_loss']:.4f}"),
-        ("perplexity", f"{metrics['perplexity']:,.2f}"),
-        ("steps", f"{metrics['steps']:,}" + (f", best after {best:,}" if (best := metrics["best_step"]) else "")),
-        ("rows", f"{metrics['train_rows'] or 'streamed'} for training, {metrics['eval_rows']} for evaluation"),
-        ("tokens seen", f"{metrics['tokens_seen']:,}"),
-        ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
-        ("wall time", f"{metrics['wall_seconds']:,.0f} s"),
-        (f"peak memory, {metrics['peak_memory_of']}", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ("processes", f"{metrics['processes']} x {metrics['device']}"),
-    ]
+def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in metrics.items():
+        if key == "peak_memory_bytes":
+            yield f"peak memory, {metrics['peak_memory_of']}", f"{value / 2**30:.2f} GiB"
+        elif isinstance(value, float):
+            yield key.replace("_", " "), f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        elif isinstance(value, (int, str)) and key not in ("recipe", "peak_memory_of"):
+            yield key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
     if metrics["resumed_from"]:
-        rows.append(("resumed from", f"{metrics['resumed_from']}; speed and time are those since then"))
-    return rows
+        yield "measured", "speed and time since then"
 
 
 def _card(
     recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
-    base, data = told.get("model_name_or_path"), told.get("dataset_name")
+    base, data = told.get("model_name_or_path"), told["datasets"]
     adapter = hasattr(model, "peft_config")
-    text = vars(text_config(model.config))
-    notes = []
-    if text.get(ACTIVE):
+    found = record(model.config)
+    notes: list[str] = []
+    if found.active:
         notes.append(
             Markdown(
                 "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
                 + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
             )
         )
-    if record := text.get(DROPPED):
-        gone = ", ".join(map(str, record["layers"]))
-        notes.append(f"Layers {gone} (counted from 0) of {record['num_hidden_layers']} were dropped.")
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped.layers))
+        notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
     if adapter:
         notes.append(
             Markdown(
@@ -178,17 +177,18 @@ def _card(
                 "`hf-lnscale export` takes."
             )
         )
-    notes.append(f"It was trained on {public_name(data) if data else 'text that comes with Python'}.")
+    told["datasets"] = [public_name(name) for name in data]
+    notes.append(f"It was trained on {', '.join(told['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(
         f"{name}: {recipe.replace('_', ' ')}",
         base_model=base,
-        dataset=data,
+        dataset=data[0] if len(data) == 1 else None,
         library_name="peft" if adapter else "transformers",
         tags=["trl"],
         pipeline_tag="text-generation",
         notes=notes,
-        parts=[Table(("", ""), _rows(metrics))],
+        parts=[Table(("", ""), [*_rows(metrics)])],
         pictures=pictures,
         settings={
             key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()
@@ -199,16 +199,7 @@ def _card(
 
 
 def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
-    """Loss over steps, and what was measured over depth.
-
-    Args:
-        history: what the trainer logged.
-        folder: to write to.
-        learned: what the training loss is.
-
-    Returns:
-        The names of the pictures; none without matplotlib.
-    """
+    """Plots the losses and the measurements over depth; returns the names of the files, none without matplotlib."""
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []
@@ -217,13 +208,8 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-    pictures = []
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    pictures = ["loss.png"]
     with plt.rc_context(style):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
         for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
@@ -234,7 +220,6 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
         axis.legend(frameon=False)
         figure.savefig(folder / "loss.png", dpi=150)
         plt.close(figure)
-        pictures.append("loss.png")
     if any(key.startswith("depth/") for entry in history for key in entry):
         plot_depth_stats(history, folder / "depth.png")
         pictures.append("depth.png")

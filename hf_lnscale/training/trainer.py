@@ -9,13 +9,18 @@ import types
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+# From trl 1.16 on, the model's forward gives the log-probability of every token, and there is a kernel for divergences.
+if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
 class RecipeTrainer(SFTTrainer):
@@ -52,8 +57,14 @@ class RecipeTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+            if HAS_FUSED_HEAD:
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+            else:  # the loss of one row at a time, as a sum
+                labels_BT = inputs["labels"]
+                rows = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(labels_BT))]
+                losses = [model(**row, use_cache=False, num_items_in_batch=1).loss for row in rows]
+                sums_B = torch.stack(losses), (labels_BT[:, 1:] != -100).sum(-1)
         loss_B, count_B = self.accelerator.gather_for_metrics(sums_B)
         self._loss_sum += loss_B.double().sum().item()
         self._token_count += int(count_B.sum())
@@ -84,10 +95,13 @@ class DistillationTrainer(RecipeTrainer):
         kwargs: as for SFTTrainer.
 
     Raises:
-        ValueError: if a head has fewer rows than the tokenizer has tokens, and for another loss than the divergence.
+        ValueError: if a head has fewer rows than the tokenizer has tokens, for another loss than the divergence, and
+            with trl older than 1.16.
     """
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        if not HAS_FUSED_HEAD:
+            raise ValueError("teacher: learning from one needs trl 1.16 or newer; without it, give --teacher none")
         super().__init__(**kwargs)
         if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""The scale over training: what moves the warmup of a model's `ln_scaling` in a Trainer.
+"""Advances the warmup of a model's `ln_scaling` in a Trainer.
 
-Where a warmup stands is part of the model's configuration, so every checkpoint says it. An adapter's checkpoint and a
-sharded one hold no configuration; for these, it is saved with the state of the Trainer too.
+The position of a warmup is part of the model's configuration, and so of every checkpoint. Checkpoints of adapters and
+sharded ones hold no configuration; for these it is saved with the Trainer's state too.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from transformers.trainer_callback import ExportableState
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
-from ..core.record import get_ln_scaling
+from ..core.record import get_ln_scaling, recorded_scaling
 from ..core.stack import text_stack
 
 
 class LNScalingWarmupCallback(TrainerCallback, ExportableState):
-    """Leads a model's exponent from 0 to its value while a Trainer trains it, one move an optimizer step.
+    """Ramps a model's exponent up from 0 to its value, one update per optimizer step.
 
-    What is led where, and over how many steps, is the model's own: `ln_scaling={"warmup_steps": 1000}`. The step that
-    is trained next sees the exponent that belongs to the number of steps done, so the first one trains a Pre-LN model.
-    A run that is resumed goes on from where the checkpoint was; one that starts from a model half-way, from there.
+    The length and the shape of the ramp are the model's own: `ln_scaling={"warmup_steps": 1000}`. Each step is trained
+    with the exponent for the number of steps done before it, so the first step trains a Pre-LN model. A resumed run
+    continues at the position of its checkpoint, and a run from a partly warmed up model at the position of the model.
 
         model = AutoModelForCausalLM.from_pretrained(name, ln_scaling={"warmup_steps": 1000})
         Trainer(model=model, ..., callbacks=[LNScalingWarmupCallback()]).train()
 
     Raises:
-        ValueError: when training starts, if the model has no warmup, another one than the checkpoint that is resumed,
-            or one that the run is too short to end.
+        ValueError: when training starts, if the model has no warmup, if it differs from that of the resumed
+            checkpoint, or if the run is too short for it.
     """
+
+    moves_ln_scaling = True  # how the hook on Trainer.train recognizes a callback that does
 
     def __init__(self) -> None:
         self.ln_scaling: dict[str, Any] | None = None  # the model's, for the state that is saved
@@ -48,7 +50,7 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         if scaling is None or not scaling.warmup_steps:
             has = "no ln_scaling" if scaling is None else f"ln_scaling={scaling.to_dict()}"
             raise ValueError(
-                f"{type(self).__name__}: the model has {has}, so there is no warmup to lead. Load or build it with "
+                f"{type(self).__name__}: the model has {has}, so there is no warmup. Load or build it with "
                 'ln_scaling={"warmup_steps": N}, or leave the callback out.'
             )
         if state.global_step and (resumed := recorded_scaling(state.stateful_callbacks)):
@@ -79,8 +81,8 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The last message of a run comes just before the weights of its best checkpoint are loaded, without a look at
-        # where the warmup stood.
+        # The last log of a run comes just before Trainer loads the weights of the best checkpoint, which leaves the
+        # position of the warmup as it is.
         if "train_runtime" in (logs or {}) and args.load_best_model_at_end and state.best_global_step is not None:
             self._move(kwargs["model"], state.best_global_step)
 
@@ -89,15 +91,6 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         if self.ln_scaling is None or min(step, self.ln_scaling["warmup_steps"]) != self.ln_scaling["step"]:
             set_ln_scaling_step(model, step)
             self.ln_scaling = get_ln_scaling(text_stack(model).model.config)
-
-
-def recorded_scaling(stateful_callbacks: Any) -> LNScalingConfig | None:
-    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
-    for saved in stateful_callbacks.values():
-        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
-            if stood := one["attributes"].get("ln_scaling"):
-                return LNScalingConfig.of(stood)
-    return None
 
 
 def _scaling(model: Any) -> LNScalingConfig | None:

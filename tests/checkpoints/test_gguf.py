@@ -66,12 +66,12 @@ def test_the_converter_gets_a_plain_checkpoint(name, content, saved, converter, 
 def test_where_the_converter_is_looked_for(converter, tmp_path, monkeypatch):
     file = (converter / "convert_hf_to_gguf.py").resolve()
     assert find_converter(converter) == find_converter(file) == file
-    with pytest.raises(FileNotFoundError, match=r"--converter \(not given\), LLAMA_CPP \(not given\) or on PATH"):
+    with pytest.raises(FileNotFoundError, match=r"converter \(not given\) or LLAMA_CPP \(not given\) or on PATH"):
         find_converter()
     monkeypatch.setenv("LLAMA_CPP", str(converter))
     assert find_converter() == file
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match=r"LLAMA_CPP: llama\.cpp's converter is not at .*none"):
+    with pytest.raises(FileNotFoundError, match=r"LLAMA_CPP .*none.* is not llama\.cpp's converter"):
         find_converter()
     monkeypatch.delenv("LLAMA_CPP")
     file.chmod(0o755)
@@ -85,7 +85,7 @@ def test_a_failure_leaves_nothing(saved, converter, tmp_path):
         export_gguf(saved / "scaled", out, converter=converter, outtype="q8_0", progress=False)
     assert list(out.parent.iterdir()) == []
     out.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"model\.gguf' exists; .* use --force"):
+    with pytest.raises(FileExistsError, match=r"^out '.*model\.gguf' exists$"):
         export_gguf(saved / "plain", out, converter=converter)
     with pytest.raises(RuntimeError, match="no such type"):
         export_gguf(saved / "plain", out, converter=converter, outtype="q8_0", force=True)
@@ -95,7 +95,7 @@ def test_a_failure_leaves_nothing(saved, converter, tmp_path):
 
 
 def test_refused(saved, converter, tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.gguf"):
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.gguf"):
         export_gguf(saved / "plain", tmp_path / "folder", converter=converter)
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match="is a GGUF file already"):

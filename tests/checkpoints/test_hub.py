@@ -86,8 +86,9 @@ def test_the_commit_is_what_the_dry_run_says(saved, monkeypatch):
 
 
 def test_a_scaled_checkpoint_is_refused_unless_asked_for(saved):
-    with pytest.raises(ValueError, match=r"active scale.*hf-lnscale export.*or use --allow-scaled"):
+    with pytest.raises(ValueError, match=r"^folder '.*scaled' has an active scale") as raised:
         push(saved / "scaled", "me/model", dry_run=True)
+    assert raised.value.render_hint() == "fold it first with hf-lnscale export, or use allow_scaled=True"
     card = push(saved / "scaled", "me/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale\nfrom transformers" in card
     assert "active in it" in card
@@ -142,11 +143,11 @@ def test_the_measured_table(saved, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "given", "error", "message"),
     [
-        ("nowhere", {}, FileNotFoundError, "there is no folder"),
+        ("nowhere", {}, FileNotFoundError, "^folder .* does not exist"),
         ("empty", {}, FileNotFoundError, "it has no config.json"),
         ("config", {}, FileNotFoundError, "it has no weights"),
         ("plain", {"repo_id": "a/b/c"}, ValueError, "repo_id: "),
-        ("plain", {"evaluation": "none.json"}, FileNotFoundError, "evaluation: there is no file"),
+        ("plain", {"evaluation": "none.json"}, FileNotFoundError, "^evaluation .* does not exist"),
         ("plain", {"evaluation": "wrong.json"}, ValueError, "is not what hf-lnscale evaluate --out writes"),
     ],
 )

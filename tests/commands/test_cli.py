@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import math
+import os
+import subprocess
 import sys
+import textwrap
+import warnings
 from importlib import metadata
 
 import pytest
 import torch
 import transformers as tf
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 import hf_lnscale
 import tiny
+from hf_lnscale.checkpoints.export import export, read_info
+from hf_lnscale.checkpoints.gguf import export_gguf
+from hf_lnscale.checkpoints.hub import push
+from hf_lnscale.checkpoints.names import Placement
 from hf_lnscale.commands import main as module
+from hf_lnscale.commands import options
+from hf_lnscale.commands.demo import Demo
+from hf_lnscale.core.errors import ArgumentError
+from hf_lnscale.diagnosis.examine import diagnose
+from hf_lnscale.diagnosis.folder import diagnose_checkpoints
+from hf_lnscale.evaluation.comparison import Evaluation, evaluate
+from hf_lnscale.measuring.text import Windows
+from hf_lnscale.pruning.prune import prune
 
 VERBS = ("demo", "info", "diagnose", "train", "evaluate", "prune", "export", "push", "run", "env")
 
@@ -88,19 +108,48 @@ def test_completion(cli, monkeypatch):
         assert cli()[0].split() == [expected]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--help"], {}),
+        (["--version"], {}),
+        *(([verb, "--help"], {}) for verb in VERBS if verb != "train"),
+        ([], {"_HF_LNSCALE_COMPLETE": "complete_bash", "COMP_WORDS": "hf-lnscale prune --ma", "COMP_CWORD": "2"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_completion_import_nothing_heavy(arguments, environment, tmp_path):
+    script = """\
+    import sys
+    from hf_lnscale.commands.main import main
+    sys.argv = ["hf-lnscale", *sys.argv[1:]]
+    try:
+        main()
+    finally:
+        print(sorted({"torch", "transformers", "numpy", "huggingface_hub"} & set(sys.modules)), file=sys.stderr)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stderr == "[]\n", done.stderr
+    assert done.stdout.strip()
+
+
 # --- errors and exit codes --------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_a_line_and_a_hint(cli, tmp_path, monkeypatch):
+def test_an_error_is_a_line_and_a_hint(cli, tmp_path):
     out, err = cli("info", tmp_path / "nowhere", code=1)
     assert out == ""
-    first, hint = err.splitlines()
+    (first,) = err.splitlines()
     assert first.startswith("hf-lnscale: ")
     assert str(tmp_path / "nowhere") in first
-    assert hint.startswith("  hint: hf-lnscale info --help says what is valid")
     _, err = cli("info", "no-such/model", code=1)
-    assert "'no-such/model'" in err
-    assert "hint: a model is a folder, a .gguf file" in err
+    message, hint = err.splitlines()
+    assert message.startswith("hf-lnscale: cannot read 'no-such/model': ")
+    assert "offline mode" in message  # all of transformers' own message, which has two lines
+    assert hint == "  hint: a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
 
 
 def test_debug_shows_where(cli, tmp_path, monkeypatch):
@@ -110,27 +159,121 @@ def test_debug_shows_where(cli, tmp_path, monkeypatch):
     cli("info", tmp_path / "nowhere", code=1)  # for that one call
 
 
+TRACEBACK = 'the process failed:\nTraceback (most recent call last):\n  File "x.py", line 1\nKeyError: 3\n'
+WHERE = "hf-lnscale --debug env ... shows where it happened"
+
+
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "message", "hint"),
     [
-        (KeyError("name"), "hf-lnscale: KeyError: 'name'"),
-        (ZeroDivisionError(), "hf-lnscale: ZeroDivisionError"),
-        (RuntimeError("first\n\nsecond"), "hf-lnscale: first"),
-        (torch.OutOfMemoryError("no memory"), "hf-lnscale: no memory\n  hint: a smaller --batch-size"),
+        (KeyError("name"), "KeyError: 'name'", WHERE),
+        (ZeroDivisionError(), "ZeroDivisionError", WHERE),
+        (RuntimeError("One of:\n\n (1) this\n (2) that"), "One of: (1) this (2) that", WHERE),
+        (RuntimeError(TRACEBACK), "the process failed: KeyError: 3", WHERE),
+        (ValueError("a" * 550 + " b c " + "d" * 600), "a" * 550 + " b c ...", WHERE),
+        (OSError("\x1b[31m\x07"), r"\x1b[31m\x07", WHERE),
+        (torch.OutOfMemoryError("no memory"), "no memory",
+         "a smaller --batch-size or --seq-len, or --dtype bf16, needs less memory"),
+        (ArgumentError("num_layers", 0, "1", hint="see `as_json`"), "num_layers must be 1, got 0", "see --json"),
+        (ArgumentError("as_json", "a\n", problem="no"), r"--json 'a\n' no", None),
     ],
-    ids=str,
-)
-def test_errors_that_nobody_foresaw(error, message, cli, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.commands.environment.environment", lambda: (_ for _ in ()).throw(error))
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_errors_of_any_kind(error, message, hint, cli, monkeypatch):
+    monkeypatch.setattr("hf_lnscale.commands.env.environment", lambda: (_ for _ in ()).throw(error))
     _, err = cli("env", code=1)
-    assert err.startswith(message)
-    assert len(err.splitlines()) == 2
+    assert err.splitlines() == [f"hf-lnscale: {message}", *([f"  hint: {hint}"] if hint else [])]
+
+
+def test_arguments_are_called_by_their_options(cli, folder, tmp_path):
+    """Whatever the library says of an argument: `--layers` and not `num_layers`, `--force` and not `force=True`."""
+    given = (folder / "plain", "--data", folder / "text.txt", "--out", tmp_path / "out", "--seq-len", 32)
+    _, err = cli("prune", *given, "--layers", 31, code=1)
+    assert err.startswith("hf-lnscale: --layers must be an integer from 1 to 3")
+    _, err = cli("diagnose", *given, "--tokens", 1, code=1)
+    assert err.startswith("hf-lnscale: --tokens must be an integer of at least 2")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    _, err = cli("export", folder / "plain", "--out", tmp_path / "out", code=1)
+    assert err.splitlines()[1] == "  hint: choose another folder, or use --force to replace it"
+    _, err = cli("push", tmp_path / "nowhere", "me/model", code=1)
+    assert err == f"hf-lnscale: FOLDER '{tmp_path}/nowhere' does not exist\n"
+
+
+def test_every_option_has_the_name_that_the_library_uses():
+    """Errors name options by the parameters of verbs; one that no function of the library has could never be named."""
+    library = {
+        name
+        for function in (
+            prune, diagnose, diagnose_checkpoints, evaluate, Evaluation.save, export, export_gguf, push, Windows,
+            Placement, Demo, read_info,
+        )
+        for name in inspect.signature(function).parameters
+    }  # fmt: skip
+    own = {"as_json", "as_markdown", "context", "recipe", "format", "program", "module", "dry_run"}
+    commands = typer.main.get_command(module.app).commands
+    for verb, command in commands.items():
+        assert {one.name for one in command.params} - own <= library, verb
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without CUDA")
+def test_a_device_that_is_not_there(cli, folder, tmp_path):
+    _, err = cli("evaluate", folder / "plain", "--device", "cuda", code=1)
+    assert err.startswith("hf-lnscale: --device 'cuda' cannot be used here: Torch not compiled with CUDA")
+    assert len(err.splitlines()) == 1
+
+
+def test_types_of_weights(cli, folder, tmp_path):
+    given = ("evaluate", folder / "plain", "--data", folder / "text.txt", "--no-speed", "--seq-len", 32, "--json")
+    for dtype, name in {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}.items():
+        assert json.loads(cli(*given, "--dtype", dtype)[0])["models"][0]["dtype"] == name
+    _, err = cli(*given, "--dtype", "int8", code=1)
+    assert err.startswith("hf-lnscale: --dtype must be auto, float32, bfloat16, float16 or another floating-point type")
+
+
+def test_a_folder_without_a_tokenizer(cli, folder, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "bare")
+    for verb in ("evaluate", "diagnose", "prune"):
+        more = [] if verb == "evaluate" else ["--out", tmp_path / "out"]
+        more += ["--layers", 1] if verb == "prune" else []
+        _, err = cli(verb, tmp_path / "bare", "--data", folder / "text.txt", *more, code=1)
+        message, hint = err.splitlines()
+        assert message.startswith(f"hf-lnscale: the folder '{tmp_path}/bare' has no tokenizer: no tokenizer.json")
+        assert hint.endswith(f".save_pretrained('{tmp_path}/bare')")
+
+
+def test_what_is_wrong_with_the_output_is_said_first(cli, folder, tmp_path):
+    given = (folder / "plain", "--data", folder / "text.txt", "--out")
+    _, err = cli("evaluate", *given, tmp_path / "x.txt", code=1)
+    assert err.startswith(
+        f"hf-lnscale: --out must be a file that ends in .json or .md, or a folder that exists, got '{tmp_path}"
+    )
+    for verb, more in {"diagnose": [], "prune": ["--layers", 1], "export": []}.items():
+        given_here = [folder / "plain", "--out"] if verb == "export" else given
+        _, err = cli(verb, *given_here, tmp_path / ("x" * 250), *more, code=1)
+        assert err.startswith("hf-lnscale: --out 'x") or err.startswith(f"hf-lnscale: --out '{tmp_path}")
+        assert "200 bytes" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_text_is_said_before_anything_is_measured(cli, folder, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    _, err = cli("evaluate", folder / "plain", "--data", tmp_path / "empty.txt", code=1)
+    assert err.splitlines()[0].startswith("hf-lnscale: --data 'empty.txt' holds no text")
+
+
+def test_evaluate_the_current_folder(cli, folder, monkeypatch):
+    monkeypatch.chdir(folder / "plain")
+    found = json.loads(cli("evaluate", ".", "--data", folder / "text.txt", "--no-speed", "--seq-len", 32, "--json")[0])
+    assert found["models"][0]["label"] == "plain"
+
+
+def test_fold_points_to_export(cli):
+    assert "hf-lnscale export MODEL --out DIR" in cli("fold", "model", "--out", "x", code=2)[1]
 
 
 def test_interrupted(cli, monkeypatch):
-    monkeypatch.setattr(
-        "hf_lnscale.commands.environment.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt())
-    )
+    monkeypatch.setattr("hf_lnscale.commands.env.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     cli("env", code=130)
 
 
@@ -142,16 +285,55 @@ def test_wrong_usage(arguments, cli):
     assert cli(*arguments, code=2)[1]
 
 
-def test_warnings_are_lines_too(cli, folder, tmp_path):
-    import warnings
+def test_warnings_and_messages_are_lines_and_nothing_is_left_behind(cli, monkeypatch):
+    def speak():
+        warnings.warn("take\ncare", UserWarning, stacklevel=1)
+        logging.getLogger("hf_lnscale.somewhere").info("measuring")
+        return {}
 
-    shown = warnings.showwarning
-    try:
-        cli("env")
-        warnings.showwarning(UserWarning("take care"), UserWarning, "file.py", 1)
-        assert warnings.showwarning is not shown
-    finally:
-        warnings.showwarning = shown
+    before = (warnings.showwarning, transformers_logging.get_verbosity(), logging.getLogger("hf_lnscale").handlers[:])
+    level = logging.getLogger("hf_lnscale").level
+    monkeypatch.setattr("hf_lnscale.commands.info.one_line", lambda text: speak())
+    monkeypatch.setattr("hf_lnscale.commands.env.environment", speak)
+    _, err = cli("env", "--json")
+    assert err == "hf-lnscale: warning: take\\ncare\nmeasuring\n"
+    after = (warnings.showwarning, transformers_logging.get_verbosity(), logging.getLogger("hf_lnscale").handlers)
+    assert after == before
+    assert logging.getLogger("hf_lnscale").level == level
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (options.parse_layers, "12,14, 17", [12, 14, 17]),
+        (options.parse_layers, "12-14,-1", [12, 13, 14, -1]),
+        (options.parse_layers, "14-12", None),
+        (options.parse_layers, "1,,2", None),
+        (options.parse_increase, "10%", 0.1),
+        (options.parse_increase, "0.1", 0.1),
+        (options.parse_increase, "150%", 1.5),
+        (options.parse_increase, "10", None),
+        (options.parse_increase, "nan", None),
+        (options.parse_increase, "inf%", None),
+        (options.parse_bytes, "4GiB", 4 * 2**30),
+        (options.parse_bytes, "1.5 gb", 1_500_000_000),
+        (options.parse_bytes, "1000", 1000),
+        (options.parse_bytes, "4 gigs", None),
+        (options.parse_bytes, "0", None),
+        (options.parse_count, "1.1B", 1_100_000_000),
+        (options.parse_count, "500M", 500_000_000),
+        (options.parse_count, "-5", None),
+    ],
+)
+def test_values(read, text, value):
+    if value is None:
+        with pytest.raises(typer.BadParameter, match="use "):
+            read(text)
+    else:
+        assert read(text) == pytest.approx(value)
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
@@ -187,7 +369,8 @@ def test_export_to_gguf_without_a_converter(cli, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     _, err = cli("export", folder / "plain", "--out", tmp_path / "x.gguf", "--format", "gguf", code=1)
-    assert "convert_hf_to_gguf.py, and it is not at --converter (not given), LLAMA_CPP (not given) or on PATH" in err
+    assert "convert_hf_to_gguf.py, and it is not at --converter (not given) or LLAMA_CPP (not given) or on PATH" in err
+    assert err.splitlines()[1].endswith("https://github.com/ggml-org/llama.cpp and use --converter llama.cpp")
     assert list(tmp_path.iterdir()) == []
 
 

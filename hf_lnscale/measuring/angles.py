@@ -1,0 +1,61 @@
+"""How far layers turn the residual stream: Block Influence and angular distance.
+
+Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, L layers, P = L + 1 places in the residual
+stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+def cosine_distance(
+    x_BTD: torch.Tensor, y_BTD: torch.Tensor, x_norm_BT: torch.Tensor, y_norm_BT: torch.Tensor
+) -> torch.Tensor:
+    """1 - cosine of each token's two states, from the states and their norms; shape (B, T).
+
+    Its mean over tokens is Block Influence, with x and y a layer's input and output (ShortGPT, arXiv 2403.03853,
+    equation 1).
+    """
+    product_BT = (x_norm_BT * y_norm_BT).clamp_min(torch.finfo(x_norm_BT.dtype).tiny)
+    distance_BT: torch.Tensor = 1 - torch.linalg.vecdot(x_BTD, y_BTD) / product_BT
+    return distance_BT
+
+
+def layer_angle(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
+    """Angle between a layer's input and output, in radians, shape (B, T).
+
+    It is computed from what the layer adds, d = y - x, since the arccosine of a cosine near 1 keeps no digits of a
+    small angle in float32: tan(angle) = |x| |d| sin(x, d) / (|x|^2 + x d).
+    """
+    d_BTD = y_BTD - x_BTD
+    xx_BT, dd_BT, xd_BT = (torch.linalg.vecdot(a, b) for a, b in ((x_BTD, x_BTD), (d_BTD, d_BTD), (x_BTD, d_BTD)))
+    return torch.atan2((xx_BT * dd_BT - xd_BT**2).clamp_min(0).sqrt(), xx_BT + xd_BT)
+
+
+class BlockAngles:
+    """Angular distances over every block of layers: arccos(cos(x_i, x_{i+n})) / pi (Gromov et al., arXiv 2403.17887,
+    equation 7), mean over tokens, in float64."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers, self.count = layers, 0
+        self._sums_PP = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+
+    def add(self, states: Sequence[torch.Tensor]) -> None:
+        """Adds tokens: their states at each of the P places, shape (N, D)."""
+        for at in range(0, len(states[0]), 512):
+            x_NPD = torch.stack([x_ND[at : at + 512].cpu().double() for x_ND in states], dim=1)
+            x_NPD = F.normalize(x_NPD, dim=-1)
+            self._sums_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
+            self.count += len(x_NPD)
+
+    def mean(self) -> torch.Tensor:
+        """Shape (L, L): the block of n layers from layer i on at [i, n - 1], NaN where there are not as many."""
+        means_LL = torch.full((self.layers, self.layers), math.nan, dtype=torch.float64)
+        for n in range(1, self.layers + 1):
+            means_LL[: self.layers - n + 1, n - 1] = self._sums_PP.diagonal(n) / self.count
+        return means_LL

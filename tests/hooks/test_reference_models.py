@@ -1,0 +1,79 @@
+"""TRL's reference models are the policy before training: it loads them by the name in the policy's configuration."""
+
+import math
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+import hf_lnscale
+import tiny
+from hf_lnscale.measuring.sample import documents, train_tokenizer
+
+PLAIN, SCALED = {}, {"ln_scaling": True}
+MAKE = {
+    "plain": (PLAIN, AutoModelForCausalLM.from_pretrained),
+    "cut on loading": (PLAIN, lambda path: AutoModelForCausalLM.from_pretrained(path, drop_layers=[1, 2])),
+    "cut in memory": (PLAIN, lambda path: hf_lnscale.drop_layers(AutoModelForCausalLM.from_pretrained(path), [1])),
+    "scaled": (SCALED, AutoModelForCausalLM.from_pretrained),
+    "scaled and cut": (SCALED, lambda path: AutoModelForCausalLM.from_pretrained(path, drop_layers=[1])),
+    "scaled cold": (PLAIN, lambda path: hf_lnscale.apply_ln_scaling(AutoModelForCausalLM.from_pretrained(path))),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = train_tokenizer(documents(standard_library=False), 300)
+    made.pad_token = made.eos_token
+    return made
+
+
+@pytest.fixture
+def policy(request, tokenizer, tmp_path):
+    flags, make = MAKE[request.param]
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    tiny.model(**size, **flags).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return make(tmp_path / "model")
+
+
+def settings(cls, tmp_path, **more):
+    return cls(
+        output_dir=str(tmp_path / "out"), max_steps=1, learning_rate=0.0, per_device_train_batch_size=2,
+        report_to="none", use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("policy", MAKE, indirect=True)
+def test_the_first_loss_of_dpo_is_ln_2(policy, peft, tokenizer, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a b"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
+    trainer = DPOTrainer(
+        policy,
+        args=settings(DPOConfig, tmp_path),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj"]) if peft else None,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([math.log(2)], abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["cut on loading", "scaled and cut"], indirect=True)
+def test_the_first_divergence_of_grpo_is_0(policy, tokenizer, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a b"] * 4})
+    arguments = settings(GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4)
+    trainer = GRPOTrainer(
+        policy,
+        reward_funcs=lambda completions, **_: [float(len(one)) for one in completions],
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    assert len(trainer.ref_model.model.layers) == len(policy.model.layers)
+    trainer.train()
+    divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert divergences == pytest.approx([0.0], abs=1e-7)

@@ -1,0 +1,175 @@
+"""Weights and configuration belong together: after kills, when files are mixed, when a model is loaded by its name."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import hf_lnscale
+import tiny
+
+KILLS = int(os.environ.get("KILLS", "8"))
+SHARDS = {"one file": "5GB", "sharded": "20KB"}
+
+
+def scaled():
+    return tiny.model(ln_scaling=True)
+
+
+def cut(model):
+    return hf_lnscale.drop_layers(model, [1])
+
+
+# What is on disk, and what is saved over it.
+CHANGES = {
+    "fold": (scaled, hf_lnscale.fold_ln_scaling),
+    "unfold": (lambda: hf_lnscale.fold_ln_scaling(scaled()), hf_lnscale.unfold_ln_scaling),
+    "drop": (tiny.model, cut),
+    "drop from a scaled one": (scaled, cut),
+    "scale": (tiny.model, lambda model: hf_lnscale.apply_ln_scaling(model)),
+    "remove": (scaled, hf_lnscale.remove_ln_scaling),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tiny.tokens()).logits
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_killed_save_leaves_the_old_model_the_new_one_or_an_error(change, shards, tmp_path):
+    make, then = CHANGES[change]
+    make().save_pretrained(tmp_path / "old", max_shard_size=SHARDS[shards])
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    new = then(copy.deepcopy(old))
+    with torch.no_grad():  # so that a mixture of old and new tensors shows
+        for parameter in new.parameters():
+            parameter.add_(0.01)
+    known = [logits(old), logits(new)]
+    started = time.perf_counter()
+    new.save_pretrained(tmp_path / "timed", max_shard_size=SHARDS[shards])
+    duration = time.perf_counter() - started
+    found = []
+    for kill in range(KILLS):
+        folder = tmp_path / f"{kill}"
+        shutil.copytree(tmp_path / "old", folder)
+        child = os.fork()
+        if not child:
+            new.save_pretrained(folder, max_shard_size=SHARDS[shards])
+            os._exit(0)
+        time.sleep(random.uniform(0, 1.3 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        try:
+            left = logits(AutoModelForCausalLM.from_pretrained(folder))
+        except (OSError, ValueError, RuntimeError):
+            found.append("error")
+            continue
+        same = [left.shape == one.shape and torch.equal(left, one) for one in known]
+        assert any(same), "neither the old model nor the new one"
+        found.append("old" if same[0] else "new")
+        shutil.rmtree(folder)
+    assert len(found) == KILLS
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("change", ["fold", "unfold", "drop from a scaled one"])
+@pytest.mark.parametrize("which", ["config", "weights"])
+def test_files_of_two_models_are_refused_by_name(change, which, shards, tmp_path):
+    make, then = CHANGES[change]
+    model = make()
+    for name in ("old", "new"):
+        model.save_pretrained(tmp_path / name, max_shard_size=SHARDS[shards])
+        model = then(model) if name == "old" else model
+    for file in (tmp_path / "old").iterdir():
+        is_weights = file.name.startswith("model.safetensors") or file.suffix == ".safetensors"
+        if is_weights == (which == "weights"):
+            shutil.copy(file, tmp_path / "new")
+    for load in (AutoModelForCausalLM, LlamaForCausalLM):
+        with pytest.raises((ValueError, OSError), match=r"was saved by a model with|No such file"):
+            load.from_pretrained(tmp_path / "new")
+
+
+def test_checkpoints_without_the_mark_load(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = scaled()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as weights:
+        assert json.loads(weights.metadata()["hf_lnscale"])["ln_scaling"]["depths"] == [1, 2, 3, 4]
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_plain_model_is_saved_as_without_the_plugin(tmp_path, run_python):
+    tiny.model().save_pretrained(tmp_path / "with")
+    code = """
+    import sys, tiny
+    tiny.model().save_pretrained(sys.argv[1])
+    """
+    run_python(code, tmp_path / "without", plugin=False)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "with")) == sorted(os.listdir(tmp_path / "without"))
+
+
+def test_a_save_that_fails_at_once_leaves_what_was_there(tmp_path, monkeypatch):
+    model = scaled()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(model.config), "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+# --- loaded again by name ---------------------------------------------------------------------------------------------
+
+
+def on_load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, drop_layers=[1])
+
+
+def in_memory(folder):
+    return hf_lnscale.drop_layers(AutoModelForCausalLM.from_pretrained(folder), [1])
+
+
+def twice(folder):
+    return hf_lnscale.drop_layers(AutoModelForCausalLM.from_pretrained(folder, drop_layers=[1]), [1])
+
+
+@pytest.mark.parametrize("on_disk", ["plain", "scaled", "cut"])
+@pytest.mark.parametrize("make", [on_load, in_memory, twice, AutoModelForCausalLM.from_pretrained])
+def test_the_name_of_a_model_gives_that_model_again(make, on_disk, tmp_path):
+    original = {"plain": tiny.model, "scaled": scaled, "cut": lambda: cut(scaled())}[on_disk]()
+    original.save_pretrained(tmp_path)
+    model = make(tmp_path)
+    for load in (AutoModelForCausalLM, LlamaForCausalLM):
+        again = load.from_pretrained(model.config._name_or_path)
+        assert len(again.model.layers) == len(model.model.layers)
+        assert torch.equal(logits(again), logits(model))
+        assert hf_lnscale.ln_scales(again) == hf_lnscale.ln_scales(model)
+    # Who writes the path itself means the checkpoint.
+    assert len(AutoModelForCausalLM.from_pretrained(str(tmp_path)).model.layers) == len(original.model.layers)
+
+
+@pytest.mark.parametrize("then", [hf_lnscale.fold_ln_scaling, hf_lnscale.remove_ln_scaling])
+def test_scale_changed_in_memory(then, tmp_path):
+    scaled().save_pretrained(tmp_path)
+    model = then(AutoModelForCausalLM.from_pretrained(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    assert torch.equal(logits(again), logits(model))
