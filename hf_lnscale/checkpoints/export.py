@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -182,7 +182,7 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
-    del part[ACTIVE]
+    del part[ACTIVE], part[ON_DISK]
     part[FOLDED] = scaling.to_dict()
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
