@@ -324,10 +324,11 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
     """Turns the dict of a configuration into what is written to `config.json`, in place.
 
     Returns:
-        The same dict, unchanged if no scale is active in it.
+        The same dict, unchanged but for private state if no scale is active in it.
     """
     scaled = False
     for part in list(parts(config)):
+        part.pop(ON_DISK, None)
         if part.get(ACTIVE):
             scaled = True
             part["id2label"] = {**(part.get("id2label") or {}), TRIPWIRE: ""}
@@ -341,13 +342,15 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `protect`, in place, for the dict read from `config.json`.
 
-    Notes beside each active scale that the file had it. Any other file's dict is returned as it is.
+    Notes beside each active scale that the file had it; such a note in the file itself is ignored. Any other file's
+    dict is returned as it is.
 
     Raises:
         ValueError: if the file has an `ln_scaling` that is not valid.
     """
     scaled = False
     for part in list(parts(config)):
+        part.pop(ON_DISK, None)
         active = _scaling(part, ACTIVE, None)
         if active is None:
             continue

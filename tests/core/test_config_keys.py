@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import hf_lnscale
 import tiny
+from hf_lnscale.checkpoints.export import export
 
 DEFAULT = {"exponent": 0.5, "depths": [1, 2, 3, 4]}
 SCALES = pytest.approx([1.0, 2**-0.5, 3**-0.5, 0.5], rel=1e-15)
@@ -105,6 +106,17 @@ def test_private_state_is_not_shown(family, tmp_path):
         assert not [text for text in shown if "on_disk" in text]
     ours, theirs = loaded.to_dict(), model.config.to_dict()
     assert {key for key in ours if ours[key] != theirs[key]} == {"_name_or_path"}
+
+
+def test_private_state_is_not_read_from_or_written_to_a_file(edited, tmp_path):
+    path = edited(_ln_scaling_on_disk={"exponent": 0.5, "depths": [1, 2, 3, 4]})
+    config = AutoConfig.from_pretrained(path)
+    assert not hasattr(config, "_ln_scaling_on_disk")
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
+    export(tmp_path / "scaled", tmp_path / "folded", progress=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "scaled").save_pretrained(tmp_path / "again")
+    for name in ("folded", "again"):
+        assert "on_disk" not in (tmp_path / name / "config.json").read_text()
 
 
 def test_a_copy_made_of_the_dict_is_no_cold_switch(tmp_path, recwarn):
