@@ -89,14 +89,16 @@ def read_info(path: str) -> CheckpointInfo:
         family=text.model_type,
         supported=supported,
         num_layers=num_layers,
-        active=found.active and found.active.to_dict(),
-        folded=found.folded and found.folded.to_dict(),
+        active=found.active.to_dict() if found.active else None,
+        folded=found.folded.to_dict() if found.folded else None,
         scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
-        dropped=found.dropped and found.dropped.to_dict(),
+        dropped=found.dropped.to_dict() if found.dropped else None,
     )
 
 
-def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = False, progress: bool = True) -> Path:
+def export(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, progress: bool = True
+) -> Path:
     """Writes the folded form of a scaled checkpoint: a plain checkpoint, for any runtime.
 
     The folder appears under its name when it is complete; an export that is killed leaves nothing that loads.

@@ -209,11 +209,11 @@ def report_path(out: str | os.PathLike[str]) -> Path:
 
 
 def evaluate(
-    models: str | os.PathLike | Sequence[str | os.PathLike],
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     data: Any = None,
     *,
     tasks: Sequence[str] = (),
-    include_path: str | os.PathLike | None = None,
+    include_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     max_bytes: int | None = None,
