@@ -65,7 +65,7 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,
-            "cure: a small deep Llama, trained without and with LayerNorm Scaling (LNS)": self.cure,
+            "cure: a small deep Llama, trained without and with LNS": self.cure,
             "ship: an ordinary checkpoint for any runtime": self.ship,
             "drop: layers out of a trained model, chosen by measurement": self.drop,
         }
