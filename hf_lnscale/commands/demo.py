@@ -104,7 +104,7 @@ class Demo:
             except MissingPackageError as error:
                 self.say(f"Skipped: {error}")
                 return {"skipped": True}
-        parts: dict[str, Any] = dict.fromkeys(("loss", "gradients", "jacobian"), False)
+        parts: dict[str, Any] = dict.fromkeys(("loss", "gradients", "jacobian", "progress"), False)
         found = diagnose(load(folder), self.held_out_texts, windows=Windows(512 if self.fast else 2048, 256), **parts)
         self.console.print(str(found), markup=False)
         variances = {key: [place[key] for place in found.residual] for key in ("variance", "variance_without_first")}

@@ -88,6 +88,70 @@ class MeanLoss:
         return standard_error(residuals_S)
 
 
+class SourceLosses:
+    """The loss of a model on several sources of text.
+
+    Args:
+        halves: the model.
+        batches: the text.
+        hidden: index of a batch -> the decoder's output for it, shape (B, T, D).
+        only: one source, to leave out the others.
+
+    Attributes:
+        of: name of the source -> its loss.
+
+    Raises:
+        ValueError: if a source has no token to predict.
+    """
+
+    def __init__(
+        self,
+        halves: SplitModel,
+        batches: TokenBatches,
+        hidden: Callable[[int], torch.Tensor],
+        only: str | None = None,
+    ) -> None:
+        picked = [predictions(batch) for batch in batches]
+        self.of: dict[str, MeanLoss] = {}
+        for name in [only] if only else dict.fromkeys(batch.name for batch in batches):
+            mine = [index for index, batch in enumerate(batches) if batch.name == name]
+            loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in mine]))
+            if not loss.counts_S.sum():
+                raise ArgumentError(
+                    "data", problem=f"there is no token to predict in {name}; sequences must hold two tokens or more"
+                )
+            sequences = 0
+            for index in mine:
+                picked_BT, targets_N = picked[index]
+                x_ND = pick_tokens(hidden(index), picked_BT)
+                sequences_N = sequences + picked_BT.nonzero()[:, 0]
+                for part in halves.parts(len(x_ND)):
+                    loss.add(token_losses(halves.logits(x_ND[part]), targets_N[part]), sequences_N[part])
+                sequences += len(picked_BT)
+            self.of[name] = loss
+
+    @property
+    def mean(self) -> float:
+        """Mean over sources, each counted once: the logarithm of the geometric mean of their perplexities."""
+        return sum(loss.mean for loss in self.of.values()) / len(self.of)
+
+    def error(self, reference: SourceLosses) -> float:
+        """Standard error of the difference of the mean to a reference; a source of one sequence adds nothing to it."""
+        errors = [loss.error(reference.of[name]) or 0.0 for name, loss in self.of.items()]
+        return math.hypot(*errors) / len(self.of)
+
+
+def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[int] = ()) -> SourceLosses:
+    """The loss of a model from which layers are removed, for each source of text.
+
+    Raises:
+        ValueError: if a source has no token to predict.
+    """
+    halves, gone = SplitModel(model), list(removed)
+    with eval_mode(model):
+        return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
+
+
 def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:
     """The loss of a model from which layers are removed, in nats per token: mean cross-entropy of the next token.
 

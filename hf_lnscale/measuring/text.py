@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ class Batch:
     Attributes:
         input_ids: shape (B, T).
         attention_mask: shape (B, T), bool; False at padding, which no measurement counts.
+        name: the source of text it belongs to; all of its sequences are from there.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    name: str = ""
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
     @property
     def padded(self) -> bool:
@@ -80,11 +83,31 @@ class TokenBatches:
     Attributes:
         batches: the batches, on the CPU. Only ids are held: eight bytes a token.
         source: where they come from, in words, for a plan's JSON.
+        weights: name of each source of text -> how much it counts in a fit, whatever its number of tokens; 0 for text
+            that is only measured on. Data without named sources is one source, named by `source`.
     """
 
-    def __init__(self, batches: list[Batch], source: str) -> None:
-        self.batches = batches
+    def __init__(self, batches: list[Batch], source: str, weights: Mapping[str, float] | None = None) -> None:
+        self.batches = batches if weights else [replace(batch, name=source) for batch in batches]
         self.source = source
+        self.weights = dict(weights or {source: 1.0})
+
+    @classmethod
+    def join(cls, sources: Mapping[str, tuple[TokenBatches, float]]) -> TokenBatches:
+        """Several sources of text as one: name -> (batches, weight)."""
+        return cls(
+            [replace(batch, name=name) for name, (batches, _) in sources.items() for batch in batches],
+            ", ".join(
+                name if name == batches.source else f"{name}: {batches.source}"
+                for name, (batches, _) in sources.items()
+            ),
+            {name: weight for name, (_, weight) in sources.items()},
+        )
+
+    def only(self, *names: str) -> TokenBatches:
+        """The batches of some sources."""
+        weights = {name: self.weights[name] for name in names}
+        return TokenBatches([batch for batch in self.batches if batch.name in weights], self.source, weights)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -102,44 +125,65 @@ class TokenBatches:
         return sum(len(batch.input_ids) for batch in self.batches)
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded of the data: `source`, `num_tokens`, `num_sequences` and `sha256` of ids and padding."""
+        """The record of the data: `source`, `num_tokens`, `num_sequences` and `sha256` of ids and padding.
+
+        With several sources of text also `sources`, each with its `weight`, `num_tokens` and `num_sequences`.
+        """
         digest = hashlib.sha256()
         for batch in self.batches:
             digest.update(repr(tuple(batch.input_ids.shape)).encode())
             digest.update(batch.input_ids.numpy().tobytes())
             digest.update(batch.attention_mask.numpy().tobytes())
-        return {
-            "source": self.source,
-            "num_tokens": self.num_tokens,
-            "num_sequences": self.num_sequences,
-            "sha256": digest.hexdigest(),
-        }
+        sizes = {"num_tokens": self.num_tokens, "num_sequences": self.num_sequences}
+        found = {"source": self.source, **sizes, "sha256": digest.hexdigest()}
+        if len(self.weights) > 1:
+            parts = {name: self.only(name) for name in self.weights}
+            found["sources"] = {
+                name: {
+                    "weight": part.weights[name],
+                    "num_tokens": part.num_tokens,
+                    "num_sequences": part.num_sequences,
+                }
+                for name, part in parts.items()
+            }
+        return found
 
-    def split(self, held_out: float) -> tuple[TokenBatches, TokenBatches]:
+    def split(self, held_out: float, whole: Collection[str] = ()) -> tuple[TokenBatches, TokenBatches]:
         """The sequences in two parts that share none: to choose by, and the last ones, held out to judge by.
 
         Args:
-            held_out: share of the sequences in the second part, between 0 and 1; at least one goes into each.
+            held_out: fraction of the sequences of each source in the second part, between 0 and 1; at least one goes
+                into each.
+            whole: sources that go into the second part whole.
 
         Raises:
-            ValueError: if there are fewer than two sequences.
+            ValueError: if a source has fewer than two sequences.
         """
-        total = self.num_sequences
-        if total < 2:
-            raise ValueError(
-                f"data: {total} sequence(s) of tokens cannot be divided into calibration and held-out data; give more "
-                "text, a smaller seq_len, or held-out data of its own"
-            )
-        first = total - min(total - 1, max(1, round(total * held_out)))
         parts: tuple[list[Batch], list[Batch]] = ([], [])
-        seen = 0
-        for batch in self.batches:
-            at = min(max(first - seen, 0), len(batch.input_ids))
-            seen += len(batch.input_ids)
-            for part, rows in zip(parts, (slice(0, at), slice(at, None)), strict=True):
-                if len(batch.input_ids[rows]):
-                    part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows]))
-        return TokenBatches(parts[0], self.source), TokenBatches(parts[1], f"{self.source}, held out")
+        for name in self.weights:
+            source = self.only(name)
+            total = source.num_sequences
+            if name in whole:
+                parts[1].extend(source.batches)
+                continue
+            if total < 2:
+                of = f" of {name}" if len(self.weights) > 1 else ""
+                raise ValueError(
+                    f"data: {total} sequence(s) of tokens{of} cannot be divided into calibration and held-out data; "
+                    "give more text, a smaller seq_len, or held-out data of its own"
+                )
+            first = total - min(total - 1, max(1, round(total * held_out)))
+            seen = 0
+            for batch in source:
+                at = min(max(first - seen, 0), len(batch.input_ids))
+                seen += len(batch.input_ids)
+                for part, rows in zip(parts, (slice(0, at), slice(at, None)), strict=True):
+                    if len(batch.input_ids[rows]):
+                        part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows], name))
+        kept = {name: weight for name, weight in self.weights.items() if name not in whole}
+        return TokenBatches(parts[0], self.source, kept), TokenBatches(
+            parts[1], f"{self.source}, held out", self.weights
+        )
 
 
 def token_batches(
@@ -160,7 +204,10 @@ def token_batches(
         data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
             column "text" or "messages"; the path of a text file, or of a .json or .jsonl file with such a row a line;
             or token ids: a tensor or array of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
-            iterable of these, or of lists of ids.
+            iterable of these, or of lists of ids. Or several sources of text, as a dict {name: data} or
+            {name: (data, weight)}, where data is any of the above and the weight, 1 by default, says how much the
+            source counts when weights are fitted, and how many of the tokens it contributes; a source of weight 0 is
+            measured on and never fitted. Each source has two windows at least.
         model: the model whose tokenizer is loaded if none is given.
         tokenizer: turns text into ids; not needed for token ids.
         windows: how texts are cut. Batches of token ids are taken whole.
@@ -174,6 +221,8 @@ def token_batches(
         return data
     if isinstance(data, Mapping) and hasattr(data, "column_names"):
         raise ValueError(f"data: choose a split of the dataset, such as data[{next(iter(data), 'train')!r}]")
+    if isinstance(data, Mapping) and "input_ids" not in data:
+        return _join(data, model, tokenizer, windows)
     if isinstance(data, Mapping) or _is_array(data):
         return TokenBatches([_ids(data)], "token ids")
     if isinstance(data, (str, os.PathLike)):
@@ -198,6 +247,84 @@ def token_batches(
         tokenizer = AutoTokenizer.from_pretrained(name)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source), source)
+
+
+def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any, windows: Windows) -> TokenBatches:
+    pairs = {name: value if _is_weighted(value) else (value, 1.0) for name, value in data.items()}
+    for name, (_, weight) in pairs.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"data: sources of text must have names, got {name!r}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"data: the weight of {name} must be a number of at least 0, got {weight!r}")
+    total = sum(weight for _, weight in pairs.values())
+    if not total > 0:
+        raise ValueError(f"data: at least one source must have a weight above 0, got {dict.fromkeys(pairs, 0)}")
+    least = 2 * window_length(windows.seq_len, [] if model is None else [model.config])
+    sources: dict[str, tuple[TokenBatches, float]] = {}
+    for name, (one, weight) in pairs.items():
+        # A source that is only measured on has as much as one of average weight.
+        share = weight / total or 1 / len(pairs)
+        size = None if windows.num_tokens is None else max(least, round(windows.num_tokens * share))
+        try:
+            batches = token_batches(one, model, tokenizer=tokenizer, windows=replace(windows, num_tokens=size))
+        except ValueError as error:
+            raise ValueError(f"{error} (source {name})") from error
+        sources[name] = batches, float(weight)
+    return TokenBatches.join(sources)
+
+
+def _is_weighted(value: Any) -> bool:
+    """Whether a source is given as (data, weight)."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and not isinstance(value[0], numbers.Number)
+        and isinstance(value[1], numbers.Real)
+    )
+
+
+def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
+    """Reads sources of text as they are written on a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
+
+    Without a name, a source is named after its file, without the suffix. What is itself the path of a file is taken as
+    one, whatever characters are in it.
+
+    Returns:
+        {name: (path, weight)}, as `token_batches` takes it.
+
+    Raises:
+        ValueError: for a name that occurs twice, an empty name or path, or a weight that is negative or infinite.
+    """
+    sources: dict[str, tuple[str, float]] = {}
+    for argument in arguments:
+        name, path, weight = "", argument, 1.0
+        if not Path(argument).is_file():
+            head, equals, tail = argument.partition("=")
+            if equals and not set(head) & set("/\\"):
+                name, path = head, tail
+                if not name:
+                    raise ValueError(
+                        f"data: {argument!r} has no name before '='; valid is NAME=PATH or NAME=PATH:WEIGHT"
+                    )
+            front, colon, number = path.rpartition(":")
+            if colon and not Path(path).is_file() and (found := _number(number)) is not None:
+                path, weight = front, found
+        name = name or Path(path).stem
+        if not path or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"data: {argument!r} is not a source of text; valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"
+            )
+        if name in sources:
+            raise ValueError(f"data: two sources are named {name!r}; name them apart, such as other={path}")
+        sources[name] = path, weight
+    return sources
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def max_positions(config: Any) -> int | None:
@@ -267,7 +394,10 @@ def _ids(row: Any) -> Batch:
 
 
 def require_file(data: Any) -> None:
-    """Refuses the path of a file that is not there; whatever else data may be, it is not looked at."""
+    """Refuses the path of a file that is not there, also among sources; other data is not looked at."""
+    if isinstance(data, Mapping):
+        for value in data.values():
+            require_file(value[0] if _is_weighted(value) else value)
     if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
         raise FileNotFoundError(f"data: there is no file {str(data)!r} (a text itself must be in a list: data=['...'])")
 

@@ -221,7 +221,9 @@ def test_bfloat16_is_accumulated_wider(method, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_taylor_is_weight_times_gradient(family, ids, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB)  # several parts, of unequal size
+    monkeypatch.setattr(
+        "hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB
+    )  # several parts
     model = build(family)
     expected = torch.zeros(LAYERS, dtype=torch.float64)
     for batch in batches_of(ids):
