@@ -72,7 +72,7 @@ def model_card(
     """
     data = ModelCardData(
         base_model=_public(base_model),
-        datasets=[dataset] if _public(dataset) else None,
+        datasets=[dataset] if dataset and _public(dataset) else None,
         library_name=library_name,
         tags=["hf-lnscale", *tags],
         pipeline_tag=pipeline_tag,

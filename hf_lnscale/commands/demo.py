@@ -20,7 +20,6 @@ from ..core.errors import MissingPackageError, require_packages
 from ..core.processes import environment_without_flags
 from .quiet import quiet_transformers
 
-# Act 2 in full takes two to three minutes for both models on two cores.
 FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
         "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
 FAST = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4,
@@ -66,7 +65,7 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,
-            "cure: a small deep Llama, trained without and with LayerNorm Scaling (LNS)": self.cure,
+            "cure: a small deep Llama, trained without and with LNS": self.cure,
             "ship: an ordinary checkpoint for any runtime": self.ship,
             "drop: layers out of a trained model, chosen by measurement": self.drop,
         }
@@ -105,11 +104,8 @@ class Demo:
             except MissingPackageError as error:
                 self.say(f"Skipped: {error}")
                 return {"skipped": True}
-        windows, parts = (
-            Windows(512 if self.fast else 2048, 256),
-            dict.fromkeys(("loss", "gradients", "jacobian"), False),
-        )
-        found = diagnose(load(folder), self.held_out_texts, windows=windows, progress=False, **parts)
+        parts: dict[str, Any] = dict.fromkeys(("loss", "gradients", "jacobian", "progress"), False)
+        found = diagnose(load(folder), self.held_out_texts, windows=Windows(512 if self.fast else 2048, 256), **parts)
         self.console.print(str(found), markup=False)
         variances = {key: [place[key] for place in found.residual] for key in ("variance", "variance_without_first")}
         return {"skipped": False, "checkpoint": str(folder), **variances}
@@ -154,8 +150,8 @@ class Demo:
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
-        values: dict[str, Any] = {**self.shape, "eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
-        return LlamaForCausalLM(LlamaConfig(**values))
+        config: dict[str, Any] = {**self.shape, "eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
+        return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
         """Trains in place, with the paper's recipe in small. Returns evaluation losses over the run."""
@@ -187,10 +183,8 @@ class Demo:
         with tempfile.TemporaryDirectory() as temporary:
             script, logits = Path(temporary) / "plain.py", Path(temporary) / "logits.pt"
             script.write_text(PLAIN_PROCESS)
-            command = [sys.executable, script, scaled, folded, logits, torch.get_num_threads()]
-            done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, env=environment_without_flags()
-            )
+            command = map(str, [sys.executable, script, scaled, folded, logits, torch.get_num_threads()])
+            done = subprocess.run([*command], capture_output=True, text=True, env=environment_without_flags())
             if done.returncode:
                 raise RuntimeError(f"the process without the plugin failed:\n{done.stderr}")
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -93,19 +93,22 @@ def _with_quiet_transformers(verb: Callable[..., None]) -> Callable[..., None]:
     return quiet
 
 
-_first: list[Callable[..., None]] = [demo, info, diagnose]
-_others: list[Callable[..., None]] = [evaluate, prune, export, push]
-for _verb in _first:
-    app.command()(_with_quiet_transformers(_verb))
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    no_args_is_help=False,
-)(_with_quiet_transformers(train))
-for _verb in _others:
-    app.command()(_with_quiet_transformers(_verb))
+def _add(verb: Callable[..., None], **settings: Any) -> None:
+    app.command(**settings)(_with_quiet_transformers(verb))
+
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_add(demo)
+_add(info)
+_add(diagnose)
+_add(train, context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_help=False)
+_add(evaluate)
+_add(prune)
+_add(export)
+_add(push)
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
-app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(fold)
+app.command(hidden=True, context_settings=_PASS_ON)(fold)
 
 
 def main() -> None:
