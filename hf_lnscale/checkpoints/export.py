@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -89,14 +89,16 @@ def read_info(path: str) -> CheckpointInfo:
         family=text.model_type,
         supported=supported,
         num_layers=num_layers,
-        active=found.active and found.active.to_dict(),
-        folded=found.folded and found.folded.to_dict(),
+        active=found.active.to_dict() if found.active else None,
+        folded=found.folded.to_dict() if found.folded else None,
         scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
-        dropped=found.dropped and found.dropped.to_dict(),
+        dropped=found.dropped.to_dict() if found.dropped else None,
     )
 
 
-def export(src: str | os.PathLike, out: str | os.PathLike, *, force: bool = False, progress: bool = True) -> Path:
+def export(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, progress: bool = True
+) -> Path:
     """Writes the folded form of a scaled checkpoint: a plain checkpoint, for any runtime.
 
     The folder appears under its name when it is complete; an export that is killed leaves nothing that loads.
@@ -180,7 +182,7 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
-    del part[ACTIVE]
+    del part[ACTIVE], part[ON_DISK]
     part[FOLDED] = scaling.to_dict()
     return protect(raw), scaling.scales(num_layers), family_of(config)
 

@@ -23,7 +23,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
-def find_converter(path: str | os.PathLike | None = None) -> Path:
+def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
     """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH.
 
     Raises:
@@ -48,10 +48,10 @@ def find_converter(path: str | os.PathLike | None = None) -> Path:
 
 
 def export_gguf(
-    checkpoint: str | os.PathLike,
-    out: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
-    converter: str | os.PathLike | None = None,
+    converter: str | os.PathLike[str] | None = None,
     outtype: str = "auto",
     force: bool = False,
     progress: bool = True,

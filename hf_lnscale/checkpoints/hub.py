@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 
 from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
@@ -60,10 +60,10 @@ class Upload:
 
 
 def push(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    evaluation: str | os.PathLike | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
     allow_scaled: bool = False,
     private: bool | None = None,
@@ -130,7 +130,7 @@ def _files(path: Path) -> dict[str, int]:
     return {name: (path / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=LEFT_OUT)}
 
 
-def _evaluated(path: Path, evaluation: str | os.PathLike | None) -> str:
+def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
     """The table that `evaluate` found, in Markdown, or ""."""
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
     if not file.is_file():

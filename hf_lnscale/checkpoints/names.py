@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -19,7 +20,7 @@ from ..core.errors import ArgumentError, CheckpointError, CheckpointNotFoundErro
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
+def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     """Turns what a user calls a model into the arguments of every `from_pretrained`.
 
     Args:
@@ -57,7 +58,7 @@ def locate(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
     return str(model), {"gguf_file": found[0]}
 
 
-def read_config(model: str | os.PathLike) -> Any:
+def read_config(model: str | os.PathLike[str]) -> Any:
     """Reads a model's configuration from whatever `locate` finds; no weight is read.
 
     Raises:
@@ -77,22 +78,24 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def load_tokenizer(model: str | os.PathLike) -> Any:
+def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     """Loads the tokenizer of whatever `locate` finds.
 
     Raises:
         CheckpointError: if there is none; the message says what to do.
     """
     name, where = locate(model)
+    files = Path(name).glob("*") if Path(name).is_dir() and not where else None
+    # Without any of these files, transformers may return a tokenizer that knows no token.
+    if files is not None and not any(re.search("token|vocab|merges|spiece", file.name) for file in files):
+        raise CheckpointError(
+            f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
+            "save the tokenizer that the model was trained with there: "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
+        )
     try:
         return AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # of many types
-        if Path(name).is_dir() and not where and not any(Path(name).glob("*token*")):
-            raise CheckpointError(
-                f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
-                "save the tokenizer that the model was trained with there: "
-                f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
-            ) from None
         raise CheckpointError(f"cannot read the tokenizer of {str(model)!r}: {error}") from error
 
 
@@ -146,7 +149,7 @@ class Placement:
         """The device that inputs go to."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load(self, model: str | os.PathLike) -> Any:
+    def load(self, model: str | os.PathLike[str]) -> Any:
         """Loads a causal language model there; see `load`."""
         if self.device_map:
             return load(model, dtype=self.dtype, device_map=self.device_map)
@@ -155,7 +158,7 @@ class Placement:
         return loaded if getattr(loaded, "is_quantized", False) else loaded.to(self.main_device)
 
 
-def load(model: str | os.PathLike, **kwargs: Any) -> Any:
+def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Loads a causal language model from whatever `locate` finds, in evaluation mode.
 
     The weights of a GGUF file are dequantized on loading; the model is then an ordinary one, and can be saved.
@@ -178,7 +181,7 @@ def load(model: str | os.PathLike, **kwargs: Any) -> Any:
     return loaded.eval()
 
 
-def size_on_disk(model: str | os.PathLike) -> int | None:
+def size_on_disk(model: str | os.PathLike[str]) -> int | None:
     """Bytes of a model's weight files; None for a name on the Hub of which none are in the cache."""
     name, where = locate(model)
     folder = Path(name)

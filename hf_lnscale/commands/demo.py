@@ -105,8 +105,11 @@ class Demo:
             except MissingPackageError as error:
                 self.say(f"Skipped: {error}")
                 return {"skipped": True}
-        settings = {"windows": Windows(512 if self.fast else 2048, 256), "progress": False}
-        found = diagnose(load(folder), self.held_out_texts, loss=False, gradients=False, jacobian=False, **settings)
+        windows, parts = (
+            Windows(512 if self.fast else 2048, 256),
+            dict.fromkeys(("loss", "gradients", "jacobian"), False),
+        )
+        found = diagnose(load(folder), self.held_out_texts, windows=windows, progress=False, **parts)
         self.console.print(str(found), markup=False)
         variances = {key: [place[key] for place in found.residual] for key in ("variance", "variance_without_first")}
         return {"skipped": False, "checkpoint": str(folder), **variances}
@@ -151,7 +154,8 @@ class Demo:
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
-        return LlamaForCausalLM(LlamaConfig(**self.shape, eos_token_id=end, bos_token_id=end, ln_scaling=ln_scaling))
+        values: dict[str, Any] = {**self.shape, "eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
+        return LlamaForCausalLM(LlamaConfig(**values))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
         """Trains in place, with the paper's recipe in small. Returns evaluation losses over the run."""
@@ -165,7 +169,7 @@ class Demo:
             disable_tqdm=not sys.stderr.isatty(),
         )  # fmt: skip
         rows = [[{"input_ids": row, "labels": row} for batch in part for row in batch.input_ids] for part in parts]
-        trainer = Trainer(model, arguments, train_dataset=rows[0], eval_dataset=rows[1])  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, train_dataset=rows[0], eval_dataset=rows[1])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -183,8 +187,10 @@ class Demo:
         with tempfile.TemporaryDirectory() as temporary:
             script, logits = Path(temporary) / "plain.py", Path(temporary) / "logits.pt"
             script.write_text(PLAIN_PROCESS)
-            command = [sys.executable, script, scaled, folded, logits, str(torch.get_num_threads())]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment_without_flags())
+            command = [sys.executable, script, scaled, folded, logits, torch.get_num_threads()]
+            done = subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, env=environment_without_flags()
+            )
             if done.returncode:
                 raise RuntimeError(f"the process without the plugin failed:\n{done.stderr}")
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -38,8 +38,6 @@ def diagnose(
 
     The curse of depth in a model of yours: tables here, plots in the report.
     """
-    from rich.console import Console
-
     from ..checkpoints.names import Placement
     from ..diagnosis.folder import diagnose_checkpoints
     from ..measuring.text import Windows
@@ -53,6 +51,5 @@ def diagnose(
         documents = [json.loads(one.to_json()) for one in found]
         print(json.dumps(documents if compare else documents[0], indent=1))
         return
-    for one in found:
-        Console(highlight=False).print(one)
+    print(*found, sep="\n")
     print(f"wrote {one_line(out / 'report.html')}")

@@ -93,13 +93,15 @@ def _with_quiet_transformers(verb: Callable[..., None]) -> Callable[..., None]:
     return quiet
 
 
-for _verb in (demo, info, diagnose):
+_first: list[Callable[..., None]] = [demo, info, diagnose]
+_others: list[Callable[..., None]] = [evaluate, prune, export, push]
+for _verb in _first:
     app.command()(_with_quiet_transformers(_verb))
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     no_args_is_help=False,
 )(_with_quiet_transformers(train))
-for _verb in (evaluate, prune, export, push):
+for _verb in _others:
     app.command()(_with_quiet_transformers(_verb))
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
@@ -124,6 +126,7 @@ def main() -> None:
 def _messages_on_stderr() -> Iterator[None]:
     """Warnings, and what the library logs, as lines on stderr."""
     logger, handler = logging.getLogger("hf_lnscale"), logging.StreamHandler()
+    handler.setFormatter(_OneLine())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -134,6 +137,11 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(record.getMessage())
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:

@@ -114,7 +114,8 @@ class LNScalingConfig:
         """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
         if not self.warming_up:
             return self.exponent
-        return self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
+        fraction: float = SCHEDULES[self.schedule](self.step / self.warmup_steps)
+        return self.exponent * fraction
 
     def for_layers(self, num_layers: int) -> LNScalingConfig:
         """The same with the depths written out.

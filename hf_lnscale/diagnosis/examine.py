@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .._version import __version__
 from ..checkpoints.folders import public_name
 from ..core.errors import ArgumentError
-from ..core.record import get_ln_scaling, record
+from ..core.record import DROPPED, get_ln_scaling, record
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import MOST_NATS, MeanLoss, loss_without, sweep
 from ..measuring.split_model import SplitModel
@@ -255,7 +255,7 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
         "dtype": _dtype(stack),
         "quantized": getattr(config, "quantization_config", None) is not None,
         "ln_scaling": get_ln_scaling(config),
-        "dropped_layers": list(dropped.layers) if dropped else [],
+        DROPPED: list(dropped.layers) if dropped else [],
     }
 
 

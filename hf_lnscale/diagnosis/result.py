@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from ..core.display import one_line
 from .verdict import with_error
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class DiagnosisData:
         console = Console(file=output, color_system=None)
         lines = (*self.verdict.get("cautions", ()), *self.verdict["sentences"], *self.notes)
         for line in (f"{self.name}: {self.verdict['headline']}", *(f"- {line}" for line in lines)):
-            console.print(line, highlight=False, markup=False)
+            console.print(one_line(line), highlight=False, markup=False)
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
         table = Table(*(column.short for column in shown), padding=(0, 1) if console.width >= 100 else 0)
         # Of the errors those of the losses: more do not fit into 80 columns.

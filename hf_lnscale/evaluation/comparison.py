@@ -19,7 +19,7 @@ from rich.table import Table
 from .._version import __version__
 from ..checkpoints.folders import EVALUATION_FILE, public_name
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import markdown, show_bytes, terminal
+from ..core.display import markdown, markdown_text, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
 from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
@@ -96,7 +96,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The table in Markdown, with what it was measured on under it."""
-        return f"{markdown(self._header(), self._rows())}\n\n{self.notes}"
+        return f"{markdown(self._header(), self._rows())}\n\n{markdown_text(self.notes)}"
 
     def table(self) -> Table:
         """The table for a terminal; `notes` goes under it."""
@@ -209,11 +209,11 @@ def report_path(out: str | os.PathLike[str]) -> Path:
 
 
 def evaluate(
-    models: str | os.PathLike | Sequence[str | os.PathLike],
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     data: Any = None,
     *,
     tasks: Sequence[str] = (),
-    include_path: str | os.PathLike | None = None,
+    include_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     max_bytes: int | None = None,

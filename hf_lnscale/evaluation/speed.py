@@ -186,7 +186,8 @@ class _Process:
             if request is not None:
                 print(request, file=self.process.stdin, flush=True)
         if line := self.process.stdout.readline():
-            return json.loads(line)
+            found: dict[str, Any] = json.loads(line)
+            return found
         self.process.wait()
         self.errors.seek(0)
         last = self.errors.read().strip().splitlines()[-1:] or ["no message"]

@@ -66,7 +66,7 @@ class TaskResult:
         return Estimate(difference, math.hypot(self.stderr, reference.stderr)), False
 
 
-def task_manager(tasks: Sequence[str], include_path: str | os.PathLike | None = None) -> Any:
+def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> Any:
     """lm-evaluation-harness's `TaskManager`, after a look whether it knows the tasks.
 
     Args:

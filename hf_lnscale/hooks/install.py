@@ -122,7 +122,7 @@ class _Installed(NamedTuple):
 
 _lock = threading.RLock()
 _enabled = False
-_installed: dict[tuple[type, str], _Installed] = {}
+_installed: dict[tuple[Any, str], _Installed] = {}
 _waiting: set[str] = set()  # groups that are not imported yet
 problems: dict[str, list[str]] = {}  # group: what is not as the table says
 
@@ -242,16 +242,16 @@ def _install(group: str) -> None:
             setattr(owner, name, hook)
 
 
-def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[type, str], Any], list[str]]:
+def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any], list[str]]:
     """The replacements of a group, and what is not as its table says."""
-    made: dict[tuple[type, str], Any] = {}
+    made: dict[tuple[Any, str], Any] = {}
     found: list[str] = []
     for hook in table:
         if hook.group != group:
             continue
         module, _, cls = hook.owner.partition(":")
         try:
-            owner = importlib.import_module(module)
+            owner: Any = importlib.import_module(module)
             owner = getattr(owner, cls) if cls else owner
             file, _, factory = hook.replacement.partition(":")
             make = getattr(importlib.import_module(f".{file}", __package__), factory)

@@ -72,7 +72,7 @@ class SplitModel:
         heads = [
             (module, name)
             for module in model.modules()
-            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
             for name, child in module.named_modules()
             if child is self.stack.model and name
         ]

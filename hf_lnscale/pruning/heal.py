@@ -160,6 +160,12 @@ class HealReport:
         """
         _restore(self._originals)
 
+    def set_aside(self) -> Callable[[], None]:
+        """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""
+        healed = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter, _ in self._originals]
+        self.undo()
+        return lambda: _restore(healed)
+
     def forget(self) -> None:
         """Frees the copies of the old weights; `undo` does nothing from then on."""
         self._originals.clear()

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -29,11 +30,17 @@ from ..core.stack import text_stack
 from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.text import TokenBatches, Windows, token_batches, window_length
+from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
 from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
+
+if TYPE_CHECKING:
+    import rich.table
+
+logger = logging.getLogger(__name__)
 
 _HEADER = ("", "before", "after", "change")
 
@@ -59,12 +66,16 @@ class Pruned:
         name = f"{self.plan.model_name} " if self.plan.model_name else ""
         return f"{name}without layers {', '.join(map(str, self.plan.layers))}"
 
+    def table(self) -> rich.table.Table:
+        """The rows for a terminal."""
+        return terminal(_HEADER, self.rows, self.title)
+
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            console.print(terminal(_HEADER, self.rows, self.title))
+            console.print(self.table())
         return capture.get().rstrip()
 
 
@@ -319,6 +330,9 @@ def _choose_and_heal(
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
             "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
         )
+    cost = estimate_cost(model, target, method, heal, calibration, judged)
+    each = " for each number of layers that is tried" if target.budget is not None else ""
+    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
     return search_layers(model, target, method, heal, calibration, judged, resume, progress)
 
 

@@ -34,8 +34,9 @@ from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pic
 from ..measuring.stream import capture_residual_stream, eval_mode, last_tokens, upcast
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
-__all__ = ["METHODS", "LayerScores", "score_layers"]
-METHODS = ("block_influence", "angular", "taylor", "perplexity", "kl")
+__all__ = ["METHODS", "LayerScores", "score_layers", "score_stream"]
+STREAM_METHODS = ("block_influence", "angular")
+METHODS = (*STREAM_METHODS, "taylor", "perplexity", "kl")
 _UNITS = {
     "block_influence": "1 - cosine",
     "angular": "angular distance / pi",
@@ -257,11 +258,9 @@ def score_layers(
     stack = text_stack(model)
     name = public_name(stack.model.config.name_or_path or "")
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
+    if method in STREAM_METHODS:
+        return score_stream(model, batches, (method,), tokens, progress)[method]
     about = batches.describe()
-    if method == "block_influence":
-        return LayerScores(method, _block_influence(model, batches, progress), name, about)
-    if method == "angular":
-        return LayerScores(method, _angular(model, batches, tokens, progress), name, about, tokens=tokens)
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
@@ -274,49 +273,88 @@ def score_layers(
 # --- the residual stream ----------------------------------------------------------------------------
 
 
-def _block_influence(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
+def score_stream(
+    model: nn.Module,
+    batches: TokenBatches,
+    methods: Iterable[str] = STREAM_METHODS,
+    tokens: str = "last",
+    progress: bool = True,
+) -> dict[str, LayerScores]:
+    """Scores by the methods that read the residual stream alone, in one pass for all of them; see `score_layers`."""
     stack = text_stack(model)
-    total_L = torch.zeros(len(stack.layers), dtype=torch.float64)
-    before: tuple[torch.Tensor, torch.Tensor] | None = None
-    sums: list[torch.Tensor] = []
+    meters = {
+        name: _Angular(len(stack.layers), tokens) if name == "angular" else _BlockInfluence(len(stack.layers))
+        for name in methods
+    }
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
-        nonlocal before
+        for meter in meters.values():
+            meter.visit(place, x_BTD)
+
+    with eval_mode(model), capture_residual_stream(stack, visit):
+        for batch in _track(batches, ", ".join(meters), progress):
+            for meter in meters.values():
+                meter.start(batch)
+            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
+            for meter in meters.values():
+                meter.finish()
+    model_name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
+    return {
+        name: LayerScores(name, meter.scores(), model_name, about, tokens=tokens if name == "angular" else None)
+        for name, meter in meters.items()
+    }
+
+
+class _BlockInfluence:
+    """Mean over all tokens of the cosine distance between each layer's input and output."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.total_L = torch.zeros(num_layers, dtype=torch.float64)
+        self.count = 0
+
+    def start(self, batch: Batch) -> None:
+        self.real_BT, self.sums = batch.attention_mask, list[torch.Tensor]()
+        self.before: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.count += int(batch.attention_mask.sum())
+
+    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
         x_BTD = upcast(x_BTD)
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
-        if place:
-            assert before is not None
-            y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
+        if self.before is not None:
+            y_BTD, other_BT = (state.to(x_BTD.device) for state in self.before)
             distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
-            sums.append(distance_BT[real_BT.to(x_BTD.device)].sum())
-        before = (x_BTD, norm_BT)
+            self.sums.append(distance_BT[self.real_BT.to(x_BTD.device)].sum())
+        self.before = (x_BTD, norm_BT)
 
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, "block_influence", progress):
-            real_BT = batch.attention_mask
-            sums.clear()
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            # Fetched once a batch: to wait for a device layer by layer would cost more than the sums.
-            total_L += torch.tensor([value.item() for value in sums], dtype=torch.float64)
-    return total_L / _require_tokens(batches.num_tokens)
+    def finish(self) -> None:
+        # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
+        self.total_L += torch.tensor([value.item() for value in self.sums], dtype=torch.float64)
+        self.before = None
+
+    def scores(self) -> torch.Tensor:
+        return self.total_L / _require_tokens(self.count)
 
 
-def _angular(model: nn.Module, batches: TokenBatches, tokens: str, progress: bool) -> torch.Tensor:
-    stack = text_stack(model)
-    angles = BlockAngles(len(stack.layers))
-    states: list[torch.Tensor] = []
+class _Angular:
+    """Angular distances over every block, at the last token of each sequence or at all tokens."""
 
-    def visit(place: int, x_BTD: torch.Tensor) -> None:
-        states.append(x_BTD[picked_BT.to(x_BTD.device)])
+    def __init__(self, num_layers: int, tokens: str) -> None:
+        self.angles, self.tokens = BlockAngles(num_layers), tokens
 
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, "angular", progress):
-            picked_BT = last_tokens(batch) if tokens == "last" else batch.attention_mask
-            states.clear()
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            angles.add(states)
-    _require_tokens(angles.count)
-    return angles.mean()
+    def start(self, batch: Batch) -> None:
+        self.picked_BT = last_tokens(batch) if self.tokens == "last" else batch.attention_mask
+        self.states: list[torch.Tensor] = []
+
+    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
+        self.states.append(x_BTD[self.picked_BT.to(x_BTD.device)])
+
+    def finish(self) -> None:
+        self.angles.add(self.states)
+        self.states.clear()
+
+    def scores(self) -> torch.Tensor:
+        _require_tokens(self.angles.count)
+        return self.angles.mean()
 
 
 # --- weights ----------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,22 @@ from transformers.utils import logging
 from ..checkpoints.folders import public_name
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import loss_without, perplexity_of, sweep_losses
+from ..measuring.losses import losses_by_source, perplexity_of, sweep_losses, token_losses
+from ..measuring.split_model import SplitModel, pick_tokens, predictions
+from ..measuring.stream import capture_residual_stream, eval_mode
 from ..measuring.text import TokenBatches
-from .heal import HealReport, heal, healed
+from .heal import Healer, HealReport
 from .layers import counting_layers, normalize_layers
 from .plan import PruningPlan, fingerprint
-from .scores import LayerScores, score_layers
+from .scores import LayerScores, score_layers, score_stream
 
 ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
 # "best_of": number of blocks proposed, and number of proposals healed.
-_BLOCKS = 8
-_HEALED = 4
+BLOCKS = 8
+HEALED = 4
 # How many larger numbers of layers are tried after one that is outside the budget.
 _LOOK_FURTHER = 2
 
@@ -209,7 +212,8 @@ def search_layers(
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
     if not given:  # the target is no part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
-    before = perplexity_of(loss_without(model, judged))
+    healer = _Healer(model, calibration, heal_method) if heal_method else None
+    before = _perplexity(model, judged)
     if not math.isfinite(before):
         raise ArgumentError(
             "model", problem=f"its perplexity on the held-out data is {before}: nothing to compare with"
@@ -226,16 +230,18 @@ def search_layers(
     if given:
         steps: Iterator[dict[str, Any]] = iter([{"layers": given}])
     else:
-        steps = _steps(model, stack, method, heal_method, calibration, target.least, log, progress)
+        steps = _steps(model, stack, method, healer, calibration, target.least, log, progress)
     with bar:
         while not target.reached(tuple(chosen["layers"])) and (step := next(steps, None)):
             if "perplexity" not in step:
-                step["perplexity"] = perplexity_of(loss_without(model, judged, step["layers"]))
+                step["perplexity"] = _perplexity(model, judged, step["layers"])
                 log.write()
-            if heal_method and target.budget is not None and "healed" not in step:
-                with healed(model, sorted(step["layers"]), calibration, method=heal_method, progress=progress):
-                    step["healed"] = perplexity_of(loss_without(model, judged, step["layers"]))
-                log.write()
+            if healer and target.budget is not None:
+                if "healed" not in step:
+                    with healer.healed(step["layers"], progress):
+                        step["healed"] = _perplexity(model, judged, step["layers"])
+                    log.write()
+                healer.forget()
             used.append(step)
             increase = min(step["perplexity"], step.get("healed", math.inf)) / before - 1.0
             if target.budget is not None and not increase <= target.budget:
@@ -265,11 +271,11 @@ def search_layers(
         steps=[] if given else [{**step, "layers": sorted(step["layers"])} for step in used],
         notes=target.sizes(layers),
     )
-    if not (heal_method and layers):
+    if not (healer and layers):
         return plan, None
-    report = heal(model, layers, calibration, method=heal_method, progress=progress)
+    report = healer.heal(layers, progress)
     try:
-        healed_to = perplexity_of(loss_without(model, judged, layers))
+        healed_to = _perplexity(model, judged, layers)
     except BaseException:
         report.undo()
         raise
@@ -277,6 +283,40 @@ def search_layers(
         return replace(plan, perplexity={**plan.perplexity, "healed": healed_to}, heal=report.to_dict()), report
     report.undo()
     return replace(plan, heal=report.to_dict() | {"kept": False}), report
+
+
+def _perplexity(model: nn.Module, judged: TokenBatches, removed: Iterable[int] = ()) -> float:
+    """Without some layers; the geometric mean over the sources of text."""
+    return perplexity_of(losses_by_source(model, judged, removed).mean)
+
+
+class _Healer:
+    """Heals the model for one set of layers after another, and keeps the last fit, so that it need not be repeated."""
+
+    def __init__(self, model: nn.Module, calibration: TokenBatches, method: str) -> None:
+        self.healer = Healer(model, calibration, method=method)
+        self.fit: tuple[HealReport, Callable[[], None]] | None = None
+
+    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
+        layers = tuple(sorted(layers))
+        if self.fit and self.fit[0].dropped == layers:
+            report, apply_again = self.fit
+            apply_again()
+            return report
+        return self.healer.heal(layers, progress)
+
+    @contextmanager
+    def healed(self, layers: Iterable[int], progress: bool) -> Iterator[HealReport]:
+        """Within it, the model is healed."""
+        report = self.heal(layers, progress)
+        try:
+            yield report
+        finally:
+            self.fit = report, report.set_aside()
+
+    def forget(self) -> None:
+        """Frees the full model's states: other numbers of layers have cuts in other places."""
+        self.healer.forget()
 
 
 class OtherSearchError(ArgumentError):
@@ -321,7 +361,7 @@ def _steps(
     model: nn.Module,
     stack: Stack,
     method: str,
-    heal_method: str | None,
+    healer: _Healer | None,
     calibration: TokenBatches,
     least: int,
     log: _Log,
@@ -344,11 +384,9 @@ def _steps(
         yield from list(log.steps)
         dropped: list[int] = log.steps[-1]["layers"] if log.steps else []
         for _ in range(len(log.steps), most):
-            repaired = (
-                healed(model, sorted(dropped), calibration, method=heal_method, progress=False)
-                if method == "greedy_healed" and dropped
-                else nullcontext()
-            )
+            repaired: AbstractContextManager[Any] = nullcontext()
+            if method == "greedy_healed" and healer and dropped:
+                repaired = healer.healed(dropped, progress=False)
             with repaired:
                 losses = sweep_losses(model, calibration, dropped, progress=progress)
             found = [(loss, layer) for layer, loss in losses.items() if can_go((*dropped, layer))]
@@ -363,14 +401,16 @@ def _steps(
     scores: dict[str, LayerScores] = {}
     for count in range(least, most + 1):
         if count not in known and not scores:
-            for name in ("block_influence", "angular") if method == "best_of" else (method,):
-                scores[name] = score_layers(model, calibration, name, progress=progress)
+            if method == "best_of":
+                scores = score_stream(model, calibration, progress=progress)
+            else:
+                scores = {method: score_layers(model, calibration, method, progress=progress)}
         if count in known:
             yield known[count]
         elif method == "best_of":
             if not (proposals := list(filter(can_go, _proposals(scores, count)))):
                 return
-            yield done(_best_of(model, proposals, heal_method, calibration, progress))
+            yield done(_best_of(model, proposals, healer, calibration, progress))
         elif can_go(layers := scores[method].lowest(count)):
             yield done({"layers": layers})
         else:
@@ -380,7 +420,7 @@ def _steps(
 def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
     """Sets of layers that one pass over the data suggests."""
     distances = scores["angular"].scores[:, count - 1]
-    starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(_BLOCKS, len(distances) - count + 1)].tolist()
+    starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
     blocks = [tuple(range(start, start + count)) for start in starts]
     return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
 
@@ -388,20 +428,57 @@ def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ..
 def _best_of(
     model: nn.Module,
     proposals: list[tuple[int, ...]],
-    heal_method: str | None,
+    healer: _Healer | None,
     calibration: TokenBatches,
     progress: bool,
 ) -> dict[str, Any]:
-    """The set of layers without which the model does best; with `heal_method`, after healing."""
-    fit, choose = (calibration, calibration) if heal_method is None else calibration.split(0.25)
-    tried: list[dict[str, Any]] = []
-    for layers in logging.tqdm(proposals, desc="proposals", disable=not progress, leave=False):
-        tried.append({"layers": list(layers), "perplexity": perplexity_of(loss_without(model, choose, layers))})
+    """The set of layers without which the model does best; with a healer, after healing."""
+    losses = losses_of_sets(model, healer.healer.judged if healer else calibration, proposals, progress)
+    tried: list[dict[str, Any]] = [
+        {"layers": list(layers), "perplexity": perplexity_of(loss)}
+        for layers, loss in zip(proposals, losses, strict=True)
+    ]
     tried.sort(key=lambda one: one["perplexity"])
-    if heal_method is not None:
-        tried = tried[:_HEALED]
+    if healer:
+        tried = tried[:HEALED]
+        best: tuple[float, Any] = (math.inf, None)
         for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
-            with healed(model, one["layers"], fit, method=heal_method, held_out=choose, progress=False) as report:
+            with healer.healed(one["layers"], progress=False) as report:
                 one["healed"] = report.perplexity_after
-    best = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
-    return {"layers": best["layers"], "tried": tried}
+            best = min(best, (one["healed"], healer.fit), key=lambda pair: pair[0])
+        healer.fit = best[1]
+    chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
+    return {"layers": chosen["layers"], "tried": tried}
+
+
+def losses_of_sets(
+    model: nn.Module, batches: TokenBatches, sets: Sequence[Sequence[int]], progress: bool = True
+) -> list[float]:
+    """The loss of the model without each set of layers, nats a token; the mean over the sources of text.
+
+    Each set runs from its first layer on; the states before that are those of the full model, and kept from one pass.
+    """
+    halves = SplitModel(model)
+    starts = {min(layers) for layers in sets}
+    counts: dict[str, int] = defaultdict(int)
+    totals: list[dict[str, float]] = [defaultdict(float) for _ in sets]
+
+    def keep(place: int, x_BTD: torch.Tensor) -> None:
+        if place in starts:
+            states[place] = x_BTD
+
+    with eval_mode(model):
+        for batch in logging.tqdm(batches, desc="proposals", disable=not progress, leave=False):
+            states: dict[int, torch.Tensor] = {}
+            with capture_residual_stream(halves.stack, keep):
+                halves.hidden(batch)
+            picked_BT, targets_N = predictions(batch)
+            counts[batch.name] += len(targets_N)
+            for layers, total in zip(sets, totals, strict=True):
+                x_BTD = halves.hidden(batch, layers, (min(layers), states[min(layers)]))
+                x_ND = pick_tokens(x_BTD, picked_BT)
+                for part in halves.parts(len(x_ND)):
+                    total[batch.name] += (
+                        token_losses(halves.logits(x_ND[part]), targets_N[part]).cpu().double().sum().item()
+                    )
+    return [sum(total[name] / count for name, count in counts.items()) / len(counts) for total in totals]

@@ -249,7 +249,7 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, by `torch.compile` or in place."""
     # `nn.Module.compile` stores the compiled call in the module, and copies of the module leave it out.
-    in_place = vars(module).keys() != module.__getstate__().keys()  # type: ignore[no-untyped-call]
+    in_place = vars(module).keys() != module.__getstate__().keys()
     return in_place or type(module).__name__ == "OptimizedModule"
 
 
@@ -270,7 +270,7 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     if isinstance(history, (str, os.PathLike)):
         path = Path(history)
         if path.is_dir() and not (path / "trainer_state.json").exists():
-            path = Path(get_last_checkpoint(str(path)) or path)  # type: ignore[no-untyped-call]
+            path = Path(get_last_checkpoint(str(path)) or path)
         path = path / "trainer_state.json" if path.is_dir() else path
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     found: dict[str, dict[int, dict[int, Any]]] = {measure: {} for measure in MEASURES}

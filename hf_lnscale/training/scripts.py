@@ -1,9 +1,9 @@
-"""Finds the recipes and starts them for `hf-lnscale train`. Imports nothing that they need."""
+"""Finds the recipes and their configs. Imports nothing that they need."""
 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -41,21 +41,3 @@ def import_recipe(script: str) -> ModuleType:
         spec.loader.exec_module(module)
         sys.modules[name] = module
     return sys.modules[name]
-
-
-def start(recipe: str, words: list[str]) -> None:
-    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does.
-
-    Raises:
-        ValueError: if there is no such recipe.
-        ImportError: if an extra is missing; the message names it.
-    """
-    if recipe not in RECIPES:
-        raise ValueError(f"train: there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    for package in ("trl", "peft", "accelerate", "datasets"):
-        if find_spec(package) is None:
-            raise ImportError(f"training needs {package}: pip install 'hf-lnscale[train]'")
-    from .recipe_run import launch
-
-    module = import_recipe(RECIPES[recipe])
-    launch(module.make_parser(f"hf-lnscale train {recipe}"), module.main, words)

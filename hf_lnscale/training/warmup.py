@@ -53,7 +53,8 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
                 f"{type(self).__name__}: the model has {has}, so there is no warmup. Load or build it with "
                 'ln_scaling={"warmup_steps": N}, or leave the callback out.'
             )
-        if state.global_step and (resumed := recorded_scaling(state.stateful_callbacks)):
+        saved: Any = state.stateful_callbacks  # once it is read from a file, a dict
+        if state.global_step and (resumed := recorded_scaling(saved)):
             if dataclasses.replace(resumed, step=scaling.step) != scaling:
                 raise ValueError(
                     f"{type(self).__name__}: the run to resume had ln_scaling={resumed.to_dict()}, the model has "

@@ -383,6 +383,40 @@ def test_push_dry_run(cli, folder):
     assert found["card"] in out
 
 
+NASTY = "[bold]<img src=x onerror=alert(1)> `a`|b\n# c\x1b[31m"
+
+
+def test_names_are_only_names(cli, folder, tmp_path):
+    """A model and a text with names that are markup to rich, Markdown, HTML and terminals."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    inside = tmp_path / "[" / "x]"  # in a path, a closing tag
+    inside.mkdir(parents=True)
+    model, text, out = inside / NASTY, inside / f"{NASTY}.txt", inside / f"out {NASTY}"
+    model.symlink_to(folder / "plain")
+    text.write_bytes((folder / "text.txt").read_bytes())
+    given = ("--data", text, "--seq-len", 32)
+    shown = NASTY.replace("\n", "\\n").replace("\x1b", "\\x1b")
+    printed = cli("info", model)[0]
+    assert printed.startswith(f"{inside}/{shown}\n")
+    printed += cli("prune", model, *given, "--drop", "1-2", "--heal", "none", "--out", out)[0]
+    printed += cli("evaluate", model, *given, "--no-speed", "--out", tmp_path / "found.md")[0]
+    printed += cli("diagnose", model, *given, "--no-plots", "--no-loss", "--out", tmp_path / "report")[0]
+    printed += cli("push", out, "me/model", "--dry-run")[0]
+    assert "\x1b" not in printed
+    assert printed.count("[/x]") == 2
+    for file in (out / "README.md", tmp_path / "found.md"):
+        tokens = [
+            one
+            for token in parser.parse(file.read_text().split("---\n")[-1])
+            for one in (token, *(token.children or []))
+        ]
+        assert not {"html_block", "html_inline", "link_open"} & {token.type for token in tokens}
+        assert "<img src=x onerror=alert(1)>" in "".join(token.content for token in tokens if token.type == "text")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "&lt;img src=x" in html
+    assert "<img src=x" not in html
+
+
 # --- a folder with a GGUF file in it ----------------------------------------------------------------------------------
 
 

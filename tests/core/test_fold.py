@@ -200,9 +200,7 @@ def test_forced_export_replaces_nothing_but_a_checkpoint(wrong, scaled, tmp_path
     (tmp_path / "thesis/text.md").write_text("years of work")
     out = {"holds the source": tmp_path, "another folder": tmp_path / "thesis", "a file": tmp_path / "thesis/text.md"}
     before = contents(tmp_path)
-    with pytest.raises(
-        (ValueError, FileExistsError), match=r"must not be, hold or lie in|is not a checkpoint, and only"
-    ):
+    with pytest.raises((ValueError, FileExistsError), match=r"must not be, hold or lie in|is not a checkpoint"):
         export(scaled, out[wrong], force=True, progress=False)
     assert contents(tmp_path) == before
 
@@ -260,13 +258,13 @@ def test_a_killed_export_leaves_nothing_that_loads(scaled, tmp_path):
     code = """
 import signal, sys, time, hf_lnscale.checkpoints.export as e
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background, it is ignored
-copy = e.shutil.copyfile
-def slow(source, target):
-    copy(source, target)
-    if str(target).endswith(".safetensors"):
-        print("writing", flush=True)
-        time.sleep(120)
-e.shutil.copyfile = slow
+copy = e.shutil.copyfileobj
+def slow(source, target, length):
+    copy(source, target, length)
+    target.flush()
+    print("writing", flush=True)
+    time.sleep(120)
+e.shutil.copyfileobj = slow
 e.export(sys.argv[1], sys.argv[2], progress=False)
 """
     outs = {sent: tmp_path / sent.name / "out" for sent in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)}
@@ -326,4 +324,4 @@ def test_info(scaled, tmp_path, cli):
 
     tiny.model().save_pretrained(tmp_path / "plain")
     assert "no LayerNorm Scaling" in cli("info", tmp_path / "plain")
-    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 2  # what is wrong, and a hint
+    assert cli("info", tmp_path / "nowhere", code=1).count("\n") == 1

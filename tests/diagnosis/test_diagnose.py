@@ -1,6 +1,7 @@
 """`diagnose` against the papers' formulas in double precision, and its verdict on cases whose answer is known."""
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -10,18 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
 import hf_lnscale
 import tiny
 from hf_lnscale import Diagnosis, diagnose
-from hf_lnscale.commands.main import app
-from hf_lnscale.diagnosis import verdict
+from hf_lnscale.diagnosis import figures, png, verdict
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
-from hf_lnscale.measuring.text import Windows, token_batches
+from hf_lnscale.measuring.text import token_batches
 from oracles import (
     angular_distance,
     decoder_layers,
@@ -144,6 +143,20 @@ def test_padding_changes_nothing(side, ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_variance_of_half_precision_is_taken_in_float32(dtype, ids):
+    """Of the very states of the model in half precision, in double precision."""
+    model = build(dtype=dtype)
+    stream = [x.double() for x in residual_stream(model, ids)]
+    places = diagnose(model, ids, **CHEAP).residual
+    assert [place["variance"] for place in places] == near((x.var(correction=0) for x in stream), rel=1e-5)
+    assert [place["variance_without_first"] for place in places] == near(
+        (x[:, 1:].var(correction=0) for x in stream), rel=1e-5
+    )
+    typical = [x[:, 1:].square().mean(-1).log().mean().exp() for x in stream]
+    assert [place["typical"] for place in places] == near(typical, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_accumulated_wider(dtype, ids):
     low, high = (diagnose(build(dtype=one), ids, progress=False) for one in (dtype, torch.float64))
     assert [place["typical"] for place in low.residual] == near((p["typical"] for p in high.residual), rel=0.05)
@@ -262,7 +275,7 @@ def test_a_layer_that_does_nothing_is_the_identity(ids):
 def test_losses_and_cuts_are_those_of_deleted_layers(ids):
     model = build()
 
-    def loss(removed):
+    def loss(removed, ids=ids):
         cut = copy.deepcopy(model)
         cut.model.layers = nn.ModuleList(layer for i, layer in enumerate(cut.model.layers) if i not in removed)
         cut.config.num_hidden_layers = len(cut.model.layers)
@@ -273,6 +286,14 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
     found = diagnose(model, batches_of(ids), gradients=False, jacobian=False, progress=False)
     assert found.baseline["loss"] == pytest.approx(loss([]), rel=1e-9)
     assert found.baseline["perplexity"] == pytest.approx(math.exp(loss([])), rel=1e-9)
+    # Standard errors, of sequences of equal length those of a plain mean, in pairs.
+    rows = {i: torch.tensor([loss([] if i is None else [i], row[None]) for row in ids]) for i in (None, *range(LAYERS))}
+    assert found.baseline["loss_error"] == pytest.approx(rows[None].std().item() / 6**0.5, rel=1e-5)
+    assert found.baseline["perplexity_error"] == pytest.approx(
+        found.baseline["loss_error"] * found.baseline["perplexity"], rel=1e-9
+    )
+    errors = [(rows[i] - rows[None]).std().item() / 6**0.5 for i in range(LAYERS)]
+    assert of(found, "loss_added_error") == pytest.approx(errors, rel=1e-5)
     assert of(found, "loss_added") == pytest.approx([loss([i]) - loss([]) for i in range(LAYERS)], rel=1e-6)
     assert of(found, "perplexity_without") == near(math.exp(loss([i])) for i in range(LAYERS))
     order = sorted(range(LAYERS), key=of(found, "loss_added").__getitem__)
@@ -392,7 +413,7 @@ def test_kernels_without_a_backward_are_noticed(kind, ids):
     assert len(found.notes) == 1
     assert "a kernel that no gradient goes through" in found.notes[0]
     assert set(of(found, "gradient_norm") + of(found, "jacobian_distance")) == {None}
-    assert "a kernel that no gradient goes through" in str(found)
+    assert "a kernel that no gradient goes through" in " ".join(str(found).split())  # a line may break there
 
 
 def test_scaled_and_pruned_models_are_told(ids):
@@ -515,8 +536,8 @@ def test_massive_activations_of_any_token_are_found_in_a_model(token, ids):
     assert found.verdict["growth"]["factor"] == pytest.approx(expected, rel=0.1 if token == 0 else 1.0)
 
 
-def test_what_was_not_measured_is_not_judged(ids):
-    found = diagnose(build(), ids, **CHEAP)
+def test_what_was_not_measured_is_not_judged():
+    found = diagnose(build(), tiny.tokens(64, 33), **CHEAP)
     assert found.verdict["headline"].endswith("of 1 signs of the curse of depth")
     assert found.verdict["idle_layers"] is None
     assert found.verdict["removable"] is None
@@ -531,7 +552,10 @@ def test_models_of_few_layers(layers, ids):
     found = diagnose(build(num_hidden_layers=layers), ids, progress=False)
     assert found.verdict["growth"]["fits"] is None
     assert len(found.layers) == layers
-    assert "<svg" in found.report()
+    assert found.report().count("<svg class") == 8
+    assert f"│{layers - 1} " in str(found)
+    for what in ("variance", "angular", "loss_added", "layers"):
+        assert found.plot(what).axes[0].get_title(loc="left") == found.name
 
 
 def test_ranges_in_words():
@@ -564,6 +588,25 @@ def test_the_cost_is_announced_as_the_layers_run(ids, capsys):
     assert all(one["seconds"] > 0 for one in found.cost.values())
     diagnose(model, ids, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_more_cuts_than_announced_with_and_without_progress_bars(bars, ids, capsys):
+    """HF_HUB_DISABLE_PROGRESS_BARS=1 is read on import; this is what it sets."""
+    model = build()
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        found = diagnose(model, ids, gradients=False, jacobian=False, progress=True)
+    finally:
+        logging.enable_progress_bar()
+    assert len(found.cuts) == 3
+    said = capsys.readouterr().err
+    assert "forward passes over 66 tokens" in said
+    assert ("100%" in said) == bars
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -610,17 +653,60 @@ def test_gradients_that_overflow_are_left_out_with_a_note(ids, monkeypatch):
         return weights_NL, states_L
 
     monkeypatch.setattr("hf_lnscale.diagnosis.examine.gradient_norms", overflown)
-    found = diagnose(build(), ids, jacobian=False, progress=False)
+    found = diagnose(build(dtype=torch.float16), ids, jacobian=False, progress=False)
     assert "gradient_norm: not finite in layers 2; load the model in bfloat16 or float32" in found.notes
     assert [one["state_gradient_norm"] is None for one in found.layers] == [False, True, False, False]
     json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_weights_that_are_not_finite_are_named(ids):
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
+    message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not$"
+    with pytest.raises(ValueError, match=message):
+        diagnose(model, ids, progress=False)
+
+
+def test_activations_that_overflow_in_float32_are_refused(ids):
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"after layer 1 is not finite in float32; its activations overflow"):
+        diagnose(model, ids, progress=False)
+
+
+def test_a_model_of_zeros_is_refused(ids):
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.raises(ValueError, match=r"^model: the residual stream after layer 0 is zero for a token"):
+        diagnose(model, ids, progress=False)
+
+
+def test_tokens_with_an_embedding_of_zero_are_no_reason_to_refuse(ids):
+    model = build()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ids[2, 3]] = 0
+        model.model.layers[0].self_attn.o_proj.weight.add_(0.1)
+    assert diagnose(model, ids, **CHEAP).residual[0]["typical"] == 0
+
+
+@pytest.mark.parametrize("wrong", [96, -1])
+def test_token_ids_beyond_the_vocabulary_are_refused(wrong, ids):
+    ids[1, 4] = wrong
+    with pytest.raises(ValueError, match=rf"^data: token id {wrong} is beyond the model's vocabulary of 96"):
+        diagnose(build(), ids, progress=False)
+    ids[1, 4] = 95
+    diagnose(build(), ids, **CHEAP)
 
 
 def test_a_loss_beyond_numbers_is_refused(ids):
     model = build()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    with pytest.raises(ValueError, match=r"its loss is .* nats a token on this data"):
+    with pytest.raises(ValueError, match=r"its loss is .* nats per token on this data"):
         diagnose(model, ids, progress=False)
 
 
@@ -675,10 +761,19 @@ def test_every_key_of_the_json_is_documented(small):
     assert {key for key in described - found if not any(one.startswith(key) for one in found)} == set()
 
 
-def test_printed_with_verdict_and_a_row_for_each_layer(small):
+@pytest.mark.parametrize("width", [80, 120])
+def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
     text = str(small)
     assert small.verdict["headline"] in text
-    assert len([line for line in text.splitlines() if line.startswith("│")]) == 6
+    assert small.verdict["cautions"][0].split()[0] in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    for row, layer in zip(rows, small.layers, strict=True):
+        assert row[6] == verdict.with_error(layer["loss_added"], layer["loss_added_error"])
+        assert " ± " in row[6]
+        assert row[8] == verdict.number(layer["jacobian_distance"])
+    assert max(map(len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize("what", ["variance", "angular", "loss_added", "layers"])
@@ -704,96 +799,37 @@ def test_plots_of_what_was_not_measured(ids):
         found.plot("tea")
     with pytest.raises(ValueError, match="'loss_added' was not measured"):
         found.plot("loss_added")
-    assert len(found.plot("layers").axes) == 2  # the ratios and Block Influence
+    assert [axis.get_ylabel() for axis in found.plot("layers").axes] == ["output norm / stream norm", "Block Influence"]
+
+
+def test_both_backends_draw_every_figure(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = small.report()
+    assert re.findall(r'<svg class="chart[^>]*data-figure="(\w+)"', page) == [figure.key for figure in figures.FIGURES]
+    pictures = {figure.picture: small.plot(figure.picture) for figure in figures.FIGURES}
+    for picture, drawn in pictures.items():
+        rows = [figure for figure in figures.FIGURES if figure.picture == picture]
+        assert [axis.get_ylabel() for axis in drawn.axes[: len(rows)]] == [figure.unit for figure in rows]
+        for axis, figure in zip(drawn.axes, rows, strict=False):
+            assert figure.unit in page
+            labels = [line.get_label() for line in axis.lines]
+            assert all(line.label in labels for line in figure.lines if figure.kind == "lines")
+    with_errors = [axis.get_ylabel() for axis in pictures["layers"].axes if axis.collections]
+    assert with_errors == ["distance from the identity"]  # there is one batch, so that gradients have none
+    assert len(pictures["loss_added"].axes[0].collections) == 1
+    assert page.count('class="error"') == 2 * len(small.layers)
+    png.save_all([small], tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"{one}.{kind}" for one in pictures for kind in ("png", "svg")}
+
+
+def test_names_that_are_markup_for_matplotlib(small):
+    pytest.importorskip("matplotlib")
+    named = dataclasses.replace(small, model=small.model | {"name": "a$b_$"})
+    named.plot("variance").canvas.draw()
 
 
 def test_plotting_without_matplotlib_names_the_extra(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"hf-lnscale\[plot\]"):
         small.plot("variance")
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, changes in {"plain": {}, "scaled": {"ln_scaling": True}}.items():
-        tiny.model("qwen3", **changes).save_pretrained(folder / name)
-        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(3, 96)}, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / name)
-    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in tiny.tokens(1, 400)[0].tolist()))
-    return folder
-
-
-def command(checkpoints, *arguments, model="plain"):
-    fixed = ["--data", str(checkpoints / "text.txt"), "--seq-len", "32", "--tokens", "256"]
-    return CliRunner().invoke(app, ["diagnose", str(checkpoints / model), *fixed, *map(str, arguments)])
-
-
-def test_the_command_writes_everything(checkpoints, tmp_path):
-    done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "scaled")
-    assert done.exit_code == 0, done.output
-    names = {"report.html", "diagnosis.json", "compare.json"}
-    names |= {f"{what}.{kind}" for what in ("variance", "angular", "loss_added", "layers") for kind in ("png", "svg")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    first, second = (Diagnosis.load(tmp_path / "out" / name) for name in ("diagnosis.json", "compare.json"))
-    assert (first.name, second.name) == ("plain", "scaled")
-    assert second.model["ln_scaling"]["exponent"] == 0.5
-    assert first.data["num_tokens"] == 256
-    assert "signs of the curse of depth" in done.stdout
-    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert str(tmp_path) not in report  # where things lie is nobody's business
-    # It is the library's.
-    model = AutoModelForCausalLM.from_pretrained(checkpoints / "plain")
-    direct = diagnose(model, str(checkpoints / "text.txt"), windows=Windows(seq_len=32, num_tokens=256), progress=False)
-    assert direct.residual == first.residual
-    assert direct.layers == first.layers
-
-
-def test_json_for_scripts(checkpoints, tmp_path):
-    cheap = ["--no-loss", "--no-gradients", "--no-jacobian", "--no-plots", "--json"]
-    done = command(checkpoints, "--out", tmp_path / "out", *cheap)
-    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "diagnosis.json"}
-    done = command(checkpoints, "--out", tmp_path / "out", "--force", "--compare", checkpoints / "plain", *cheap)
-    assert [one["model"]["name"] for one in json.loads(done.stdout)] == ["plain (1)", "plain (2)"]
-
-
-def test_the_command_overwrites_nothing_unasked(checkpoints, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    done = command(checkpoints, "--out", tmp_path)
-    assert isinstance(done.exception, FileExistsError)
-    assert "is not empty" in str(done.exception)
-    done = command(checkpoints, "--out", tmp_path, "--force")
-    assert "is no diagnosis" in str(done.exception)
-    done = command(checkpoints, "--out", checkpoints)
-    assert "must not be, hold or lie in" in str(done.exception)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_failure_leaves_nothing(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.diagnosis.figures.save_all", lambda *_: 1 / 0)
-    cheap = ["--no-loss", "--no-gradients", "--no-jacobian"]
-    done = command(checkpoints, "--out", tmp_path / "out", *cheap)
-    assert isinstance(done.exception, ZeroDivisionError)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.diagnosis.folder.Placement.load", lambda *_: pytest.fail("loaded"))
-    done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "missing")
-    assert "missing" in str(done.exception)
-    tiny.config("qwen2_vl_text").save_pretrained(tmp_path / "vision")
-    done = command(checkpoints, "--out", tmp_path / "out", model=tmp_path / "vision")
-    assert "is no causal language model" in str(done.exception)
-    done = command(checkpoints, "--out", tmp_path / "out", "--device", "cpu", "--device-map", "auto")
-    assert "device_map" in str(done.exception)
-    done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")
-    assert "there is no file" in str(done.exception)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = command(checkpoints, "--out", tmp_path / "out")
-    assert "hf-lnscale[plot]" in str(done.exception)

@@ -410,7 +410,7 @@ def test_packed_weights_are_counted_as_what_they_are(folder, tmp_path):
 
 def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_lnscale.evaluation.comparison.measure", None)  # would fail if it were called
-    monkeypatch.setattr("hf_lnscale.evaluation.comparison.load", None)
+    monkeypatch.setattr("hf_lnscale.evaluation.comparison.Placement.load", None)
     plain = str(folder / "plain")
     with pytest.raises(ValueError, match=r"'hellaswa' is neither a task .* nor a task file; did you mean .*hellaswag"):
         evaluate(plain, tasks=["hellaswa"])

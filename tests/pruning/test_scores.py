@@ -18,7 +18,6 @@ import hf_lnscale
 import tiny
 from hf_lnscale.measuring.losses import loss_without, sweep_losses
 from hf_lnscale.measuring.text import token_batches
-from hf_lnscale.pruning import scores as scores_module
 from hf_lnscale.pruning.scores import METHODS, LayerScores, score_layers
 from oracles import decoder_layers
 
@@ -222,7 +221,7 @@ def test_bfloat16_is_accumulated_wider(method, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_taylor_is_weight_times_gradient(family, ids, monkeypatch):
-    monkeypatch.setattr(scores_module, "_MAX_LOGITS", 7 * tiny.VOCAB)  # several parts, of unequal size
+    monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB)  # several parts
     model = build(family)
     expected = torch.zeros(LAYERS, dtype=torch.float64)
     for batch in batches_of(ids):
@@ -350,7 +349,7 @@ def test_scaled_models_keep_each_layers_own_scale(ids):
 def test_logits_in_parts_give_the_same(limit, ids, monkeypatch):
     model = build("gemma2")
     whole = [sweep_losses(model, batches_of(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")]
-    monkeypatch.setattr(scores_module, "_MAX_LOGITS", limit)
+    monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", limit)
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output[..., 0].numel()))
     parts = [sweep_losses(model, batches_of(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")]

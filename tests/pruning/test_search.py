@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
+from hf_lnscale.measuring.losses import loss_without
+from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning import search
 from hf_lnscale.pruning.layers import text_stack
 from hf_lnscale.pruning.scores import LayerScores, score_layers
@@ -283,3 +285,17 @@ WRONG = [
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         plan(**options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
+def test_sets_share_the_full_model_s_states(family):
+    """The same as each set by itself, bit for bit, in fewer layers run."""
+    full = model(family)
+    sets, runs = [(0, 3), (2, 3, 4), (5,)], []
+    for layer in decoder_layers(full):
+        layer.register_forward_hook(lambda *_: runs.append(1))
+    batches = token_batches(CALIBRATION)
+    found = search.losses_of_sets(full, batches, sets, progress=False)
+    # The probe for tuples and the full model once for each batch, and of each set what comes after its first layer.
+    assert len(runs) == L + len(batches) * (L + 4 + 1 + 0)
+    assert found == [loss_without(full, batches, layers) for layers in sets]

@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -17,7 +18,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds transformers as it would be found, with a loader that loads hf_lnscale behind it."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":
             return None
         # May be asked without an import, just to see whether it is there.
@@ -29,13 +30,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader):
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> Any:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         if importlib.util.find_spec("hf_lnscale") is None:
@@ -47,7 +48,7 @@ class _Loader(importlib.abc.Loader):
         import hf_lnscale  # noqa: F401
 
 
-def _run_the_one_that_this_hides():
+def _run_the_one_that_this_hides() -> None:
     """There may be another sitecustomize further down the path, as of a Linux distribution or of a profiler."""
     path = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", path)

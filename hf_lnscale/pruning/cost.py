@@ -1,0 +1,154 @@
+"""The cost of a search in time and memory, estimated before it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..core.display import show_bytes
+from ..core.stack import text_stack
+from ..measuring.split_model import SplitModel, pick_tokens, predictions
+from ..measuring.stream import eval_mode
+from ..measuring.text import Batch, TokenBatches
+from .search import BLOCKS, HEALED, STEPWISE, Target
+
+# Penalties that healing tries on each set of layers, if none does worse than the one before.
+_PENALTIES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of a search.
+
+    Attributes:
+        layers: tokens times decoder layers that they run through.
+        head: tokens that the language head and the loss are computed for.
+        products: multiplications and additions in double precision, to fit the healing.
+    """
+
+    layers: float
+    head: float
+    products: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated cost of a search.
+
+    Attributes:
+        seconds: time.
+        device_bytes: memory of the device that the model is on, the model included.
+        state_bytes: main memory for states of the residual stream.
+    """
+
+    seconds: float
+    device_bytes: int
+    state_bytes: int
+
+    def __str__(self) -> str:
+        if self.seconds < 90:
+            shown = f"{self.seconds:.0f} s"
+        else:
+            shown = f"{self.seconds / 60:.0f} min" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} h"
+        return (
+            f"about {shown}; {show_bytes(self.device_bytes)} for the model and the fits, "
+            f"{show_bytes(self.state_bytes)} for states of the residual stream"
+        )
+
+
+def work_of_search(
+    num_layers: int, target: Target, method: str, heal: str | None, calibration: int, judged: int, features: int
+) -> Work:
+    """Work of one number of layers: of the smallest that can reach the target.
+
+    Args:
+        num_layers: layers of the model, L.
+        target, method, heal: see `search_layers`.
+        calibration, judged: tokens.
+        features: input features of the weights that are fitted.
+    """
+    dropped, total = target.least, float(num_layers)
+    kept, held_out = total - dropped, 0.25 * calibration
+    # Perplexities: of the full model, without the layers, and healed.
+    layers, head = judged * (total + kept * (2 if heal else 1)), judged * (3.0 if heal else 2.0)
+    fits = 1 if heal else 0
+    if "drop" in target.words:
+        pass
+    elif method == "best_of":
+        tried = min(BLOCKS, num_layers - dropped + 1) + 1
+        each = held_out if heal else calibration
+        # Scores; the full model's states before each cut, and what comes after it.
+        layers += calibration * total + each * (total + tried * kept / 2)
+        head += tried * each
+        fits *= min(HEALED, tried)
+    elif method in STEPWISE:
+        for left in range(num_layers, num_layers - dropped, -1):
+            layers += calibration * left * (1 + (left - 1) / 2)
+            head += calibration * (left + 1)
+        fits = dropped if method == "greedy_healed" else fits
+    elif method in ("perplexity", "kl"):
+        layers += calibration * total * (1 + (total - 1) / 2)
+        head += calibration * (total + 1)
+    else:
+        passes = 3 if method == "taylor" else 1  # a backward pass is twice a forward pass
+        layers, head = layers + passes * calibration * total, head + (passes - 1) * 1.5 * calibration
+    if fits:
+        # The full model's states once; of each fit the loss before, and with each penalty, from the cut on.
+        layers += calibration * total + fits * held_out * (1 + _PENALTIES) * kept / 2
+        head += held_out * (1 + fits * (1 + _PENALTIES))
+    return Work(layers, head, fits * 2.0 * calibration * features**2)
+
+
+def estimate_cost(
+    model: nn.Module,
+    target: Target,
+    method: str,
+    heal: str | None,
+    calibration: TokenBatches,
+    judged: TokenBatches,
+) -> Cost:
+    """Estimates the cost of `search_layers` for its smallest number of layers, from a short timed forward pass."""
+    stack = text_stack(model)
+    config, total = stack.model.config, len(stack.layers)
+    width: int = config.hidden_size
+    inner = getattr(config, "intermediate_size", None)
+    features = inner if heal == "refit" and isinstance(inner, int) else width
+    work = work_of_search(total, target, method, heal, calibration.num_tokens, judged.num_tokens, features)
+    per_layer, per_head, per_product = _unit_times(model, calibration.batches[0], min(features, 1024))
+    parameters = list(model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    fits = 8 * (2 * features**2 + 3 * features * width) if heal else 0
+    # At both ends of each cut, and of the pruned model.
+    places = 2 * (HEALED if method == "best_of" and "drop" not in target.words else 1) + 1
+    states = places * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
+    return Cost(work.layers * per_layer + work.head * per_head + work.products * per_product, weights + fits, states)
+
+
+def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, float, float]:
+    """Seconds for a token in a layer, for a token in the head, and for an operation in double precision."""
+    short = Batch(batch.input_ids[:1, :512], batch.attention_mask[:1, :512])
+    picked_BT, _ = predictions(short)
+    halves = SplitModel(model)
+    times = []
+    with eval_mode(model):
+        for _ in range(2):  # the first run is slower
+            start = time.perf_counter()
+            x_BTD = halves.hidden(short)
+            x_BTD[0, 0, 0].item()  # waits for the device
+            middle = time.perf_counter()
+            halves.logits(pick_tokens(x_BTD, picked_BT))[0, 0].item()
+            end = time.perf_counter()
+            matrix = torch.ones(
+                512, features, dtype=torch.float64, device="cpu" if x_BTD.device.type == "mps" else x_BTD.device
+            )
+            (matrix.T @ matrix)[0, 0].item()
+            times = [middle - start, end - middle, time.perf_counter() - end]
+    layers = len(halves.stack.layers)
+    return (
+        times[0] / (short.input_ids.numel() * layers),
+        times[1] / max(int(picked_BT.sum()), 1),
+        times[2] / (2 * 512 * features**2),
+    )

@@ -1,0 +1,61 @@
+"""The cost that is announced before a search, against what the search then runs."""
+
+import logging
+
+import pytest
+
+import tiny
+from hf_lnscale import plan_pruning
+from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.pruning.cost import Cost, estimate_cost, work_of_search
+from hf_lnscale.pruning.search import SEARCH_METHODS, search_layers, search_target
+from oracles import decoder_layers
+
+L = 12
+DATA = token_batches([tiny.tokens(16, 16, seed=seed) for seed in range(4)])
+CALIBRATION, JUDGED = DATA.split(0.25)
+
+
+@pytest.mark.parametrize("heal", [None, "linear"])
+@pytest.mark.parametrize("method", SEARCH_METHODS)
+def test_the_work_of_a_search(method, heal):
+    """Tokens through decoder layers and through the head, counted by hooks."""
+    if method == "greedy_healed":
+        heal = "linear"
+    model = tiny.model(num_hidden_layers=L)
+    run = {"layers": 0, "head": 0}
+
+    def count(name, tokens):
+        run[name] += tokens
+
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda _, args, __: count("layers", args[0].shape[0] * args[0].shape[1]))
+    model.lm_head.register_forward_hook(lambda _, args, __: count("head", args[0].shape[0] * args[0].shape[1]))
+    target = search_target(model, ("num_layers", 3))
+    search_layers(model, target, method, heal, CALIBRATION, JUDGED, progress=False)
+    said = work_of_search(L, target, method, heal, CALIBRATION.num_tokens, JUDGED.num_tokens, features=32)
+    # Backward passes are not run by hooks, and penalties are not all tried.
+    backward = 2 * CALIBRATION.num_tokens if method == "taylor" else 0
+    assert 0.7 < said.layers / (run["layers"] + backward * L) < 1.5
+    assert 0.7 < said.head / (run["head"] + backward) < 1.6
+
+
+def test_memory_and_words(caplog):
+    model = tiny.model(num_hidden_layers=L)
+    target = search_target(model, ("num_layers", 3))
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    plain = estimate_cost(model, target, "greedy", None, CALIBRATION, JUDGED)
+    assert (plain.device_bytes, plain.state_bytes) == (weights, 0)
+    healed = estimate_cost(model, target, "greedy", "refit", CALIBRATION, JUDGED)
+    # Two matrices of (I, I) and three of (I, D) in float64; I = 48, D = 32. States at both ends of a cut, and pruned.
+    assert healed.device_bytes == weights + 8 * (2 * 48**2 + 3 * 48 * 32)
+    assert healed.state_bytes == 3 * CALIBRATION.num_tokens * 32 * 4
+    assert 0 < plain.seconds < healed.seconds < 60
+    shown = "; 2.0 GiB for the model and the fits, 1.0 GiB for states of the residual stream"
+    for seconds, words in ((12, "about 12 s"), (100, "about 2 min"), (7200, "about 2.0 h")):
+        assert str(Cost(seconds, 2 * 2**30, 2**30)) == words + shown
+    with caplog.at_level(logging.INFO, logger="hf_lnscale"):
+        plan_pruning(model, DATA, num_layers=1, method="greedy", progress=False)
+        plan_pruning(model, DATA, max_perplexity_increase=0.5, heal="linear", method="angular", progress=False)
+    assert caplog.messages[0].startswith("choosing layers: about ")
+    assert caplog.messages[1].startswith("choosing layers and healing for each number of layers that is tried: about ")
