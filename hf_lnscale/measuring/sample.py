@@ -1,17 +1,20 @@
-"""Data that comes with every Python: text to train on, questions with answers, and a tokenizer trained on the spot.
+"""Text that needs no download: English and code that come with every Python, and text that a model writes itself.
 
-So that the demo and each recipe run as they stand, without a download.
+Also questions with answers, and a tokenizer trained on the spot, so that the demo and each recipe run as they stand.
 """
 
 from __future__ import annotations
 
 import ast
+import random
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,6 +44,96 @@ def documents(standard_library: bool = True) -> list[str]:
     return unique
 
 
+def source_code() -> list[str]:
+    """The source of each public module of the standard library, without its docstrings."""
+    found = []
+    for path, tree in _modules():
+        docstrings: set[int] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found.append("\n".join(line for number, line in enumerate(lines, start=1) if number not in docstrings))
+    return found
+
+
+def default_sources(
+    model: Any = None, tokenizer: Any = None, own_tokens: int = 0, seq_len: int = 512
+) -> dict[str, Any]:
+    """Sources of text for everyone: "english" and "python" from the standard library, and "own" by the model itself.
+
+    Args:
+        model, tokenizer: needed for "own" alone.
+        own_tokens: tokens of text for the model to write, see `own_text`; 0 for none.
+        seq_len: tokens in a sequence of its own.
+
+    Returns:
+        {name: data}, as `token_batches` takes it.
+    """
+    sources: dict[str, Any] = {"english": _pieces(documents()), "python": _pieces(source_code())}
+    if own_tokens:
+        sources["own"] = own_text(model, tokenizer, own_tokens, seq_len)
+    return sources
+
+
+@torch.no_grad()
+def own_text(
+    model: Any, tokenizer: Any, num_tokens: int, seq_len: int = 512, batch_size: int = 16, seed: int = 0
+) -> list[torch.Tensor]:
+    """Text that a model writes, sampled at temperature 1 after the token that begins a text.
+
+    Costs a pass of the model for each of `seq_len` tokens, with the cache, for each batch: on a CPU about five times as
+    long as reading as many tokens.
+
+    Args:
+        model: a causal language model, whose dropout must be off.
+        tokenizer: names the first token: the one that begins a text, or, if there is none, ends one.
+        num_tokens: tokens to write, at least a batch of one sequence.
+        seq_len: tokens in a sequence, the first included.
+        batch_size: sequences at a time.
+        seed: same seed, same text, on the same machine.
+
+    Returns:
+        Token ids, batches of shape (B, T).
+
+    Raises:
+        ValueError: if the tokenizer has neither of the two tokens.
+    """
+    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    if first is None:
+        raise ValueError("tokenizer: it has no bos_token and no eos_token for the model's own text to begin with")
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for size in torch.arange(max(1, num_tokens // seq_len)).split(batch_size):
+        ids_BT = torch.full((len(size), 1), first)
+        cache = None
+        while ids_BT.shape[1] < seq_len:
+            output = model(input_ids=ids_BT[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            p_BV = output.logits[:, -1].float().softmax(-1).cpu()
+            ids_BT = torch.cat([ids_BT, torch.multinomial(p_BV, 1, generator=generator)], dim=1)
+        batches.append(ids_BT)
+    return batches
+
+
+def _pieces(texts: list[str], size: int = 2000) -> list[str]:
+    """Passages of about as many characters, whole lines each, in a random order that is always the same: the first
+    tokens are then from all of the texts."""
+    pieces: list[str] = []
+    for text in texts:
+        lines, length = [], 0
+        for line in text.splitlines(keepends=True):
+            lines.append(line)
+            length += len(line)
+            if length >= size:
+                pieces.append("".join(lines))
+                lines, length = [], 0
+        pieces.append("".join(lines))
+    random.Random(0).shuffle(pieces)
+    return pieces
+
+
 def conversations() -> list[dict[str, list[dict[str, str]]]]:
     """Questions about the standard library, answered by its docstrings, as rows with a column `messages`."""
     return [
@@ -56,22 +149,26 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
     ]
 
 
-def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each public module of the standard library (no packages), with names and docstrings; none is imported.
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-    The name of the module itself is empty.
-    """
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+def _modules() -> Iterator[tuple[Path, ast.Module]]:
+    """Each public module of the standard library (no packages); none is imported."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if path.stem.startswith("_") or path.stem not in sys.stdlib_module_names:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old source about its escapes
-                tree = ast.parse(path.read_bytes())
+                warnings.simplefilter("ignore")  # old source warns about its escapes
+                yield path, ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError):
             continue
-        nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+
+
+def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Each public module of the standard library, with names and docstrings; the name of the module itself is empty."""
+    for path, tree in _modules():
+        nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
         found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
         yield path.stem, [(name, docstring) for name, docstring in found if docstring]
 

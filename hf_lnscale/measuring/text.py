@@ -17,6 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
+# The source of data that is not text.
+TOKEN_IDS = "token ids"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -224,7 +227,7 @@ def token_batches(
     if isinstance(data, Mapping) and "input_ids" not in data:
         return _join(data, model, tokenizer, windows)
     if isinstance(data, Mapping) or _is_array(data):
-        return TokenBatches([_ids(data)], "token ids")
+        return TokenBatches([_ids(data)], TOKEN_IDS)
     if isinstance(data, (str, os.PathLike)):
         source, rows = str(Path(data).name), _file_rows(Path(data))
     elif isinstance(data, Iterable):
@@ -239,14 +242,22 @@ def token_batches(
     rows = itertools.chain([first], rows)
     ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
     if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
-        return TokenBatches([_ids(row) for row in rows], "token ids")
-    if tokenizer is None:
-        name = getattr(getattr(model, "config", None), "name_or_path", "")
-        if not name:
-            raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return TokenBatches([_ids(row) for row in rows], TOKEN_IDS)
+    tokenizer = tokenizer or tokenizer_of(model)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source), source)
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies with a model.
+
+    Raises:
+        ValueError: if the model has no name.
+    """
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    if not name:
+        raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any, windows: Windows) -> TokenBatches:

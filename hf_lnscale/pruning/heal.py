@@ -618,7 +618,8 @@ class _Moments:
         # The transpose of a symmetric matrix is itself, in the column-major order that LAPACK factorizes in place.
         factor_FF = torch.linalg.cholesky(self.xx_FF.mT, out=self.xx_FF.mT)
         half_FD = torch.linalg.solve_triangular(factor_FF, self.xz_FD, upper=False)
-        return torch.linalg.solve_triangular(factor_FF.mT, half_FD, upper=True)
+        change_FD: torch.Tensor = torch.linalg.solve_triangular(factor_FF.mT, half_FD, upper=True)
+        return change_FD
 
 
 class _Tokens(NamedTuple):
@@ -879,7 +880,8 @@ def _restore(before: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
 def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
     """1 over the root mean square of each token, shape (N, 1), with the epsilon of a norm."""
     epsilon = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
-    return (x_ND.square().mean(-1, keepdim=True) + epsilon).clamp_min(1e-60).rsqrt()
+    square_N1: torch.Tensor = x_ND.square().mean(-1, keepdim=True)
+    return (square_N1 + epsilon).clamp_min(1e-60).rsqrt()
 
 
 def _first(output: Any) -> torch.Tensor:
