@@ -182,7 +182,8 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     scaling = found.active.for_layers(num_layers)
     unprotect(raw)
     part = next(part for part in parts(raw) if part.get(ACTIVE))
-    del part[ACTIVE], part[ON_DISK]
+    del part[ACTIVE]
+    part.pop(ON_DISK, None)
     part[FOLDED] = scaling.to_dict()
     return protect(raw), scaling.scales(num_layers), family_of(config)
 

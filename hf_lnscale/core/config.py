@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# How much of the exponent is there after a share of the warmup, both in [0, 1].
-SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
+# Fraction of the final exponent reached at a given fraction of the warmup.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
 
 
 def is_integer(value: Any) -> bool:
@@ -114,8 +117,7 @@ class LNScalingConfig:
         """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
         if not self.warming_up:
             return self.exponent
-        fraction: float = SCHEDULES[self.schedule](self.step / self.warmup_steps)
-        return self.exponent * fraction
+        return self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
 
     def for_layers(self, num_layers: int) -> LNScalingConfig:
         """The same with the depths written out.

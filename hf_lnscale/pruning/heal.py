@@ -885,7 +885,8 @@ def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Ten
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
