@@ -15,7 +15,6 @@ from .options import (
     AsJson,
     BatchSize,
     Checkpoint,
-    Data,
     Device,
     Dtype,
     Force,
@@ -29,7 +28,14 @@ from .options import (
 
 def prune(
     model: Checkpoint,
-    data: Data,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE[:WEIGHT]",
+            help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
+            "--data code=b.jsonl:0.5.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     num_layers: Annotated[int | None, typer.Option("--layers", help="Drop this many layers.")] = None,
     max_perplexity_increase: Annotated[
@@ -79,11 +85,12 @@ def prune(
     from ..checkpoints.folders import public_command
     from ..checkpoints.names import Placement
     from ..core.record import get_ln_scaling
-    from ..measuring.text import Windows
+    from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
+    sources = parse_sources(data) if len(data) > 1 or "=" in data[0] else data[0]
     found = run(
-        model, data, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
+        model, sources, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,
         drop=drop, method=method, heal=None if heal == "none" else heal, held_out=held_out,
         windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device), out=out, force=force,

@@ -158,7 +158,7 @@ def prune(
     target = record = None
     if out is not None:
         target = Path(out).resolve()
-        require_free(target, (checkpoint, data, held_out), str(out), force)
+        require_free(target, (checkpoint, *_paths(data), *_paths(held_out)), str(out), force)
         record = target.parent / f".{target.name}.search.json" if resume is None else None
     if checkpoint is not None:
         config: PreTrainedConfig = read_config(checkpoint)
@@ -356,6 +356,13 @@ def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any]) -> None:
     require_possible(goal, total)
     any_layer = [min(set(range(total)) - counting_layers(text))]
     prune_config(copy.deepcopy(config), normalize_layers(goal[1], total, "drop") if goal[0] == "drop" else any_layer)
+
+
+def _paths(data: Any) -> list[Any]:
+    """What may be a path in a `data` argument: itself, or each source of several."""
+    if not isinstance(data, dict):
+        return [data]
+    return [one[0] if isinstance(one, tuple) else one for one in data.values()]
 
 
 def _split(
