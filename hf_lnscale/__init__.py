@@ -15,6 +15,7 @@ from ._version import __version__
 from .hooks.install import disable, enable, is_enabled
 
 if TYPE_CHECKING:
+    from .checkpoints.names import Placement
     from .core.apply import (
         apply_ln_scaling,
         fold_ln_scaling,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .core.families import register_family
     from .diagnosis import Diagnosis, diagnose
     from .evaluation import evaluate
+    from .measuring.text import Windows
     from .pruning.heal import heal
     from .pruning.layers import drop_layers
     from .pruning.plan import PruningPlan
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 # Where the public names are defined; imported when one is used, so that importing this package costs nothing.
 _DEFINED_IN = {
+    "checkpoints.names": ("Placement",),
     "core.apply": (
         "apply_ln_scaling", "fold_ln_scaling", "ln_scales", "remove_ln_scaling", "set_ln_scaling_step",
         "unfold_ln_scaling",
@@ -46,6 +49,7 @@ _DEFINED_IN = {
     "core.families": ("register_family",),
     "diagnosis": ("Diagnosis", "diagnose"),
     "evaluation": ("evaluate",),
+    "measuring.text": ("Windows",),
     "pruning.heal": ("heal",),
     "pruning.layers": ("drop_layers",),
     "pruning.plan": ("PruningPlan",),
@@ -59,10 +63,12 @@ __all__ = [
     "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
+    "Placement",
     "Pruned",
     "PruningPlan",
     "UnsupportedArchitectureError",
     "UnsupportedTransformersError",
+    "Windows",
     "__version__",
     "apply_ln_scaling",
     "diagnose",

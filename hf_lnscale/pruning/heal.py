@@ -33,6 +33,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..core.families import UnsupportedArchitectureError, submodule
+from ..core.record import remember_source
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.split_model import SplitModel, returns_tuples
@@ -43,6 +44,8 @@ from .plan import PruningPlan
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
 
+# How the name of a healed model says that its weights are not those of the checkpoint any more.
+HEALED_IN_MEMORY = "healed"
 METHODS = ("refit", "linear")
 
 # The MLP, and the weights whose output it adds up, from a decoder layer. All that a layer has are changed: dense layers
@@ -147,6 +150,7 @@ class HealReport:
     sources: dict[str, HealedSource]
     data: dict[str, Any]
     _originals: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
+    _config: Any = field(default=None, repr=False)
 
     @property
     def kept(self) -> bool:
@@ -159,12 +163,20 @@ class HealReport:
         The report holds a copy of each changed weight for this, on the CPU. `forget` frees them.
         """
         _restore(self._originals)
+        if self._originals:
+            remember_source(self._config, "")
 
     def set_aside(self) -> Callable[[], None]:
         """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""
         healed = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter, _ in self._originals]
         self.undo()
-        return lambda: _restore(healed)
+
+        def again() -> None:
+            _restore(healed)
+            if healed:
+                remember_source(self._config, HEALED_IN_MEMORY)
+
+        return again
 
     def forget(self) -> None:
         """Frees the copies of the old weights; `undo` does nothing from then on."""
@@ -412,6 +424,8 @@ class Healer:
             _restore(originals)
             raise
         self._changed = list(originals)
+        if originals:
+            remember_source(stack.model.config, HEALED_IN_MEMORY)
         return HealReport(
             dropped=tuple(dropped),
             method=self.method,
@@ -424,6 +438,7 @@ class Healer:
             },
             data={"calibration": self.fitted.describe(), "held_out": self.judged.describe()},
             _originals=originals,
+            _config=stack.model.config,
         )
 
     def _keep(self, places: Iterable[int]) -> list[dict[int, _Stream]]:

@@ -173,3 +173,21 @@ def test_scale_changed_in_memory(then, tmp_path):
     model = then(AutoModelForCausalLM.from_pretrained(tmp_path))
     again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_model_healed_in_memory_is_not_loaded_as_another(tmp_path):
+    tiny.model(max_position_embeddings=64).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    # Text that the model itself writes, on which a map helps.
+    ids = model.generate(tiny.tokens(40, 2), max_length=32, do_sample=True, pad_token_id=0)
+    report = hf_lnscale.heal(model, [1], ids, cross_validate=False, progress=False)
+    assert report.kept
+    report.undo()
+    assert len(AutoModelForCausalLM.from_pretrained(model.config._name_or_path).model.layers) == 4
+    report = hf_lnscale.heal(model, [1], ids, cross_validate=False, progress=False)
+    hf_lnscale.drop_layers(model, [1])
+    with pytest.raises(ValueError, match=r"healed in memory.*copy\.deepcopy"):
+        AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    model.save_pretrained(tmp_path / "healed")
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(healed.config._name_or_path)), logits(model))
