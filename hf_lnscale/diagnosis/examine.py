@@ -384,6 +384,7 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bar.refresh()  # updates in quick succession are not all drawn
         self.bar.close()
 
     def advance(self, passes: float, more: bool = False) -> None:

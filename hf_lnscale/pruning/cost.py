@@ -15,8 +15,8 @@ from ..measuring.stream import eval_mode
 from ..measuring.text import Batch, TokenBatches
 from .search import BLOCKS, HEALED, STEPWISE, Target
 
-# Penalties that healing tries on each set of layers, if none does worse than the one before.
-_PENALTIES = 4
+# Penalties that healing usually tries on a set of layers; it stops where the next one does worse.
+_PENALTIES = 2
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def work_of_search(
         passes = 3 if method == "taylor" else 1  # a backward pass is twice a forward pass
         layers, head = layers + passes * calibration * total, head + (passes - 1) * 1.5 * calibration
     if fits:
-        # The full model's states once; of each fit the loss before, and with each penalty, from the cut on.
-        layers += calibration * total + fits * held_out * (1 + _PENALTIES) * kept / 2
+        # The full model's states once for the first set, and for each other one from the places not passed before; of
+        # each fit the loss before, and with each penalty, from the cut on.
+        layers += calibration * total * (1 + (fits - 1) / 2) + fits * held_out * (1 + _PENALTIES) * kept / 2
         head += held_out * (1 + fits * (1 + _PENALTIES))
     return Work(layers, head, fits * 2.0 * calibration * features**2)
 

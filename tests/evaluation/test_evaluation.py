@@ -422,8 +422,8 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate([])
     with pytest.raises(FileNotFoundError, match="data: there is no file"):
         evaluate(plain, "none.txt")
-    with pytest.raises(ValueError, match=r"dtype must be auto, or a type of torch .*, got 'bf16'"):
-        load(plain, dtype="bf16")
+    with pytest.raises(ValueError, match=r"dtype must be auto, .* or another floating-point type of torch, got 'bf17'"):
+        load(plain, dtype="bf17")
     with pytest.raises(ValueError, match="seq_len must be at most 64"):
         evaluate(plain, folder / "text.txt", seq_len=100)
     with pytest.raises(OSError, match="'no-such/model'"):

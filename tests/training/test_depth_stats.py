@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -299,6 +300,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 def test_trackio(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # the folder is read on import
     pytest.importorskip("trackio")
     import sqlite3
 
