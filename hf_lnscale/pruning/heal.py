@@ -66,7 +66,7 @@ _BLENDS = (1.0, 0.5, 0.25, 0.125)
 # Relative; how far the changed weights' output may be from what was fitted.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Tokens in double precision at a time, as a fraction of the features: few beside a matrix of (F, F).
-_TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 32, 64
+_TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 64, 64
 
 
 @dataclass(frozen=True)
@@ -853,7 +853,8 @@ class _Cut:
             seen = pruned.observe(index, self.layer, watch)
             output_BTD, residual_BTD = seen["output"], seen["residual"]
             added_BTD = factor * seen.get("added", seen["u"]).view_as(output_BTD)
-            off = (output_BTD - (residual_BTD + added_BTD)).double().norm() / output_BTD.double().norm()
+            size = _double(output_BTD).norm().clamp_min(1e-30)
+            off = _double(output_BTD - (residual_BTD + added_BTD)).norm() / size
             if not off <= 16 * torch.finfo(output_BTD.dtype).eps:
                 raise UnsupportedArchitectureError(
                     f"healing is not possible for {type(self.layer).__name__}: its output is not its residual stream "
@@ -865,7 +866,9 @@ class _Cut:
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(output_BTD.device)
             for part in tokens.split(max(_LEAST_TOKENS, int(x.shape[-1] * _TOKENS_PER_FEATURE))):
                 u_ND, x_NF, residual_ND, output_ND, y_ND = (_double(state[part]) for state in flat)
-                yield _Tokens(batch.name, factor * u_ND, factor * x_NF, y_ND - residual_ND, y_ND - output_ND, y_ND)
+                yield _Tokens(
+                    batch.name, u_ND.mul_(factor), x_NF.mul_(factor), y_ND - residual_ND, y_ND - output_ND, y_ND
+                )
 
     def _require_exact(self, change_FD: torch.Tensor) -> None:
         """Measures on some tokens whether the changed weights give what was fitted.
