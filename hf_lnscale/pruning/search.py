@@ -46,7 +46,8 @@ def one_goal(**given: Any) -> tuple[str, Any]:
     """The one argument that says how far to go, and its value.
 
     Raises:
-        ArgumentError: if none or several are given, or if the value is not a positive number (`drop` is not looked at).
+        ArgumentError: if none or several are given, or if the value is not a positive number (`drop`, and the range of
+            `num_layers`, are not looked at).
     """
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) != 1:
@@ -56,7 +57,9 @@ def one_goal(**given: Any) -> tuple[str, Any]:
         raise ArgumentError(next(iter(found or given)), problem=problem)
     name, value = next(iter(found.items()))
     value = value.item() if hasattr(value, "item") else value  # a number of numpy's
-    if name != "drop" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+    # The range of `num_layers` depends on the model: `require_possible`.
+    free = name == "drop" or (name == "num_layers" and isinstance(value, int) and not isinstance(value, bool))
+    if not free and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
         raise ArgumentError(name, value, "a positive number")
     return name, value
 
@@ -66,7 +69,7 @@ def require_possible(goal: tuple[str, Any], num_layers: int) -> None:
     name, value = goal
     if num_layers < 2:
         raise ArgumentError("model", problem="it has a single layer; none can be dropped")
-    if name == "num_layers" and (not isinstance(value, int) or value >= num_layers):
+    if name == "num_layers" and (not isinstance(value, int) or not 1 <= value < num_layers):
         raise ArgumentError(name, value, f"an integer from 1 to {num_layers - 1} for this model")
     if name == "drop":
         normalize_layers(value, num_layers, name)

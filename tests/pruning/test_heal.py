@@ -554,6 +554,11 @@ from hf_lnscale.pruning.heal import heal
 
 I = 5120
 ids = [torch.randint(0, 64, (1, 64)) for _ in range(16)]
+# BLAS and LAPACK keep buffers of their own.
+x, xx = torch.rand(64, I, dtype=torch.float64), torch.eye(I, dtype=torch.float64)
+xx.addmm_(x.T, x)
+torch.linalg.cholesky(xx.mT, out=xx.mT)
+del x, xx
 for width in (I // 32, I):  # the first loads what is loaded when it is used
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(intermediate_size=width, **sizes)).eval()
@@ -570,7 +575,7 @@ print((peak * 1024 - before) / (8 * I * I))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_two_matrices_are_all_that_healing_needs():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert 1.9 < float(done.stdout) < 2.4  # a third matrix makes it 3; the rest is small buffers
+    assert 1.9 < float(done.stdout) <= 2.1
 
 
 def test_an_mlp_that_is_not_linear_in_its_weights_is_refused():

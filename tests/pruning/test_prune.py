@@ -223,7 +223,7 @@ def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
 def test_prune_refuses_before_a_weight_is_read(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(prune_module.Placement, "load", lambda *_, **__: pytest.fail("loaded"))
     for given, message in (
-        ({"num_layers": 0}, "num_layers must be a positive number, got 0"),
+        ({"num_layers": 0}, "num_layers must be an integer from 1 to 5"),
         ({"num_layers": 6}, "num_layers must be an integer from 1 to 5"),
         ({"drop": [9]}, "layer 9 does not exist in a model of 6"),
         ({"drop": [1], "windows": Windows(seq_len=10_000)}, "seq_len must be at most"),
