@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from oracles import decoder_layers
+
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
 
 _BASE: dict[str, Any] = {
@@ -117,6 +119,16 @@ def model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedMod
     return randomize_norms(built.eval(), seed)
 
 
+def loud(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
+    """One with large weights, so that every layer makes a difference."""
+    built = model(family, **changes)
+    with torch.no_grad():
+        for parameter in decoder_layers(built).parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(10)
+    return built.to(dtype)
+
+
 def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -128,6 +140,11 @@ def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def two_batches(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Two batches of unequal size: means are over tokens, not over batches."""
+    return [ids[:4], ids[4:]]
 
 
 def uploaded_that_say(path: Path, folder: Path) -> list[str]:

@@ -31,7 +31,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
         is read from these.
 
     Raises:
-        FileNotFoundError: if it is none of the three, or a folder without a model.
+        FileNotFoundError: if it is none of the three.
         ValueError: if there are several GGUF files to choose from, and for the folder of an adapter.
     """
     path = Path(model)
@@ -66,10 +66,14 @@ def read_config(model: str | os.PathLike[str]) -> Any:
         ValueError: as `AutoConfig` does, and `locate`.
     """
     name, where = locate(model)
+    hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+    if Path(name).is_dir() and not where and not (Path(name) / "config.json").is_file():
+        raise CheckpointNotFoundError(
+            f"the folder {str(model)!r} holds no model: no config.json and no .gguf file", hint
+        )
     try:
         return AutoConfig.from_pretrained(name, **where)
     except OSError as error:
-        hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
         raise CheckpointError(" ".join(f"cannot read {str(model)!r}: {error}".split()), hint) from error
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints.names import locate
+from ..core.errors import CheckpointError
 from ..core.families import family_of
 from ..core.record import get_ln_scaling, record
 from ..core.warnings import warn
@@ -122,4 +123,8 @@ def _common(model: ModelConfig, training: RecipeConfig) -> dict[str, Any]:
 
 
 def _config(model: ModelConfig, training: RecipeConfig) -> Any:
-    return AutoConfig.from_pretrained(str(model.model_name_or_path), **_common(model, training))
+    name = str(model.model_name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name, **_common(model, training))
+    except (OSError, ValueError) as error:  # which need not name the model
+        raise CheckpointError(f"model_name_or_path: cannot read {name!r}: {' '.join(str(error).split())}") from error

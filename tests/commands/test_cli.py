@@ -150,6 +150,10 @@ def test_an_error_is_a_line_and_a_hint(cli, tmp_path):
     assert message.startswith("hf-lnscale: cannot read 'no-such/model': ")
     assert "offline mode" in message  # all of transformers' own message, which has two lines
     assert hint == "  hint: a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+    _, err = cli("info", tmp_path, code=1)
+    message, same_hint = err.splitlines()
+    assert message == f"hf-lnscale: the folder {str(tmp_path)!r} holds no model: no config.json and no .gguf file"
+    assert same_hint == hint
 
 
 def test_debug_shows_where(cli, tmp_path, monkeypatch):

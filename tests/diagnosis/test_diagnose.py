@@ -44,24 +44,9 @@ SUBLAYERS = {
 CHEAP = {"loss": False, "gradients": False, "jacobian": False, "progress": False}
 
 
-def build(family="llama", dtype=torch.float64, **changes):
-    """A tiny model with large weights, so that every layer makes a difference."""
-    model = tiny.model(family, **changes)
-    with torch.no_grad():
-        for parameter in decoder_layers(model).parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(10)
-    return model.to(dtype)
-
-
 @pytest.fixture
 def ids():
     return tiny.tokens(6, 11, seed=1)
-
-
-def batches_of(ids):
-    """Two batches of unequal size: means are over tokens, not over batches."""
-    return [ids[:4], ids[4:]]
 
 
 def of(diagnosis, name):
@@ -77,9 +62,9 @@ def near(expected, rel=1e-9):
 
 @pytest.mark.parametrize("family", SUBLAYERS)
 def test_the_stream_is_the_papers(family, ids):
-    model = build(family)
+    model = tiny.loud(family)
     stream = residual_stream(model, ids)
-    found = diagnose(model, batches_of(ids), **CHEAP)
+    found = diagnose(model, tiny.two_batches(ids), **CHEAP)
     places = found.residual
     assert [place["place"] for place in places] == list(range(LAYERS + 1))
     assert [place["variance"] for place in places] == near(x.var(correction=0) for x in stream)
@@ -107,14 +92,14 @@ def test_the_stream_is_the_papers(family, ids):
 @pytest.mark.parametrize("family", SUBLAYERS)
 def test_ratios_are_those_of_what_the_sublayers_return(family, ids):
     changes = {"residual_multiplier": 0.5} if family == "granite" else {}
-    model = build(family, **changes)
+    model = tiny.loud(family, **changes)
     stream = residual_stream(model, ids)[:-1]
     attention, mlp = (
         changes.get("residual_multiplier", 1) * x for x in sublayer_outputs(model, ids, SUBLAYERS[family])
     )
     by_attention = attention.norm(dim=-1) / stream.norm(dim=-1)
     by_mlp = mlp.norm(dim=-1) / (stream + attention).norm(dim=-1)
-    found = diagnose(model, batches_of(ids), **CHEAP)
+    found = diagnose(model, tiny.two_batches(ids), **CHEAP)
     for name, ratio in (("attention_ratio", by_attention), ("mlp_ratio", by_mlp)):
         assert of(found, f"{name}_all_tokens") == near(ratio.mean((1, 2)), rel=1e-6)
         assert of(found, name) == near(ratio[:, :, 1:].mean((1, 2)), rel=1e-6)
@@ -122,7 +107,7 @@ def test_ratios_are_those_of_what_the_sublayers_return(family, ids):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side, ids):
-    model = build()
+    model = tiny.loud()
     lengths = [11, 7, 5, 11, 3, 8]
     batch, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -145,7 +130,7 @@ def test_padding_changes_nothing(side, ids):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_variance_of_half_precision_is_taken_in_float32(dtype, ids):
     """Of the very states of the model in half precision, in double precision."""
-    model = build(dtype=dtype)
+    model = tiny.loud(dtype=dtype)
     stream = [x.double() for x in residual_stream(model, ids)]
     places = diagnose(model, ids, **CHEAP).residual
     assert [place["variance"] for place in places] == near((x.var(correction=0) for x in stream), rel=1e-5)
@@ -158,25 +143,25 @@ def test_the_variance_of_half_precision_is_taken_in_float32(dtype, ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_accumulated_wider(dtype, ids):
-    low, high = (diagnose(build(dtype=one), ids, progress=False) for one in (dtype, torch.float64))
+    low, high = (diagnose(tiny.loud(dtype=one), ids, progress=False) for one in (dtype, torch.float64))
     assert [place["typical"] for place in low.residual] == near((p["typical"] for p in high.residual), rel=0.05)
     for name in ("attention_ratio", "mlp_ratio", "block_influence", "gradient_norm", "jacobian_distance"):
         assert of(low, name) == near(of(high, name), rel=0.15)
 
 
 def test_the_pass_runs_each_layer_once_and_not_the_head(ids):
-    model = build()
+    model = tiny.loud()
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: calls.append("layer"))
-    diagnose(model, batches_of(ids), **CHEAP)
+    diagnose(model, tiny.two_batches(ids), **CHEAP)
     assert calls == ["layer"] * LAYERS * 2
 
 
 @pytest.mark.parametrize("parts", [{}, {"gradients": True}, {"jacobian": True, "jacobian_sequences": 99}])
 def test_memory_does_not_grow_with_the_batches(parts, ids):
-    model = build()
+    model = tiny.loud()
     size, live = ids.numel() * tiny.HIDDEN, []
 
     def count(module, args):
@@ -199,9 +184,9 @@ def test_memory_does_not_grow_with_the_batches(parts, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "granite"])
 def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
-    model = build(family)
+    model = tiny.loud(family)
     norms, states = [], torch.zeros(LAYERS, dtype=torch.float64)
-    for batch in batches_of(ids):
+    for batch in tiny.two_batches(ids):
         reference, kept = copy.deepcopy(model), []
 
         def keep(layer, args, kept=kept):
@@ -223,7 +208,7 @@ def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
         )
         states += torch.stack([x.grad[:, 1:].norm(dim=-1).sum() for x in kept])
     norms = torch.tensor(norms, dtype=torch.float64)
-    found = diagnose(model, batches_of(ids), **CHEAP | {"gradients": True})
+    found = diagnose(model, tiny.two_batches(ids), **CHEAP | {"gradients": True})
     # The norms compute in single precision whatever the model's.
     assert of(found, "gradient_norm") == near(norms.mean(0), rel=1e-6)
     assert of(found, "gradient_norm_error") == near(norms.std(0) / 2**0.5, rel=1e-5)
@@ -232,7 +217,7 @@ def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
 
 
 def test_the_head_in_parts_gives_the_same_gradient(ids, monkeypatch):
-    model = build()
+    model = tiny.loud()
     whole = diagnose(model, ids, **CHEAP | {"gradients": True})
     monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB)
     parts = diagnose(model, ids, **CHEAP | {"gradients": True})
@@ -242,7 +227,7 @@ def test_the_head_in_parts_gives_the_same_gradient(ids, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_jacobians_are_near_the_exact_ones(family):
     ids = tiny.tokens(3, 5)
-    model = build(family)
+    model = tiny.loud(family)
     exact = torch.stack([distance_from_identity(model, ids, layer) for layer in range(LAYERS)])
     many = {"jacobian": True, "jacobian_probes": 100}
     found = diagnose(model, ids, **CHEAP | many)
@@ -260,7 +245,7 @@ def test_jacobians_are_near_the_exact_ones(family):
 
 
 def test_a_layer_that_does_nothing_is_the_identity(ids):
-    model = build()
+    model = tiny.loud()
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
@@ -273,7 +258,7 @@ def test_a_layer_that_does_nothing_is_the_identity(ids):
 
 
 def test_losses_and_cuts_are_those_of_deleted_layers(ids):
-    model = build()
+    model = tiny.loud()
 
     def loss(removed, ids=ids):
         cut = copy.deepcopy(model)
@@ -283,7 +268,7 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
             logits = cut(ids, use_cache=False).logits[:, :-1]
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
-    found = diagnose(model, batches_of(ids), gradients=False, jacobian=False, progress=False)
+    found = diagnose(model, tiny.two_batches(ids), gradients=False, jacobian=False, progress=False)
     assert found.baseline["loss"] == pytest.approx(loss([]), rel=1e-9)
     assert found.baseline["perplexity"] == pytest.approx(math.exp(loss([])), rel=1e-9)
     # Standard errors, of sequences of equal length those of a plain mean, in pairs.
@@ -304,7 +289,7 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_is_diagnosed_and_left_as_it_was(family, ids):
-    model = build(family, torch.float32).train()
+    model = tiny.loud(family, torch.float32).train()
     decoder_layers(model)[2].eval()
     next(model.parameters()).requires_grad_(False)
 
@@ -330,7 +315,7 @@ def test_every_family_is_diagnosed_and_left_as_it_was(family, ids):
 @pytest.mark.parametrize("place", ["layers.3.mlp", "norm"])
 @pytest.mark.parametrize("passes", range(1, 9))
 def test_hooks_are_gone_after_an_exception(place, passes, ids):
-    model = build()
+    model = tiny.loud()
     flags = [p.requires_grad for p in model.parameters()]
     count = []
 
@@ -341,7 +326,7 @@ def test_hooks_are_gone_after_an_exception(place, passes, ids):
 
     handle = model.model.get_submodule(place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
-        diagnose(model, batches_of(ids), progress=False)
+        diagnose(model, tiny.two_batches(ids), progress=False)
     handle.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -353,7 +338,7 @@ def test_hooks_are_gone_after_an_exception(place, passes, ids):
 
 def test_offloaded_to_disk(tmp_path, ids):
     pytest.importorskip("accelerate")
-    model = build(dtype=torch.float32)
+    model = tiny.loud(dtype=torch.float32)
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")  # sharded, too
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -374,7 +359,7 @@ def test_offloaded_to_disk(tmp_path, ids):
 
 def test_quantized(tmp_path, ids):
     pytest.importorskip("bitsandbytes")
-    model = build(dtype=torch.float32, hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
+    model = tiny.loud(dtype=torch.float32, hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
     model.save_pretrained(tmp_path)
     quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path,
@@ -406,7 +391,7 @@ def test_kernels_without_a_backward_are_noticed(kind, ids):
     library = torch.library.Library(f"hf_lnscale_test_{kind}", "DEF")
     library.define("double(Tensor x) -> Tensor")
     library.impl("double", lambda x: x.detach() * 2, "CPU")
-    model = build()
+    model = tiny.loud()
     operation = getattr(torch.ops, f"hf_lnscale_test_{kind}").double
     model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: operation(output))
     found = diagnose(model, ids, **CHEAP | {kind: True})
@@ -519,7 +504,7 @@ def test_massive_activations_are_not_growth():
 @pytest.mark.parametrize("token", [0, 5])
 def test_massive_activations_of_any_token_are_found_in_a_model(token, ids):
     """Not only those of the first token, where most models have them."""
-    model = build()
+    model = tiny.loud()
     expected = diagnose(model, ids, **CHEAP).verdict["growth"]["factor"]
 
     def spike(layer, args, output):
@@ -537,7 +522,7 @@ def test_massive_activations_of_any_token_are_found_in_a_model(token, ids):
 
 
 def test_what_was_not_measured_is_not_judged():
-    found = diagnose(build(), tiny.tokens(64, 33), **CHEAP)
+    found = diagnose(tiny.loud(), tiny.tokens(64, 33), **CHEAP)
     assert found.verdict["headline"].endswith("of 1 signs of the curse of depth")
     assert found.verdict["idle_layers"] is None
     assert found.verdict["removable"] is None
@@ -549,7 +534,7 @@ def test_what_was_not_measured_is_not_judged():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_models_of_few_layers(layers, ids):
-    found = diagnose(build(num_hidden_layers=layers), ids, progress=False)
+    found = diagnose(tiny.loud(num_hidden_layers=layers), ids, progress=False)
     assert found.verdict["growth"]["fits"] is None
     assert len(found.layers) == layers
     assert found.report().count("<svg class") == 8
@@ -567,11 +552,11 @@ def test_ranges_in_words():
 
 
 def test_the_cost_is_announced_as_the_layers_run(ids, capsys):
-    model = build()
+    model = tiny.loud()
     calls = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda layer, args, output: calls.append(len(output)))
-    found = diagnose(model, batches_of(ids), jacobian_sequences=3)
+    found = diagnose(model, tiny.two_batches(ids), jacobian_sequences=3)
     said = capsys.readouterr().err
     assert re.search(r"about \d+ forward passes over 66 tokens: \d\.\d for the stream, .* for Jacobians", said)
     assert "gradients" in said.split("\n", 1)[1]  # the bar's
@@ -593,7 +578,7 @@ def test_the_cost_is_announced_as_the_layers_run(ids, capsys):
 @pytest.mark.parametrize("bars", [True, False])
 def test_more_cuts_than_announced_with_and_without_progress_bars(bars, ids, capsys):
     """HF_HUB_DISABLE_PROGRESS_BARS=1 is read on import; this is what it sets."""
-    model = build()
+    model = tiny.loud()
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -622,16 +607,16 @@ def test_more_cuts_than_announced_with_and_without_progress_bars(bars, ids, caps
 )
 def test_wrong_arguments_are_refused(arguments, message, ids):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        diagnose(build(), **{"data": ids, "progress": False} | arguments)
+        diagnose(tiny.loud(), **{"data": ids, "progress": False} | arguments)
 
 
 def test_single_tokens_are_refused(ids):
     with pytest.raises(ValueError, match="no token past the first"):
-        diagnose(build(), ids[:, :1], progress=False)
+        diagnose(tiny.loud(), ids[:, :1], progress=False)
 
 
 def test_models_without_a_head_are_refused_where_one_is_needed(ids):
-    model = build()
+    model = tiny.loud()
     with pytest.raises(ValueError, match=r"no language head.*loss=False, gradients=False"):
         diagnose(model.model, ids, progress=False)
     found = diagnose(model.model, ids, loss=False, gradients=False, progress=False)
@@ -639,7 +624,7 @@ def test_models_without_a_head_are_refused_where_one_is_needed(ids):
 
 
 def test_a_stream_that_overflows_is_refused(ids):
-    model = build(dtype=torch.float16)
+    model = tiny.loud(dtype=torch.float16)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(ValueError, match=r"after layer 1 is not finite in float16; load the model in bfloat16"):
@@ -653,14 +638,14 @@ def test_gradients_that_overflow_are_left_out_with_a_note(ids, monkeypatch):
         return weights_NL, states_L
 
     monkeypatch.setattr("hf_lnscale.diagnosis.examine.gradient_norms", overflown)
-    found = diagnose(build(dtype=torch.float16), ids, jacobian=False, progress=False)
+    found = diagnose(tiny.loud(dtype=torch.float16), ids, jacobian=False, progress=False)
     assert "gradient_norm: not finite in layers 2; load the model in bfloat16 or float32" in found.notes
     assert [one["state_gradient_norm"] is None for one in found.layers] == [False, True, False, False]
     json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_weights_that_are_not_finite_are_named(ids):
-    model = build(dtype=torch.float32)
+    model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
     message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not$"
@@ -669,7 +654,7 @@ def test_weights_that_are_not_finite_are_named(ids):
 
 
 def test_activations_that_overflow_in_float32_are_refused(ids):
-    model = build(dtype=torch.float32)
+    model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(ValueError, match=r"after layer 1 is not finite in float32; its activations overflow"):
@@ -677,7 +662,7 @@ def test_activations_that_overflow_in_float32_are_refused(ids):
 
 
 def test_a_model_of_zeros_is_refused(ids):
-    model = build()
+    model = tiny.loud()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -686,7 +671,7 @@ def test_a_model_of_zeros_is_refused(ids):
 
 
 def test_tokens_with_an_embedding_of_zero_are_no_reason_to_refuse(ids):
-    model = build()
+    model = tiny.loud()
     with torch.no_grad():
         model.model.embed_tokens.weight[ids[2, 3]] = 0
         model.model.layers[0].self_attn.o_proj.weight.add_(0.1)
@@ -697,13 +682,13 @@ def test_tokens_with_an_embedding_of_zero_are_no_reason_to_refuse(ids):
 def test_token_ids_beyond_the_vocabulary_are_refused(wrong, ids):
     ids[1, 4] = wrong
     with pytest.raises(ValueError, match=rf"^data: token id {wrong} is beyond the model's vocabulary of 96"):
-        diagnose(build(), ids, progress=False)
+        diagnose(tiny.loud(), ids, progress=False)
     ids[1, 4] = 95
-    diagnose(build(), ids, **CHEAP)
+    diagnose(tiny.loud(), ids, **CHEAP)
 
 
 def test_a_loss_beyond_numbers_is_refused(ids):
-    model = build()
+    model = tiny.loud()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     with pytest.raises(ValueError, match=r"its loss is .* nats per token on this data"):
@@ -720,7 +705,7 @@ def test_unknown_models_are_refused(ids):
 
 @pytest.fixture(scope="module")
 def small():
-    return diagnose(build(num_hidden_layers=6), tiny.tokens(6, 11, seed=1), progress=False)
+    return diagnose(tiny.loud(num_hidden_layers=6), tiny.tokens(6, 11, seed=1), progress=False)
 
 
 def test_json_comes_back_and_holds_no_nan(small, tmp_path):
@@ -779,7 +764,7 @@ def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch
 @pytest.mark.parametrize("what", ["variance", "angular", "loss_added", "layers"])
 def test_plots_show_what_was_measured(what, small):
     pytest.importorskip("matplotlib")
-    other = diagnose(build(num_hidden_layers=4, ln_scaling=True), tiny.tokens(6, 11, seed=1), progress=False)
+    other = diagnose(tiny.loud(num_hidden_layers=4, ln_scaling=True), tiny.tokens(6, 11, seed=1), progress=False)
     axes = small.plot(what, other).axes
     assert axes[0].get_ylim() == axes[1].get_ylim()
     if what == "loss_added":
@@ -794,7 +779,7 @@ def test_plots_show_what_was_measured(what, small):
 
 
 def test_plots_of_what_was_not_measured(ids):
-    found = diagnose(build(), ids, **CHEAP)
+    found = diagnose(tiny.loud(), ids, **CHEAP)
     with pytest.raises(ValueError, match=r"what must be one of variance, .* got 'tea'"):
         found.plot("tea")
     with pytest.raises(ValueError, match="'loss_added' was not measured"):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from hf_lnscale import plan_pruning
 from hf_lnscale.measuring.text import token_batches
+from hf_lnscale.pruning import cost
 from hf_lnscale.pruning.cost import Cost, estimate_cost, work_of_search
 from hf_lnscale.pruning.search import SEARCH_METHODS, search_layers, search_target
 from oracles import decoder_layers
@@ -40,10 +41,13 @@ def test_the_work_of_a_search(method, heal):
     assert 0.7 < said.head / (run["head"] + backward) < 1.6
 
 
-def test_memory_and_words(caplog):
+def test_memory_and_words(caplog, monkeypatch):
     model = tiny.model(num_hidden_layers=L)
     target = search_target(model, ("num_layers", 3))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    # Timed once, so that the two differ by their work alone.
+    times = cost._unit_times(model, CALIBRATION.batches[0], 48)
+    monkeypatch.setattr(cost, "_unit_times", lambda *_: times)
     plain = estimate_cost(model, target, "greedy", None, CALIBRATION, JUDGED)
     assert (plain.device_bytes, plain.state_bytes) == (weights, 0)
     healed = estimate_cost(model, target, "greedy", "refit", CALIBRATION, JUDGED)

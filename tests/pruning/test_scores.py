@@ -25,24 +25,9 @@ LAYERS = tiny.LAYERS
 FEW = ["llama", "gemma2", "qwen3_next", "qwen2_5_vl_text"]
 
 
-def build(family="llama", dtype=torch.float64, **changes):
-    """A tiny model with large weights, so that every layer makes a difference."""
-    model = tiny.model(family, **changes)
-    with torch.no_grad():
-        for parameter in decoder_layers(model).parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(10)
-    return model.to(dtype)
-
-
 @pytest.fixture
 def ids():
     return tiny.tokens(6, 11, seed=1)
-
-
-def batches_of(ids):
-    """Two batches of unequal size: means are over tokens, not over batches."""
-    return [ids[:4], ids[4:]]
 
 
 def padded(ids, side):
@@ -123,10 +108,10 @@ def close(found, expected, rel=1e-9):
 
 @pytest.mark.parametrize("family", FEW)
 def test_block_influence_is_the_papers(family, ids):
-    model = build(family)
+    model = tiny.loud(family)
     stream = residual_stream(model, ids)
     expected = [1 - cosine(stream[i], stream[i + 1]).mean().item() for i in range(LAYERS)]
-    found = score_layers(model, batches_of(ids), progress=False)
+    found = score_layers(model, tiny.two_batches(ids), progress=False)
     assert found.scores.shape == (LAYERS,)
     assert found.scores.dtype == torch.float64
     assert close(found.scores, expected)
@@ -135,9 +120,9 @@ def test_block_influence_is_the_papers(family, ids):
 @pytest.mark.parametrize("tokens", ["last", "all"])
 @pytest.mark.parametrize("family", FEW)
 def test_angular_distance_of_every_block_is_the_papers(family, tokens, ids):
-    model = build(family)
+    model = tiny.loud(family)
     stream = residual_stream(model, ids)
-    found = score_layers(model, batches_of(ids), "angular", tokens=tokens, progress=False).scores
+    found = score_layers(model, tiny.two_batches(ids), "angular", tokens=tokens, progress=False).scores
     assert found.shape == (LAYERS, LAYERS)
     for i in range(LAYERS):
         for n in range(1, LAYERS + 1):
@@ -150,7 +135,7 @@ def test_angular_distance_of_every_block_is_the_papers(family, tokens, ids):
 
 def test_layers_that_do_nothing_have_distance_zero(ids):
     """Rounding puts cosines above 1, where arccos is no number."""
-    model = build(dtype=torch.float32)
+    model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.model.layers.named_parameters():
             if "o_proj" in name or "down_proj" in name:
@@ -168,7 +153,7 @@ def test_layers_that_do_nothing_have_distance_zero(ids):
 @pytest.mark.parametrize("family", FEW)
 def test_padding_changes_nothing(family, method, tokens, side, ids):
     # Gemma 2 itself yields NaN for left padding in double precision: its softmax is in single, its mask is not.
-    model = build(family, torch.float32 if family == "gemma2" else torch.float64)
+    model = tiny.loud(family, torch.float32 if family == "gemma2" else torch.float64)
     # With padding on the left a token has another position, and rotary embeddings are rounded to single precision.
     exact = 1e-3 if family == "gemma2" else 1e-6 if side == "left" else 1e-8
     with_padding, without = padded(ids, side)
@@ -182,18 +167,18 @@ def test_padding_changes_nothing(family, method, tokens, side, ids):
 
 @pytest.mark.parametrize("method", ["block_influence", "angular"])
 def test_one_pass_without_the_head(method, ids):
-    model = build()
+    model = tiny.loud()
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: calls.append("layer"))
-    score_layers(model, batches_of(ids), method, progress=False)
+    score_layers(model, tiny.two_batches(ids), method, progress=False)
     assert calls == ["layer"] * LAYERS * 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_does_not_grow_with_the_batches(method, ids):
-    model = build()
+    model = tiny.loud()
     size, live = ids.numel() * tiny.HIDDEN, []
 
     def count(module, args):
@@ -209,7 +194,7 @@ def test_memory_does_not_grow_with_the_batches(method, ids):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_accumulated_wider(method, ids):
-    model = build(dtype=torch.bfloat16)
+    model = tiny.loud(dtype=torch.bfloat16)
     low = score_layers(model, ids, method, progress=False).scores
     high = score_layers(model.double(), ids, method, progress=False).scores
     assert low.dtype == torch.float64
@@ -222,9 +207,9 @@ def test_bfloat16_is_accumulated_wider(method, ids):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_taylor_is_weight_times_gradient(family, ids, monkeypatch):
     monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", 7 * tiny.VOCAB)  # several parts
-    model = build(family)
+    model = tiny.loud(family)
     expected = torch.zeros(LAYERS, dtype=torch.float64)
-    for batch in batches_of(ids):
+    for batch in tiny.two_batches(ids):
         reference = copy.deepcopy(model)
         logits = reference(input_ids=batch, use_cache=False).logits[:, :-1]
         nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
@@ -233,11 +218,11 @@ def test_taylor_is_weight_times_gradient(family, ids, monkeypatch):
             expected[i] += sum(terms) * len(batch) / len(ids)
     assert expected.min() > 1e-3
     # The norms compute in single precision whatever the model's.
-    assert close(score_layers(model, batches_of(ids), "taylor", progress=False).scores, expected, rel=1e-6)
+    assert close(score_layers(model, tiny.two_batches(ids), "taylor", progress=False).scores, expected, rel=1e-6)
 
 
 def test_taylor_with_padding(ids):
-    model = build()
+    model = tiny.loud()
     with_padding, _ = padded(ids, "right")
     found = score_layers(model, with_padding[:1], "taylor", progress=False).scores
     batch = with_padding[0]
@@ -248,7 +233,7 @@ def test_taylor_with_padding(ids):
 
 
 def test_taylor_leaves_gradients_as_they_were(ids):
-    model = build()
+    model = tiny.loud()
     model.model.layers[1].requires_grad_(False)
     given = {name: torch.full_like(p, 3.0) for name, p in model.named_parameters() if "layers.2" in name}
     for name, gradient in given.items():
@@ -259,11 +244,11 @@ def test_taylor_leaves_gradients_as_they_were(ids):
         assert parameter.grad is given.get(name)
         assert parameter.grad is None or bool((parameter.grad == 3).all())
         assert not parameter._post_accumulate_grad_hooks
-    assert close(score_layers(build(), ids, "taylor", progress=False).scores, frozen.scores.tolist())
+    assert close(score_layers(tiny.loud(), ids, "taylor", progress=False).scores, frozen.scores.tolist())
 
 
 def test_taylor_holds_no_layers_gradient_beyond_its_turn(ids):
-    model = build()
+    model = tiny.loud()
     held = []
 
     def count(module, *gradients):
@@ -277,7 +262,7 @@ def test_taylor_holds_no_layers_gradient_beyond_its_turn(ids):
 
 @pytest.mark.parametrize("kind", ["quantized", "offloaded"])
 def test_weights_that_cannot_be_read_are_refused(kind, ids):
-    model = build()
+    model = tiny.loud()
     weight = model.model.layers[0].mlp.up_proj.weight.data
     values = weight.to(torch.int8) if kind == "quantized" else weight.to("meta")
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(values, requires_grad=False)
@@ -291,22 +276,22 @@ def test_weights_that_cannot_be_read_are_refused(kind, ids):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sweeps_are_as_deleted(family, ids):
     # Not to the last bit: some routers of experts are in single precision.
-    model = build(family)
+    model = tiny.loud(family)
     full = mean_loss(model, ids)
     expected = {i: mean_loss(deleted(model, [i]), ids) for i in range(LAYERS)}
     assert max(abs(loss - full) for loss in expected.values()) > 1e-3
-    assert sweep_losses(model, batches_of(ids), progress=False) == pytest.approx(expected, rel=1e-9)
-    assert loss_without(model, batches_of(ids)) == pytest.approx(full, rel=1e-9)
+    assert sweep_losses(model, tiny.two_batches(ids), progress=False) == pytest.approx(expected, rel=1e-9)
+    assert loss_without(model, tiny.two_batches(ids)) == pytest.approx(full, rel=1e-9)
 
     # Two at once, and the divergence from the model with all layers.
     pairs = {i: deleted(model, [1, i]) for i in (3, 0)}
     expected = {i: mean_loss(cut, ids) for i, cut in pairs.items()}
-    found = sweep_losses(model, batches_of(ids), removed=[1], candidates=[3, 0], progress=False)
+    found = sweep_losses(model, tiny.two_batches(ids), removed=[1], candidates=[3, 0], progress=False)
     assert list(found) == [3, 0]
     assert found == pytest.approx(expected, rel=1e-9)
-    assert found == pytest.approx({i: loss_without(model, batches_of(ids), (1, i)) for i in (3, 0)}, rel=1e-9)
+    assert found == pytest.approx({i: loss_without(model, tiny.two_batches(ids), (1, i)) for i in (3, 0)}, rel=1e-9)
     expected = {i: mean_kl(model, cut, ids) for i, cut in pairs.items()}
-    found = sweep_losses(model, batches_of(ids), [1], [3, 0], "kl", progress=False)
+    found = sweep_losses(model, tiny.two_batches(ids), [1], [3, 0], "kl", progress=False)
     assert found == pytest.approx(expected, rel=1e-8)
     assert min(found.values()) > 1e-4
 
@@ -314,7 +299,7 @@ def test_sweeps_are_as_deleted(family, ids):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sweeps_are_bit_for_bit_as_deleted(family, ids):
     """In the precision that models run in: the decoder's output, for in the head the parts may differ by rounding."""
-    model = build(family, dtype=torch.float32)
+    model = tiny.loud(family, dtype=torch.float32)
 
     def outputs(model, run):
         found = []
@@ -335,45 +320,49 @@ def test_sweeps_are_bit_for_bit_as_deleted(family, ids):
 
 @pytest.mark.parametrize("changes", [{"logits_scaling": 3.0}, {"logits_scaling": 0.1, "embedding_multiplier": 5.0}])
 def test_what_a_family_does_to_its_logits_is_done(changes, ids):
-    model = build("granite", **changes)
+    model = tiny.loud("granite", **changes)
     assert loss_without(model, ids, [2]) == pytest.approx(mean_loss(deleted(model, [2]), ids), rel=1e-12)
 
 
 def test_scaled_models_keep_each_layers_own_scale(ids):
-    model = build(ln_scaling=True)
+    model = tiny.loud(ln_scaling=True)
     expected = {i: mean_loss(deleted(model, [i]), ids) for i in range(LAYERS)}
     assert sweep_losses(model, ids, progress=False) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("limit", [1, 7 * tiny.VOCAB])
 def test_logits_in_parts_give_the_same(limit, ids, monkeypatch):
-    model = build("gemma2")
-    whole = [sweep_losses(model, batches_of(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")]
+    model = tiny.loud("gemma2")
+    whole = [
+        sweep_losses(model, tiny.two_batches(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")
+    ]
     monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", limit)
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output[..., 0].numel()))
-    parts = [sweep_losses(model, batches_of(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")]
+    parts = [
+        sweep_losses(model, tiny.two_batches(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")
+    ]
     assert max(sizes) == max(limit // tiny.VOCAB, 1)
     assert parts[0] == pytest.approx(whole[0], rel=1e-12)
     assert parts[1] == pytest.approx(whole[1], rel=1e-8)
 
 
 def test_perplexity_and_kl_are_the_sweeps(ids):
-    model = build()
-    found = score_layers(model, batches_of(ids), "perplexity", progress=False)
+    model = tiny.loud()
+    found = score_layers(model, tiny.two_batches(ids), "perplexity", progress=False)
     assert found.baseline == pytest.approx(math.exp(mean_loss(model, ids)))
     assert close(found.scores, [math.exp(mean_loss(deleted(model, [i]), ids)) for i in range(LAYERS)])
-    found = score_layers(model, batches_of(ids), "kl", progress=False)
+    found = score_layers(model, tiny.two_batches(ids), "kl", progress=False)
     assert close(found.scores, [mean_kl(model, deleted(model, [i]), ids) for i in range(LAYERS)])
 
 
 def test_a_sweep_runs_half_the_layers(ids):
-    model = build()
+    model = tiny.loud()
     loss_without(model, ids)
     calls = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    sweep_losses(model, batches_of(ids), progress=False)
+    sweep_losses(model, tiny.two_batches(ids), progress=False)
     # A batch: all layers once, then for each candidate those after it. The search for tuples runs one sequence.
     assert len([size for size in calls if size > 1]) == 2 * (LAYERS + LAYERS * (LAYERS - 1) // 2)
 
@@ -396,7 +385,7 @@ class TupleModel(LlamaModel):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_return_tuples(method, ids):
-    model = build()
+    model = tiny.loud()
     expected = score_layers(model, ids, method, progress=False).scores
     model.model.__class__ = TupleModel
     for layer in model.model.layers:
@@ -410,7 +399,7 @@ def test_layers_that_return_tuples(method, ids):
     [{"return_dict": False}, {"output_hidden_states": True}, {"output_router_logits": True}],
 )
 def test_flags_of_the_config_do_not_matter(flags, ids):
-    model = build("qwen3_moe")
+    model = tiny.loud("qwen3_moe")
     expected = [score_layers(model, ids, method, progress=False).scores for method in METHODS]
     for name, value in flags.items():
         setattr(model.config, name, value)
@@ -442,7 +431,7 @@ def same(a, b):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FEW)
 def test_a_model_is_left_as_it_was(family, method, ids):
-    model = build(family).train()
+    model = tiny.loud(family).train()
     decoder_layers(model)[2].eval()
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = torch.tensor([[5]])
@@ -457,7 +446,7 @@ def test_a_model_is_left_as_it_was(family, method, ids):
 @pytest.mark.parametrize("place", ["layers.0.mlp", "layers.3.mlp", "norm"])
 def test_a_model_is_left_as_it_was_after_an_exception(method, place, ids):
     """On the second batch, within a candidate too."""
-    model = build().train()
+    model = tiny.loud().train()
     before = state(model)
     passes = []
 
@@ -468,13 +457,13 @@ def test_a_model_is_left_as_it_was_after_an_exception(method, place, ids):
 
     handle = model.model.get_submodule(place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
-        score_layers(model, batches_of(ids), method, progress=False)
+        score_layers(model, tiny.two_batches(ids), method, progress=False)
     handle.remove()
     assert same(before, state(model))
 
 
 def test_dropout_is_off(ids):
-    model = build(attention_dropout=0.9)
+    model = tiny.loud(attention_dropout=0.9)
     expected = [score_layers(model, ids, method, progress=False).scores for method in ("block_influence", "taylor")]
     model.train()
     for method, scores in zip(("block_influence", "taylor"), expected, strict=True):
@@ -520,8 +509,8 @@ def test_a_block_without_a_distance_is_not_the_best():
 
 def test_an_adapter_s_weights_are_not_taken_for_the_layer_s(ids):
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
-    expected = score_layers(build(), ids, "taylor", progress=False).scores
-    adapted = get_peft_model(build(), config)
+    expected = score_layers(tiny.loud(), ids, "taylor", progress=False).scores
+    adapted = get_peft_model(tiny.loud(), config)
     for model in (adapted, adapted.base_model.model):
         with pytest.raises(ValueError, match=r"'taylor'.*PEFT adapter.*merge it first"):
             score_layers(model, ids, "taylor", progress=False)
@@ -535,7 +524,7 @@ def test_best_block_needs_angular_distances():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_come_back_from_disk(method, ids, tmp_path):
-    model = build()
+    model = tiny.loud()
     model.config.name_or_path = "a/model"
     given = score_layers(model, ids, method, progress=False)
     given.save(tmp_path / "scores.json")
@@ -569,7 +558,7 @@ def test_printed_as_a_table():
 @pytest.mark.parametrize("method", METHODS)
 def test_plots(method, ids, tmp_path):
     pytest.importorskip("matplotlib")
-    scores = score_layers(build(), ids, method, progress=False)
+    scores = score_layers(tiny.loud(), ids, method, progress=False)
     figure = scores.plot(tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 5000
     axes = figure.axes[0]
@@ -586,7 +575,7 @@ def test_plotting_without_matplotlib_names_the_extra(monkeypatch):
 
 
 def test_progress_is_shown_when_asked_for(ids, capsys):
-    model = build()
+    model = tiny.loud()
     for method in METHODS:
         score_layers(model, ids, method, progress=False)
     assert capsys.readouterr().err == ""
@@ -609,7 +598,7 @@ def test_progress_is_shown_when_asked_for(ids, capsys):
 )
 def test_wrong_arguments_are_refused(arguments, message, ids):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        score_layers(build(), **({"data": ids, "progress": False} | arguments))
+        score_layers(tiny.loud(), **({"data": ids, "progress": False} | arguments))
 
 
 @pytest.mark.parametrize(
@@ -624,23 +613,23 @@ def test_wrong_arguments_are_refused(arguments, message, ids):
 )
 def test_wrong_sweeps_are_refused(arguments, message, ids):
     with pytest.raises(ValueError, match=message):
-        sweep_losses(build(), ids, progress=False, **arguments)
+        sweep_losses(tiny.loud(), ids, progress=False, **arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_data_without_tokens_is_refused(method, ids):
     with pytest.raises(ValueError, match="no token"):
-        score_layers(build(), {"input_ids": ids, "attention_mask": ids * 0}, method, progress=False)
+        score_layers(tiny.loud(), {"input_ids": ids, "attention_mask": ids * 0}, method, progress=False)
 
 
 @pytest.mark.parametrize("method", ["taylor", "perplexity"])
 def test_single_tokens_predict_nothing(method, ids):
     with pytest.raises(ValueError, match="no token"):
-        score_layers(build(), ids[:, :1], method, progress=False)
+        score_layers(tiny.loud(), ids[:, :1], method, progress=False)
 
 
 def test_rows_of_nothing_but_padding_do_not_count(ids):
-    model = build()
+    model = tiny.loud()
     data = {"input_ids": ids, "attention_mask": (torch.arange(6) != 2).long()[:, None].expand(6, 11)}
     for method in METHODS:
         found = score_layers(model, data, method, progress=False).scores
@@ -651,14 +640,14 @@ def test_rows_of_nothing_but_padding_do_not_count(ids):
 @pytest.mark.parametrize("method", ["taylor", "perplexity", "kl"])
 def test_models_without_a_language_head(method, ids):
     classifier = AutoModelForSequenceClassification.from_config(tiny.config())
-    for model in (build().model, classifier):
+    for model in (tiny.loud().model, classifier):
         with pytest.raises(ValueError, match="no language head"):
             score_layers(model, ids, method, progress=False)
 
 
 @pytest.mark.parametrize("method", ["block_influence", "angular"])
 def test_base_models_do_for_the_others(method, ids):
-    model = build()
+    model = tiny.loud()
     found, expected = (score_layers(m, ids, method, progress=False).scores for m in (model.model, model))
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 

@@ -298,6 +298,11 @@ BAD = {
     "text for sft": ("sft", "--dataset_name text.jsonl", r"columns text; sft\.py reads 'messages'.*continue_pretrain"),
     "family": ("continue_pretrain", "--model_name_or_path gpt2", r"gpt2"),
     "no checkpoint": ("continue_pretrain", "--model_name_or_path /nowhere/x", r"there is no folder '/nowhere/x'"),
+    "no such name": (
+        "continue_pretrain",
+        "--model_name_or_path no-such/model",
+        r"model_name_or_path: cannot read 'no-such/model': .*offline mode",
+    ),
     "no model": ("continue_pretrain", "", r"name the checkpoint to train"),
     "long warmup": (
         "continue_pretrain",
