@@ -1,4 +1,4 @@
-"""Chats for training: rows of every common format as messages, and the chat template that marks the answers."""
+"""Chats for training: converts rows of every common format to messages, and checks the chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAT_FEATURES = {
     "prompt and completion of messages": Features({"prompt": List(Json()), "completion": List(Json()), **_EXTRAS}),
     "prompt and completion": Features({"prompt": Value("string"), "completion": Value("string")}),
 }
-# Names that roles have in ShareGPT's format and in others.
+# Names of roles in ShareGPT and other formats.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
@@ -29,7 +29,7 @@ _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instr
 
 
 def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[str, ...]:
-    """The columns that a row is read from: the first of the formats of which it has all."""
+    """The columns to read: those of the first format that the row has completely."""
     allowed = set(columns or row)
     for names in _FORMATS:
         if all(name in allowed and row.get(name) is not None for name in names):
@@ -43,22 +43,14 @@ def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple
 
 
 def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
-    """The key of `CHAT_FEATURES` that a row becomes.
-
-    Raises:
-        ValueError: if it has none of the formats.
-    """
+    """The key of `CHAT_FEATURES` that a row is converted to."""
     if "prompt" not in _format(row, where, columns):
         return "messages"
     return "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
 
 
 def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`.
-
-    Raises:
-        ValueError: for what is missing or not valid; the message starts with `where`.
-    """
+    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`; `where` locates it in error messages."""
     names = _format(row, where, columns)
     if (found := chat_kind(row, where, columns)) != kind:
         raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
@@ -79,28 +71,32 @@ def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | Non
         raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
     tools = row.get("tools") or None
     if isinstance(tools, str):
-        tools = _decode(tools, f"{where}: tools")
+        tools = parse_json(tools, f"{where}: tools")
     keywords = row.get("chat_template_kwargs") or {}
     return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
-def _decode(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; an error names `where` it is."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ValueError as error:
         raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):  # as in CSV
-        value = _decode(value, where)
+        value = parse_json(value, where)
     if not isinstance(value, list) or not value:
         raise ValueError(f"dataset_name: {where} must be a list of messages, got {value!r}")
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """A message with `role`, `content` as text and, where there are some, `tool_calls` with arguments as objects."""
+    """A message with `role`, `content` as text and, if there are any, `tool_calls` with arguments as objects."""
     if not isinstance(given, dict):
         raise ValueError(f"dataset_name: {where} must have a role and a content, got {given!r}")
     message = {key: value for key, value in given.items() if value is not None}
@@ -113,7 +109,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         known = ", ".join(["system", "user", "assistant", "tool", *ROLES])
         raise ValueError(f"dataset_name: {where} has the role {said!r}; valid are {known}")
     if said == "function_call":
-        call = _decode(str(content), where)
+        call = parse_json(str(content), where)
         content, calls = "", call if isinstance(call, list) else [call]
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -134,17 +130,17 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"dataset_name: {where} has a tool call without a function's name: {call!r}")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):  # as in OpenAI's format; templates that write JSON would quote it once more
-        arguments = _decode(arguments, f"{where}: arguments of {function['name']!r}")
+        arguments = parse_json(arguments, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
     return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
 
 
 def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
-    """Settles for the data which chat template is used, and whether only the assistant's answers are learned.
+    """Chooses the chat template for the data, and whether to train on the assistant's answers only.
 
     Raises:
-        ValueError: if the data is chats and there is no template, or one that does not mark the answers or drops the
-            tool calls that the data has.
+        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls
+            that the data has.
         FileNotFoundError: if the template's file does not exist.
     """
     if training.chat_template_path == "chatml":

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
-from hf_lnscale.training.start import start
+from hf_lnscale.training.scripts import start
 from recipe import SMALL
 
 pytestmark = pytest.mark.xdist_group("recipes")
