@@ -390,6 +390,7 @@ def test_push_dry_run(cli, folder):
 NASTY = "[bold]<img src=x onerror=alert(1)> `a`|b\n# c\x1b[31m"
 
 
+@pytest.mark.slow
 def test_names_are_only_names(cli, folder, tmp_path):
     """A model and a text with names that are markup to rich, Markdown, HTML and terminals."""
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")

@@ -45,6 +45,7 @@ def command(checkpoints, *arguments, model="plain"):
 CHEAP = ("--no-loss", "--no-gradients", "--no-jacobian", "--no-plots")
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything(checkpoints, tmp_path):
     done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "scaled")
     assert done.exit_code == 0, done.output
