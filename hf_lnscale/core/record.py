@@ -52,7 +52,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Record:
-    """What a configuration says about the scale and the layers of its text decoder.
+    """The scale and the layers of the text decoder in a configuration.
 
     Attributes:
         active: the scaling that is applied to the norms' outputs, or None.
@@ -73,13 +73,13 @@ class Record:
 
 
 class SourceName(str):
-    """The name of the checkpoint that a model of ours was loaded from, with what was done to the model since.
+    """The name of the checkpoint that a model was loaded from, with the changes made to the model since.
 
-    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL its reference
-    models. `from_pretrained` of this name gives the same model again, not the one that the checkpoint holds.
+    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
+    models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
 
     Attributes:
-        record: what the model's configuration says.
+        record: the record in the model's configuration.
         changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
     """
 
@@ -139,7 +139,7 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def mark(own: Record) -> str | None:
-    """What weights are marked with that belong to a configuration with this record; None for a plain model."""
+    """The mark of weights that belong to a configuration with this record; None for a plain model."""
     return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
 
 
@@ -342,8 +342,8 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `protect`, in place, for the dict read from `config.json`.
 
-    Notes beside each active scale that the file had it; such a note in the file itself is ignored. Any other file's
-    dict is returned as it is.
+    Notes for each active scale that the file had it; such a note in the file itself is ignored. The dict of any other
+    file is returned unchanged.
 
     Raises:
         ValueError: if the file has an `ln_scaling` that is not valid.
