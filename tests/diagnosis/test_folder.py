@@ -101,7 +101,7 @@ def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, 
     assert "missing" in str(done.exception)
     tiny.config("qwen2_vl_text").save_pretrained(tmp_path / "vision")
     done = command(checkpoints, "--out", tmp_path / "out", model=tmp_path / "vision")
-    assert "is no causal language model" in str(done.exception)
+    assert "is not a causal language model" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--device", "cpu", "--device-map", "auto")
     assert "device_map" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")
