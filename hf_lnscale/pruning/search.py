@@ -43,7 +43,7 @@ _LOOK_FURTHER = 2
 
 
 def one_goal(**given: Any) -> tuple[str, Any]:
-    """The one argument that says how far to go, and its value.
+    """The one argument that sets the target, and its value.
 
     Raises:
         ArgumentError: if none or several are given, or if the value is not a positive number (`drop`, and the range of
@@ -80,7 +80,7 @@ class Target:
     """How far a search goes.
 
     Attributes:
-        words: the goal, as it is written into a plan.
+        words: the goal, as written into a plan.
         reached: whether a set of layers is enough.
         sizes: what is left without a set of layers: parameters, bytes of weights and of the KV cache.
         least: no set of fewer layers is enough.
@@ -213,7 +213,7 @@ def search_layers(
     about = {"calibration": chosen_by, "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
-    if not given:  # the target is no part of the log's key: steps do not depend on it
+    if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
     healer = _Healer(model, calibration, heal_method) if heal_method else None
     before = _perplexity(model, judged)

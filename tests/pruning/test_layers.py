@@ -221,9 +221,9 @@ WRONG = [
     ([1, 1], r"layer 1 is given twice"),
     ([1, -3], r"layer 1 is given twice"),
     ([0, 1, 2, 3], "are all 4 layers"),
-    ([True], "True in .* is no layer index"),
-    (torch.tensor([True, False]), "is no layer index"),
-    ([1.0], "1.0 in .* is no layer index"),
+    ([True], "True in .* is not a layer index"),
+    (torch.tensor([True, False]), "is not a layer index"),
+    ([1.0], "1.0 in .* is not a layer index"),
     (True, "must be a list of layer indices.*got True"),
     (1.5, "must be a list of layer indices.*got 1.5"),
     (torch.tensor(1.5), "must be a list of layer indices.*got 1.5"),
@@ -255,7 +255,7 @@ def test_a_missing_or_broken_plan(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pruning plan at"):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
     (tmp_path / "pruning_plan.json").write_text('{"format": 1, "layers": 3}')
-    with pytest.raises(ValueError, match="is no pruning plan"):
+    with pytest.raises(ValueError, match="is not a pruning plan"):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
 
 
