@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def apply_from_config(model: PreTrainedModel) -> None:
-    """Scales the norms that `model` itself holds according to its configuration; called at the end of construction."""
+    """Scales the norms that `model` itself holds as its configuration says; called once a model is constructed."""
     scaling = record(model.config).active
     if scaling is None:
         return
@@ -61,7 +61,7 @@ def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
 def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
     """Switches LayerNorm Scaling on in a model in memory, in place.
 
-    Multiplies the output of the norm before attention and of the norm before the MLP of each layer by
+    Multiplies the output of the norm in front of attention and of the norm in front of the MLP of each layer by
     `depth ** -exponent` (arXiv 2502.05795, equation 8). Parameters, their names and gradients' owners stay; a model
     that was trained without the scale gives other, at first useless, outputs.
 
@@ -100,7 +100,7 @@ def remove_ln_scaling(model: nn.Module) -> nn.Module:
     The outputs change. To keep them, and lose the need for this plugin, use `fold_ln_scaling`.
 
     Returns:
-        The same model; one without a scale is unchanged.
+        The same model. One that has no scale comes back as it is.
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
@@ -221,7 +221,7 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Refuses a model whose norms are not scaled according to its configuration; called before it is saved.
+    """Refuses a model whose norms are scaled otherwise than its configuration says; called before it is saved.
 
     Raises:
         ValueError: if the two differ; the message says how that comes about.
@@ -237,15 +237,15 @@ def require_consistent(model: nn.Module) -> None:
                 f"{list(found.dropped.layers)} dropped: drop_layers was assigned to the configuration of a model that "
                 "is built already (use hf_lnscale.drop_layers(model, layers))"
             )
-        asked = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
+        said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
         applied = [
             {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
             for layer in stack.layers
         ]
-        if applied != [{scale} for scale in asked]:
+        if applied != [{scale} for scale in said]:
             raise ValueError(
                 f"the norms of this {type(module).__name__} are scaled by {[max(scales) for scales in applied]}, its "
-                f"config says {asked}. Either config.ln_scaling was changed after the model was built (use "
+                f"config says {said}. Either config.ln_scaling was changed after the model was built (use "
                 "hf_lnscale.apply_ln_scaling), or two models share one config object (build each from its own: "
                 "copy.deepcopy(config))."
             )

@@ -19,12 +19,12 @@ DEPTH_FIELDS = ("layer_types", "no_rope_layers", "max_window_layers", "first_k_d
 
 @dataclass(frozen=True)
 class Family:
-    """The properties of a family of decoders that the plugin needs.
+    """What the plugin must know about one family of decoders.
 
     Attributes:
         layers: path of the `ModuleList` of decoder layers, from the base model.
-        attention_norm: the norm before attention (or before a linear-attention mixer), from a layer.
-        mlp_norm: the norm before the MLP or the experts, from a layer.
+        attention_norm: the norm in front of attention (or of a linear-attention mixer), from a layer.
+        mlp_norm: the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
         depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`; None if not known.
     """
@@ -109,13 +109,13 @@ def register_family(
 
     Only norms whose output goes into attention or into the MLP may be named: LayerNorm Scaling multiplies the
     pre-norms (arXiv 2502.05795, section 4, equation 8), and a norm on a sub-layer's output is something else, whatever
-    its name. Norms with a bias work: weight and bias are both scaled.
+    its name says. Norms with a bias work: weight and bias are both scaled.
 
     Args:
         model_type: `config.model_type` of the text model, e.g. `"starcoder2"`.
         layers: path of the `ModuleList` of decoder layers, from the base model (`AutoModel`'s class).
-        attention_norm: path of the norm before attention, from a layer.
-        mlp_norm: path of the norm before the MLP or the experts, from a layer.
+        attention_norm: path of the norm in front of attention, from a layer.
+        mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
         depth_fields: configuration fields that run over depth besides `num_hidden_layers`, of those that are known to
             `hf_lnscale.core.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped. Where
@@ -166,10 +166,10 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
-    """The row of a model's text decoder; `argument` is named in the error.
+    """The row of a model's text decoder; `argument` is what a refusal speaks of.
 
     Raises:
-        UnsupportedArchitectureError: if there is none; the message gives the reason, if known, and how to add one.
+        UnsupportedArchitectureError: if there is none; the message says why, where it is known, and how to add one.
     """
     model_type = text_config(config).model_type
     if model_type in FAMILIES:
@@ -178,7 +178,7 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     why = f": {reason}" if reason else ", as its pre-norms are not known"
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
-        "If the family does have a norm before attention and one before the MLP, add it with "
+        "If the family does have a norm in front of attention and one in front of the MLP, add it with "
         "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...)."
     )
 

@@ -1,13 +1,13 @@
-"""LayerNorm Scaling: multiplies the outputs of the norms before attention and MLP of layer l by 1/sqrt(l).
+"""LayerNorm Scaling: the norms in front of attention and MLP of layer l are multiplied by 1/sqrt(l).
 
 "The Curse of Depth in Large Language Models", arXiv 2502.05795, section 4, equation 8: h_l' = Norm(h_l) / sqrt(l).
 
-A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore applied to the
-weight when the norm's forward reads it: one product on a vector of `hidden_size`, and none on the activations.
+A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore put on the weight
+as the norm's forward reads it: one product on a vector of `hidden_size`, and nothing on the activations.
 
-Only the forward sees the product. For the optimizer, weight initialization, quantizers that write into it, and FSDP,
-which looks parameters up by name, `norm.weight` is the parameter, as in any model. (A `weight` that always reads as the
-product passes most tests, but scales twice under FSDP2.)
+Only the forward reads it so. For everybody else `norm.weight` is the parameter, as in any model: for the optimizer, for
+weight initialization, for quantizers that write into it, and for FSDP, which reads parameters by name and takes what it
+finds for the parameter. (A `weight` that always reads as the product passes most tests, and under FSDP2 scales twice.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 def scale_parameter(
     parameter: torch.Tensor, scale: float | torch.Tensor, one_plus_weight: bool = False
 ) -> torch.Tensor:
-    """The value to use in place of `parameter` so that a norm's output is multiplied by `scale`.
+    """What a norm must read in place of `parameter` so that its output is multiplied by `scale`.
 
     Args:
         parameter: weight or bias of the norm, shape (D,).
@@ -66,7 +66,7 @@ def unscale_parameter(scaled: torch.Tensor, scale: float, one_plus_weight: bool 
 
 
 class _ScaledView:
-    """The `self` of a scaled norm's forward: the norm, with scaled parameters."""
+    """What the forward of a scaled norm gets as `self`: the norm, with its parameters read as scaled."""
 
     def __init__(self, norm: ScaledNorm) -> None:
         self._scaled_norm = norm
@@ -122,7 +122,7 @@ class ScaledNorm(nn.Module):
         return f"{self._unscaled_class.extra_repr(self)}, ln_scale={float(self.ln_scale):.4g}".removeprefix(", ")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is created at run time, so pickle must create it again.
+        # The class is made at run time, so pickle is told how to make it again.
         return _new_scaled_norm, (self._unscaled_class, self._one_plus_weight), vars(self).copy()
 
 

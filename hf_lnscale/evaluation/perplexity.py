@@ -4,8 +4,8 @@ Which tokens count. A document is a sequence of tokens t_1 ... t_N, and every on
 from the token that begins a text (`bos_token`, or `eos_token` without one, as in lm-evaluation-harness).
 Windows hold `seq_len` tokens of input. The first predicts `seq_len` tokens; each further one moves on by `stride` and
 predicts these alone, from at least `seq_len - stride` preceding tokens; the last window reaches back as far as it needs
-to be full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window begins with it, in
-place of its oldest token: these models degrade without a BOS token.
+to be full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window begins with it,
+in place of its oldest token: these models degrade without a BOS token.
 
 Bits per byte. Perplexity is of a model's own tokens; two tokenizers cannot be compared by it. All nats of a text over
 ln 2 and over the bytes of that text in UTF-8 can: the tokens predicted are the whole text, so the bytes are too.

@@ -1,12 +1,12 @@
-"""Keeps weights and configuration consistent when saving is interrupted.
+"""Saving: weights and configuration belong together, however saving ends.
 
-transformers writes config.json first and the weights after it, while the scale and the cut are stored in config.json
-only: a save over another checkpoint that is killed in between would leave the weights of one model with the
-configuration of the other. Two things prevent that for models with a scale or a cut, and for models that are saved over one:
+transformers writes config.json first and the weights after it, while the scale and the cut live in config.json alone: a
+save over another checkpoint that is killed in between would leave the weights of one model beside the configuration of
+the other. Two things prevent that for models of ours, and for models that are saved over one:
 
 - While weights are written, the folder has no config.json: the old one is renamed first, the new one appears last.
 - Weights carry the record of their model in their safetensors metadata; `require_same_checkpoint` compares it with the
-  config.json in the same folder. Weights without a record, from an earlier release or elsewhere, load unchecked.
+  config.json beside them. Weights without it, from before or from elsewhere, load as they are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writ
 
 
 def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfig) -> bool:
-    """Whether a model, or the checkpoint that it is saved over, has a scale or a cut."""
+    """Whether a model, or the checkpoint that it is saved over, is one of ours."""
     if record(config) != Record():
         return True
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -67,39 +67,39 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
 
 
 def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    """safetensors' `save_file`, which marks the weights of a model with a scale or a cut."""
+    """safetensors' `save_file`, which marks the weights of a model of ours."""
 
     def save_file(*args: Any, **kwargs: Any) -> Any:
-        if (own := _mark.get()) is not None:
-            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
+        if (said := _mark.get()) is not None:
+            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: said}
         return original(*args, **kwargs)
 
     return save_file
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> None:
-    """Refuses weights that were saved by a model with another scale or other layers than in their config.json.
+    """Refuses weights that were saved by a model with another scale or other layers than the config.json beside them.
 
     Args:
-        files: the weight files; only safetensors files are checked.
+        files: the weight files; only safetensors files are looked at.
         saved: reads the config.json that belongs to them; called only if a file is marked.
 
     Raises:
-        CheckpointError: if the record in a file differs from the configuration; the message names both.
+        CheckpointError: naming the file, and what it and the configuration say.
     """
     expected: str | None = None
     for file in files:
         if not str(file).endswith(".safetensors"):
             continue
         with safe_open(file, framework="pt") as weights:
-            own = (weights.metadata() or {}).get(MARK)
-        if own is None:
+            said = (weights.metadata() or {}).get(MARK)
+        if said is None:
             continue
         if expected is None:
             expected = mark(record(saved())) or "{}"
-        if json.loads(own) != json.loads(expected):
+        if json.loads(said) != json.loads(expected):
             raise CheckpointError(
-                f"{Path(file).name} was saved by a model with {own}, but the config.json beside it says {expected}: "
+                f"{Path(file).name} was saved by a model with {said}, but the config.json beside it says {expected}: "
                 "the folder holds the weights of one model and the configuration of another. Save the model again, or "
                 "restore the file that belongs to the other"
             )

@@ -86,7 +86,7 @@ class TokenBatches:
     Attributes:
         batches: the batches, on the CPU. Only ids are held: eight bytes a token.
         source: where they come from, in words, for a plan's JSON.
-        weights: name of each source of text -> its weight in a fit, whatever its number of tokens; 0 for text
+        weights: name of each source of text -> how much it counts in a fit, whatever its number of tokens; 0 for text
             that is only measured on. Data without named sources is one source, named by `source`.
     """
 
@@ -196,7 +196,7 @@ def token_batches(
     tokenizer: Any = None,
     windows: Windows = Windows(),
 ) -> TokenBatches:
-    """Makes batches of text or token ids in any common form.
+    """Makes batches of whatever a user has.
 
     Texts are tokenized, joined with the end-of-text token between them, and cut into `windows`, so that
     there is no padding; a remainder that fills no window is left out, and so are texts of nothing but white space. Only
@@ -249,7 +249,7 @@ def token_batches(
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of a model, loaded by the model's name.
+    """The tokenizer that lies with a model.
 
     Raises:
         ValueError: if the model has no name.
@@ -295,10 +295,10 @@ def _is_weighted(value: Any) -> bool:
 
 
 def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
-    """Parses sources of text from the command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
+    """Reads sources of text as they are written on a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
 
-    Without a name, a source is named after its file, without the suffix. An argument that is the path of
-    an existing file is taken as one, whatever its characters.
+    Without a name, a source is named after its file, without the suffix. What is itself the path of a file is taken as
+    one, whatever characters are in it.
 
     Returns:
         {name: (path, weight)}, as `token_batches` takes it.
@@ -359,10 +359,10 @@ def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 51
 
 
 def documents(data: Any, tokenizer: Any = None) -> list[str]:
-    """The texts in data as `token_batches` takes it, one per text or row.
+    """The texts in whatever a user has, as `token_batches` finds them: each text, or row, one by itself.
 
     Args:
-        data: texts, rows, or a path, as for `token_batches`, but not token ids; a text file is one document.
+        data: texts, rows, or a path, as for `token_batches`, but no token ids; a text file is one document.
         tokenizer: its chat template renders a column "messages".
 
     Raises:
@@ -376,13 +376,13 @@ def documents(data: Any, tokenizer: Any = None) -> list[str]:
 
 
 def added_beginning(tokenizer: Any) -> int | None:
-    """The token that a tokenizer prepends to a text by itself, or None."""
+    """The token that a tokenizer puts in front of a text by itself, if it does."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is a tensor, or a numpy array without texts: token ids."""
+    """Of token ids: a tensor, or a numpy array that holds no texts."""
     numpy = hasattr(value, "__array_interface__") and value.dtype.kind not in "OSU"
     return numpy or isinstance(value, torch.Tensor)
 
@@ -420,7 +420,7 @@ def _file_rows(path: Path) -> Iterator[Any]:
     try:
         return iter([path.read_text(encoding="utf-8")])
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -433,14 +433,12 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"data: line {number} of {path.name} is not valid JSON: {error}; {wanted}"
-                    ) from None
+                    raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}; {wanted}") from None
                 if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
                     raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")
                 yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
+        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
 
 
 def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:

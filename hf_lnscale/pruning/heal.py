@@ -7,8 +7,8 @@ MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section
 Five things decide whether that repairs a model or damages it:
 
 - All tokens are fitted, the first of a sequence too. Massive activations (arXiv 2402.17762) arise on it in one layer's
-  MLP. A fit that has not seen them turns them into noise that all other tokens attend to; that alone raised a
-  perplexity from 90 to 2 million. In plain least squares they are weighted enough, since they are large.
+  MLP. A fit that has not seen them turns them into noise that all other tokens attend to; that alone made a perplexity
+  of 90 one of 2 million. In plain least squares they have the weight they need, as they are large.
 - The ridge penalty is therefore measured by the median feature: by the mean, massive activations would drown the rest.
 - The loss on held-out data decides what is kept, never the distance between states: the two need not agree.
 - A fit learns the text it is fitted on. Several sources of text are fitted and judged together, and a fit that makes
@@ -65,7 +65,7 @@ _RIDGES = (3.0, 0.3, 0.03, 0.003)
 _BLENDS = (1.0, 0.5, 0.25, 0.125)
 # Relative; how far the changed weights' output may be from what was fitted.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# Tokens in double precision at a time, as a fraction of the features: few compared with a matrix of (F, F).
+# Tokens in double precision at a time, as a fraction of the features: few beside a matrix of (F, F).
 _TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 64, 64
 
 
@@ -78,7 +78,7 @@ class HealedLayer:
         dropped: positions of the layers that are cut out right after it.
         method: the method of the fit; "linear" where a mixture of experts rules out "refit".
         ridge: the penalty that was chosen, in units of the median second moment of the features; infinity leaves the
-            layer unchanged.
+            layer as it is.
         blend: the fraction of the fitted change that was made; below 1 if all of it made a source of text worse.
         error_before: relative error of the residual stream after the cut on held-out tokens: the root of the mean over
             tokens of |state - full model's state|^2 / |full model's state|^2.
@@ -268,7 +268,7 @@ def heal(
     methods minimize, over all real tokens of the calibration data, each source of text counting by its weight:
 
     - "refit": |y - r - V a|^2 + ridge |V - W|^2, where a, of shape (I,), is the input of `down_proj`, W its weight
-      and V the new one. Needs two matrices of (I, I) and three of (I, D) in double precision besides the model. Experts
+      and V the new one. Needs two matrices of (I, I) and three of (I, D) in double precision beside the model. Experts
       have no common a: there, "linear".
     - "linear": |y - r - A u|^2 + ridge |A - I|^2, A of shape (D, D), as in ReplaceMe (arXiv 2505.02819, section 3,
       there without the pull towards I). Each weight W whose output u is made of becomes A W: `down_proj`, and with
@@ -810,7 +810,7 @@ class _Cut:
                 change_DF = fit.change_FD.to(new.device).T
                 if self.method == "linear":
                     new = new + blend * (change_DF @ new)
-                elif part.dim() == 2:  # a bias stays unchanged
+                elif part.dim() == 2:  # a bias stays as it is
                     new = new + blend * change_DF
                 part.copy_(new)
         if fit.gain_D is not None:

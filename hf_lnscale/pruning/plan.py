@@ -27,7 +27,7 @@ _FINGERPRINT = (
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
-    """The shape of a model in a plan; a model with another fingerprint has other layers."""
+    """What a plan remembers of the shape of its model; a model that differs in it has other layers."""
     text = text_config(config)
     dropped = record(config).dropped
     return {
@@ -39,7 +39,7 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The result of `plan_pruning`; saved as a small JSON file.
+    """What `plan_pruning` finds; saved as a small JSON file.
 
     Attributes:
         layers: positions to drop, sorted, in the numbering of the model that the plan was made for.
@@ -70,7 +70,7 @@ class PruningPlan:
         return None if before is None or after is None else after / before - 1.0
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
-        """Raises a ValueError that names the difference if the plan is for another model."""
+        """Raises a ValueError that says what differs if the plan is for another model."""
         for name, here in fingerprint(config).items():
             if (there := self.model.get(name)) != here:
                 raise ValueError(
@@ -96,7 +96,7 @@ class PruningPlan:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if the file is not a plan.
+            ValueError: if the file is no plan.
         """
         return read_plan(path)
 
@@ -122,7 +122,7 @@ def read_plan(path: Any) -> PruningPlan:
         known = {one.name for one in fields(PruningPlan)}
         values = {name: value for name, value in values.items() if name in known}
         if not isinstance(values["model"], dict):
-            raise ValueError("its model is not a fingerprint")
+            raise ValueError("its model is no fingerprint")
         return PruningPlan(**{**values, "layers": tuple(values["layers"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"drop_layers: {str(file)!r} is not a pruning plan: {error}") from None
+        raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None
