@@ -28,10 +28,15 @@ from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, r
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
-# Not copied: the state of a training run, and weights in files that are not read.
+# Not copied: the state of a training run, and weights beside the model's safetensors files.
 _LEFT_OUT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
 _LEFT_OUT_NAMES = {"config.json", "trainer_state.json", "pytorch_model.bin.index.json"}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -183,13 +188,13 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
 
 
 def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: int) -> list[tuple[str, int]]:
-    """The pre-norm tensors that are read from a file, each with the index of its layer."""
+    """The tensors of the pre-norms that are read from a file, each with the position of its layer."""
     norms = "|".join(re.escape(path) for path in family.pre_norms)
     pattern = re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$")
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
     found = [(name, int(match[1])) for name in names if (match := pattern.search(name))]
-    # A multi-token-prediction layer is stored after the last layer, under the next number.
+    # A multi-token-prediction layer is stored behind the last one, under the next number.
     return [(name, position) for name, position in found if position < num_layers]
 
 
@@ -244,6 +249,6 @@ def _copy_companions(source: Path, partial: Path, indexed: bool) -> None:
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
             shutil.copytree(entry, partial / entry.name)
         elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
-            continue  # it lists files that are not read
+            continue  # of other files than the one that is read
         elif entry.is_file() and entry.suffix not in _LEFT_OUT_SUFFIXES and entry.name not in _LEFT_OUT_NAMES:
             shutil.copyfile(entry, partial / entry.name)

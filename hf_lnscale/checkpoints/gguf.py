@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a GGUF file, with llama.cpp's own converter."""
+"""A checkpoint as one GGUF file, by llama.cpp's own converter."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
-    """Finds llama.cpp's converter at `path` or at $LLAMA_CPP, each the file or llama.cpp's folder, or on PATH.
+    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH.
 
     Raises:
-        FileNotFoundError: if it is in none of these places.
+        FileNotFoundError: if it is not there; the message says where it was looked for.
     """
     looked = []
     for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
@@ -56,25 +56,25 @@ def export_gguf(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes a checkpoint as a GGUF file, for llama.cpp and programs built on it.
+    """Writes a checkpoint as a GGUF file, for llama.cpp and all that builds on it.
 
     An active scale is folded into the weights first, in a temporary folder. The file appears under its name when it is
-    complete. The converter runs in this Python environment and needs the packages in llama.cpp's requirements.
+    complete. The converter runs in this Python environment, and needs what llama.cpp's requirements name.
 
     Args:
         checkpoint: folder, or name on the Hub; scaled, folded, pruned or plain.
         out: file to write.
         converter: see `find_converter`.
-        outtype: dtype of the weights, as the converter names it: f32, f16, bf16, q8_0, auto.
+        outtype: of the weights, as the converter names them: f32, f16, bf16, q8_0, auto.
         force: replace `out` if it exists.
         progress: show a progress bar while folding.
 
     Raises:
         FileExistsError: if `out` exists, without `force`.
         FileNotFoundError: if there is no converter, or no checkpoint.
-        ValueError: if `out` does not end in .gguf, if the checkpoint is a GGUF file already, or if layers were dropped
-            from a model whose layers differ by a pattern that may be built into llama.cpp.
-        RuntimeError: if the converter fails, with the last line of its output.
+        ValueError: if `out` is no name of a GGUF file, if the checkpoint is one already, or if layers were dropped from
+            a model whose layers differ by a pattern that llama.cpp may have built in.
+        RuntimeError: if the converter fails; the message is what it said last.
     """
     target = Path(out)
     if target.suffix != ".gguf":
@@ -95,17 +95,17 @@ def export_gguf(
             source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
         written = Path(scratch) / target.name
         command = [sys.executable, str(script), str(source), "--outfile", str(written), "--outtype", outtype]
-        # The converter reads the configuration and the weights by itself: with the plugin, it would lose a scale.
+        # The converter goes by config.json; with the plugin in it, it would take a scaled checkpoint for a plain one.
         done = subprocess.run(command, capture_output=True, text=True, env=environment_without_flags())
         if done.returncode or not written.is_file():
-            output = (done.stderr + done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RuntimeError(f"{script.name} failed: {output[-1].strip()}")
+            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            raise RuntimeError(f"{script.name} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")
         os.replace(written, target)
     return target
 
 
 def _require_no_pattern(config: Any, shown: str) -> None:
-    """Refuses a pruned model whose pattern of layers is not the family's default for that number of layers."""
+    """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
     text = text_config(config)
     if record(config).dropped is None:
         return

@@ -104,10 +104,10 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 
 def dtype_name(dtype: str) -> str:
-    """The torch name of a dtype that may be abbreviated, as in bf16; "auto" is returned unchanged.
+    """The name in torch of a type of weights, which may be shortened, as in bf16; "auto" stays.
 
     Raises:
-        ArgumentError: if there is no such dtype.
+        ArgumentError: if there is no such type.
     """
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
     found = getattr(torch, name, None)

@@ -32,21 +32,21 @@ def show_bytes(value: float | None) -> str:
 
 
 def one_line(text: object) -> str:
-    """Text with line breaks and control characters replaced by Python's escapes."""
+    """Text without line breaks and control characters, which are shown as Python's escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def rich_text(text: object, style: str = "") -> Text:
-    """Text for rich, without markup; line breaks are kept."""
+    """Text for rich, in which square brackets are square brackets; lines stay lines."""
     from rich.text import Text
 
     return Text("\n".join(map(one_line, str(text).split("\n"))), style)
 
 
 def markdown_text(text: object) -> str:
-    """Text for a paragraph, a heading or a cell in Markdown, with markup and HTML escaped."""
+    """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
-    # Underscores within words are not markup in GitHub's Markdown.
+    # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
     return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-](?=\s))", r"\\\1", shown)
 
 

@@ -71,25 +71,21 @@ def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | Non
         raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
     tools = row.get("tools") or None
     if isinstance(tools, str):
-        tools = parse_json(tools, f"{where}: tools")
+        tools = _decode(tools, f"{where}: tools")
     keywords = row.get("chat_template_kwargs") or {}
     return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; an error names `where` it is."""
+def _decode(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):  # as in CSV
-        value = parse_json(value, where)
+        value = _decode(value, where)
     if not isinstance(value, list) or not value:
         raise ValueError(f"dataset_name: {where} must be a list of messages, got {value!r}")
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
@@ -109,7 +105,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         known = ", ".join(["system", "user", "assistant", "tool", *ROLES])
         raise ValueError(f"dataset_name: {where} has the role {said!r}; valid are {known}")
     if said == "function_call":
-        call = parse_json(str(content), where)
+        call = _decode(str(content), where)
         content, calls = "", call if isinstance(call, list) else [call]
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -130,7 +126,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"dataset_name: {where} has a tool call without a function's name: {call!r}")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):  # as in OpenAI's format; templates that write JSON would quote it once more
-        arguments = parse_json(arguments, f"{where}: arguments of {function['name']!r}")
+        arguments = _decode(arguments, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
     return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from trl.scripts.utils import DatasetConfig
 from .._version import __version__
 from ..measuring import sample
 from .arguments import DataArguments
-from .chats import CHAT_FEATURES, chat_kind, parse_json, to_chat
+from .chats import CHAT_FEATURES, chat_kind, to_chat
 
 # A text file in a folder is one document, unless it is larger than this many bytes. A larger file, and one that is
 # named by itself, is cut into rows of LINES_A_ROW lines, since rows are what is shuffled and held out.
@@ -288,10 +289,20 @@ def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, 
     if may_be_list:
         text = lines.read()
         if text.lstrip().startswith("["):
-            yield from _numbered(name, parse_json(text, name))
+            yield from _numbered(name, _parse(text, name))
             return
         lines = io.StringIO(text)
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"line {number} of {name}"
-            yield where, parse_json(line, where)
+            yield where, _parse(line, where)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except ValueError as error:
+        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None

@@ -184,9 +184,21 @@ class Run(TrainerCallback):
         if self.trained and arguments.load_best_model_at_end:
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
-        for callback in (*self._callbacks(trainer), self, trainer.pop_callback(ProgressCallback), stop):
-            if callback is not None:
-                trainer.add_callback(callback)
+        model: Any = trainer.model
+        scaling = record(text_stack(model).model.config).active
+        if scaling is not None and scaling.warming_up:
+            trainer.add_callback(LNScalingWarmupCallback())
+        if self.training.depth_stats_steps:
+            trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
+        if self.training.early_stopping_patience:
+            trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
+        if self.training.num_samples:
+            trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
+        trainer.add_callback(self)
+        # The progress bar last, so that it does not begin before one of the others refuses the run.
+        if (progress := trainer.pop_callback(ProgressCallback)) is not None:
+            trainer.add_callback(progress)
+        trainer.add_callback(stop)
         # Without padding there is no mask that marks it.
         arguments.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
         arguments.eval_on_start &= resumed is None
@@ -203,21 +215,6 @@ class Run(TrainerCallback):
         command = public_command(self.training.command)
         before = since, state.get("num_input_tokens_seen", 0)
         return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
-
-    def _callbacks(self, trainer: RecipeTrainer) -> list[TrainerCallback]:
-        training, model = self.training, trainer.model
-        assert model is not None
-        scaling = record(text_stack(model).model.config).active
-        callbacks: list[TrainerCallback] = []
-        if scaling is not None and scaling.warming_up:
-            callbacks.append(LNScalingWarmupCallback())
-        if training.depth_stats_steps:
-            callbacks.append(DepthStatsCallback(trainer, every_n_steps=training.depth_stats_steps))
-        if training.early_stopping_patience:
-            callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
-        if training.num_samples:
-            callbacks.append(SamplesCallback(trainer, training.num_samples))
-        return callbacks
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step
