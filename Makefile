@@ -44,7 +44,7 @@ test-fast: ARGS += -m "not slow"
 test-fast: test
 
 docs: $(STAMP)
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale hf_lnscale.diagnosis hf_lnscale.training
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)

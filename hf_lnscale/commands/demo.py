@@ -1,7 +1,4 @@
-"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, with numbers, within minutes on a CPU.
-
-It prints what it finds, whichever way that comes out.
-"""
+"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, measured within minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -42,12 +39,12 @@ def demo(
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Documents to train on, and every tenth, held out."""
+    """Documents for training, and every tenth for evaluation."""
     return [text for index, text in enumerate(documents) if index % 10], documents[::10]
 
 
 class Demo:
-    """The four acts. If `fast`, act 1 is skipped unless SmolLM2 is converted already, and act 4 cuts act 2's model."""
+    """The four acts. With `fast`, act 1 is skipped unless SmolLM2 is already converted, and act 4 cuts act 2's model."""
 
     def __init__(self, out: Path, fast: bool = False, seed: int = 0) -> None:
         from rich.console import Console
@@ -111,7 +108,7 @@ class Demo:
         return {"skipped": False, "checkpoint": str(folder), **variances}
 
     def cure(self) -> dict[str, Any]:
-        """Two small models trained on the same data from the same weights, Pre-LN and LNS; the second is saved."""
+        """Trains a Pre-LN and an LNS model on the same data from the same weights, and saves the second."""
         from ..diagnosis.examine import diagnose
         from ..measuring.sample import train_tokenizer
         from ..measuring.text import Windows, token_batches
@@ -146,7 +143,7 @@ class Demo:
         return figures
 
     def new_model(self, end: int, ln_scaling: bool) -> Any:
-        """A Llama with random weights, the same for the same seed, whatever `ln_scaling` is."""
+        """A Llama with random weights that depend only on the seed, not on `ln_scaling`."""
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
@@ -154,7 +151,7 @@ class Demo:
         return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
-        """Trains in place, with the paper's recipe in small. Returns evaluation losses over the run."""
+        """Trains in place with a small version of the paper's recipe; returns the evaluation losses over the run."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
         arguments = TrainingArguments(
@@ -171,7 +168,7 @@ class Demo:
         return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
     def ship(self) -> dict[str, Any]:
-        """The LNS model exported, and run by a process that does not know this package."""
+        """Exports the LNS model and runs it in a process without this package."""
         import torch
 
         from ..checkpoints.export import export
@@ -195,7 +192,7 @@ class Demo:
         return found
 
     def drop(self) -> dict[str, Any]:
-        """Two layers out of SmolLM2-135M by `hf-lnscale prune`, or one out of the LNS model; healed."""
+        """Drops two layers from SmolLM2-135M, or one from the LNS model, as `hf-lnscale prune`, and heals the cut."""
         from ..measuring.text import Windows
         from ..pruning.prune import prune
 
@@ -230,7 +227,7 @@ class Demo:
         figure.savefig(path, dpi=150)
 
 
-# Run by a Python process of its own, which imports transformers alone.
+# Run by a separate Python process, which imports only transformers.
 PLAIN_PROCESS = """
 import json, sys
 import torch

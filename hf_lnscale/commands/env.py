@@ -1,4 +1,4 @@
-"""`hf-lnscale env`: what a bug report needs to know about a machine and its Python environment."""
+"""`hf-lnscale env`: the machine and its Python environment, for bug reports."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def env(as_json: AsJson = False) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What `env` shows. `packages` maps names to versions (None if missing), `extras` the extras to their packages."""
+    """The content of `env`. `packages` maps names to versions (None if missing), `extras` extras to their packages."""
     import torch
 
     from ..checkpoints.gguf import find_converter

@@ -1,4 +1,4 @@
-"""The output of a run besides the model: `metrics.json`, curves, and a model card."""
+"""The output of a run in addition to the model: `metrics.json`, plots and a model card."""
 
 from __future__ import annotations
 
