@@ -44,7 +44,7 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 class Demo:
-    """The four acts. With `fast`, act 1 is skipped unless SmolLM2 is already converted, and act 4 cuts act 2's model."""
+    """The four acts. With `fast`, act 1 is skipped unless SmolLM2 has been converted, and act 4 cuts act 2's model."""
 
     def __init__(self, out: Path, fast: bool = False, seed: int = 0) -> None:
         from rich.console import Console
