@@ -1,4 +1,4 @@
-"""Finds and starts the recipes. Importing this imports nothing that they need."""
+"""Finds the recipes and their configs. Importing this imports nothing that they need."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from ..core.errors import require_packages
-
 RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft", "heal": "heal"}
-
-
-def start(recipe: str, words: list[str]) -> None:
-    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does."""
-    if recipe not in RECIPES:
-        raise ValueError(f"train: there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    require_packages("training", "train", "trl", "peft", "accelerate", "datasets")
-    from .recipe_run import launch
-
-    module = import_recipe(RECIPES[recipe])
-    launch(module.make_parser(f"hf-lnscale train {recipe}"), module.main, words)
 
 
 def recipes_folder() -> Path:
