@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.folders import write_atomically
 from ..core.families import text_config
 from ..core.record import record
 
@@ -84,10 +85,7 @@ class PruningPlan:
         if path.is_dir() or path.suffix != ".json":
             path.mkdir(parents=True, exist_ok=True)
             path = path / PLAN_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
         return path
 
     @classmethod

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoints.folders import public_name
+from ..checkpoints.folders import public_name, write_atomically
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import losses_by_source, perplexity_of, sweep_losses, token_losses
@@ -354,10 +354,7 @@ class _Log:
 
     def write(self) -> None:
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
+            write_atomically(self.path, json.dumps(self.values) + "\n")
 
 
 def _steps(

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-from ..checkpoints.folders import public_command
+from ..checkpoints.folders import public_command, write_atomically
+from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
 from .arguments import RecipeConfig, RecipeParser
@@ -61,8 +63,10 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
     """
     words = sys.argv[1:] if words is None else words
     training: RecipeConfig | None = None
+    # One of several processes may wait for the others, and no handler runs meanwhile.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
-        with warnings.catch_warnings():
+        with leaving_on_sigterm(parser.recipe) if alone else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from one library to another; nothing a user can act on
             arguments = parser.parse_args_and_config(words)
             training = arguments[-1]
@@ -169,9 +173,8 @@ class Run:
     def begin(self) -> None:
         """Marks the folder as this run's, once nothing is left that could be refused."""
         if self.training.process_index == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
-            (self.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
         self.training.begun = True
 
