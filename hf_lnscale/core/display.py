@@ -36,6 +36,15 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def brief(value: object, longest: int = 300) -> str:
+    """The `repr` of a value that was read from somewhere, in a message about it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
 def rich_text(text: object, style: str = "") -> Text:
     """Text for rich, in which square brackets are square brackets; lines stay lines."""
     from rich.text import Text

@@ -30,6 +30,9 @@ from transformers import (
 )  # fmt: skip
 
 from ..checkpoints.folders import public_command, write_atomically
+from ..core.config import is_integer
+from ..core.display import brief
+from ..core.json_file import read_object
 from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
@@ -122,12 +125,12 @@ class Run:
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             there = _read(self.folder / RUN_FILE).get("identity")
-            if there is None:
+            if not isinstance(there, dict):
                 raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
             for key in {**there, **self.identity}:
                 if there.get(key) != self.identity.get(key):
                     raise FileExistsError(
-                        f"{shown} holds another run: its {key} is {there.get(key)!r}, that of this one "
+                        f"{shown} holds another run: its {key} is {brief(there.get(key))}, that of this one "
                         f"{self.identity.get(key)!r}; choose another --output_dir"
                     )
             if wanted is None:
@@ -150,12 +153,13 @@ class Run:
 
     def _leave_if_finished(self) -> None:
         metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
+        steps: Any = metrics.get("steps")
         same = metrics.get("length") == [length, self.training.num_train_epochs]
-        if not metrics or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= metrics["steps"]):
+        if not is_integer(steps) or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= steps):
             return
         if self.training.process_index == 0:
             print(
-                f"{self.recipe}: the run in {self.folder} is finished, after step {metrics['steps']}; to train for "
+                f"{self.recipe}: the run in {self.folder} is finished, after step {steps}; to train for "
                 "longer, raise --max_steps or --num_train_epochs"
             )
         raise SystemExit(0)
@@ -248,10 +252,9 @@ class Run:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 class _AlreadyTrained(Exception):
