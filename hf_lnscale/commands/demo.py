@@ -60,6 +60,10 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs the acts, prints what they find, and writes it to `out`: results.json, demo.png and the models."""
+        from ..checkpoints.folders import require_free
+
+        for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
+            require_free((self.out / name).resolve(), (), str(self.out / name), force=True)
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,

@@ -1,4 +1,4 @@
-"""JSON files of ours: read as what they should be, or refused in a sentence."""
+"""JSON that others may have written: read as what it should be, or refused in a sentence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from .display import brief
 _WORDS = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
 
 
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it is none, if it is nested too deeply, and for a half of a surrogate pair, which no text can hold.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -25,9 +40,9 @@ def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
         ValueError: if it holds something else; the message says what, without the name of the file.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # nested too deeply
-        raise ValueError(f"it is not JSON ({error})") from None
+        found = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"it must be a JSON object, got {brief(found)}")
     for name, kind in kinds.items():
