@@ -17,7 +17,7 @@ def parse(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: if it is none, if it is nested too deeply, and for a half of a surrogate pair, which no text can hold.
+        ValueError: if it is none, is nested too deeply, or has half of a surrogate pair, which no text can hold.
     """
     try:
         value = json.loads(text)
