@@ -422,6 +422,12 @@ def test_names_in_a_terminal(name):
 @given(name=names)
 @example(name="* *")
 @example(name="1. a")
+@example(name="2)")
+@example(name="## a")
+@example(name="a #")
+@example(name=">a")
+@example(name="    a")
+@example(name="-")
 @example(name="---")
 @example(name="===")
 @example(name="http://a.b www.a.b")
@@ -429,7 +435,8 @@ def test_names_in_a_card(name):
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark").enable("table").enable("strikethrough")
-    card = str(model_card(name, notes=[name], parts=[Table(("", name), [(name, "1")], note=name, heading=name)]))
+    table = Table(("", one_line(name)), [(one_line(name), "1")], note=name, heading=name)
+    card = str(model_card(name, notes=[name], parts=[table]))
     tokens = parser.parse(card.split("---\n", 2)[2])
     inline = [token for token in tokens if token.type == "inline"]
     text = ["".join(child.content for child in token.children) for token in inline]

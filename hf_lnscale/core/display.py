@@ -56,7 +56,9 @@ def markdown_text(text: object) -> str:
     """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
-    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-](?=\s))", r"\\\1", shown)
+    shown = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|#$|^[+-](?=[\s-]|$))", r"\\\1", shown)
+    # A number in front would begin a list, and spaces code.
+    return re.sub("^ ", "&#32;", re.sub(r"^([0-9]+)([.)])(?=\s|$)", r"\1\\\2", shown))
 
 
 def markdown_code(text: object) -> Markdown:
