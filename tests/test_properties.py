@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hf_lnscale
 import tiny
 from hf_lnscale.checkpoints.card import Table, model_card
+from hf_lnscale.checkpoints.export import export
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.core.display import one_line, rich_text, terminal
 from hf_lnscale.core.record import record
@@ -29,6 +30,7 @@ from hf_lnscale.diagnosis.examine import diagnose
 from hf_lnscale.hooks import adapter_note
 from hf_lnscale.pruning.plan import PruningPlan, fingerprint
 from hf_lnscale.pruning.prune import plan_pruning
+from hf_lnscale.pruning.scores import LayerScores
 
 LAYERS = tiny.LAYERS
 DEEP = 100_000  # brackets; no parser follows
@@ -360,6 +362,35 @@ def test_an_evaluation(folder, content):
 
 @examples(200)
 @given(
+    content=anything
+    | nearly(method=st.sampled_from(["perplexity", "angular"]), scores=st.lists(numbers, max_size=3), model=anything)
+)
+def test_scores(tmp_path_factory, content):
+    about = {"method": "perplexity", "model": "", "data": None, "baseline": None, "tokens": 3, "scores": [1.0, None]}
+    file = tmp_path_factory.getbasetemp() / "scores.json"
+    file.write_text(json.dumps(about | content if isinstance(content, dict) else content))
+    with one_clear_error("scores.json"):
+        LayerScores.load(file)
+
+
+@examples(200)
+@given(content=anything | nearly(weight_map=st.dictionaries(st.text(), st.text() | anything, max_size=3)))
+@example(content={"weight_map": {"a": "../plan.json"}})
+@example(content={"weight_map": {"a": "/etc/hostname"}})
+def test_an_index_of_weights(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "indexed"
+    if not folder.exists():
+        tiny.model(ln_scaling=True).save_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with one_clear_error("indexed"):
+        export(folder, folder.parent / "exported", progress=False)
+        raise AssertionError("accepted")
+    assert not (folder.parent / "exported").exists()
+
+
+@examples(200)
+@given(
     name=st.sampled_from(["run.json", "metrics.json"]),
     content=anything | nearly(identity=anything, steps=st.integers(), length=st.just([6, 3.0])),
     raw=st.none() | st.text(),
@@ -390,8 +421,6 @@ def test_the_state_of_a_warmup(folder, state):
     saved = folder / "checkpoint-1"
     saved.mkdir(exist_ok=True)
     (saved / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": state}))
-    from hf_lnscale.hooks.trainer import _recorded_step
-
     with one_clear_error("trainer_state.json"):
         step = _recorded_step(config, saved)
         assert step is None or step >= 0
