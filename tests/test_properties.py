@@ -28,6 +28,7 @@ from hf_lnscale.core.record import record
 from hf_lnscale.diagnosis.diagnosis import Diagnosis
 from hf_lnscale.diagnosis.examine import diagnose
 from hf_lnscale.hooks import adapter_note
+from hf_lnscale.hooks.trainer import _recorded_step
 from hf_lnscale.pruning.plan import PruningPlan, fingerprint
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import LayerScores
