@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(ROOT / "wheel")]
 
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import hf_lnscale  # noqa: E402, F401
 import recipe  # noqa: E402
@@ -266,6 +268,8 @@ def main() -> int:
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    # Its own lock is shared by forks, and stays locked if one of them is killed.
+    tqdm.set_lock(threading.RLock())
     sent = signal.Signals[f"SIG{given.signal}"]
     print(f"{given.kills} times {sent.name}, seed {given.seed}")
     print("| verb | seconds a run | what was left | of them wrong afterwards |\n| --- | --- | --- | --- |")
