@@ -53,8 +53,8 @@ def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number that can be a perplexity, a duration and the like."""
-    return (is_integer(value) or isinstance(value, float)) and 0 < value <= sys.float_info.max
+    """Whether a value is a number that a perplexity can be; a broken model's is infinite, or no number."""
+    return (isinstance(value, float) and not value <= 0) or (is_integer(value) and 0 < value <= sys.float_info.max)
 
 
 def are_layers(value: Any, num_layers: int | None = None) -> bool:
