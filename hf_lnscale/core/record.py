@@ -172,7 +172,7 @@ def require_valid(config: PreTrainedConfig) -> None:
     for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
         if scaling is not None:
             with _naming(key):
-                scaling.for_layers(num_layers)
+                scaling.scales(num_layers)
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "

@@ -91,7 +91,7 @@ class DiagnosisData:
     @property
     def name(self) -> str:
         """The model's name."""
-        return str(self.model["name"])
+        return one_line(self.model["name"])
 
     def values(self, field: str) -> list[Any]:
         """A field of each layer, None where it was not measured; "residual.x" is x of the stream after the layer."""
