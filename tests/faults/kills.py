@@ -37,6 +37,7 @@ os.environ.update(HF_HOME=str(ROOT / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREAD
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(ROOT / "wheel")]
 
+import gguf  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -136,7 +137,7 @@ def verbs() -> dict[str, Verb]:
     wheel.mkdir(parents=True)
     (wheel / "__init__.py").touch()
     tiny.write_gguf(tiny.model(), wheel / smollm2.FILE)
-    import_recipe(RECIPES["pretrain"])
+    import_recipe(RECIPES["continue"])
     data = ["--data", text, "--seq-len", "32", "--batch-size", "4"]
 
     def convert(out: Path) -> None:
@@ -147,7 +148,7 @@ def verbs() -> dict[str, Verb]:
     def train(out: Path) -> list[Any]:
         words = [*recipe.SMALL, "--save_steps", "2", "--num_samples", "0", "--resume_from_checkpoint", "true"]
         data = ["--dataset_name", ROOT / "text.jsonl", "--output_dir", out]
-        return ["train", "pretrain", "--model_name_or_path", scaled, *data, *words]
+        return ["train", "continue", "--model_name_or_path", scaled, *data, *words]
 
     return {
         "export": Verb(lambda out: ["export", scaled, "--out", out]),
@@ -162,7 +163,7 @@ def verbs() -> dict[str, Verb]:
             evaluation, force=False, older=plain,
         ),
         "demo's conversion": Verb(convert, force=False, out=Path(smollm2.FILE).stem),
-        "train pretrain": Verb(train, trained, force=False, grows=True),
+        "train continue": Verb(train, trained, force=False, grows=True),
     }  # fmt: skip
 
 
