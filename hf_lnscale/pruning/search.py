@@ -342,6 +342,7 @@ class _Log:
                 found = read_object(self.path, key=dict, steps=list)
                 if missing := {"key", "steps"} - set(found):
                     raise ValueError(f"it has no {min(missing)}")
+                _require_steps(found)
                 if differ := [name for name, value in key.items() if found["key"].get(name) != value]:
                     raise OtherSearchError(
                         "resume", path, problem=f"is the record of another search, with other {' and '.join(differ)}"
@@ -363,14 +364,14 @@ class _Log:
             write_atomically(self.path, json.dumps(self.values) + "\n")
 
 
-def _require_steps(found: dict[str, Any], num_layers: int) -> None:
+def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None:
     """Refuses figures and layers in the record of a search that no search could have written."""
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
     for step in found["steps"]:
         valid = isinstance(step, dict) and are_layers(step.get("layers"), num_layers)
         if not valid or not all(is_positive(step.get(name, 1)) for name in ("perplexity", "healed")):
-            raise ValueError(f"a step must have layers from 0 to {num_layers - 1} and figures, got {brief(step)}")
+            raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
 def _steps(
