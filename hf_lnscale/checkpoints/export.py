@@ -21,8 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
+from ..core.json_file import read_object
 from ..core.norm import scale_parameter
 from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
@@ -157,10 +159,13 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str] | None] = {SAFE_WEIGHTS_NAME: None}
     if not single.is_file() and index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_object(index, weight_map=dict)["weight_map"]
+            for file in weight_map.values():
+                if not isinstance(file, str) or ".." in Path(file).parts or Path(file).is_absolute():
+                    raise ValueError(f"it names {brief(file)}, which is no file in its folder")
             files = {file: {name for name in weight_map if weight_map[name] == file} for file in weight_map.values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error!r}") from None
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error}") from None
     for name in files:
         if not (source / name).is_file():
             raise FileNotFoundError(

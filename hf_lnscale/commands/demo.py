@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +12,7 @@ import typer
 
 from ..core.display import one_line, terminal
 from ..core.errors import MissingPackageError, require_packages
-from ..core.processes import environment_without_flags
+from ..core.processes import run_script
 from .quiet import quiet_transformers
 
 FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
@@ -59,6 +57,10 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs the acts, prints what they find, and writes it to `out`: results.json, demo.png and the models."""
+        from ..checkpoints.folders import require_free
+
+        for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
+            require_free((self.out / name).resolve(), (), str(self.out / name), force=True)
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,
@@ -172,16 +174,16 @@ class Demo:
         import torch
 
         from ..checkpoints.export import export
+        from ..checkpoints.folders import scratch_folder
         from ..checkpoints.names import load
 
         scaled = self.out / "lns-model"
         folded = export(scaled, self.out / "lns-model-folded", force=True, progress=False)
         expected = load(scaled)(torch.arange(50)[None]).logits.detach()
-        with tempfile.TemporaryDirectory() as temporary:
-            script, logits = Path(temporary) / "plain.py", Path(temporary) / "logits.pt"
+        with scratch_folder(self.out.resolve() / "plain") as scratch:
+            script, logits = scratch / "plain.py", scratch / "logits.pt"
             script.write_text(PLAIN_PROCESS)
-            command = map(str, [sys.executable, script, scaled, folded, logits, torch.get_num_threads()])
-            done = subprocess.run([*command], capture_output=True, text=True, env=environment_without_flags())
+            done = run_script(script, scaled, folded, logits, torch.get_num_threads())
             if done.returncode:
                 raise RuntimeError(f"the process without the plugin failed:\n{done.stderr}")
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

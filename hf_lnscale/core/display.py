@@ -36,6 +36,15 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def brief(value: object, longest: int = 300) -> str:
+    """The `repr` of a value that was read from somewhere, in a message about it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
 def rich_text(text: object, style: str = "") -> Text:
     """Text for rich, in which square brackets are square brackets; lines stay lines."""
     from rich.text import Text
@@ -47,7 +56,9 @@ def markdown_text(text: object) -> str:
     """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
-    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-](?=\s))", r"\\\1", shown)
+    shown = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|#$|^[+-](?=[\s-]|$))", r"\\\1", shown)
+    # A number in front would begin a list, and spaces code.
+    return re.sub("^ ", "&#32;", re.sub(r"^([0-9]+)([.)])(?=\s|$)", r"\1\\\2", shown))
 
 
 def markdown_code(text: object) -> Markdown:

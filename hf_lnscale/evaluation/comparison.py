@@ -17,7 +17,7 @@ import transformers
 from rich.table import Table
 
 from .._version import __version__
-from ..checkpoints.folders import EVALUATION_FILE, public_name
+from ..checkpoints.folders import EVALUATION_FILE, public_name, write_atomically
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import markdown, markdown_text, show_bytes, terminal
 from ..core.errors import ArgumentError
@@ -88,10 +88,7 @@ class Evaluation:
         """
         path = report_path(path)
         text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, text + "\n")
         return path
 
     def markdown(self) -> str:
