@@ -174,7 +174,13 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
     fitting = [cut for cut in cuts if cut["perplexity"] <= perplexity * (1 + budget)]
     best: dict[str, Any] = fitting[-1] if fitting else {"layers": [], "perplexity": perplexity}
-    return {"count": len(best["layers"]), "layers": sorted(best["layers"]), "perplexity": best["perplexity"]}
+    return {
+        "count": len(best["layers"]),
+        "layers": sorted(best["layers"]),
+        "perplexity": best["perplexity"],
+        "increase": best["perplexity"] / perplexity - 1,
+        "increase_error": best.get("increase_error"),
+    }
 
 
 def _on_growth(grown: dict[str, Any]) -> list[str]:
@@ -264,7 +270,10 @@ def _on_cuts(inside: dict[str, Any]) -> list[str]:
 def _could_go(part: dict[str, Any]) -> str:
     if not part["count"]:
         return "no layer could go"
-    return f"{_layers(part['layers'], small=True)} could go (perplexity {number(part['perplexity'])})"
+    shown = f"perplexity {number(part['perplexity'])}, {100 * part['increase']:+.1f} %"
+    if error := part["increase_error"]:
+        shown += f", standard error {100 * error:.1f}"
+    return f"{_layers(part['layers'], small=True)} could go ({shown})"
 
 
 def _layers(layers: list[int], small: bool = False) -> str:

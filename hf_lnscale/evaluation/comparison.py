@@ -177,8 +177,8 @@ class Evaluation:
             )
             if (blocks := len(found.block_bytes)) < LEAST_BLOCKS:
                 notes.append(
-                    f"The text makes {blocks} block{'s' * (blocks != 1)} of about {BLOCK_SIZE // 1000} kB; standard errors "
-                    f"take {LEAST_BLOCKS}, so that another text could give other figures than they say."
+                    f"The text makes {blocks} block{'s' * (blocks != 1)} of about {BLOCK_SIZE // 1000} kB; standard "
+                    f"errors take {LEAST_BLOCKS}, so that another text could give other figures than they say."
                 )
             for one in self.models:
                 if one.perplexity and one.perplexity.caution:

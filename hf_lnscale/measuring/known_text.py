@@ -1,14 +1,14 @@
 """Finds out whether a model is measured on text that its layers were chosen or healed on.
 
 A passage is `PASSAGE` consecutive tokens, about a dozen words: audits of training data look for overlaps of about that
-length (13 words in arXiv 2005.14165, appendix C). Of the text, the configuration keeps the `KEPT` smallest hashes of its
-distinct passages, a uniform sample (bottom-k sampling, Broder 1997), however long the text is; the same sample can be
-drawn from any other text. Only passages across the border of two windows are lost: 15 of 512 in windows of 512 tokens.
+length (13 words in arXiv 2005.14165, appendix C). Of a text, the configuration keeps the `KEPT` smallest hashes of its
+distinct passages: a uniform sample however long the text is (bottom-k sampling, Broder 1997), and the same sample can
+be drawn from any other text. Only passages across the border of two windows are lost: 15 of 512 in windows of 512.
 
-Misses: if a fraction f of the known text is measured on, none of the kept passages is in it with probability (1 - f)^128,
-0.1 % at f = 0.05 and 8 % at 0.02. False alarms: hashes of 48 bits practically never meet by chance, so what is left is
-text that different texts do share, such as a license. One passage alone is therefore reported only if it is at least a
-tenth of those that could have been found.
+Misses: with a fraction f of the known text measured on, none of the kept passages is in it with probability
+(1 - f)^128, 0.1 % at f = 0.05 and 8 % at 0.02. False alarms: hashes of 48 bits practically never meet by chance, so
+what is left is text that different texts do share, such as a license. One passage alone is therefore reported only if
+it is at least a tenth of those that could have been found.
 """
 
 from __future__ import annotations

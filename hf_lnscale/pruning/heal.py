@@ -33,7 +33,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..core.families import UnsupportedArchitectureError, submodule
-from ..core.record import KnownText, add_known_text, known_text, remember_source, write_known_text
+from ..core.record import KnownText, known_text, remember_source, write_known_text
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
 from ..measuring.known_text import caution, sequences_of, sketch
@@ -41,7 +41,7 @@ from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
-from .layers import normalize_layers
+from .layers import normalize_layers, note_text
 from .plan import PruningPlan
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
@@ -315,7 +315,7 @@ def heal(
     report = healer.heal(layers, progress=progress)
     if report.kept:
         report._text_before.append(known_text(config))
-        add_known_text(config, sketch(healer.fitted))
+        note_text(model, sketch(healer.fitted))
     return report
 
 

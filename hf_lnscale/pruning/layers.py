@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
 from ..core.families import UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, add_known_text, record, write
+from ..core.record import Dropped, KnownText, add_known_text, record, write
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
@@ -305,14 +305,24 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
         return model
     require_droppable(model, stack, dropped)
     _own_configs(model)
-    # Several modules may hold copies of the configuration; each is changed once.
-    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for one in {id(text_config(one)): one for one in configs}.values():
-        if text_config(one).model_type == config.model_type:
-            prune_config(one, dropped)
-            _note_text(one, layers)
+    for one in _configs_of(model, config.model_type):
+        prune_config(one, dropped)
+        _note_text(one, layers)
     delete_layers(stack, dropped)
     return model
+
+
+def note_text(model: nn.Module, text: KnownText) -> None:
+    """Notes in a model's configuration the text that its layers were chosen or healed on."""
+    for config in _configs_of(model, text_stack(model).model.config.model_type):
+        add_known_text(config, text)
+
+
+def _configs_of(model: nn.Module, model_type: str) -> list[PreTrainedConfig]:
+    """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = {id(text_config(one)): one for one in configs}.values()
+    return [one for one in found if text_config(one).model_type == model_type]
 
 
 def _own_configs(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import Markdown, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
-from ..core.record import add_known_text, get_ln_scaling
+from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
 from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
@@ -36,7 +36,7 @@ from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
+from .layers import counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
@@ -208,7 +208,7 @@ def prune(
     if report is not None:
         report.forget()
     if plan.known_text:
-        add_known_text(model.config, plan.known_text)
+        note_text(model, plan.known_text)
     if target is None:
         return Pruned(plan, model, _rows(plan))
 
