@@ -76,7 +76,7 @@ class Pruned:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, color_system=None)
+        console = Console(color_system=None)  # as wide as the terminal
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()

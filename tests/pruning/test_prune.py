@@ -214,6 +214,18 @@ def test_perplexities_have_standard_errors(checkpoint, text, tmp_path):
     assert "median of 5 runs (lowest to highest) in turn" in card
 
 
+def test_a_table_of_80_columns(monkeypatch):
+    """Of the widest figures that there are."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    speed = "12,345.6 (11,234.5 to 13,456.7)"
+    plan = PruningPlan((1, 2), {}, model_name="model")
+    shown = str(prune_module.Pruned(plan, None, [("prefill, tokens/s", speed, speed, "+10.1% ± 0.2%")]))
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("prefill, tokens/s", "12,345.6", "(11,234.5", "13,456.7)", "+10.1%", "0.2%"):
+        assert word in shown
+
+
 def test_text_that_ends_early_is_told(checkpoint, text, tmp_path):
     given = {"drop": [1], "heal": None}
     for windows, told in ((Windows(800, 16), False), (Windows(815, 16), False), (Windows(816, 16), True)):
