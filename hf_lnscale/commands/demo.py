@@ -123,8 +123,8 @@ class Demo:
             for texts, count in ((self.train_texts, None), (self.held_out_texts, self.sequences * length))
         )
         self.say(
-            f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. ± is the "
-            "standard error over the held-out text alone."
+            f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. ± is "
+            "the standard error over the held-out text alone."
         )
         figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
