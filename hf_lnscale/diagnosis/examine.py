@@ -287,6 +287,7 @@ def _baseline(full: MeanLoss) -> dict[str, float | None]:
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     places = []
+    growth_error = (streamed.typical_P / streamed.typical_P[1] * streamed.errors["growth"]).tolist()
     for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
         whole = first.merged(rest)
         places.append(
@@ -295,6 +296,9 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
                 "variance": whole.variance,
                 "variance_without_first": rest.variance,
                 "typical": streamed.typical_P[place].item(),
+                # Delta method: d exp(x) = exp(x) dx.
+                "typical_error": _or_none((streamed.typical_P * streamed.errors["typical"]).tolist(), place),
+                "growth_error": _or_none(growth_error, place),
                 "largest_channel": int(whole.channels_D.argmax()),
                 "largest_channel_variance": whole.channels_D.max().item(),
                 "largest_channel_variance_without_first": rest.channels_D.max().item(),
@@ -325,10 +329,13 @@ def _layers(
             {
                 "layer": layer,
                 "attention_ratio": streamed.attention_L[layer, 1].item(),
+                "attention_ratio_error": _or_none(streamed.errors["attention"][:, 1].tolist(), layer),
                 "attention_ratio_all_tokens": streamed.attention_L[layer, 0].item(),
                 "mlp_ratio": streamed.mlp_L[layer, 1].item(),
+                "mlp_ratio_error": _or_none(streamed.errors["mlp"][:, 1].tolist(), layer),
                 "mlp_ratio_all_tokens": streamed.mlp_L[layer, 0].item(),
                 "block_influence": streamed.influence_L[layer, 0].item(),
+                "block_influence_error": _or_none(streamed.errors["influence"][:, 0].tolist(), layer),
                 "angular_distance": streamed.angles_LL[layer, 0].item(),
                 "loss_added": added,
                 "loss_added_error": error,

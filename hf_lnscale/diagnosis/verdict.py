@@ -75,6 +75,7 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
     """Growth of a typical token's mean square from after the first layer to after the last."""
     values = [place["typical"] for place in residual[1:]]
     found: dict[str, Any] = {"first": values[0], "last": values[-1], "factor": values[-1] / values[0]}
+    found["factor_error"] = residual[-1].get("growth_error")
     window = max(1, round(len(values) / 4))
     if len(values) > window:
         at = max(range(len(values) - window), key=lambda i: values[i + window] / values[i])
@@ -189,6 +190,8 @@ def _on_growth(grown: dict[str, Any]) -> list[str]:
         f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
         f"{number(grown['last'])} after the last, {times(factor)} as much"
     )
+    if error := grown.get("factor_error"):
+        text += f" (standard error {number(error)})"
     if factor > 1.5 and "fastest" in grown:
         first, last = grown["fastest"]["layers"]
         text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
@@ -321,7 +324,9 @@ def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
 
     row("layers", lambda one, _: one.model["num_layers"], str)
     row("perplexity", lambda one, _: one.baseline, lambda found: with_error(*map(found.get, _PERPLEXITY)))
-    row("growth of a typical token, first to last layer", lambda _, verdict: verdict["growth"]["factor"], times)
+    grown = ("factor", "factor_error")
+    row("growth of a typical token, first to last layer, times", lambda _, verdict: verdict["growth"],
+        lambda found: with_error(*map(found.get, grown)))  # fmt: skip
     row("kind of growth", lambda _, verdict: verdict["growth"]["kind"] or "undecided", str)
     for half in ("first_half", "deeper_half"):
         of = f"median of the {half.replace('_', ' ')}"
