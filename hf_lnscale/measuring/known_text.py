@@ -35,9 +35,12 @@ def passages(sequences: Iterable[torch.Tensor]) -> torch.Tensor:
     for ids_T in sequences:
         ids_T = F.pad(ids_T.long().cpu(), (0, max(0, PASSAGE - len(ids_T))), value=-1)
         length = len(ids_T) - PASSAGE + 1
-        # Multilinear hashing, modulo 2^64; its high bits are the uniform ones.
-        found.append(sum(factor * ids_T[i : i + length] for i, factor in enumerate(_FACTORS)) >> 16 & (1 << 48) - 1)
-    return torch.cat(found).unique()
+        hashes = torch.zeros(length, dtype=torch.long)
+        for i, factor in enumerate(_FACTORS):  # multilinear hashing, modulo 2^64
+            hashes += factor * ids_T[i : i + length]
+        found.append(hashes >> 16 & (1 << 48) - 1)  # the high bits are the uniform ones
+    distinct: torch.Tensor = torch.cat(found).unique()
+    return distinct
 
 
 def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:

@@ -137,7 +137,7 @@ class SourceLosses:
 
     def error(self, reference: SourceLosses | None = None) -> float:
         """Standard error of the mean, or of its difference to a reference; a source of one sequence adds nothing."""
-        errors = [loss.error(reference and reference.of[name]) or 0.0 for name, loss in self.of.items()]
+        errors = [loss.error(reference.of[name] if reference else None) or 0.0 for name, loss in self.of.items()]
         return math.hypot(*errors) / len(self.of)
 
 

@@ -441,11 +441,11 @@ def _rows(
 
 def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
     found, errors = plan.perplexity, plan.errors
-    shown = (with_error(found[one], errors.get(one)) for one in ("before", which))
+    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
     change = f"{found[which] / found['before'] - 1:+.1%}"
     if error := errors.get(f"{which}_change"):
         change += f" ± {error:.1%}"
-    return (f"perplexity, {name}", *shown, change)
+    return f"perplexity, {name}", before, after, change
 
 
 def _card(

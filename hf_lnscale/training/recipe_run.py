@@ -198,7 +198,8 @@ class Run:
         model: Any = trainer.model
         config = text_stack(model).model.config
         scaling = record(config).active
-        rows = (torch.as_tensor(row["input_ids"]) for row in trainer.eval_dataset or ())
+        held_out: Any = trainer.eval_dataset
+        rows = (torch.as_tensor(row["input_ids"]) for row in held_out)
         if (known := caution(config, rows)) and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
         if scaling is not None and scaling.warming_up:
