@@ -22,6 +22,7 @@ import typer
 from .._version import __version__
 from ..core.display import one_line
 from ..core.errors import HFLNScaleError
+from .adopt import adopt
 from .demo import demo
 from .diagnose import diagnose
 from .env import env
@@ -105,6 +106,7 @@ _add(train, context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_h
 _add(evaluate)
 _add(prune)
 _add(export)
+_add(adopt)
 _add(push)
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
