@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
 from ..core.errors import ArgumentError, PathNotFoundError
 from ..core.families import text_config
+from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, record
 from .card import Table, model_card
 from .folders import EVALUATION_FILE
@@ -138,10 +138,10 @@ def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
             raise PathNotFoundError("evaluation", str(file), problem="does not exist")
         return ""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file, settings=dict, markdown=str)
         versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
         return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, AttributeError):
         problem = "is not what hf-lnscale evaluate --out writes"
         raise ArgumentError("evaluation", str(file), problem=problem) from None
 
@@ -150,7 +150,7 @@ def _trained(path: Path) -> Table | None:
     """The metrics that a Trainer saved in the folder."""
     for name in ("eval_results.json", "all_results.json"):
         if (path / name).is_file():
-            metrics = json.loads((path / name).read_text(encoding="utf-8"))
+            metrics = read_object(path / name)
             rows = [(key, f"{value:,.4g}") for key, value in metrics.items() if isinstance(value, (int, float))]
             if rows:
                 return Table(("metric", "value"), rows, f"As the trainer reported them ({name}).", heading="Measured")

@@ -104,7 +104,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 
 def dtype_name(dtype: str) -> str:
-    """The name in torch of a type of weights, which may be shortened, as in bf16; "auto" stays.
+    """The name in torch of a type of weights, which may be shown, as in bf16; "auto" stays.
 
     Raises:
         ArgumentError: if there is no such type.

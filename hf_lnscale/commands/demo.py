@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..core.display import one_line, terminal
+from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
-from ..core.processes import environment_without_flags
+from ..core.processes import run_script
 from .quiet import quiet_transformers
 
 FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
@@ -59,6 +57,10 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs the acts, prints what they find, and writes it to `out`: results.json, demo.png and the models."""
+        from ..checkpoints.folders import require_free
+
+        for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
+            require_free((self.out / name).resolve(), (), str(self.out / name), force=True)
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,
@@ -119,7 +121,10 @@ class Demo:
             token_batches(texts, tokenizer=tokenizer, windows=Windows(count, length, BATCH))
             for texts, count in ((self.train_texts, None), (self.held_out_texts, self.sequences * length))
         )
-        self.say(f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration.")
+        self.say(
+            f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. ± is "
+            "the standard error over the held-out text alone."
+        )
         figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
@@ -128,16 +133,27 @@ class Demo:
             figures[name] = {
                 "evaluation_losses": losses,
                 "residual_variance": [place["variance"] for place in found.residual],
+                "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
                 "loss_added": [layer["loss_added"] for layer in found.layers],
+                "loss_added_error": [layer["loss_added_error"] for layer in found.layers],
             }
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
         both, layers = figures.values(), range(self.shape["num_hidden_layers"])
         rows = [
-            ("evaluation loss, nats per token", *(f"{one['evaluation_losses'][-1]:.3f}" for one in both)),
+            (
+                "evaluation loss, nats per token",
+                *(with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in both),
+            ),
             ("residual variance after layer 0", *(f"{one['residual_variance'][1]:.3g}" for one in both)),
             (f"residual variance after layer {layers[-1]}", *(f"{one['residual_variance'][-1]:.3g}" for one in both)),
-            *((f"loss added without layer {i}", *(f"{one['loss_added'][i]:+.4f}" for one in both)) for i in layers),
+            *(
+                (
+                    f"loss added without layer {i}",
+                    *(with_error(one["loss_added"][i], one["loss_added_error"][i], sign="+") for one in both),
+                )
+                for i in layers
+            ),
         ]
         self.console.print(terminal(("", *figures), rows))
         return figures
@@ -172,16 +188,16 @@ class Demo:
         import torch
 
         from ..checkpoints.export import export
+        from ..checkpoints.folders import scratch_folder
         from ..checkpoints.names import load
 
         scaled = self.out / "lns-model"
         folded = export(scaled, self.out / "lns-model-folded", force=True, progress=False)
         expected = load(scaled)(torch.arange(50)[None]).logits.detach()
-        with tempfile.TemporaryDirectory() as temporary:
-            script, logits = Path(temporary) / "plain.py", Path(temporary) / "logits.pt"
+        with scratch_folder(self.out.resolve() / "plain") as scratch:
+            script, logits = scratch / "plain.py", scratch / "logits.pt"
             script.write_text(PLAIN_PROCESS)
-            command = map(str, [sys.executable, script, scaled, folded, logits, torch.get_num_threads()])
-            done = subprocess.run([*command], capture_output=True, text=True, env=environment_without_flags())
+            done = run_script(script, scaled, folded, logits, torch.get_num_threads())
             if done.returncode:
                 raise RuntimeError(f"the process without the plugin failed:\n{done.stderr}")
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -204,7 +220,9 @@ class Demo:
         )  # fmt: skip
         self.console.print(str(found), markup=False)
         self.say("Chosen by Block Influence (ShortGPT) in one pass; hf-lnscale prune chooses better, in minutes.")
-        return {"layers": list(found.plan.layers), "perplexity": found.plan.perplexity, "model": found.plan.model_name}
+        plan = found.plan
+        figures = {"perplexity": plan.perplexity, "errors": plan.errors}
+        return {"layers": list(plan.layers), **figures, "model": plan.model_name}
 
     def plot(self, path: Path) -> None:
         """The curse, the growth in both small models, their evaluation loss, and what their layers do."""

@@ -106,7 +106,10 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
         return None
     restored = copy.deepcopy(base)
     layers.set_drop_layers(restored, found.get("drop_layers"))
-    set_ln_scaling(restored, found.get("ln_scaling"))
+    try:
+        set_ln_scaling(restored, found.get("ln_scaling"))
+    except ValueError:  # depths of another number of layers
+        return None
     return found if _same(wanted, base_state(restored)) else None
 
 

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from datasets import (
 from trl.scripts.utils import DatasetConfig
 
 from .._version import __version__
+from ..core.json_file import parse
 from ..measuring import sample
 from .arguments import DataArguments
 from .chats import CHAT_FEATURES, chat_kind, to_chat
@@ -300,9 +300,6 @@ def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return parse(text)
     except ValueError as error:
         raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from ..checkpoints.folders import public_command
+from ..checkpoints.folders import public_command, write_atomically
+from ..core.config import is_integer
+from ..core.display import brief
+from ..core.json_file import read_object
+from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
+from ..core.warnings import warn
+from ..measuring.known_text import caution
 from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
 from .run_report import write_report
@@ -49,8 +56,10 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
     """
     words = sys.argv[1:] if words is None else words
     training: RecipeConfig | None = None
+    # One of several processes may wait for the others, and no handler runs meanwhile.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
-        with warnings.catch_warnings():
+        with leaving_on_sigterm(parser.recipe) if alone else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from one library to another; nothing a user can act on
             arguments = parser.parse_args_and_config(words)
             training = arguments[-1]
@@ -107,12 +116,12 @@ class Run(TrainerCallback):
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             there = _read(self.folder / RUN_FILE).get("identity")
-            if there is None:
+            if not isinstance(there, dict):
                 raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
             for key in {**there, **self.identity}:
                 if there.get(key) != self.identity.get(key):
                     raise FileExistsError(
-                        f"{shown} holds another run: its {key} is {there.get(key)!r}, that of this one "
+                        f"{shown} holds another run: its {key} is {brief(there.get(key))}, that of this one "
                         f"{self.identity.get(key)!r}; choose another --output_dir"
                     )
             if wanted is None:
@@ -135,12 +144,13 @@ class Run(TrainerCallback):
 
     def _leave_if_finished(self) -> None:
         metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
+        steps: Any = metrics.get("steps")
         same = metrics.get("length") == [length, self.training.num_train_epochs]
-        if not metrics or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= metrics["steps"]):
+        if not is_integer(steps) or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= steps):
             return
         if self.training.process_index == 0:
             print(
-                f"{self.recipe}: the run in {self.folder} is finished, after step {metrics['steps']}; to train for "
+                f"{self.recipe}: the run in {self.folder} is finished, after step {steps}; to train for "
                 "longer, raise --max_steps or --num_train_epochs"
             )
         raise SystemExit(0)
@@ -158,9 +168,8 @@ class Run(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Marks the folder as this run's, after the other callbacks had the chance to refuse the run."""
         if self.training.process_index == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
-            (self.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
         self.training.begun = True
         if self.trained:
@@ -185,7 +194,12 @@ class Run(TrainerCallback):
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
         model: Any = trainer.model
-        scaling = record(text_stack(model).model.config).active
+        config = text_stack(model).model.config
+        scaling = record(config).active
+        held_out: Any = trainer.eval_dataset
+        rows = (torch.as_tensor(row["input_ids"]) for row in held_out)
+        if (known := caution(config, rows)) and arguments.process_index == 0:
+            warn(f"evaluation data: {known}")
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:
@@ -236,10 +250,9 @@ class Run(TrainerCallback):
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 class _AlreadyTrained(Exception):
