@@ -15,7 +15,8 @@ def train(
 
     `hf-lnscale train sft --help` lists all options.
     """
-    from ..training.scripts import RECIPES, recipes_folder, start
+    from ..training.scripts import RECIPES, recipes_folder
+    from ..training.start import start
 
     if recipe in ("", "--help"):
         print(
