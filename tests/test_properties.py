@@ -274,7 +274,7 @@ def test_a_plan(tmp_path_factory, value):
 def test_a_plan_that_is_no_json_object(text, tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"'.*plan\.json' is no pruning plan: "):
+    with pytest.raises(ValueError, match=r"'.*plan\.json' is not a pruning plan: "):
         PruningPlan.load(file)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as one GGUF file, by llama.cpp's own converter."""
+"""Writes a checkpoint as a GGUF file, with llama.cpp's own converter."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def export_gguf(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes a checkpoint as a GGUF file, for llama.cpp and all that builds on it.
+    """Writes a checkpoint as a GGUF file, for llama.cpp and programs built on it.
 
     An active scale is folded into the weights first, in a temporary folder. The file appears under its name when it is
-    complete. The converter runs in this Python environment, and needs what llama.cpp's requirements name.
+    complete. The converter runs in this Python environment and needs the packages in llama.cpp's requirements.
 
     Args:
         checkpoint: folder, or name on the Hub; scaled, folded, pruned or plain.
@@ -70,9 +70,9 @@ def export_gguf(
     Raises:
         FileExistsError: if `out` exists, without `force`.
         FileNotFoundError: if there is no converter, or no checkpoint.
-        ValueError: if `out` is no name of a GGUF file, if the checkpoint is one already, or if layers were dropped from
-            a model whose layers differ by a pattern that llama.cpp may have built in.
-        RuntimeError: if the converter fails; the message is what it said last.
+        ValueError: if `out` does not end in .gguf, if the checkpoint is a GGUF file already, or if layers were dropped
+            from a model whose layers differ by a pattern that may be built into llama.cpp.
+        RuntimeError: if the converter fails, with the last line of its output.
     """
     target = Path(out)
     if target.suffix != ".gguf":
@@ -91,7 +91,7 @@ def export_gguf(
         else:
             source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
         written = scratch / target.name
-        # The converter goes by config.json; with the plugin in it, it would take a scaled checkpoint for a plain one.
+        # The converter reads configuration and weights by itself: with the plugin, it would lose a scale.
         done = run_script(script, source, "--outfile", written, "--outtype", outtype)
         if done.returncode or not written.is_file():
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]

@@ -104,10 +104,10 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 
 def dtype_name(dtype: str) -> str:
-    """The name in torch of a type of weights, which may be shown, as in bf16; "auto" stays.
+    """The torch name of a dtype that may be abbreviated, as in bf16; "auto" is returned unchanged.
 
     Raises:
-        ArgumentError: if there is no such type.
+        ArgumentError: if there is no such dtype.
     """
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
     found = getattr(torch, name, None)

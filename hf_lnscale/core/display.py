@@ -54,12 +54,12 @@ def with_error(value: float | None, error: float | None = None, sign: str = "") 
 
 
 def one_line(text: object) -> str:
-    """Text without line breaks and control characters, which are shown as Python's escapes."""
+    """Text with line breaks and control characters replaced by Python's escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def brief(value: object, longest: int = 300) -> str:
-    """The `repr` of a value that was read from somewhere, in a message about it."""
+    """The `repr` of a value in a message, shortened."""
     try:
         text = repr(value)
     except RecursionError:
@@ -68,18 +68,18 @@ def brief(value: object, longest: int = 300) -> str:
 
 
 def rich_text(text: object, style: str = "") -> Text:
-    """Text for rich, in which square brackets are square brackets; lines stay lines."""
+    """Text for rich, without markup; line breaks are kept."""
     from rich.text import Text
 
     return Text("\n".join(map(one_line, str(text).split("\n"))), style)
 
 
 def markdown_text(text: object) -> str:
-    """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
+    """Text for a paragraph, a heading or a cell in Markdown, with markup and HTML escaped."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
-    # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
+    # Underscores within words are not markup in GitHub's Markdown.
     shown = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|#$|^[+-](?=[\s-]|$))", r"\\\1", shown)
-    # A number in front would begin a list, and spaces code.
+    # A leading number would begin a list, and leading spaces code.
     return re.sub("^ ", "&#32;", re.sub(r"^([0-9]+)([.)])(?=\s|$)", r"\1\\\2", shown))
 
 

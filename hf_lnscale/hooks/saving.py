@@ -1,12 +1,12 @@
-"""Saving: weights and configuration belong together, however saving ends.
+"""Keeps weights and configuration consistent when saving is interrupted.
 
-transformers writes config.json first and the weights after it, while the scale and the cut live in config.json alone: a
-save over another checkpoint that is killed in between would leave the weights of one model beside the configuration of
-the other. Two things prevent that for models of ours, and for models that are saved over one:
+transformers writes config.json first and the weights after it, while the scale and the cut are stored in config.json
+only: a save over another checkpoint that is killed in between would leave the weights of one model with the
+configuration of the other. Two things prevent that for models with a scale or a cut, and for models saved over one:
 
 - While weights are written, the folder has no config.json: the old one is renamed first, the new one appears last.
 - Weights carry the record of their model in their safetensors metadata; `require_same_checkpoint` compares it with the
-  config.json beside them. Weights without it, from before or from elsewhere, load as they are.
+  config.json in the same folder. Weights without a record, from an earlier release or elsewhere, load unchecked.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writ
 
 
 def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfig) -> bool:
-    """Whether a model, or the checkpoint that it is saved over, is one of ours."""
+    """Whether a model, or the checkpoint that it is saved over, has a scale or a cut."""
     if record(config) != Record():
         return True
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -68,40 +68,40 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
 
 
 def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    """safetensors' `save_file`, which marks the weights of a model of ours."""
+    """safetensors' `save_file`, which marks the weights of a model with a scale or a cut."""
 
     def save_file(*args: Any, **kwargs: Any) -> Any:
-        if (said := _mark.get()) is not None:
-            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: said}
+        if (own := _mark.get()) is not None:
+            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
         return original(*args, **kwargs)
 
     return save_file
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> None:
-    """Refuses weights that were saved by a model with another scale or other layers than the config.json beside them.
+    """Refuses weights that were saved by a model with another scale or other layers than in their config.json.
 
     Args:
-        files: the weight files; only safetensors files are looked at.
+        files: the weight files; only safetensors files are checked.
         saved: reads the config.json that belongs to them; called only if a file is marked.
 
     Raises:
-        CheckpointError: naming the file, and what it and the configuration say.
+        CheckpointError: if the record in a file differs from the configuration; the message names both.
     """
     expected: str | None = None
     for file in files:
         if not str(file).endswith(".safetensors"):
             continue
         with safe_open(file, framework="pt") as weights:
-            said = (weights.metadata() or {}).get(MARK)
-        if said is None:
+            own = (weights.metadata() or {}).get(MARK)
+        if own is None:
             continue
         if expected is None:
             expected = mark(record(saved())) or "{}"
         # Parsed, as others may write JSON in another way.
-        if said != expected and _parsed(said) != json.loads(expected):
+        if own != expected and _parsed(own) != json.loads(expected):
             raise CheckpointError(
-                f"{Path(file).name} was saved by a model with {brief(said)}, but the config.json beside it says "
+                f"{Path(file).name} was saved by a model with {brief(own)}, but the config.json beside it says "
                 f"{expected}: "
                 "the folder holds the weights of one model and the configuration of another. Save the model again, or "
                 "restore the file that belongs to the other"

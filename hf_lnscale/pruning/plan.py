@@ -34,7 +34,7 @@ _FINGERPRINT = (
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a plan remembers of the shape of its model; a model that differs in it has other layers."""
+    """The shape of a model in a plan; a model with another fingerprint has other layers."""
     text = text_config(config)
     dropped = record(config).dropped
     return {
@@ -46,7 +46,7 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What `plan_pruning` finds; saved as a small JSON file.
+    """The result of `plan_pruning`; saved as a small JSON file.
 
     Attributes:
         layers: positions to drop, sorted, in the numbering of the model that the plan was made for.
@@ -91,7 +91,7 @@ class PruningPlan:
         return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
-        """Raises a ValueError that says what differs if the plan is for another model."""
+        """Raises a ValueError that names the difference if the plan is for another model."""
         for name, here in fingerprint(config).items():
             if (there := self.model.get(name)) != here:
                 raise ValueError(
@@ -114,7 +114,7 @@ class PruningPlan:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if the file is no plan.
+            ValueError: if the file is not a plan.
         """
         return read_plan(path)
 
@@ -154,4 +154,4 @@ def read_plan(path: Any) -> PruningPlan:
         _ = plan.known_text  # raises if it is not valid
         return plan
     except ValueError as error:
-        raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None
+        raise ValueError(f"drop_layers: {str(file)!r} is not a pruning plan: {error}") from None

@@ -256,7 +256,7 @@ def test_a_missing_or_broken_plan(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pruning plan at"):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
     (tmp_path / "pruning_plan.json").write_text('{"format": 1, "layers": 3}')
-    with pytest.raises(ValueError, match="is no pruning plan"):
+    with pytest.raises(ValueError, match="is not a pruning plan"):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
 
 
