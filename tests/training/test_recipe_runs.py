@@ -14,7 +14,7 @@ import recipe
 from hf_lnscale.core.record import add_known_text
 from hf_lnscale.measuring.known_text import sketch
 from hf_lnscale.measuring.text import Windows, token_batches
-from hf_lnscale.training.start import start
+from hf_lnscale.training.scripts import start
 from recipe import SMALL
 
 pytestmark = pytest.mark.xdist_group("recipes")
@@ -177,6 +177,7 @@ def test_the_card_of_a_mixture(tmp_path, here):
     assert str(here) not in card
 
 
+@pytest.mark.slow
 def test_every_way_to_start_a_recipe(tmp_path, here, capsys):
     """As a script, by `hf-lnscale train`, and from Python."""
     script = recipe.RECIPES / "sft.py"
