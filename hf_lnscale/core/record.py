@@ -21,10 +21,10 @@ ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
+_MOST_LAYERS = 1_000_000  # lists of layers are made
 # No part of `Record`: it says how the layers were chosen, and changes no output. A text is known by at most so many
 # hashes of its passages.
 KNOWN_TEXT, KEPT = "calibration_text", 128
-_MOST_LAYERS = 1_000_000  # lists of layers are made
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
 

@@ -19,8 +19,8 @@ from ..core.record import KnownText, record
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
 _KINDS: dict[str, Any] = {
-    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "steps": list,
-    "errors": dict, "heal": (dict, type(None)), "notes": dict,
+    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "errors": dict,
+    "steps": list, "heal": (dict, type(None)), "notes": dict,
 }  # fmt: skip
 # By these a plan knows its model; config.json has them, so that no weight need be read.
 _FINGERPRINT = (
@@ -146,9 +146,10 @@ def read_plan(path: Any) -> PruningPlan:
         figures = values.get("perplexity", {})
         if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
             raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
+        errors = values.get("errors", {})
+        if not all(error == 0 or is_positive(error) for error in errors.values()):
+            raise ValueError(f"its errors must be numbers from 0 by name, got {brief(errors)}")
         known = {name: value for name, value in values.items() if name in _KINDS}
-        if not all(is_positive(error) or error == 0 for error in values.get("errors", {}).values()):
-            raise ValueError(f"its errors must be positive numbers by name, got {brief(values['errors'])}")
         plan = PruningPlan(**{**known, "layers": tuple(values["layers"])})
         _ = plan.known_text  # raises if it is not valid
         return plan
