@@ -45,7 +45,7 @@ def number(value: float | None, sign: str = "") -> str:
 
 def with_error(value: float | None, error: float | None = None, sign: str = "") -> str:
     """A number with its standard error, if there is one, to two digits of the error: "0.267 ± 0.012"."""
-    if value is None or not error:
+    if value is None or not error or not math.isfinite(error):
         return number(value, sign)
     if error < 1e-4 or abs(value) >= 1e7:
         return f"{number(value, sign)} ± {number(error)}"

@@ -384,7 +384,9 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
     for step in found["steps"]:
         valid = isinstance(step, dict) and are_layers(step.get("layers"), num_layers)
-        if not valid or not all(is_positive(step.get(name, 1)) for name in ("perplexity", "healed")):
+        errors = (step.get(name) or 1 for name in ("perplexity_error", "change_error")) if valid else ()
+        figures = (step.get(name, 1) for name in ("perplexity", "healed")) if valid else ()
+        if not valid or not all(map(is_positive, (*figures, *errors))):
             raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
