@@ -41,11 +41,12 @@ class DepthPlugin(BasePlugin):  # type: ignore[misc]  # axolotl need not be inst
 
     def register(self, cfg: Any) -> None:
         # axolotl sets what stands there on the configuration that each of its models is built or loaded with. Layers
-        # first: a scale takes its depths from those that are left.
-        flags = {key: cfg[key] for key in ("drop_layers", "ln_scaling") if cfg.get(key) is not None}
-        overrides = "model_config" if cfg.get("model_config") else "overrides_of_model_config"
+        # first: a scale takes its depths from those that are left. Plain values: pydantic cannot write axolotl's dicts.
+        plain = cfg.to_dict()
+        flags = {key: plain[key] for key in ("drop_layers", "ln_scaling") if plain.get(key) is not None}
+        overrides = "model_config" if plain.get("model_config") else "overrides_of_model_config"
         if flags:
-            cfg[overrides] = dict(cfg.get(overrides) or {}) | flags
+            cfg[overrides] = (plain.get(overrides) or {}) | flags
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         found = record(text_stack(model).model.config)

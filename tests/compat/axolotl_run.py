@@ -136,7 +136,7 @@ def check(home: Path, log: Path, folder: Path) -> None:
     weights = load_file(trained / "model.safetensors")
     require_scaled(AutoModelForCausalLM.from_pretrained(trained), weights, [1, 2, 3, 4], tokens)
     state = json.loads(next(trained.glob("checkpoint-*/trainer_state.json")).read_text())
-    measured = [entry["step"] for entry in state["log_history"] if "depth/residual_variance/layer_3" in entry]
+    measured = [entry["step"] for entry in state["log_history"] if "depth/residual_variance/layer_03" in entry]
     assert measured == [1, 5, 10], measured
     print("pre-training, a warmup of 4 steps, depth statistics: saved, reloaded", flush=True)
 
