@@ -30,7 +30,7 @@ class LNScalingConfig:
     `hf_lnscale.training.LNScalingWarmupCallback` moves it.
 
     Attributes:
-        exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer as it is.
+        exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer unchanged.
         depths: one positive integer a layer, shape (L,); None stands for 1, 2, ..., L. A pruned model keeps the depths
             that its layers had when they were trained.
         warmup_steps: optimizer steps from exponent 0 to `exponent`; 0 for the whole exponent at once.
@@ -106,7 +106,7 @@ class LNScalingConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored in `config.json`; nothing of a warmup where there is none."""
+        """The dict stored in `config.json`; without the warmup's keys if there is no warmup."""
         stored: dict[str, Any] = {
             "exponent": self.exponent,
             "depths": None if self.depths is None else list(self.depths),

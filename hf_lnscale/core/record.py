@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,9 @@ FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
 _MOST_LAYERS = 1_000_000  # lists of layers are made
+# No part of `Record`: it says how the layers were chosen, and changes no output. A text is known by at most so many
+# hashes of its passages.
+KNOWN_TEXT, KEPT = "calibration_text", 128
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
 
@@ -53,8 +57,44 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class KnownText:
+    """The text that a model's layers were chosen or healed on; see `measuring.known_text`.
+
+    Attributes:
+        source: where it is from.
+        passages: a sorted sample of hashes of its passages, of 48 bits each.
+    """
+
+    source: str
+    passages: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: passages are a string of twelve hexadecimal digits each."""
+        hashes = "".join(f"{passage:012x}" for passage in self.passages)
+        return {"source": self.source, "passages": hashes}
+
+    @classmethod
+    def of(cls, stored: Any) -> KnownText:
+        """Reads what `to_dict` wrote; other keys are ignored.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            source, hashes = stored["source"], stored["passages"]
+            if not isinstance(source, str) or not re.fullmatch("([0-9a-f]{12})*", hashes):
+                raise TypeError
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(
+                f'{KNOWN_TEXT} must be like {{"source": "a.txt", "passages": "00c0ffee0123"}}, with twelve hexadecimal '
+                f"digits a passage, got {stored!r:.200}"
+            ) from None
+        return cls(source, tuple(sorted(int(hashes[at : at + 12], 16) for at in range(0, len(hashes), 12))))
+
+
+@dataclass(frozen=True)
 class Record:
-    """What a configuration says about the scale and the layers of its text decoder.
+    """The scale and the layers of the text decoder in a configuration.
 
     Attributes:
         active: the scaling that is applied to the norms' outputs, or None.
@@ -75,13 +115,13 @@ class Record:
 
 
 class SourceName(str):
-    """The name of the checkpoint that a model of ours was loaded from, with what was done to the model since.
+    """The name of the checkpoint that a model was loaded from, with the changes made to the model since.
 
-    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL its reference
-    models. `from_pretrained` of this name gives the same model again, not the one that the checkpoint holds.
+    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
+    models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
 
     Attributes:
-        record: what the model's configuration says.
+        record: the record in the model's configuration.
         changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
     """
 
@@ -140,8 +180,34 @@ def write(config: PreTrainedConfig, new: Record) -> None:
     remember_source(config)
 
 
+def known_text(config: PreTrainedConfig) -> KnownText | None:
+    """The text that a model's layers were chosen or healed on, if its configuration says so.
+
+    Raises:
+        ValueError: for a value that is not valid.
+    """
+    stored = vars(text_config(config)).get(KNOWN_TEXT)
+    return None if stored is None else KnownText.of(stored)
+
+
+def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
+    """Notes a text in a configuration, beside what was noted before."""
+    if before := known_text(config):
+        names = dict.fromkeys((*before.source.split(", "), *text.source.split(", ")))
+        text = KnownText(", ".join(names), tuple(sorted({*before.passages, *text.passages})[:KEPT]))
+    write_known_text(config, text)
+
+
+def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
+    """Replaces what `known_text` reads."""
+    values = vars(text_config(config))
+    values.pop(KNOWN_TEXT, None)
+    if text is not None:
+        values[KNOWN_TEXT] = text.to_dict()
+
+
 def mark(own: Record) -> str | None:
-    """What weights are marked with that belong to a configuration with this record; None for a plain model."""
+    """The mark of weights that belong to a configuration with this record; None for a plain model."""
     return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
 
 
@@ -344,8 +410,8 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `protect`, in place, for the dict read from `config.json`.
 
-    Notes beside each active scale that the file had it; such a note in the file itself is ignored. Any other file's
-    dict is returned as it is.
+    Notes for each active scale that the file had it; such a note in the file itself is ignored. The dict of any other
+    file is returned unchanged.
 
     Raises:
         ValueError: if the file has an `ln_scaling` that is not valid.

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from ..core.display import one_line
+from ..core.display import one_line, with_error
 from ..core.json_file import read_object
-from .verdict import with_error
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -150,7 +149,7 @@ class DiagnosisData:
             console.print(one_line(line), highlight=False, markup=False)
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
         table = Table(*(column.short for column in shown), padding=(0, 1) if console.width >= 100 else 0)
-        # Of the errors those of the losses: more do not fit into 80 columns.
+        # Only the errors of the losses: more do not fit into 80 columns.
         for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
             table.add_row(*row)
         console.print(table)

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 def train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Trainer loads the weights of a checkpoint without a look at its configuration.
+        # Trainer loads the weights of a checkpoint without reading its configuration.
         folder = resume_from_checkpoint
         if folder is True and os.path.isdir(output := str(self.args.output_dir)):
             folder = get_last_checkpoint(output)
         config = getattr(self.model, "config", None)
-        # What is not there the original refuses.
+        # The original refuses a missing folder.
         if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
             has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
             step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))

@@ -46,6 +46,7 @@ def logits(model):
         return model(tiny.tokens()).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_killed_save_leaves_the_old_model_the_new_one_or_an_error(change, shards, tmp_path):
