@@ -100,5 +100,5 @@ def _tokenizer(name: str, config: Any, data: Any, windows: Windows) -> Any:
         except ValueError:
             raise missing from None
     for batch in batches:
-        require_known_ids(batch, config)
+        require_known_ids(batch.input_ids, config)
     return tokenizer

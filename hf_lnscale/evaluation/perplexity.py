@@ -34,8 +34,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from ..core.errors import ArgumentError
 from ..measuring.known_text import caution
 from ..measuring.losses import MOST_NATS, token_losses
+from ..measuring.split_model import require_known_ids
 from ..measuring.stream import eval_mode
 from ..measuring.text import added_beginning, documents, window_length
 from ..measuring.uncertainty import ratio_residuals, standard_error
@@ -172,6 +174,8 @@ def perplexity(
     texts = [text for text in first_bytes(documents(data, tokenizer), max_bytes) if text]
     prefix, everywhere = _beginning(tokenizer)
     encoded = [_encode(text, tokenizer, prefix) for text in texts]
+    for one in encoded:
+        require_known_ids(one.ids, model.config)
     windows = sorted(
         (window for i, ids in enumerate(encoded) for window in _windows(i, len(ids), seq_len, stride)),
         key=lambda window: window.end - window.start,
@@ -294,7 +298,8 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         targets_N = encoded[window.document].ids[window.first : window.end + 1]
         values = token_losses(logits_NV, targets_N).double().cpu()
         if not values.isfinite().all():
-            raise ValueError(f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help")
+            problem = f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help"
+            raise ArgumentError("model", problem=problem)
         yield values
 
 

@@ -167,15 +167,15 @@ def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: for a token id that the model does not have.
     """
-    require_known_ids(batch, stack.model.config)
+    require_known_ids(batch.input_ids, stack.model.config)
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
     return (batch if device.type == "meta" else batch.to(device)).model_inputs()
 
 
-def require_known_ids(batch: Batch, config: Any) -> None:
+def require_known_ids(ids: torch.Tensor, config: Any) -> None:
     """Refuses token ids beyond the vocabulary, with which a model would fail, or on a GPU end the process."""
-    size, ids = config.get_text_config().vocab_size, batch.input_ids
+    size = config.get_text_config().vocab_size
     if ids.numel() and not (ids.min() >= 0 and ids.max() < size):
         wrong = int(ids.max() if ids.max() >= size else ids.min())
         problem = f"token id {wrong} is beyond the model's vocabulary of {size:,}; is the tokenizer another model's?"
