@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 SUPPORTED = "5.16.1 to 5.24"
 
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
-TRAINER, PEFT = "transformers.trainer", "peft"
+TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
     # Private: every reading of a config.json goes through it, before `model_type` is looked at.
     Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", ("cls", "json_file")),
+    Hook(
+        CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", ("self",), needed_since="5.23",
+    ),
     Hook(MODELS, _MODEL, "__init__", "models:init", ("self", "config")),
     Hook(MODELS, _MODEL, "post_init", "models:post_init", ("self",)),
     Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", ("self", "save_directory")),
@@ -83,6 +87,15 @@ HOOKS = (
         MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
         ("self", "distributed_checkpoint_dir", "device_map", "device_mesh"), needed_since="5.20",
     ),
+    # Private, of torch: every load_state_dict comes by here, also that of a wrapper around the model.
+    Hook(
+        MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
+        ("self", "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
+    ),
+    Hook(
+        MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters",
+        ("self", "model"),
+    ),
     Hook(
         MODELS, "transformers.integrations.peft:PeftAdapterMixin", "load_adapter", "peft:load_adapter_into_model",
         ("self", "peft_model_id"),
@@ -98,6 +111,23 @@ HOOKS = (
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
         ("cls", "pretrained_model_name_or_path"),
     ),
+    Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", ("model", "layer_map")),
+    # Private: what LoftQ reads the weights of the base with, by the names that they have in memory.
+    Hook(
+        PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
+        ("self", "peft_model", "model_path"),
+    ),
+    # accelerate's modules have taken the function from one another.
+    *(
+        Hook(
+            ACCELERATE, f"{module}:", "load_checkpoint_in_model", "deferred:load_checkpoint_in_model",
+            ("model", "checkpoint"),
+        )
+        for module in (
+            "accelerate", "accelerate.big_modeling", "accelerate.utils", "accelerate.utils.bnb",
+            "accelerate.utils.modeling",
+        )
+    ),
 )  # fmt: skip
 
 # What refuses flags in a group in which something is not as the table says.
@@ -110,6 +140,7 @@ GUARDS = (
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "guard:refuse"),
 )
 
 _MISSING = object()
@@ -134,9 +165,9 @@ def enable() -> None:
         if _enabled:
             return
         _enabled = True
-        _waiting.update((CONFIGURATION, MODELS, TRAINER, PEFT))
+        _waiting.update(GROUPS)
         sys.meta_path.insert(0, _finder)
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         if sys.modules.get(group) is not None:
             importlib.import_module(group)  # waits if another thread is importing it at the moment
     _install_what_is_imported()
@@ -186,7 +217,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in (CONFIGURATION, MODELS, TRAINER, PEFT):
+        if name not in GROUPS:
             _install_what_is_imported()  # a module whose import had begun before this finder was there
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
@@ -220,7 +251,7 @@ _finder = _Finder()
 
 
 def _install_what_is_imported() -> None:
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         module = sys.modules.get(group)
         if group in _waiting and module is not None:
             if getattr(getattr(module, "__spec__", None), "_initializing", False):

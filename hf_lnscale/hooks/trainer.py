@@ -64,6 +64,12 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
             "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
             f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
         )
+    if any(hasattr(callback, "sync_target_model") for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            f"sync_ref_model=True: the warmup of the model's ln_scaling stands at step {scale.step} of "
+            f"{scale.warmup_steps}, and TRL averages weights into a reference model whose scale does not move. Set "
+            "sync_ref_model=False, or finish the warmup first"
+        )
 
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
