@@ -55,6 +55,7 @@ class Hook:
 
 _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedModel"
 _PEFT_MODEL, _PEFT_CONFIG = "peft.peft_model:PeftModel", "peft.config:PeftConfigMixin"
+_PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
 
 HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
@@ -106,6 +107,19 @@ HOOKS = (
     Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", ("self", "save_directory")),
     Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
     Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:load_adapter", ("self", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:load_adapter", ("self", "model_id")),
+    Hook(
+        PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:hotswap_adapter", ("model", "model_name_or_path"),
+    ),
+    # Private: X-LoRA reads each of its experts with it.
+    Hook(
+        PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:load_expert",
+        (
+            "lora_model", "adapter_name", "model_id", "torch_device", "ephemeral_gpu_offload",
+            "autocast_adapter_dtype", "subfolder", "kwargs",
+        ),
+    ),
     # AutoPeftModelForCausalLM and its sisters share it: the one place that loads the base by its path.
     Hook(
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",

@@ -111,6 +111,22 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
+def hotswap_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def hotswap_adapter(model: Any, model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        require_base_of(model_name_or_path, kwargs, model)
+        return original(model, model_name_or_path, *args, **kwargs)
+
+    return hotswap_adapter
+
+
+def load_expert(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_expert(lora_model: Any, adapter_name: str, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        require_base_of(model_id, kwargs, lora_model)
+        return original(lora_model, adapter_name, model_id, *args, **kwargs)
+
+    return load_expert
+
+
 def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = read_adapter(pretrained_model_name_or_path, kwargs)

@@ -12,12 +12,12 @@ import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft import LNTuningConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model, replace_lora_weights_loftq
 from safetensors.torch import load_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.trainer_utils import load_sharded_checkpoint
-from trl import DPOConfig, DPOTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer
 
 import hf_lnscale
 import tiny
@@ -276,6 +276,20 @@ def test_norms_that_an_adapter_trains(tmp_path):
     torch.testing.assert_close(merged(tiny.tokens()).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "flags", [{"ln_scaling": True}, {"drop_layers": [1]}, {"ln_scaling": True, "drop_layers": [1]}]
+)
+def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
+    """PEFT builds it from a copy of the base's configuration, with num_hidden_layers=1."""
+    AutoModelForCausalLM.from_config(tiny.config(), **flags).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM")).eval()
+    expected = tuned(input_ids=tiny.tokens()).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(again.eval()(input_ids=tiny.tokens()).logits, expected)
+
+
 # --- multi-token prediction ------------------------------------------------------------------------------------------
 
 
@@ -361,21 +375,27 @@ def test_saving_says_that_the_scale_of_a_copy_stayed(tmp_path):
     second.save_pretrained(tmp_path / "second")
 
 
-def test_a_reference_model_that_follows_the_policy_is_refused_in_a_warmup(tmp_path):
+@pytest.mark.parametrize("average", ["sync_ref_model", "BEMACallback"])
+def test_an_average_that_trl_makes_is_refused_in_a_warmup(average, tmp_path):
     tokenizer = train_tokenizer(documents(standard_library=False), 300)
     tokenizer.pad_token = tokenizer.eos_token
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
     tiny.model(**size, ln_scaling={"warmup_steps": 10}).save_pretrained(tmp_path / "model")
     rows = Dataset.from_dict({"prompt": ["a b"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
     arguments = DPOConfig(
-        output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, bf16=False, sync_ref_model=True
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        sync_ref_model=average == "sync_ref_model",
     )
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
         args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=[LNScalingWarmupCallback()],
+        callbacks=[LNScalingWarmupCallback(), *([BEMACallback()] if average == "BEMACallback" else [])],
     )
-    with pytest.raises(ValueError, match="sync_ref_model=True"):
+    with pytest.raises(ValueError, match=r"Callback averages the model's weights.*step 0 of the 10"):
         trainer.train()
