@@ -42,3 +42,16 @@ def load_checkpoint_in_model(original: Callable[..., Any]) -> Callable[..., Any]
         return original(model, checkpoint, *args, **kwargs)
 
     return load_checkpoint_in_model
+
+
+def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As `guard.refuse`, whose import needs transformers."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if "transformers.modeling_utils" not in sys.modules:
+            return original(*args, **kwargs)
+        from .guard import refuse
+
+        return refuse(original)(*args, **kwargs)
+
+    return guarded

@@ -105,16 +105,16 @@ HOOKS = (
     Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", ("cls", "path_json_file")),
     Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", ("self", "save_directory")),
     Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", ("self", "save_directory")),
-    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
-    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:load_adapter", ("self", "model_id")),
-    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
-    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:load_adapter", ("self", "model_id")),
+    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:own_base_only", ("self", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", ("self", "model_id")),
     Hook(
-        PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:hotswap_adapter", ("model", "model_name_or_path"),
+        PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", ("model", "model_name_or_path"),
     ),
     # Private: X-LoRA reads each of its experts with it.
     Hook(
-        PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:load_expert",
+        PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",
         (
             "lora_model", "adapter_name", "model_id", "torch_device", "ephemeral_gpu_offload",
             "autocast_adapter_dtype", "subfolder", "kwargs",
@@ -154,7 +154,7 @@ GUARDS = (
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
-    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "guard:refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "deferred:refuse"),
 )
 
 _MISSING = object()

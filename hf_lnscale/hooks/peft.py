@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import warnings
@@ -95,36 +96,18 @@ def save_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def adapter_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_id, kwargs, model)  # before the model is changed
-        return original(cls, model, model_id, *args, **kwargs)
+def own_base_only(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For each of PEFT's functions that reads an adapter for a model in memory: before the model is changed."""
+    signature = inspect.signature(original)
 
-    return from_pretrained
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
+        adapter = given.get("model_id") or given["model_name_or_path"]
+        require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
+        return original(*args, **kwargs)
 
-
-def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_id, kwargs, self)
-        return original(self, model_id, *args, **kwargs)
-
-    return load_adapter
-
-
-def hotswap_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def hotswap_adapter(model: Any, model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_name_or_path, kwargs, model)
-        return original(model, model_name_or_path, *args, **kwargs)
-
-    return hotswap_adapter
-
-
-def load_expert(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_expert(lora_model: Any, adapter_name: str, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_id, kwargs, lora_model)
-        return original(lora_model, adapter_name, model_id, *args, **kwargs)
-
-    return load_expert
+    return checked
 
 
 def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:

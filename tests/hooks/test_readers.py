@@ -73,7 +73,7 @@ LOADERS = {
     "accelerate.utils.modeling": lambda model, path: accelerate.utils.modeling.load_checkpoint_in_model(
         model, path / "model.safetensors.index.json", {"": "cpu"}
     ),
-    "one file": lambda model, path: with_map(model, path.parent / "one file/model.safetensors"),
+    "one file": lambda model, path: with_map(model, str(path.parent / "one file/model.safetensors")),
     "safetensors": lambda model, path: load_model(model, path.parent / "one file/model.safetensors", strict=False),
     "load_state_dict": lambda model, path: model.load_state_dict(
         AutoModelForCausalLM.from_pretrained(path).state_dict(), strict=False
@@ -166,7 +166,7 @@ def test_an_accelerate_that_is_not_as_the_hook_knows_it(run_python, whole):
 
 def test_accelerate_without_transformers_stays_without(run_python):
     code = "import sys, hf_lnscale, accelerate; print('transformers.modeling_utils' in sys.modules)"
-    assert run_python(code).strip() == "False"
+    assert run_python(code, plugin=True).strip() == "False"
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
@@ -276,9 +276,10 @@ def test_norms_that_an_adapter_trains(tmp_path):
     torch.testing.assert_close(merged(tiny.tokens()).logits, expected)
 
 
-@pytest.mark.parametrize(
-    "flags", [{"ln_scaling": True}, {"drop_layers": [1]}, {"ln_scaling": True, "drop_layers": [1]}]
-)
+SCALED, DROPPED = {"ln_scaling": True}, {"drop_layers": [1]}
+
+
+@pytest.mark.parametrize("flags", [SCALED, DROPPED])
 def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
     """PEFT builds it from a copy of the base's configuration, with num_hidden_layers=1."""
     AutoModelForCausalLM.from_config(tiny.config(), **flags).save_pretrained(tmp_path / "base")
@@ -288,6 +289,12 @@ def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
     tuned.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(again.eval()(input_ids=tiny.tokens()).logits, expected)
+
+
+def test_a_shadow_of_a_base_with_depths_of_its_own_is_refused():
+    base = AutoModelForCausalLM.from_config(tiny.config(), **SCALED, **DROPPED)
+    with pytest.raises(ValueError, match=r"depths must have one entry a layer, 1 for this model.*\[1, 3, 4\]"):
+        get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM"))
 
 
 # --- multi-token prediction ------------------------------------------------------------------------------------------

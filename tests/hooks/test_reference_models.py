@@ -93,7 +93,7 @@ def test_a_copy_as_a_reference_model(policy):
     assert hf_lnscale.ln_scales(reference) == hf_lnscale.ln_scales(policy)
 
 
-@pytest.mark.parametrize("config, cls", [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)])
+@pytest.mark.parametrize(("config", "cls"), [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)])
 @pytest.mark.parametrize("policy", ["cut on loading", "scaled and cut"], indirect=True)
 def test_the_first_divergence_of_grpo_and_rloo_is_0(config, cls, policy, tokenizer, tmp_path):
     rows = Dataset.from_dict({"prompt": ["a b"] * 4})
