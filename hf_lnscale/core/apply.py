@@ -157,11 +157,15 @@ def ln_scales(model: nn.Module) -> list[float]:
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    stack = text_stack(model)
-    scales = [1.0] * len(stack.layers)
-    for position, norm in stack.norms:
-        scales[position] = float(getattr(norm, "ln_scale", 1.0))
-    return scales
+    return [max(scales) for scales in _applied(text_stack(model))]
+
+
+def _applied(stack: Stack) -> list[set[float]]:
+    """The different scales in each layer, also of copies that an adapter trains; {1.0} without any."""
+    return [
+        {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
+        for layer in stack.layers
+    ]
 
 
 def fold_ln_scaling(model: nn.Module) -> nn.Module:
@@ -238,16 +242,22 @@ def require_consistent(model: nn.Module) -> None:
                 "is built already (use hf_lnscale.drop_layers(model, layers))"
             )
         said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
-        applied = [
-            {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
-            for layer in stack.layers
-        ]
+        applied = _applied(stack)
         if applied != [{scale} for scale in said]:
             raise ValueError(
                 f"the norms of this {type(module).__name__} are scaled by {[max(scales) for scales in applied]}, its "
                 f"config says {said}. Either config.ln_scaling was changed after the model was built (use "
                 "hf_lnscale.apply_ln_scaling), or two models share one config object (build each from its own: "
                 "copy.deepcopy(config))."
+            )
+        # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
+        if any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in module.modules()) and any(
+            parameter._version for parameter in module.parameters()
+        ):
+            raise ValueError(
+                f"this {type(module).__name__} is a copy whose weights were averaged or trained while its ln_scaling "
+                f"stayed at step {found.active and found.active.step}, and that of the model it was copied from went "
+                "on. Move it to the step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
             )
 
 

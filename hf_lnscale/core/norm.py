@@ -12,9 +12,11 @@ finds for the parameter. (A `weight` that always reads as the product passes mos
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
+import weakref
 from types import MethodType
 from typing import Any
 
@@ -94,6 +96,8 @@ class ScaledNorm(nn.Module):
     _one_plus_weight: bool
     # The function that a kernel library bound to this instance in place of the class's forward.
     _bound_forward: Any = None
+    # In a copy whose warmup has not been moved itself: the norm that it was copied from.
+    _copied_from: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in self.__dict__:
@@ -123,7 +127,21 @@ class ScaledNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle is told how to make it again.
-        return _new_scaled_norm, (self._unscaled_class, self._one_plus_weight), vars(self).copy()
+        state = {name: value for name, value in vars(self).items() if name != "_copied_from"}
+        return _new_scaled_norm, (self._unscaled_class, self._one_plus_weight), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScaledNorm:
+        made = memo[id(self)] = _new_scaled_norm(self._unscaled_class, self._one_plus_weight)
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        if isinstance(self.ln_scale, torch.Tensor):
+            vars(made)["_copied_from"] = weakref.ref(self)
+        return made
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether this is a copy from a warmup that went on since, while the copy's own scale stayed."""
+        source = self._copied_from and self._copied_from()
+        return source is not None and float(getattr(source, "ln_scale", 1.0)) != float(self.ln_scale)
 
 
 scaled_classes: dict[tuple[type[nn.Module], bool], type[ScaledNorm]] = {}
@@ -154,6 +172,7 @@ def scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool, warming_up:
 
 def write_scale(norm: nn.Module, scale: float) -> None:
     """Sets the scale of a norm in a warmup, in place unless the norm has moved to another device."""
+    vars(norm).pop("_copied_from", None)
     device, held = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
     # Every device takes a tensor of shape () from the CPU, where it stays without weights or double precision.
     device = torch.device("cpu") if device.type in ("meta", "mps") else device

@@ -26,16 +26,20 @@ class Stack:
         """Every pre-norm with the position of its layer.
 
         Raises:
-            UnsupportedArchitectureError: if a layer lacks one, or one has no weight.
+            UnsupportedArchitectureError: if a layer lacks one, or one has no weight or is wrapped by an adapter.
         """
         found = []
         for position, layer in enumerate(self.layers):
             for path in self.family.pre_norms:
                 norm = submodule(layer, path)
                 if norm is None or norm._parameters.get("weight") is None:
+                    if type(norm).__module__.partition(".")[0] == "peft":
+                        raise UnsupportedArchitectureError(
+                            f"ln_scaling: the pre-norm {path!r} of layer {position} is wrapped by a PEFT adapter "
+                            f"({type(norm).__name__}), which trains a copy of it. Merge or unload the adapter first "
+                            "(model.merge_and_unload(), model.unload()), or change the scale before adding it"
+                        )
                     what = "is missing" if norm is None else f"({type(norm).__name__}) has no weight"
-                    if hasattr(norm, "modules_to_save"):
-                        what = "is wrapped by an adapter that trains it in full (merge the adapter first)"
                     raise UnsupportedArchitectureError(
                         f"ln_scaling: the pre-norm {path!r} of layer {position} {what} in {type(layer).__name__} "
                         f"(model_type {self.model.config.model_type!r}); see hf_lnscale.register_family"

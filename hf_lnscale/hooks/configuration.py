@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..core import record
+from ..core.errors import ArgumentError
 from .deferred import config_file
 from .install import require_supported
 
@@ -88,3 +89,21 @@ def dict_from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
         return record.unprotect(found)
 
     return dict_from_json_file
+
+
+def get_mtp_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
+
+    def get_mtp_config(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        found = record.record(self) if record.is_flagged(self) else record.Record()
+        if found.active or found.dropped:
+            raise ArgumentError(
+                "use_mtp",
+                True,
+                problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
+                "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
+                "hf_lnscale.draft_model makes",
+            )
+        return original(self, *args, **kwargs)
+
+    return get_mtp_config

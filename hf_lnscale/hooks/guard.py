@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.record import ACTIVE, get_ln_scaling, is_flagged, parts
-from .install import CONFIGURATION, MODELS, PEFT, TRAINER, require_supported
+from .install import GROUPS, require_supported
 
 
 def _refuse_value(config: Any, value: Any) -> None:
@@ -28,7 +28,7 @@ def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if is_flagged(getattr(value, "config", value)):
-                require_supported(CONFIGURATION, MODELS, TRAINER, PEFT)
+                require_supported(*GROUPS)
         for name in ("ln_scaling", "drop_layers"):
             _refuse_value(None, kwargs.pop(name, None))
         return original(*args, **kwargs)

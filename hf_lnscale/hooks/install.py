@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 SUPPORTED = "5.16.1 to 5.24"
 
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
-TRAINER, PEFT = "transformers.trainer", "peft"
+TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Hook:
 
 _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedModel"
 _PEFT_MODEL, _PEFT_CONFIG = "peft.peft_model:PeftModel", "peft.config:PeftConfigMixin"
+_PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
 
 HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
@@ -63,6 +65,9 @@ HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
     # Private: reads every config.json, before `model_type` is looked up.
     Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", ("cls", "json_file")),
+    Hook(
+        CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", ("self",), needed_since="5.23",
+    ),
     Hook(MODELS, _MODEL, "__init__", "models:init", ("self", "config")),
     Hook(MODELS, _MODEL, "post_init", "models:post_init", ("self",)),
     Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", ("self", "save_directory")),
@@ -83,6 +88,15 @@ HOOKS = (
         MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
         ("self", "distributed_checkpoint_dir", "device_map", "device_mesh"), needed_since="5.20",
     ),
+    # Private, of torch: every load_state_dict comes by here, also that of a wrapper around the model.
+    Hook(
+        MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
+        ("self", "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
+    ),
+    Hook(
+        MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters",
+        ("self", "model"),
+    ),
     Hook(
         MODELS, "transformers.integrations.peft:PeftAdapterMixin", "load_adapter", "peft:load_adapter_into_model",
         ("self", "peft_model_id"),
@@ -91,12 +105,42 @@ HOOKS = (
     Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", ("cls", "path_json_file")),
     Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", ("self", "save_directory")),
     Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", ("self", "save_directory")),
-    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:adapter_from_pretrained", ("cls", "model", "model_id")),
-    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:load_adapter", ("self", "model_id")),
+    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:own_base_only", ("self", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
+    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", ("self", "model_id")),
+    Hook(
+        PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", ("model", "model_name_or_path"),
+    ),
+    # Private: X-LoRA reads each of its experts with it.
+    Hook(
+        PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",
+        (
+            "lora_model", "adapter_name", "model_id", "torch_device", "ephemeral_gpu_offload",
+            "autocast_adapter_dtype", "subfolder", "kwargs",
+        ),
+    ),
     # AutoPeftModelForCausalLM and its sisters share it: the one place that loads the base by its path.
     Hook(
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
         ("cls", "pretrained_model_name_or_path"),
+    ),
+    Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", ("model", "layer_map")),
+    # Private: what LoftQ reads the weights of the base with, by the names that they have in memory.
+    Hook(
+        PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
+        ("self", "peft_model", "model_path"),
+    ),
+    # accelerate's modules have taken the function from one another.
+    *(
+        Hook(
+            ACCELERATE, f"{module}:", "load_checkpoint_in_model", "deferred:load_checkpoint_in_model",
+            ("model", "checkpoint"),
+        )
+        for module in (
+            "accelerate", "accelerate.big_modeling", "accelerate.utils", "accelerate.utils.bnb",
+            "accelerate.utils.modeling",
+        )
     ),
 )  # fmt: skip
 
@@ -110,6 +154,7 @@ GUARDS = (
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "deferred:refuse"),
 )
 
 _MISSING = object()
@@ -134,9 +179,9 @@ def enable() -> None:
         if _enabled:
             return
         _enabled = True
-        _waiting.update((CONFIGURATION, MODELS, TRAINER, PEFT))
+        _waiting.update(GROUPS)
         sys.meta_path.insert(0, _finder)
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         if sys.modules.get(group) is not None:
             importlib.import_module(group)  # waits if another thread is importing it at the moment
     _install_what_is_imported()
@@ -186,7 +231,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in (CONFIGURATION, MODELS, TRAINER, PEFT):
+        if name not in GROUPS:
             _install_what_is_imported()  # a module whose import had begun before this finder was there
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
@@ -220,7 +265,7 @@ _finder = _Finder()
 
 
 def _install_what_is_imported() -> None:
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         module = sys.modules.get(group)
         if group in _waiting and module is not None:
             if getattr(getattr(module, "__spec__", None), "_initializing", False):

@@ -114,14 +114,14 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             own = record(config)
             # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
             if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
-                _note_what_is_on_disk(config, name, kwargs)
+                note_what_is_on_disk(config, name, kwargs)
         _refuse_gguf_without_layers(config, kwargs)
         loaded = original(cls, name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if is_flagged(getattr(model, "config", None)):
             require_applied(model)
             if name is not None and adapter is None and not isinstance(name, SourceName):
-                _warn_if_cold(model.config, name)
+                warn_if_cold(model.config, name)
             remember_source(model.config)
         return loaded
 
@@ -166,7 +166,7 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
+def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
     write(config, dataclasses.replace(record(config), on_disk=None))
     where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
@@ -179,7 +179,7 @@ def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str,
         write(config, dataclasses.replace(record(config), on_disk=active))
 
 
-def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
+def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
     change = trained_without(config)
     if change is None:
         return

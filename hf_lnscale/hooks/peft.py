@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import warnings
@@ -95,20 +96,18 @@ def save_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def adapter_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_id, kwargs, model)  # before the model is changed
-        return original(cls, model, model_id, *args, **kwargs)
+def own_base_only(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For each of PEFT's functions that reads an adapter for a model in memory: before the model is changed."""
+    signature = inspect.signature(original)
 
-    return from_pretrained
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
+        adapter = given.get("model_id") or given["model_name_or_path"]
+        require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
+        return original(*args, **kwargs)
 
-
-def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        require_base_of(model_id, kwargs, self)
-        return original(self, model_id, *args, **kwargs)
-
-    return load_adapter
+    return checked
 
 
 def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:

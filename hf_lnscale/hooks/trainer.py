@@ -67,6 +67,14 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
             "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
             f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
         )
+    for callback in trainer.callback_handler.callbacks:
+        # TRL's: a reference model that follows the model, and a mean of the model that is saved at the end.
+        if hasattr(callback, "sync_target_model") or hasattr(callback, "running_model"):
+            raise ValueError(
+                f"{type(callback).__name__} averages the model's weights, and the scale of the average would stay at "
+                f"step {scale.step} of the {scale.warmup_steps} of the warmup of ln_scaling. Finish the warmup without "
+                "it (of a reference model: sync_ref_model=False)"
+            )
 
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:

@@ -11,10 +11,13 @@ from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
     LoraConfig,
+    PeftMixedModel,
     PeftModel,
     PromptTuningConfig,
+    XLoraConfig,
     get_peft_model,
 )
+from peft.utils.hotswap import hotswap_adapter
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -287,6 +290,44 @@ def test_several_adapters_on_one_model(tmp_path):
         with pytest.raises(ValueError, match="was trained on a base with"):
             plain.load_adapter(folder, "third")
     assert list(plain.peft_config) == ["default"]
+
+
+def with_experts(model, adapter):
+    model.config.use_cache = False
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=tiny.HIDDEN, xlora_depth=1, adapters={"0": str(adapter)})
+    return get_peft_model(model, config)
+
+
+def hotswapped(model, adapter):
+    model = lora(model, seed=1)
+    hotswap_adapter(model, str(adapter), adapter_name="default")
+    return model
+
+
+def second_of_mixed(model, adapter):
+    mixed = get_peft_model(model, LoraConfig(target_modules=["v_proj"]), mixed=True)
+    mixed.load_adapter(str(adapter), "second")
+    mixed.set_adapter("second")
+    return mixed.eval()
+
+
+OTHER_WAYS = {
+    "PeftMixedModel": lambda model, adapter: PeftMixedModel.from_pretrained(model, str(adapter)).eval(),
+    "PeftMixedModel, a second one": second_of_mixed,
+    "hotswap_adapter": hotswapped,
+    "X-LoRA": with_experts,
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_other_ways_to_load_an_adapter(way, tmp_path):
+    expected = adapter_of(tmp_path, "both by keyword")
+    load = OTHER_WAYS[way]
+    found = load(base(tmp_path, "both by keyword"), tmp_path / "adapter")
+    if way != "X-LoRA":  # it weighs its experts
+        assert torch.equal(logits(found), expected)
+    with pytest.raises(ValueError, match=r"was trained on a base with .*Load the base with from_pretrained\(\.\.\., "):
+        load(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
 def test_an_adapter_that_transformers_holds(tmp_path):

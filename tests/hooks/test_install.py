@@ -2,10 +2,17 @@
 
 import inspect
 
+import accelerate
+import accelerate.utils.bnb
 import peft
 import peft.auto
+import peft.tuners.lora.model
+import peft.tuners.xlora.model
+import peft.utils.hotswap
+import peft.utils.loftq_utils
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +36,7 @@ HOOKED = {
     (PreTrainedConfig, "to_dict"),
     (PreTrainedConfig, "to_json_file"),
     (PreTrainedConfig, "_dict_from_json_file"),
+    (PreTrainedConfig, "get_mtp_config"),
     (PreTrainedModel, "__init__"),
     (PreTrainedModel, "post_init"),
     (PreTrainedModel, "save_pretrained"),
@@ -37,6 +45,8 @@ HOOKED = {
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
     (modeling_utils, "safe_save_file"),
+    (PreTrainedModel, "_load_from_state_dict"),
+    (AveragedModel, "update_parameters"),
     (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
 }
@@ -47,6 +57,22 @@ HOOKED_IN_PEFT = {
     (peft.PeftModel, "from_pretrained"),
     (peft.PeftModel, "load_adapter"),
     (peft.auto._BaseAutoPeftModel, "from_pretrained"),
+    (peft.PeftMixedModel, "from_pretrained"),
+    (peft.PeftMixedModel, "load_adapter"),
+    (peft.utils.hotswap, "hotswap_adapter"),
+    (peft.tuners.xlora.model, "_load_adapter_into_lora_model"),
+    (peft.tuners.lora.model, "replicate_layers"),
+    (peft.utils.loftq_utils._SafetensorLoader, "__init__"),
+}
+IN_ACCELERATE = {
+    (module, "load_checkpoint_in_model")
+    for module in (
+        accelerate,
+        accelerate.big_modeling,
+        accelerate.utils,
+        accelerate.utils.bnb,
+        accelerate.utils.modeling,
+    )
 }
 
 
@@ -61,13 +87,22 @@ def disabled():
 def test_disable_puts_back_exactly_what_was_there(run_python):
     code = """
     import sys
-    from peft import PeftModel
+    import accelerate
+    import accelerate.utils.bnb
+    import peft.tuners.lora.model
+    import peft.tuners.xlora.model
+    import peft.utils.hotswap
+    from peft import PeftMixedModel, PeftModel
     from peft.auto import _BaseAutoPeftModel
     from peft.config import PeftConfigMixin
+    from peft.utils.loftq_utils import _SafetensorLoader
+    from torch.optim.swa_utils import AveragedModel
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils
     from transformers.integrations.peft import PeftAdapterMixin
     classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer, modeling_utils)
-    classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin)
+    classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin, PeftMixedModel, _SafetensorLoader, AveragedModel)
+    classes += (peft.utils.hotswap, peft.tuners.xlora.model, peft.tuners.lora.model)
+    classes += (accelerate, accelerate.big_modeling, accelerate.utils, accelerate.utils.bnb, accelerate.utils.modeling)
     before = [dict(vars(cls)) for cls in classes]
 
     import hf_lnscale
@@ -86,11 +121,11 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     del sys.modules["hf_lnscale"]
     """
     changed = run_python(code, plugin=False).split()
-    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED | HOOKED_IN_PEFT)
+    assert sorted(changed) == sorted(f"{cls.__name__}.{name}" for cls, name in HOOKED | HOOKED_IN_PEFT | IN_ACCELERATE)
 
 
 def test_exactly_these_attributes_are_hooked():
-    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT | IN_ACCELERATE
 
 
 def test_disabled_is_stock(disabled, tmp_path):
@@ -133,7 +168,7 @@ def test_disable_does_not_undo_another_library(monkeypatch):
     with pytest.raises(RuntimeError, match=r"PreTrainedModel\.post_init was replaced after"):
         hf_lnscale.disable()
     assert hf_lnscale.is_enabled()
-    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT
+    assert set(hooks._installed) == HOOKED | HOOKED_IN_PEFT | IN_ACCELERATE
 
 
 # What each hook relies on. A failure here says: transformers changed, read hooks/install.py again.
@@ -142,6 +177,7 @@ SIGNATURES = {
     (PreTrainedConfig, "to_dict"): ["self"],
     (PreTrainedConfig, "to_json_file"): ["self", "json_file_path", "use_diff"],
     (PreTrainedConfig, "_dict_from_json_file"): ["cls", "json_file"],
+    (PreTrainedConfig, "get_mtp_config"): ["self"],
     (PreTrainedModel, "__init__"): ["self", "config"],
     (PreTrainedModel, "post_init"): ["self"],
     (PreTrainedModel, "save_pretrained"): ["self", "save_directory"],
@@ -155,6 +191,8 @@ SIGNATURES = {
         "expected_keys",
     ],
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
+    (PreTrainedModel, "_load_from_state_dict"): ["self", "state_dict", "prefix"],
+    (AveragedModel, "update_parameters"): ["self", "model"],
     (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],
     (peft.config.PeftConfigMixin, "from_json_file"): ["cls", "path_json_file"],
@@ -163,6 +201,13 @@ SIGNATURES = {
     (peft.PeftModel, "from_pretrained"): ["cls", "model", "model_id"],
     (peft.PeftModel, "load_adapter"): ["self", "model_id", "adapter_name"],
     (peft.auto._BaseAutoPeftModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path"],
+    (peft.PeftMixedModel, "from_pretrained"): ["cls", "model", "model_id"],
+    (peft.PeftMixedModel, "load_adapter"): ["self", "model_id", "adapter_name"],
+    (peft.utils.hotswap, "hotswap_adapter"): ["model", "model_name_or_path", "adapter_name"],
+    (peft.tuners.xlora.model, "_load_adapter_into_lora_model"): ["lora_model", "adapter_name", "model_id"],
+    (peft.tuners.lora.model, "replicate_layers"): ["model", "layer_map"],
+    (peft.utils.loftq_utils._SafetensorLoader, "__init__"): ["self", "peft_model", "model_path"],
+    **{(module, name): ["model", "checkpoint", "device_map"] for module, name in IN_ACCELERATE},
 }
 
 

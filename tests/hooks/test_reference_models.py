@@ -3,10 +3,21 @@
 import math
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    create_reference_model,
+)
 
 import hf_lnscale
 import tiny
@@ -63,10 +74,31 @@ def test_the_first_loss_of_dpo_is_ln_2(policy, peft, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["cut on loading", "scaled and cut"], indirect=True)
-def test_the_first_divergence_of_grpo_is_0(policy, tokenizer, tmp_path):
+def test_the_first_loss_of_kto_is_one_half(policy, tokenizer, tmp_path):
+    """1 - sigmoid(0), for either label (arXiv 2402.01306, equation 8)."""
+    completions = [" good", " bad", " so", " such"]
+    rows = {"prompt": ["a b"] * 4, "completion": completions, "label": [True, False] * 2}
+    trainer = KTOTrainer(
+        policy, args=settings(KTOConfig, tmp_path), train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["cut in memory", "scaled cold"], indirect=True)
+def test_a_copy_as_a_reference_model(policy):
+    reference = create_reference_model(policy)
+    assert torch.equal(reference(tiny.tokens()).logits, policy(tiny.tokens()).logits)
+    assert hf_lnscale.ln_scales(reference) == hf_lnscale.ln_scales(policy)
+
+
+@pytest.mark.parametrize(("config", "cls"), [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)])
+@pytest.mark.parametrize("policy", ["cut on loading", "scaled and cut"], indirect=True)
+def test_the_first_divergence_of_grpo_and_rloo_is_0(config, cls, policy, tokenizer, tmp_path):
     rows = Dataset.from_dict({"prompt": ["a b"] * 4})
-    arguments = settings(GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4)
-    trainer = GRPOTrainer(
+    arguments = settings(config, tmp_path, beta=0.1, num_generations=2, max_completion_length=4)
+    trainer = cls(
         policy,
         reward_funcs=lambda completions, **_: [float(len(one)) for one in completions],
         args=arguments,

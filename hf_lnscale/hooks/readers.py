@@ -1,0 +1,142 @@
+"""Functions that read weights by the names of tensors, repeat layers, or average models.
+
+The names in a checkpoint number its own layers. In a model without some of them, layer 7 is another one.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+
+from ..core.apply import set_ln_scaling_step
+from ..core.errors import ArgumentError, CheckpointError
+from ..core.families import text_config
+from ..core.record import is_flagged, record
+from ..core.stack import own_stack, pretrained_modules
+from ..pruning import layers
+from .models import note_what_is_on_disk, warn_if_cold
+from .saving import require_same_checkpoint
+
+
+def load_from_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_from_state_dict(
+        self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_flagged(self.config) and record(self.config).dropped and (stack := own_stack(self)):
+            # A state has no configuration; one with more layers than the model is of another.
+            layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
+            found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
+            if max(found, default=0) >= len(stack.layers):
+                raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
+        return original(self, state_dict, prefix, *args, **kwargs)
+
+    return load_from_state_dict
+
+
+def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Refuses a checkpoint whose tensors are about to be put into modules by their names, if its layers are others.
+
+    Args:
+        model: the model.
+        checkpoint: a folder, a file, or the index of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: if its layers have other numbers than the model's.
+    """
+    base = next(iter(pretrained_modules(model)), None)
+    if base is None or not is_flagged(base.config):
+        return
+    path = Path(checkpoint)
+    folder, files = (path, []) if path.is_dir() else (path.parent, [path])
+    if path.suffix == ".json" or not files:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if _positions(base, folder, files) is not None:
+        raise _of_another_model(base, f"{str(path)!r} holds other layers")
+    loaded = copy.deepcopy(base.config)
+    note_what_is_on_disk(loaded, folder, {})
+    warn_if_cold(loaded, folder)
+
+
+def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> list[int] | None:
+    """Where the layers of a model are in weight files; None if under their own numbers."""
+    if record(model.config).dropped is None:
+        return None
+    if (folder / "config.json").is_file():
+        saved, _ = type(model.config).get_config_dict(folder)
+        require_same_checkpoint(map(str, files), lambda: saved)
+        return layers.positions_on_disk(model.config, saved)
+    names = [name for file in files for name in load_state_dict(str(file), map_location="meta")]
+    return layers.positions_in_state_dict(model.config, model, names)
+
+
+def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
+    dropped = record(model.config).dropped
+    assert dropped is not None
+    return CheckpointError(
+        f"{what}, but this {type(model).__name__} has {len(dropped.kept)} layers, {dropped.kept} of the "
+        f"{dropped.num_hidden_layers} of the original. Read by their numbers, weights would go to other layers. "
+        f"Load it with from_pretrained(..., drop_layers={list(dropped.layers)})"
+    )
+
+
+def init_loftq_loader(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes PEFT's LoftQ read the weights of a layer where the checkpoint has it."""
+
+    def __init__(self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, peft_model, *args, **kwargs)
+        model = peft_model.get_base_model()
+        if not is_flagged(getattr(model, "config", None)):
+            return
+        files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
+        positions = _positions(model, Path(self.model_path).parent, map(Path, files))
+        if positions is not None:
+            get_tensor, known = self.get_tensor, list(model.state_dict())
+            on_disk = {number: layer for layer, number in enumerate(positions)}
+            inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
+            self.get_tensor = lambda name: get_tensor(layers.renumber([*known, name], model, inverse)[name])
+
+    return __init__
+
+
+def replicate_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's `layer_replication`: an adapter notes its base, and cannot note the depths of layers that are repeated."""
+
+    def replicate_layers(model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in pretrained_modules(model):
+            found = record(module.config)
+            if scaling := found.active or found.folded:
+                depths = scaling.for_layers(text_config(module.config).num_hidden_layers).depths or ()
+                repeated = [depths[layer] for start, end in layer_map for layer in range(start, end)]
+                raise ArgumentError(
+                    "layer_replication",
+                    layer_map,
+                    problem="cannot be used on a model with LayerNorm Scaling, which is a property of its layers, as "
+                    "the adapter could not be loaded again. Repeat the layers in the model itself, with "
+                    f'ln_scaling={{"depths": {repeated}}}, save it, and put the adapter on that',
+                )
+        return original(model, layer_map, *args, **kwargs)
+
+    return replicate_layers
+
+
+def update_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's `AveragedModel`: the scale of an average is that of the model, as its buffers are."""
+
+    def update_parameters(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, model, *args, **kwargs)
+        for module in pretrained_modules(model):
+            scaling = record(module.config).active if is_flagged(module.config) else None
+            if scaling and scaling.warmup_steps:
+                set_ln_scaling_step(self.module, scaling.step)
+                break
+        return result
+
+    return update_parameters

@@ -1,0 +1,408 @@
+"""Programs that read weights by the names of tensors, build layers from a configuration, or average models.
+
+Each is run as its users do; the oracle is a model whose layers are deleted by hand, or a formula.
+"""
+
+import copy
+import pickle
+
+import accelerate
+import accelerate.utils.modeling
+import bitsandbytes
+import pytest
+import torch
+from datasets import Dataset
+from peft import LNTuningConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model, replace_lora_weights_loftq
+from safetensors.torch import load_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.trainer_utils import load_sharded_checkpoint
+from trl import BEMACallback, DPOConfig, DPOTrainer
+
+import hf_lnscale
+import tiny
+from hf_lnscale.measuring.sample import documents, train_tokenizer
+from hf_lnscale.training import LNScalingWarmupCallback
+
+CUT = "Read by their numbers, weights would go to other layers"
+KEPT = [0, 2, 3]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    tiny.model(hidden_size=64, head_dim=16).save_pretrained(tmp_path / "whole", max_shard_size="100KB")
+    tiny.model(hidden_size=64, head_dim=16).save_pretrained(tmp_path / "one file")
+    return tmp_path / "whole"
+
+
+def cut_by_hand(folder):
+    """The oracle: a plain model of which a layer is deleted."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    del model.model.layers[1]
+    return model
+
+
+def cut(folder, **flags):
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), drop_layers=[1], **flags)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- accelerate, safetensors, load_state_dict ------------------------------------------------------------------------
+
+
+def with_map(model, path):
+    accelerate.load_checkpoint_and_dispatch(model, path, device_map={"": "cpu"})
+
+
+def from_shards(model, path):
+    load_sharded_checkpoint(model, str(path), strict=False)
+
+
+LOADERS = {
+    "dispatch with a device map": with_map,
+    "dispatch": accelerate.load_checkpoint_and_dispatch,
+    "accelerate": lambda model, path: accelerate.load_checkpoint_in_model(model, path, device_map={"": "cpu"}),
+    "accelerate.utils": lambda model, path: accelerate.utils.load_checkpoint_in_model(model, str(path), {"": "cpu"}),
+    "accelerate.utils.modeling": lambda model, path: accelerate.utils.modeling.load_checkpoint_in_model(
+        model, path / "model.safetensors.index.json", {"": "cpu"}
+    ),
+    "one file": lambda model, path: with_map(model, str(path.parent / "one file/model.safetensors")),
+    "safetensors": lambda model, path: load_model(model, path.parent / "one file/model.safetensors", strict=False),
+    "load_state_dict": lambda model, path: model.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(path).state_dict(), strict=False
+    ),
+    "load_sharded_checkpoint": from_shards,
+}
+
+
+@pytest.mark.parametrize("how", LOADERS)
+def test_the_whole_models_weights_are_refused_by_a_cut_one(how, whole):
+    model = cut(whole)
+    with pytest.raises(ValueError, match=f"{CUT}.*drop_layers=\\[1\\]"):
+        LOADERS[how](model, whole)
+
+
+@pytest.mark.parametrize("how", LOADERS)
+def test_a_cut_models_own_weights_are_loaded(how, whole, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1])
+    (tmp_path / "own").mkdir()
+    expected.save_pretrained(tmp_path / "own/whole", max_shard_size="100KB")
+    expected.save_pretrained(tmp_path / "own/one file")
+    model = cut(whole)
+    LOADERS[how](model, tmp_path / "own/whole")
+    assert equal(weights(model), weights(expected))
+    assert equal(weights(model), weights(cut_by_hand(whole)))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_without_a_configuration_beside_them(file, whole, tmp_path):
+    state = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    (tmp_path / "alone").mkdir()
+    if file.endswith(".bin"):
+        torch.save(state, tmp_path / "alone" / file)
+    else:
+        (tmp_path / "one file" / file).rename(tmp_path / "alone" / file)
+    model = cut(whole)
+    before = weights(model)
+    with pytest.raises(ValueError, match=CUT):
+        with_map(model, tmp_path / "alone")
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: get_peft_model(model, LoraConfig())])
+def test_every_wrapper_and_every_part_of_the_state(wrap, whole):
+    """Also LoRA's own weights alone, as set_peft_model_state_dict loads them."""
+    model, other = wrap(cut(whole)), wrap(AutoModelForCausalLM.from_pretrained(whole))
+    for part in ("", "lora", "mlp"):
+        state = {name: tensor for name, tensor in other.state_dict().items() if part in name}
+        if not state:
+            continue
+        with pytest.raises(ValueError, match=CUT):
+            model.load_state_dict(state, strict=False)
+    model.load_state_dict(model.state_dict())
+
+
+def test_a_plain_model_loads_what_it_always_has(whole):
+    """Promise 1: a model of three layers without a record takes the first three layers of any state."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, num_hidden_layers=3))
+    state = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    assert len(model.load_state_dict(state, strict=False).unexpected_keys) == 9
+    with_map(model, whole)
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, state["model.layers.2.mlp.up_proj.weight"])
+
+
+def test_a_cold_scale_is_warned_of(whole, recwarn):
+    with_map(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), ln_scaling=True), whole)
+    assert sum("switched on for" in str(warning.message) for warning in recwarn) == 1
+
+
+def test_an_accelerate_that_is_not_as_the_hook_knows_it(run_python, whole):
+    code = """
+    import sys, accelerate, accelerate.big_modeling
+    original = accelerate.big_modeling.load_checkpoint_in_model
+    def load_checkpoint_in_model(net, checkpoint, *args, **kwargs):
+        return original(net, checkpoint, *args, **kwargs)
+    accelerate.big_modeling.load_checkpoint_in_model = load_checkpoint_in_model
+    import hf_lnscale
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(sys.argv[1])
+    accelerate.load_checkpoint_and_dispatch(AutoModelForCausalLM.from_config(config), sys.argv[1], {"": "cpu"})
+    try:
+        model = AutoModelForCausalLM.from_config(config, drop_layers=[1])
+        accelerate.load_checkpoint_and_dispatch(model, sys.argv[1], {"": "cpu"})
+    except hf_lnscale.UnsupportedTransformersError as error:
+        print(error)
+    del sys.modules["hf_lnscale"]
+    """
+    assert "load_checkpoint_in_model has the parameters net, checkpoint" in run_python(code, whole, plugin=False)
+
+
+def test_accelerate_without_transformers_stays_without(run_python):
+    code = "import sys, hf_lnscale, accelerate; print('transformers.modeling_utils' in sys.modules)"
+    assert run_python(code, plugin=True).strip() == "False"
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loftq_on_cpu(monkeypatch):
+    """PEFT's LoftQ computes on "cuda"; where there is none, that is the CPU."""
+    original = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        return original(self, *args, **{**kwargs, **({"device": "cpu"} if kwargs.get("device") == "cuda" else {})})
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+def four_bit(folder, **flags):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, **flags)
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+
+
+@pytest.mark.parametrize("checkpoint", ["whole/", "one file/", "one file/model.safetensors", "cut/", "alone/"])
+def test_loftq_corrects_each_layer_by_its_own_weights(checkpoint, whole, tmp_path, loftq_on_cpu):
+    original = AutoModelForCausalLM.from_pretrained(whole)
+    AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1]).save_pretrained(tmp_path / "cut")
+    model = four_bit(whole, drop_layers=[1])
+    if checkpoint == "alone/":
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "one file/model.safetensors").rename(tmp_path / "alone/model.safetensors")
+    replace_lora_weights_loftq(model, model_path=f"{tmp_path}/{checkpoint}")
+    for layer, source in zip(model.base_model.model.model.layers, KEPT, strict=True):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            wanted = original.model.layers[source].get_submodule(name).weight
+            lora = layer.get_submodule(name)
+            held = bitsandbytes.functional.dequantize_4bit(
+                lora.base_layer.weight.data, lora.base_layer.weight.quant_state
+            )
+            # The best correction of rank 8 leaves the other singular values (Eckart and Young).
+            left = torch.linalg.svdvals(wanted - held.cpu())[8:].norm()
+            found = lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+            torch.testing.assert_close((wanted - held.cpu() - found.cpu()).norm(), left, rtol=1e-3, atol=1e-5)
+
+
+def test_loftq_is_refused_where_the_layers_are_not(whole, tmp_path, loftq_on_cpu):
+    AutoModelForCausalLM.from_pretrained(whole, drop_layers=[2]).save_pretrained(tmp_path / "other")
+    model = four_bit(whole, drop_layers=[1])
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"wants layers \[0, 2, 3\] .* holds layers \[0, 1, 3\]"):
+        replace_lora_weights_loftq(model, model_path=str(tmp_path / "other"))
+    assert equal(weights(model), before)
+
+
+REPLICATED = {"target_modules": ["q_proj"], "layer_replication": [(0, 3), (1, 3)], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_layers_of_a_scaled_model_are_not_repeated(folded):
+    model = tiny.model(ln_scaling=True)
+    if folded:
+        hf_lnscale.fold_ln_scaling(model)
+    with pytest.raises(ValueError, match=r'layer_replication.*"depths": \[1, 2, 3, 2, 3\]'):
+        get_peft_model(model, LoraConfig(**REPLICATED))
+    assert len(model.model.layers) == 4
+
+
+def test_what_the_refusal_of_repeated_layers_says_works(tmp_path):
+    model = tiny.model(ln_scaling=True)
+    repeated = tiny.model(num_hidden_layers=5, ln_scaling={"depths": [1, 2, 3, 2, 3]})
+    for position, layer in enumerate([0, 1, 2, 1, 2]):
+        repeated.model.layers[position].load_state_dict(model.model.layers[layer].state_dict())
+    repeated.save_pretrained(tmp_path)
+    assert hf_lnscale.ln_scales(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(
+        [depth**-0.5 for depth in (1, 2, 3, 2, 3)]
+    )
+
+
+@pytest.mark.parametrize("flags", [{}, {"drop_layers": [1]}])
+def test_repeated_layers_of_an_unscaled_base_come_back(flags, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", **flags), LoraConfig(**REPLICATED)
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **flags)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(again(tiny.tokens()).logits, model(tiny.tokens()).logits)
+
+
+def test_norms_that_an_adapter_trains(tmp_path):
+    model = tiny.model(ln_scaling={"warmup_steps": 2, "step": 1})
+    scales, expected = hf_lnscale.ln_scales(model), model(tiny.tokens()).logits
+    tuned = get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm"]))
+    assert torch.equal(tuned(tiny.tokens()).logits, expected)
+    assert hf_lnscale.ln_scales(tuned) == scales == pytest.approx([depth**-0.25 for depth in range(1, 5)])
+    for change in (
+        hf_lnscale.fold_ln_scaling,
+        hf_lnscale.remove_ln_scaling,
+        hf_lnscale.apply_ln_scaling,
+        lambda model: hf_lnscale.set_ln_scaling_step(model, 2),
+    ):
+        with pytest.raises(ValueError, match=r"PEFT adapter \(LNTuningLayer\).*merge_and_unload"):
+            change(tuned)
+    assert torch.equal(tuned(tiny.tokens()).logits, expected)
+    merged = hf_lnscale.fold_ln_scaling(tuned.merge_and_unload())
+    torch.testing.assert_close(merged(tiny.tokens()).logits, expected)
+
+
+SCALED, DROPPED = {"ln_scaling": True}, {"drop_layers": [1]}
+
+
+@pytest.mark.parametrize("flags", [SCALED, DROPPED])
+def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
+    """PEFT builds it from a copy of the base's configuration, with num_hidden_layers=1."""
+    AutoModelForCausalLM.from_config(tiny.config(), **flags).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM")).eval()
+    expected = tuned(input_ids=tiny.tokens()).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(again.eval()(input_ids=tiny.tokens()).logits, expected)
+
+
+def test_a_shadow_of_a_base_with_depths_of_its_own_is_refused():
+    base = AutoModelForCausalLM.from_config(tiny.config(), **SCALED, **DROPPED)
+    with pytest.raises(ValueError, match=r"depths must have one entry a layer, 1 for this model.*\[1, 3, 4\]"):
+        get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM"))
+
+
+# --- multi-token prediction ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{"drop_layers": [1]}, {"ln_scaling": True}])
+def test_multi_token_prediction_says_why_not(flags, tmp_path):
+    tiny.model("deepseek_v3").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **flags)
+    what = "dropped layers" if "drop_layers" in flags else "ln_scaling"
+    with pytest.raises(ValueError, match=f"use_mtp.*not supported for a model with {what}.*draft_model"):
+        model.generate(tiny.tokens(1), use_mtp=True, max_new_tokens=2)
+
+
+def test_multi_token_prediction_of_a_plain_or_folded_model_is_transformers_own(tmp_path):
+    plain = tiny.model("deepseek_v3")
+    folded = hf_lnscale.fold_ln_scaling(tiny.model("deepseek_v3", ln_scaling=True))
+    for model in (plain, folded):
+        assert model.config.get_mtp_config().num_hidden_layers == 1
+    plain.save_pretrained(tmp_path)  # without those layers
+    with pytest.raises(RuntimeError, match="MtpModel weights are missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path).generate(tiny.tokens(1), use_mtp=True, max_new_tokens=2)
+
+
+# --- copies in a warmup ----------------------------------------------------------------------------------------------
+
+STEPS = 3
+
+
+def train(model, after_each):
+    for step in range(1, STEPS + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * step)
+        hf_lnscale.set_ln_scaling_step(model, step)
+        after_each()
+
+
+def averaged_by_hand(copied, model):
+    with torch.no_grad():
+        for mine, its in zip(copied.parameters(), model.parameters(), strict=True):
+            mine.lerp_(its, 0.5)
+
+
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: get_peft_model(model, LoraConfig())])
+def test_the_scale_of_an_average_is_that_of_the_model(average, wrap, tmp_path):
+    model = wrap(tiny.model(ln_scaling={"warmup_steps": 10}))
+    mean = AveragedModel(model, multi_avg_fn=average)
+    train(model, lambda: mean.update_parameters(model))
+    assert hf_lnscale.ln_scales(mean) == pytest.approx([depth ** -(0.5 * STEPS / 10) for depth in range(1, 5)])
+    mean.module.save_pretrained(tmp_path)
+    if isinstance(model, PeftModel):
+        return
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.ln_scaling["step"] == STEPS
+    assert torch.equal(again(tiny.tokens()).logits, mean.module(tiny.tokens()).logits)
+
+
+def test_an_average_without_a_warmup_or_a_scale_is_as_without_the_plugin():
+    for model in (tiny.model(), tiny.model(ln_scaling=True), torch.nn.Linear(2, 2)):
+        mean = AveragedModel(model)
+        mean.update_parameters(model)
+        assert equal(weights(mean.module), weights(model))
+
+
+def test_saving_says_that_the_scale_of_a_copy_stayed(tmp_path):
+    model = tiny.model(ln_scaling={"warmup_steps": 10})
+    ours, reference = copy.deepcopy(model), copy.deepcopy(model)
+    train(model, lambda: averaged_by_hand(ours, model))
+    with pytest.raises(ValueError, match=r"stayed at step 0.*set_ln_scaling_step"):
+        ours.save_pretrained(tmp_path / "average")
+    assert not (tmp_path / "average").exists()
+    hf_lnscale.set_ln_scaling_step(ours, STEPS).save_pretrained(tmp_path / "average")
+    # Nobody writes to a reference model: it is right at its step, also on disk and after it was pickled.
+    reference.save_pretrained(tmp_path / "reference")
+    pickle.loads(pickle.dumps(reference)).save_pretrained(tmp_path / "reference")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
+    assert again.config.ln_scaling["step"] == 0
+    assert torch.equal(again(tiny.tokens()).logits, reference(tiny.tokens()).logits)
+    # A second run is moved by itself, wherever the first one is.
+    second = copy.deepcopy(model)
+    train(second, lambda: None)
+    hf_lnscale.set_ln_scaling_step(model, 9)
+    second.save_pretrained(tmp_path / "second")
+
+
+@pytest.mark.parametrize("average", ["sync_ref_model", "BEMACallback"])
+def test_an_average_that_trl_makes_is_refused_in_a_warmup(average, tmp_path):
+    tokenizer = train_tokenizer(documents(standard_library=False), 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    tiny.model(**size, ln_scaling={"warmup_steps": 10}).save_pretrained(tmp_path / "model")
+    rows = Dataset.from_dict({"prompt": ["a b"] * 4, "chosen": [" good"] * 4, "rejected": [" bad"] * 4})
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        sync_ref_model=average == "sync_ref_model",
+    )
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[LNScalingWarmupCallback(), *([BEMACallback()] if average == "BEMACallback" else [])],
+    )
+    with pytest.raises(ValueError, match=r"Callback averages the model's weights.*step 0 of the 10"):
+        trainer.train()
