@@ -1,4 +1,4 @@
-"""Refuses `ln_scaling` and `drop_layers` where transformers or PEFT is not as the hooks need it."""
+"""Refuses `ln_scaling` and `drop_layers` where transformers, PEFT or vLLM is not as the hooks need it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.record import ACTIVE, get_ln_scaling, is_flagged, parts
-from .install import CONFIGURATION, MODELS, PEFT, TRAINER, require_supported
+from .install import CONFIGURATION, MODELS, PEFT, TRAINER, VLLM, require_supported
 
 
 def _refuse_value(config: Any, value: Any) -> None:
@@ -40,7 +40,7 @@ def refuse_scaled_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_config_dict(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
         if any(part.get(ACTIVE) for part in parts(found[0])):
-            require_supported()
+            require_supported(CONFIGURATION, MODELS, VLLM)
         return found
 
     return get_config_dict

@@ -1,4 +1,4 @@
-"""The table of everything that is replaced in transformers and PEFT; `enable()` installs it, `disable()` removes it.
+"""The table of all that is replaced in transformers, PEFT and vLLM; `enable()` installs it, `disable()` removes it.
 
 A module that is not imported yet is hooked right after it is imported. This file imports only the standard library.
 
@@ -26,6 +26,8 @@ SUPPORTED = "5.16.1 to 5.24"
 
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 TRAINER, PEFT = "transformers.trainer", "peft"
+VLLM = "vllm.transformers_utils.config"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, VLLM)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ HOOKS = (
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
         ("cls", "pretrained_model_name_or_path"),
     ),
+    # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
+    Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", ("self", "model")),
 )  # fmt: skip
 
 # What refuses flags in a group in which something is not as the table says.
@@ -110,6 +114,7 @@ GUARDS = (
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
+    Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
 )
 
 _MISSING = object()
@@ -134,9 +139,9 @@ def enable() -> None:
         if _enabled:
             return
         _enabled = True
-        _waiting.update((CONFIGURATION, MODELS, TRAINER, PEFT))
+        _waiting.update(GROUPS)
         sys.meta_path.insert(0, _finder)
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         if sys.modules.get(group) is not None:
             importlib.import_module(group)  # waits if another thread is importing it at the moment
     _install_what_is_imported()
@@ -186,7 +191,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in (CONFIGURATION, MODELS, TRAINER, PEFT):
+        if name not in GROUPS:
             _install_what_is_imported()  # a module whose import had begun before this finder was there
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
@@ -220,7 +225,7 @@ _finder = _Finder()
 
 
 def _install_what_is_imported() -> None:
-    for group in (CONFIGURATION, MODELS, TRAINER, PEFT):
+    for group in GROUPS:
         module = sys.modules.get(group)
         if group in _waiting and module is not None:
             if getattr(getattr(module, "__spec__", None), "_initializing", False):
@@ -299,7 +304,9 @@ def require_supported(*groups: str) -> None:
         return
     from ..core.errors import UnsupportedTransformersError
 
-    versions = [f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft") if name in sys.modules]
+    versions = [
+        f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft", "vllm") if name in sys.modules
+    ]
     raise UnsupportedTransformersError(
         f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported are the "
         f"releases {SUPPORTED} of transformers. Models that use neither are not affected."
