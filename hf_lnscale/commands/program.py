@@ -15,7 +15,6 @@ from ..core.processes import environment_with_flags
 # themselves: they would lose the scale of a scaled checkpoint without an error.
 _READ_WEIGHTS = (
     "convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "ctranslate2", "mlx_lm", "sglang",
-    "vllm",
 )  # fmt: skip
 
 

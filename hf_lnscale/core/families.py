@@ -5,6 +5,7 @@ A family is a row of data, found by the `model_type` of the text configuration. 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ class Family:
     @property
     def pre_norms(self) -> tuple[str, str]:
         return self.attention_norm, self.mlp_norm
+
+    def layer_of_pre_norm(self, name: str) -> int | None:
+        """The number of the layer whose pre-norm a checkpoint's tensor belongs to, by its name; None for any other."""
+        norms = "|".join(map(re.escape, self.pre_norms))
+        match = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$", name)
+        return int(match[1]) if match else None
 
 
 # Its `post_attention_layernorm` is a norm on the OUTPUT of attention.

@@ -1,4 +1,4 @@
-"""Refuses `ln_scaling` and `drop_layers` where transformers or PEFT is not as the hooks need it."""
+"""Refuses `ln_scaling` and `drop_layers` where transformers, PEFT or vLLM is not as the hooks need it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.record import ACTIVE, get_ln_scaling, is_flagged, parts
-from .install import GROUPS, require_supported
+from .install import CONFIGURATION, GROUPS, MODELS, VLLM, require_supported
 
 
 def _refuse_value(config: Any, value: Any) -> None:
@@ -28,7 +28,7 @@ def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if is_flagged(getattr(value, "config", value)):
-                require_supported(*GROUPS)
+                require_supported(*(group for group in GROUPS if group != VLLM))
         for name in ("ln_scaling", "drop_layers"):
             _refuse_value(None, kwargs.pop(name, None))
         return original(*args, **kwargs)
@@ -40,7 +40,7 @@ def refuse_scaled_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_config_dict(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
         if any(part.get(ACTIVE) for part in parts(found[0])):
-            require_supported()
+            require_supported(CONFIGURATION, MODELS, VLLM)
         return found
 
     return get_config_dict

@@ -1,4 +1,4 @@
-"""The table of everything that is replaced in transformers and PEFT; `enable()` installs it, `disable()` removes it.
+"""The table of all that is replaced in transformers, PEFT and vLLM; `enable()` installs it, `disable()` removes it.
 
 A module that is not imported yet is hooked right after it is imported. This file imports only the standard library.
 
@@ -26,7 +26,8 @@ SUPPORTED = "5.16.1 to 5.24"
 
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
-GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE)
+VLLM = "vllm.transformers_utils.config"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ HOOKS = (
             "accelerate.utils.modeling",
         )
     ),
+    # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
+    Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", ("self", "model")),
 )  # fmt: skip
 
 # Refuse flags in a group in which transformers differs from the table.
@@ -155,6 +158,7 @@ GUARDS = (
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
     Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "deferred:refuse"),
+    Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
 )
 
 _MISSING = object()
@@ -344,7 +348,9 @@ def require_supported(*groups: str) -> None:
         return
     from ..core.errors import UnsupportedTransformersError
 
-    versions = [f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft") if name in sys.modules]
+    versions = [
+        f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft", "vllm") if name in sys.modules
+    ]
     raise UnsupportedTransformersError(
         f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported are the "
         f"releases {SUPPORTED} of transformers. Models that use neither are not affected."

@@ -248,7 +248,7 @@ def test_what_a_program_may_be(tmp_path, monkeypatch):
         ["llama.cpp/convert_hf_to_gguf.py", "scaled"],
         ["python", "-u", "llama.cpp/convert_hf_to_gguf.py", "scaled"],
         ["python3", "-m", "ctranslate2.converters.transformers", "--model", "scaled"],
-        ["vllm", "serve", "scaled"],
+        ["sglang", "serve", "scaled"],
     ],
     ids=" ".join,
 )

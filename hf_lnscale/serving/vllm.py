@@ -1,0 +1,68 @@
+"""vLLM: the family's own class of vLLM, with the pre-norms' weights multiplied as they are loaded.
+
+vLLM calls `register` in each of its processes. A class is made when vLLM asks this module for it, by the name that
+stands in the checkpoint's config.json, so that registering imports no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..core.families import FAMILIES, family_of, text_config
+from ..core.norm import scale_parameter
+from ..core.record import ARCHITECTURE_PREFIX, record
+
+
+def register() -> None:
+    """Tells vLLM the protected names of the architectures that both it and the table of families know."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+    from vllm import ModelRegistry
+
+    for name in {names[family] for family in FAMILIES if family in names} & set(ModelRegistry.get_supported_archs()):
+        protected = ARCHITECTURE_PREFIX + name
+        ModelRegistry.register_model(protected, f"{__name__}:{protected}")
+
+
+def scaled(weights: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors with the scale in them, as folding it would store them, in their own dtype.
+
+    Args:
+        weights: names, as in the checkpoint, and tensors; all of them or some.
+        config: of the model, with an active scale.
+
+    Raises:
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    family, scaling = family_of(config), record(config).active
+    assert scaling is not None
+    scales = scaling.scales(text_config(config).num_hidden_layers)
+    for name, weight in weights:
+        position = family.layer_of_pre_norm(name)
+        # A multi-token-prediction layer is stored behind the last one, under the next number.
+        if position is not None and position < len(scales):
+            one_plus = family.one_plus_weight and name.endswith(".weight")
+            weight = scale_parameter(weight, scales[position], one_plus)
+        yield name, weight
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(ARCHITECTURE_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm import ModelRegistry
+
+    base: Any = ModelRegistry.models[name.removeprefix(ARCHITECTURE_PREFIX)].load_model_cls()
+
+    class Scaled(base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self._scaled_config = vllm_config.model_config.hf_config
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+            return super().load_weights(scaled(weights, self._scaled_config), *args, **kwargs)
+
+    Scaled.__name__ = Scaled.__qualname__ = name
+    return Scaled
