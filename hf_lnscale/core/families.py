@@ -13,8 +13,40 @@ from transformers import PreTrainedConfig
 
 from .errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 
-# The configuration fields over depth that it is known how to follow (depth/layers.py does).
-DEPTH_FIELDS = ("layer_types", "no_rope_layers", "max_window_layers", "first_k_dense_replace", "mlp_only_layers")
+# How a configuration field over depth follows when layers are dropped (pruning/layers.py does it).
+RULES = {
+    "each": "a list with one entry a layer",
+    "cycle": "a list that repeats over the layers",
+    "first": "a number of layers, counted from the bottom",
+    "last": "the index of the last layer of a kind",
+    "indices": "a list of the indices of the layers of a kind",
+    "period": "every n-th layer is of a kind, counted from its `..._offset`, or so that layer n - 1 is the first",
+    "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
+}
+# The rule of each field that families of transformers have.
+DEPTH_FIELDS = {
+    "layer_types": "each",
+    "activation_sparsity_pattern": "each",
+    "attention_layers": "each",
+    "indexer_types": "each",
+    "layer_rope_theta": "each",
+    "layers_block_type": "each",
+    "mlp_layer_types": "each",
+    "no_rope_layers": "each",
+    "num_attention_heads_per_layer": "each",
+    "block_types": "cycle",
+    "first_k_dense_replace": "first",
+    "max_window_layers": "first",
+    "moe_layer_start_index": "first",
+    "num_dense_layers": "first",
+    "moe_layer_end_index": "last",
+    "attn_layer_indices": "indices",
+    "moe_layers": "indices",
+    "attn_layer_period": "period",
+    "expert_layer_period": "period",
+    "moe_layer_interval": "period",
+    "mlp_only_layers": "dense",
+}
 
 
 @dataclass(frozen=True)
@@ -26,18 +58,27 @@ class Family:
         attention_norm: the norm in front of attention (or of a linear-attention mixer), from a layer.
         mlp_norm: the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
-        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`; None if not known.
+        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`: names of
+            `DEPTH_FIELDS`, or names with their rule; None if not known.
+        no_scaling: why the family cannot be scaled, though its layers can be dropped.
     """
 
     layers: str = "layers"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     one_plus_weight: bool = False
-    depth_fields: tuple[str, ...] | None = None
+    depth_fields: tuple[str, ...] | dict[str, str] | None = None
+    no_scaling: str = ""
 
     @property
     def pre_norms(self) -> tuple[str, str]:
         return self.attention_norm, self.mlp_norm
+
+    @property
+    def rules(self) -> dict[str, str] | None:
+        """The rule of each configuration field over depth."""
+        fields = self.depth_fields
+        return fields if fields is None or isinstance(fields, dict) else {name: DEPTH_FIELDS[name] for name in fields}
 
 
 # Its `post_attention_layernorm` is a norm on the OUTPUT of attention.
@@ -102,7 +143,7 @@ def register_family(
     attention_norm: str = "input_layernorm",
     mlp_norm: str = "post_attention_layernorm",
     one_plus_weight: bool = False,
-    depth_fields: tuple[str, ...] | None = None,
+    depth_fields: tuple[str, ...] | dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> Family:
     """Adds a family of decoders to the table, for this process.
@@ -117,9 +158,10 @@ def register_family(
         attention_norm: path of the norm in front of attention, from a layer.
         mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
-        depth_fields: configuration fields that run over depth besides `num_hidden_layers`, of those that are known to
-            `hf_lnscale.core.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped. Where
-            a configuration has `layer_types`, these are followed in any case.
+        depth_fields: configuration fields that run over depth besides `num_hidden_layers`: of those that are known to
+            `hf_lnscale.core.families.DEPTH_FIELDS`, or any with one of the `RULES` there, such as
+            `{"layer_sizes": "each"}`; `()` if there are none. With None, no layers can be dropped. Where a
+            configuration has `layer_types` or `per_layer_config`, these are followed in any case.
         overwrite: replace a row that exists.
 
     Returns:
@@ -147,10 +189,18 @@ def register_family(
     if model_type in FAMILIES and not overwrite:
         raise ValueError(f"register_family: model_type {model_type!r} is in the table already; give overwrite=True")
     if depth_fields is not None:
+        known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
-            if name not in DEPTH_FIELDS:
-                raise ValueError(f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}")
-        depth_fields = tuple(depth_fields)
+            if name not in known:
+                raise ValueError(
+                    f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}; give "
+                    f"{{{name!r}: rule}}, with one of the rules {', '.join(RULES)}"
+                )
+            if known[name] not in RULES:
+                raise ValueError(
+                    f"register_family: depth_fields: {name}: {known[name]!r} is no rule; valid are {', '.join(RULES)}"
+                )
+        depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)
     return FAMILIES[model_type]
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
 from ..core.families import UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, record, write
+from ..core.record import Dropped, Record, record, write
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
@@ -133,32 +133,6 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
     return list(range(num_layers)), num_layers
 
 
-def _each(values: list[Any], kept: list[int]) -> list[Any]:
-    return [values[layer] for layer in kept]
-
-
-def _first(count: int, kept: list[int]) -> int:
-    """A number of layers at the bottom: those of them that are kept."""
-    return sum(layer < count for layer in kept)
-
-
-def _mixture_of_experts(text: PreTrainedConfig, kept: list[int]) -> None:
-    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
-    step = text.decoder_sparse_step
-    dense = [layer for layer in kept if layer in text.mlp_only_layers or (layer + 1) % step]
-    text.mlp_only_layers = [position for position, layer in enumerate(kept) if layer in dense]
-    text.decoder_sparse_step = 1
-
-
-def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
-    value = getattr(text, name, None)
-    if isinstance(value, (list, tuple)) and len(value) != text.num_hidden_layers and name != "mlp_only_layers":
-        raise ValueError(
-            f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; which are "
-            "whose cannot be known"
-        )
-
-
 def counting_layers(text: PreTrainedConfig) -> set[int]:
     """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
 
@@ -169,22 +143,126 @@ def counting_layers(text: PreTrainedConfig) -> set[int]:
     return counting if len(counting) < len(types) else set()
 
 
-def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
-    def follow(text: PreTrainedConfig, kept: list[int]) -> None:
-        if (value := getattr(text, name, None)) is not None:
-            setattr(text, name, rule(value, kept))
+def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    """Finds a period, with its offset if it has one, that meets the same layers after renumbering."""
+    shift = name.replace("period", "offset")
+    movable = shift != name and hasattr(text, shift)
+    period, offset = getattr(text, name), getattr(text, shift) if movable else -1
+    wanted = [(layer - offset) % period == 0 for layer in kept]
+    for new in range(1, len(kept) + 2):
+        for start in range(new) if movable else (-1,):
+            if [(position - start) % new == 0 for position in range(len(kept))] == wanted:
+                setattr(text, name, new)
+                if movable:
+                    setattr(text, shift, start)
+                return
+    raise ValueError(
+        f"drop_layers: the config says that layers are of a kind by {name}={period}, and no period says it of layers "
+        f"{kept}; drop others, so that what is left is regular"
+    )
 
-    return follow
+
+def _dense(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
+    step = text.decoder_sparse_step
+    dense = [layer for layer in kept if layer in getattr(text, name) or (layer + 1) % step]
+    setattr(text, name, [kept.index(layer) for layer in dense])
+    text.decoder_sparse_step = 1
 
 
-# How each configuration field that runs over depth follows; families.py says which a family has.
-_FOLLOW: dict[str, Callable[[PreTrainedConfig, list[int]], None]] = {
-    "layer_types": _field("layer_types", _each),
-    "no_rope_layers": _field("no_rope_layers", _each),
-    "max_window_layers": _field("max_window_layers", _first),
-    "first_k_dense_replace": _field("first_k_dense_replace", _first),
-    "mlp_only_layers": _mixture_of_experts,
+def _value(rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, str, list[int]], None]:
+    return lambda text, name, kept: setattr(text, name, rule(getattr(text, name), kept))
+
+
+# What follows a rule of `families.RULES`: changes the field of a configuration in place, from the layers that are kept.
+_FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
+    "each": _value(lambda values, kept: [values[layer] for layer in kept]),
+    "cycle": _value(lambda values, kept: [values[layer % len(values)] for layer in kept]),
+    "first": _value(lambda count, kept: sum(layer < count for layer in kept)),
+    "last": _value(lambda last, kept: sum(layer <= last for layer in kept) - 1),
+    "indices": _value(lambda indices, kept: [new for new, layer in enumerate(kept) if layer in indices]),
+    "period": _period,
+    "dense": _dense,
 }
+
+
+def _rules(config: PreTrainedConfig) -> dict[str, str]:
+    """The rule of each field over depth that a configuration holds.
+
+    Raises:
+        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
+        ValueError: for a list of which it cannot be known which entries are whose.
+    """
+    family, text = family_of(config, "drop_layers"), text_config(config)
+    if family.rules is None:
+        raise UnsupportedArchitectureError(
+            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
+            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
+        )
+    # Every configuration may have layer_types, whether or not its family comes with it.
+    rules = {
+        name: rule
+        for name, rule in ({"layer_types": "each"} | family.rules).items()
+        if getattr(text, name, None) is not None
+    }
+    for name, value in text.to_dict().items():
+        if not isinstance(value, (list, tuple)) or name.endswith(_NOT_OVER_DEPTH):
+            continue
+        if name in rules:
+            if rules[name] == "each" and len(value) != text.num_hidden_layers:
+                raise ValueError(
+                    f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; "
+                    "which are whose cannot be known"
+                )
+        elif len(value) == text.num_hidden_layers:
+            if "layer" not in name:
+                raise ValueError(
+                    f"drop_layers: the config's {name} has one entry for each of the {len(value)} layers; whether it "
+                    "runs over depth is not known. Say so with hf_lnscale.register_family(..., depth_fields={"
+                    f'"{name}": "each", ...}})'
+                )
+            rules[name] = "each"
+    return rules
+
+
+# Lists that may happen to be as long as there are layers.
+_NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
+
+
+def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, kept: list[int]) -> None:
+    """Refuses a configuration whose model would have other tensors than the layers that are left.
+
+    Raises:
+        ValueError: if a name or a shape differs.
+    """
+    if (model_class := MODEL_MAPPING.get(type(before), None)) is None:
+        return  # code from outside transformers
+    path = family_of(before, "drop_layers").layers
+    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
+    wanted = {}
+    for name, shape in _shapes(model_class, before).items():
+        if match := pattern.match(name):
+            if int(match[2]) not in kept:
+                continue
+            name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
+        wanted[name] = shape
+    built = _shapes(model_class, after)
+    if differing := sorted(wanted.items() ^ built.items()):
+        name = differing[0][0]
+        raise ValueError(
+            f"drop_layers: no {before.model_type} configuration describes layers {kept} alone: {name!r} has shape "
+            f"{wanted.get(name)}, and in a model of the new configuration {built.get(name)}. If a field over depth is "
+            "missing in the family's row, name it: hf_lnscale.register_family(..., depth_fields=...)"
+        )
+
+
+def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    # Read again from its dict: as it will be loaded, and without an implementation that this machine may not have.
+    plain = copy.deepcopy(text)
+    write(plain, Record())
+    with torch.device("meta"):
+        model = model_class(type(text).from_dict(plain.to_dict()))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
@@ -200,18 +278,9 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     """
     if not dropped:
         return
-    fields = family_of(config, "drop_layers").depth_fields
     text = text_config(config)
-    if fields is None:
-        raise UnsupportedArchitectureError(
-            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
-            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
-        )
-    # Every configuration may have it, whether or not its family comes with it.
-    fields = tuple(dict.fromkeys(("layer_types", *fields)))
+    rules = _rules(config)
     _refuse_other_mentions(config)
-    for name in fields:
-        _require_one_a_layer(text, name)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
@@ -228,16 +297,26 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         for name in ("active", "folded", "on_disk")
         if (scaling := getattr(found, name)) is not None
     }
-    for name in fields:
-        _FOLLOW[name](text, kept)
+    whole = copy.deepcopy(text)
+    overrides = text.to_dict().get("per_layer_config")
+    if overrides is not None:
+        text.per_layer_config = None
+    for name, rule in rules.items():
+        _FOLLOW[rule](text, name, kept)
     text.num_hidden_layers = len(kept)
+    if overrides is not None:
+        entries = {int(layer): entry for layer, entry in overrides.items()}
+        text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
+    try:
+        _require_describable(whole, text, kept)
+    except BaseException:
+        vars(text).clear()
+        vars(text).update(vars(whole))
+        raise
     write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
 
 
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
-    text = text_config(config)
-    if getattr(text, "is_heterogeneous", False):
-        raise ValueError("drop_layers: the config has a per_layer_config, which is not renumbered")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         said = quantization if isinstance(quantization, dict) else quantization.to_dict()
