@@ -21,6 +21,9 @@ RULES = {
     "last": "the index of the last layer of a kind",
     "indices": "a list of the indices of the layers of a kind",
     "period": "every n-th layer is of a kind, counted from its `..._offset`, or so that layer n - 1 is the first",
+    "count": "the number of all layers",
+    "shared": "a list with one entry a layer, of which a shared one takes from the last one before it that is not",
+    "unset": "layers depend on each other or on their own number: no layer is dropped while it is set",
     "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
 }
 # The rule of each field that families of transformers have.
@@ -28,7 +31,6 @@ DEPTH_FIELDS = {
     "layer_types": "each",
     "activation_sparsity_pattern": "each",
     "attention_layers": "each",
-    "indexer_types": "each",
     "layer_rope_theta": "each",
     "layers_block_type": "each",
     "mlp_layer_types": "each",
@@ -46,6 +48,10 @@ DEPTH_FIELDS = {
     "expert_layer_period": "period",
     "moe_layer_interval": "period",
     "mlp_only_layers": "dense",
+    "num_blocks": "count",
+    "indexer_types": "shared",
+    "num_kv_shared_layers": "unset",
+    "scale_attn_by_inverse_layer_idx": "unset",
 }
 
 
@@ -60,7 +66,9 @@ class Family:
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
         depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`: names of
             `DEPTH_FIELDS`, or names with their rule; None if not known.
+        requires: configuration fields with the value without which the family has no two pre-norms a layer.
         no_scaling: why the family cannot be scaled, though its layers can be dropped.
+        no_dropping: why its layers cannot be dropped, though it can be scaled.
     """
 
     layers: str = "layers"
@@ -68,7 +76,9 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     one_plus_weight: bool = False
     depth_fields: tuple[str, ...] | dict[str, str] | None = None
+    requires: tuple[tuple[str, Any], ...] = ()
     no_scaling: str = ""
+    no_dropping: str = ""
 
     @property
     def pre_norms(self) -> tuple[str, str]:
@@ -111,28 +121,28 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe_text": Family(depth_fields=("mlp_only_layers",)),
 }
 
-_POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
-_POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
-_PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
-_NO_WEIGHT = "its norms have no weight that could carry the scale"
+POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
+POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
+PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
+NO_WEIGHT = "its norms have no weight that could carry the scale"
 
 # Families for which it is known why they are not in the table.
 KNOWN_UNSUPPORTED: dict[str, str] = {
-    "olmo": _NO_WEIGHT,
-    "olmo2": _POST_NORM,
-    "olmo3": _POST_NORM,
-    "flex_olmo": _POST_NORM,
-    "exaone4": _POST_NORM,
-    "bert": _POST_LN,
-    "roberta": _POST_LN,
-    "xlm-roberta": _POST_LN,
-    "distilbert": _POST_LN,
-    "cohere": _PARALLEL,
-    "cohere2": _PARALLEL,
-    "phi": _PARALLEL,
-    "falcon": _PARALLEL,
-    "gptj": _PARALLEL,
-    "gpt_neox": _PARALLEL,
+    "olmo": NO_WEIGHT,
+    "olmo2": POST_NORM,
+    "olmo3": POST_NORM,
+    "flex_olmo": POST_NORM,
+    "exaone4": POST_NORM,
+    "bert": POST_LN,
+    "roberta": POST_LN,
+    "xlm-roberta": POST_LN,
+    "distilbert": POST_LN,
+    "cohere": PARALLEL,
+    "cohere2": PARALLEL,
+    "phi": PARALLEL,
+    "falcon": PARALLEL,
+    "gptj": PARALLEL,
+    "gpt_neox": PARALLEL,
 }
 
 
@@ -175,14 +185,14 @@ def register_family(
         >>> hf_lnscale.register_family("starcoder2")
         >>> model = AutoModelForCausalLM.from_config(Starcoder2Config(ln_scaling=True))
     """
-    paths = {"layers": layers, "attention_norm": attention_norm, "mlp_norm": mlp_norm}
+    paths: dict[str, Any] = {"layers": layers, "attention_norm": attention_norm, "mlp_norm": mlp_norm}
     for argument, value in {"model_type": model_type, **paths}.items():
         if not isinstance(value, str) or not value:
             raise ValueError(f"register_family: {argument} must be a non-empty string, got {value!r}")
     if attention_norm == mlp_norm:
         raise ValueError(
             f"register_family: attention_norm and mlp_norm are both {mlp_norm!r}; a norm that feeds both is scaled "
-            f"once in the paper's sense and is not supported, since {_PARALLEL}"
+            f"once in the paper's sense and is not supported, since {PARALLEL}"
         )
     if not isinstance(one_plus_weight, bool):
         raise ValueError(f"register_family: one_plus_weight must be True or False, got {one_plus_weight!r}")
@@ -221,16 +231,29 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     Raises:
         UnsupportedArchitectureError: if there is none; the message says why, where it is known, and how to add one.
     """
-    model_type = text_config(config).model_type
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    reason = KNOWN_UNSUPPORTED.get(model_type)
+    text = text_config(config)
+    model_type = text.model_type
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        reason = family.no_dropping if argument == "drop_layers" else family.no_scaling or _unmet(family, text)
+        if not reason:
+            return family
+    else:
+        reason = KNOWN_UNSUPPORTED.get(model_type, "")
     why = f": {reason}" if reason else ", as its pre-norms are not known"
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
         "If the family does have a norm in front of attention and one in front of the MLP, add it with "
-        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...)."
+        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as "
+        "hf_lnscale.propose_family(model) says."
     )
+
+
+def _unmet(family: Family, text: PreTrainedConfig) -> str:
+    for name, value in family.requires:
+        if getattr(text, name, value) != value:
+            return f"its norms are pre-norms with {name}={value!r} only, not with {getattr(text, name)!r}"
+    return ""
 
 
 def submodule(module: nn.Module, path: str) -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
-from ..core.families import UnsupportedArchitectureError, family_of, text_config
+from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
 from ..core.record import Dropped, Record, record, write
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
@@ -133,13 +133,17 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
     return list(range(num_layers)), num_layers
 
 
+# Kinds of layers whose cache does not grow with the tokens.
+_WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
+
+
 def counting_layers(text: PreTrainedConfig) -> set[int]:
     """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
 
     Empty for a model that is no hybrid.
     """
-    types = getattr(text, "layer_types", None) or []
-    counting = {layer for layer, kind in enumerate(types) if kind != "linear_attention"}
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    counting = {layer for layer, kind in enumerate(types) if kind not in _WITHOUT_TOKENS}
     return counting if len(counting) < len(types) else set()
 
 
@@ -170,6 +174,23 @@ def _dense(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
     text.decoder_sparse_step = 1
 
 
+def _shared(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    kinds = getattr(text, name)
+    for layer in kept:
+        source = max((i for i in range(layer + 1) if kinds[i] != "shared"), default=layer)
+        if source not in kept:
+            raise ValueError(f"drop_layers: layer {layer} takes its {name} from layer {source}; drop both or neither")
+    setattr(text, name, [kinds[layer] for layer in kept])
+
+
+def _unset(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    if value := getattr(text, name):
+        raise ValueError(
+            f"drop_layers: with the config's {name}={value!r} layers depend on each other or on their own number, so "
+            "that the others would no longer compute what they did"
+        )
+
+
 def _value(rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, str, list[int]], None]:
     return lambda text, name, kept: setattr(text, name, rule(getattr(text, name), kept))
 
@@ -181,35 +202,36 @@ _FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
     "first": _value(lambda count, kept: sum(layer < count for layer in kept)),
     "last": _value(lambda last, kept: sum(layer <= last for layer in kept) - 1),
     "indices": _value(lambda indices, kept: [new for new, layer in enumerate(kept) if layer in indices]),
+    "count": _value(lambda count, kept: len(kept)),
+    "shared": _shared,
+    "unset": _unset,
     "period": _period,
     "dense": _dense,
 }
 
 
-def _rules(config: PreTrainedConfig) -> dict[str, str]:
+def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
     """The rule of each field over depth that a configuration holds.
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
         ValueError: for a list of which it cannot be known which entries are whose.
     """
-    family, text = family_of(config, "drop_layers"), text_config(config)
+    text = text_config(config)
     if family.rules is None:
         raise UnsupportedArchitectureError(
             f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
             "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
         )
     # Every configuration may have layer_types, whether or not its family comes with it.
-    rules = {
-        name: rule
-        for name, rule in ({"layer_types": "each"} | family.rules).items()
-        if getattr(text, name, None) is not None
-    }
-    for name, value in text.to_dict().items():
+    said = text.to_dict()
+    rules = {"layer_types": "each"} | family.rules
+    rules = {name: rule for name, rule in rules.items() if said.get(name) is not None}
+    for name, value in said.items():
         if not isinstance(value, (list, tuple)) or name.endswith(_NOT_OVER_DEPTH):
             continue
         if name in rules:
-            if rules[name] == "each" and len(value) != text.num_hidden_layers:
+            if rules[name] in ("each", "shared") and len(value) != text.num_hidden_layers:
                 raise ValueError(
                     f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; "
                     "which are whose cannot be known"
@@ -229,15 +251,15 @@ def _rules(config: PreTrainedConfig) -> dict[str, str]:
 _NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
 
 
-def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, kept: list[int]) -> None:
+def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
     """Refuses a configuration whose model would have other tensors than the layers that are left.
 
     Raises:
         ValueError: if a name or a shape differs.
     """
-    if (model_class := MODEL_MAPPING.get(type(before), None)) is None:
+    model_class = MODEL_MAPPING.get(type(before), None)
+    if not isinstance(model_class, type):
         return  # code from outside transformers
-    path = family_of(before, "drop_layers").layers
     pattern = re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
     wanted = {}
     for name, shape in _shapes(model_class, before).items():
@@ -246,7 +268,12 @@ def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, kept
                 continue
             name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
         wanted[name] = shape
-    built = _shapes(model_class, after)
+    try:
+        built = _shapes(model_class, after)
+    except Exception as error:
+        raise ValueError(
+            f"drop_layers: no {before.model_type} model can be built of layers {kept} alone: {error}"
+        ) from error
     if differing := sorted(wanted.items() ^ built.items()):
         name = differing[0][0]
         raise ValueError(
@@ -265,12 +292,13 @@ def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
+def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | None = None) -> None:
     """Takes layers out of a model's configuration, in place: every field that runs over depth follows.
 
     Args:
         config: of the whole model; its text decoder is meant.
         dropped: sorted positions, as `normalize_layers` returns them.
+        family: the row of the text decoder, if it is not in the table.
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
@@ -279,7 +307,8 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     if not dropped:
         return
     text = text_config(config)
-    rules = _rules(config)
+    family = family or family_of(config, "drop_layers")
+    rules = _rules(config, family)
     _refuse_other_mentions(config)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
@@ -298,22 +327,25 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         if (scaling := getattr(found, name)) is not None
     }
     whole = copy.deepcopy(text)
-    overrides = text.to_dict().get("per_layer_config")
-    if overrides is not None:
-        text.per_layer_config = None
+    try:
+        _follow(text, rules, kept)
+        _require_describable(whole, text, family.layers, kept)
+    except BaseException:
+        vars(text).clear()
+        vars(text).update(vars(whole))
+        raise
+    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
+
+
+def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
+    if (overrides := text.to_dict().get("per_layer_config")) is not None:
+        text.per_layer_config = None  # it is compared with the number of layers
     for name, rule in rules.items():
         _FOLLOW[rule](text, name, kept)
     text.num_hidden_layers = len(kept)
     if overrides is not None:
         entries = {int(layer): entry for layer, entry in overrides.items()}
         text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
-    try:
-        _require_describable(whole, text, kept)
-    except BaseException:
-        vars(text).clear()
-        vars(text).update(vars(whole))
-        raise
-    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
 
 
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
