@@ -96,6 +96,7 @@ HYPER = "it has no plain residual stream: several streams are mixed in every lay
 NO_STACK = "it has no one list of layers that each take the output of the one before"
 MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
 MORE_READERS = "other parts of a layer than attention and MLP behind their pre-norms read the residual stream"
+MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
 ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
 UNEQUAL = "its layers do not all have the same pre-norms"
 NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
@@ -321,43 +322,38 @@ def _pre_norms(
         factor_D = (moved_BTD * d_BTD).mean((0, 1)) / d_BTD.square().mean((0, 1))
         return factor_D if torch.allclose(moved_BTD, factor_D * d_BTD, atol=1e-3) else None
 
+    def is_one(factor_D: torch.Tensor) -> bool:
+        return torch.allclose(factor_D, torch.ones_like(factor_D), atol=1e-3)
+
     y, at, outputs = run(x_BTD, {})
     if any(isinstance(out, torch.Tensor) and out.shape == y.shape and torch.equal(out, y) for out in outputs.values()):
         return POST_LN
-    level = [
-        name
-        for name, x in at.items()
-        if x is not None and x.numel() == x_BTD.numel() and torch.equal(x.view_as(x_BTD), x_BTD)
-    ]
+    same = {name: x for name, x in at.items() if x is not None and x.numel() == x_BTD.numel()}
+    level = [name for name, x in same.items() if torch.equal(x.reshape(x_BTD.shape), x_BTD)]
     held = {name: outputs[name] for name in level}
-    found, factors = [level], []
+    found = [level]
+    factors: list[torch.Tensor] = []
     while level:
         moved_y, moved, _ = run(x_BTD + d_BTD, held)
-        reached = {name: factor(moved[name], at[name]) for name in at if name not in held}
-        reached = {name: by for name, by in reached.items() if by is not None and by.abs().max() > 1e-3}
+        factors_of = {name: factor(moved[name], at[name]) for name in at if name not in held}
+        reached = {name: by for name, by in factors_of.items() if by is not None and by.abs().max() > 1e-3}
         level = list(reached)
         held |= {name: outputs[name] for name in level}
         found, factors = [*found, level], [*factors, *reached.values()]
     if not held:
-        held = {
-            name: out for name, out in outputs.items() if isinstance(out, torch.Tensor) and out.numel() == y.numel()
-        }
+        held = {n: out for n, out in outputs.items() if isinstance(out, torch.Tensor) and out.numel() == y.numel()}
         moves = factor(run(x_BTD + d_BTD, held)[0], y)
-        return (
-            POST_NORM
-            if moves is not None and torch.allclose(moves, torch.ones_like(moves), atol=1e-3)
-            else MORE_READERS
-        )
+        return POST_NORM if moves is not None and is_one(moves) else MORE_READERS
     if (moves := factor(moved_y, y)) is None:
         return MORE_READERS
     if moves.abs().max() < 1e-3:
         return POST_LN
-    if any(not torch.allclose(by, torch.ones_like(by), atol=1e-3) for by in (*factors, moves)):
+    if not all(is_one(by) for by in (*factors, moves)):
         return MULTIPLIED
     if [len(names) for names in found] == [1, 1, 0]:
         return found[0][0], found[1][0]
     if len(held) > 2:
-        return MORE_READERS
+        return MORE_NORMS
     return PARALLEL if len(held) == 2 or len(_readers(layer, outputs[found[0][0]], run, x_BTD)) > 1 else ONE_SUBLAYER
 
 
