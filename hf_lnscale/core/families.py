@@ -91,58 +91,192 @@ class Family:
         return fields if fields is None or isinstance(fields, dict) else {name: DEPTH_FIELDS[name] for name in fields}
 
 
-# Its `post_attention_layernorm` is a norm on the OUTPUT of attention.
-_SANDWICH = Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",))
-_WINDOWS = ("layer_types", "max_window_layers")
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(depth_fields=()),
-    "mistral": Family(depth_fields=()),
-    "mixtral": Family(depth_fields=()),
-    "ministral": Family(depth_fields=("layer_types",)),
-    "qwen2": Family(depth_fields=_WINDOWS),
-    "qwen3": Family(depth_fields=_WINDOWS),
-    "qwen2_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
-    "qwen3_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
-    "qwen3_next": Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")),
-    "qwen3_5_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
-    "qwen3_5_moe_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
-    "deepseek_v2": Family(depth_fields=("first_k_dense_replace",)),
-    "deepseek_v3": Family(depth_fields=("first_k_dense_replace",)),
-    "phi3": Family(depth_fields=()),
-    "smollm3": Family(depth_fields=("layer_types", "no_rope_layers")),
-    "granite": Family(depth_fields=()),
-    "gemma": Family(one_plus_weight=True, depth_fields=()),
-    "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "qwen2_vl_text": Family(depth_fields=_WINDOWS),
-    "qwen2_5_vl_text": Family(depth_fields=_WINDOWS),
-    "qwen3_vl_text": Family(depth_fields=()),
-    "qwen3_vl_moe_text": Family(depth_fields=("mlp_only_layers",)),
-}
-
 POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
 POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
 PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
 NO_WEIGHT = "its norms have no weight that could carry the scale"
+ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNorm Scaling was not studied on"
+HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections and their like)"
+NO_STACK = "it has no one list of layers that each take the output of the one before"
+MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
+MORE_READERS = "other parts of a layer than attention and MLP behind their pre-norms read the residual stream"
+MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
+ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
+UNEQUAL = "its layers do not all have the same pre-norms"
+NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
+NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
+SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
+UNTRIED = "no tiny model of it could be built to find out"
 
-# Families for which it is known why they are not in the table.
+# Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
+# Llama and a norm on the output of attention in Gemma 2.
+_ROWS: tuple[tuple[Family, str], ...] = (
+    (
+        Family(depth_fields=()),
+        "arcee aria_text bitnet emu3_text_model ernie4_5 glm glm4 gpt_neox_japanese granite granitemoe "
+        "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 "
+        "jetmoe llama minimax_m2 ministral3 mistral mixtral olmoe persimmon phi3 phi4_multimodal phimoe "
+        "qwen3_vl_text seed_oss solar_open starcoder2 youtu",
+    ),
+    (Family(depth_fields=("layer_types",)), "cwm gpt_oss granitemoehybrid kolibri1 ministral"),
+    (Family(depth_fields=("layer_types", "mlp_layer_types")), "inkling_text kimi_linear mellum mimo_v2_flash"),
+    (Family(depth_fields=("layer_types", "max_window_layers")), "qwen2 qwen2_5_vl_text qwen2_vl_text qwen3"),
+    (Family(depth_fields=("mlp_layer_types",)), "axk1 glm4_moe_lite hy_v3"),
+    (
+        Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace")),
+        "bailing_hybrid deepseek_v32 exaone_moe",
+    ),
+    (Family(depth_fields=("first_k_dense_replace",)), "deepseek_v2 deepseek_v3 glm4_moe"),
+    (
+        Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",)),
+        "gemma2 gemma3_text vaultgemma",
+    ),
+    (Family(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", depth_fields=()), "biogpt xglm"),
+    (Family(one_plus_weight=True, depth_fields=()), "gemma nemotron"),
+    (Family(depth_fields=("layer_types", "layer_rope_theta")), "granite_swa granitemoe_swa"),
+    (Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types",)), "lfm2 lfm3"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types",)), "qwen3_5_moe_text qwen3_5_text"),
+    (Family(depth_fields=("mlp_only_layers",)), "qwen3_moe qwen3_vl_moe_text"),
+    (Family(mlp_norm="pre_mlp_layernorm", depth_fields=("layer_types", "num_dense_layers")), "afmoe"),
+    (Family(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", depth_fields=()), "apertus"),
+    (Family(mlp_norm="pre_ff_layernorm", no_dropping=NO_CHECK), "bamba"),
+    (Family(layers="h", requires=(("apply_residual_connection_post_layernorm", False),), depth_fields=()), "bloom"),
+    (
+        Family(
+            layers="encoder.layers",
+            attention_norm="self_att.layernorm_before_attention",
+            mlp_norm="ffn.layernorm_before_ffn",
+            no_dropping=NO_CHECK,
+        ),
+        "cpmant",
+    ),
+    (Family(layers="h", attention_norm="layernorm1", mlp_norm="layernorm2", depth_fields=()), "ctrl"),
+    (
+        Family(
+            layers="blocks", attention_norm="norm_attn_norm.norm_1", mlp_norm="norm_attn_norm.norm_2", depth_fields=()
+        ),
+        "dbrx",
+    ),
+    (Family(no_dropping="its attention computes with the number of its layer"), "diffllama"),
+    (Family(depth_fields=("layer_types", "first_k_dense_replace", "max_window_layers")), "dots1"),
+    (Family(depth_fields=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")), "ernie4_5_moe"),
+    (Family(mlp_norm="pre_ff_layernorm", depth_fields=()), "falcon_h1"),
+    (Family(depth_fields=("layer_types", "mlp_only_layers")), "flint"),
+    (
+        Family(
+            mlp_norm="pre_feedforward_layernorm",
+            requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
+            depth_fields=("layer_types", "num_kv_shared_layers"),
+        ),
+        "gemma4_text",
+    ),
+    (
+        Family(mlp_norm="pre_feedforward_layernorm", depth_fields=("layer_types", "num_kv_shared_layers")),
+        "gemma4_unified_text",
+    ),
+    (Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace", "indexer_types")), "glm_moe_dsa"),
+    (
+        Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("scale_attn_by_inverse_layer_idx",)),
+        "gpt2",
+    ),
+    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=()), "gpt_bigcode"),
+    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("attention_layers",)), "gpt_neo"),
+    (Family(mlp_norm="pre_ff_layernorm", depth_fields=("attn_layer_period", "expert_layer_period")), "jamba"),
+    (Family(depth_fields=("layer_types", "mlp_layer_types", "num_attention_heads_per_layer")), "laguna"),
+    (
+        Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types", "num_dense_layers")),
+        "lfm2_moe",
+    ),
+    (Family(depth_fields=("layer_types", "no_rope_layers", "moe_layers")), "llama4_text"),
+    (Family(layers="encoder.layer", attention_norm="attention.ln", mlp_norm="ln", depth_fields=()), "megatron-bert"),
+    (Family(no_dropping="its residual branches are scaled by the number of layers"), "minicpm3"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_layer_types")), "minimax_m3_vl_text"),
+    (Family(no_dropping=NO_CHECK), "moshi"),
+    (Family(layers="blocks", attention_norm="norm_1", mlp_norm="norm_2", depth_fields=()), "mpt"),
+    (
+        Family(
+            attention_norm="self_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            requires=(("do_layer_norm_before", True),),
+            depth_fields=(),
+        ),
+        "opt",
+    ),
+    (Family(depth_fields=("layer_types", "max_window_layers", "mlp_only_layers")), "qwen2_moe"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")), "qwen3_next"),
+    (
+        Family(
+            attention_norm="temporal_pre_norm",
+            mlp_norm="channel_pre_norm",
+            one_plus_weight=True,
+            depth_fields=("block_types",),
+        ),
+        "recurrent_gemma",
+    ),
+    (
+        Family(
+            layers="encoder.layer",
+            attention_norm="attention.LayerNorm",
+            mlp_norm="intermediate.LayerNorm",
+            depth_fields=(),
+        ),
+        "roberta-prelayernorm",
+    ),
+    (Family(depth_fields=("layer_types", "no_rope_layers")), "smollm3"),
+    (Family(requires=(("use_parallel_residual", False),), depth_fields=()), "stablelm"),
+    (
+        Family(
+            layers="encoder.layer",
+            attention_norm="attention.self_attn_layer_norm",
+            mlp_norm="LayerNorm",
+            depth_fields=(),
+        ),
+        "xlm-roberta-xl",
+    ),
+    (Family(layers="blocks", attention_norm="norm_mlstm", mlp_norm="norm_ffn", no_dropping=NO_CHECK), "xlstm"),
+    (
+        Family(layers="encoder.layer", no_scaling=POST_LN, depth_fields=()),
+        "bert bert-generation big_bird camembert data2vec-text electra ernie git rembert roberta roc_bert "
+        "roformer xlm-roberta xmod",
+    ),
+    (Family(layers="h", no_scaling=PARALLEL, depth_fields=()), "codegen falcon gptj"),
+    (Family(no_scaling=PARALLEL, depth_fields=()), "cohere gpt_neox phi"),
+    (Family(no_scaling=ONE_SUBLAYER, depth_fields=()), "falcon_mamba mamba mamba2"),
+    (Family(no_scaling=PARALLEL, depth_fields=("layer_types",)), "cohere2 cohere_compass_text"),
+    (Family(no_scaling=POST_NORM, depth_fields=("layer_types",)), "exaone4 olmo3"),
+    (Family(no_scaling=POST_NORM, depth_fields=()), "flex_olmo olmo2"),
+    (Family(no_scaling=UNEQUAL, depth_fields=("layer_types",)), "modernbert-decoder olmo_hybrid"),
+    (Family(no_scaling=NO_WEIGHT, depth_fields=()), "nanochat olmo"),
+    (Family(no_scaling=NOT_LINEAR, depth_fields=("layer_types", "mlp_layer_types")), "axk2"),
+    (Family(no_scaling=PARALLEL, depth_fields=("layer_types", "mlp_layer_types")), "cohere2_moe"),
+    (Family(no_scaling=MULTIPLIED, depth_fields=()), "doge"),
+    (Family(no_scaling=MORE_READERS, depth_fields=("layer_types",)), "inkling2_text"),
+    (Family(no_scaling=MORE_NORMS, depth_fields=()), "longcat_flash"),
+    (Family(no_scaling=ONE_SUBLAYER, depth_fields=("layers_block_type",)), "nemotron_h"),
+    (Family(layers="h", no_scaling=POST_LN, depth_fields=()), "openai-gpt"),
+    (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
+    (Family(layers="layer", no_scaling=POST_LN, depth_fields=()), "xlnet"),
+)
+FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
+
+# Families that can be neither scaled nor cut, by the reason.
 KNOWN_UNSUPPORTED: dict[str, str] = {
-    "olmo": NO_WEIGHT,
-    "olmo2": POST_NORM,
-    "olmo3": POST_NORM,
-    "flex_olmo": POST_NORM,
-    "exaone4": POST_NORM,
-    "bert": POST_LN,
-    "roberta": POST_LN,
-    "xlm-roberta": POST_LN,
-    "distilbert": POST_LN,
-    "cohere": PARALLEL,
-    "cohere2": PARALLEL,
-    "phi": PARALLEL,
-    "falcon": PARALLEL,
-    "gptj": PARALLEL,
-    "gpt_neox": PARALLEL,
+    name: reason
+    for reason, names in (
+        (
+            ENCODER_DECODER,
+            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus "
+            "plbart prophetnet whisper",
+        ),
+        (MULTIPLIED, "beam zaya"),
+        (HYPER, "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text"),
+        (NO_STACK, "blt hrm_text mllama_text_model reformer xlm"),
+        (POST_LN, "distilbert minimax"),
+        (UNEQUAL, "rwkv"),
+        (UNTRIED, "dots3_note_text"),
+        (SHARED, "zamba zamba2"),
+    )
+    for name in names.split()
 }
 
 

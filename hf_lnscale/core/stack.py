@@ -26,8 +26,9 @@ class Stack:
         """Every pre-norm with the position of its layer.
 
         Raises:
-            UnsupportedArchitectureError: if a layer lacks one, or one has no weight.
+            UnsupportedArchitectureError: if the family has none, a layer lacks one, or one has no weight.
         """
+        family_of(self.model.config)
         found = []
         for position, layer in enumerate(self.layers):
             for path in self.family.pre_norms:

@@ -23,7 +23,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from ..checkpoints.folders import public_name
 from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
 from ..core.record import Dropped, Record, record, write
-from ..core.stack import Stack, text_stack
+from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
 
@@ -539,13 +539,15 @@ def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str
     # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
     # tokens, which transformers ignores.
     pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
-    mark = f".{family.attention_norm}.weight"
+    marks = {f".{family.attention_norm}.weight"}
+    if family.no_scaling and (stack := next((own for m in pretrained_modules(model) if (own := own_stack(m))), None)):
+        marks = {f".{name}" for name, _ in stack.layers[0].named_parameters()}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     found = {name: pattern.match(name) for name in names}
     prefixes = {
         match[1]
         for name, match in found.items()
-        if match and match[3] == mark and not any(re.search(one, name) for one in ignored)
+        if match and match[3] in marks and not any(re.search(one, name) for one in ignored)
     }
     if len(prefixes) != 1:
         raise ValueError(

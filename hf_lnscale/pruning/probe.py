@@ -21,10 +21,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.families import (
     DEPTH_FIELDS,
+    ENCODER_DECODER,
+    HYPER,
+    MORE_NORMS,
+    MORE_READERS,
+    MULTIPLIED,
+    NO_CHECK,
+    NO_STACK,
     NO_WEIGHT,
+    NOT_LINEAR,
+    ONE_SUBLAYER,
     PARALLEL,
     POST_LN,
     POST_NORM,
+    UNEQUAL,
     Family,
     UnsupportedArchitectureError,
     text_config,
@@ -91,15 +101,6 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
         "attention_probs_dropout_prob activation_dropout layerdrop",
     ),
 )
-ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNorm Scaling was not studied on"
-HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections and their like)"
-NO_STACK = "it has no one list of layers that each take the output of the one before"
-MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
-MORE_READERS = "other parts of a layer than attention and MLP behind their pre-norms read the residual stream"
-MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
-ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
-UNEQUAL = "its layers do not all have the same pre-norms"
-NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
 
 
 @dataclass(frozen=True)
@@ -434,7 +435,7 @@ def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, 
     except Exception:
         with_cache = math.inf
     if with_cache is not None and with_cache > 1e-3:
-        return "its own cached step does not give what a whole pass gives, so a cut could not be checked"
+        return NO_CHECK
     for dropped in cuts:
         config = copy.deepcopy(model.config)
         try:
