@@ -250,12 +250,9 @@ _ROWS: tuple[tuple[Family, str], ...] = (
     (Family(no_scaling=NOT_LINEAR, depth_fields=("layer_types", "mlp_layer_types")), "axk2"),
     (Family(no_scaling=PARALLEL, depth_fields=("layer_types", "mlp_layer_types")), "cohere2_moe"),
     (Family(no_scaling=MULTIPLIED, depth_fields=()), "doge"),
-    (Family(no_scaling=MORE_READERS, depth_fields=("layer_types",)), "inkling2_text"),
-    (Family(no_scaling=MORE_NORMS, depth_fields=()), "longcat_flash"),
     (Family(no_scaling=ONE_SUBLAYER, depth_fields=("layers_block_type",)), "nemotron_h"),
     (Family(layers="h", no_scaling=POST_LN, depth_fields=()), "openai-gpt"),
     (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
-    (Family(layers="layer", no_scaling=POST_LN, depth_fields=()), "xlnet"),
 )
 FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
 
@@ -271,7 +268,9 @@ KNOWN_UNSUPPORTED: dict[str, str] = {
         (MULTIPLIED, "beam zaya"),
         (HYPER, "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text"),
         (NO_STACK, "blt hrm_text mllama_text_model reformer xlm"),
-        (POST_LN, "distilbert minimax"),
+        (POST_LN, "distilbert minimax xlnet"),
+        (MORE_NORMS, "longcat_flash"),
+        (MORE_READERS, "inkling2_text"),
         (UNEQUAL, "rwkv"),
         (UNTRIED, "dots3_note_text"),
         (SHARED, "zamba zamba2"),
