@@ -3,13 +3,13 @@
 import hashlib
 import json
 
+import kinds
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
 import hf_lnscale
-import kinds
 import tiny
 from hf_lnscale import UnsupportedArchitectureError, apply_ln_scaling, ln_scales, register_family
 from hf_lnscale.core import families
