@@ -11,6 +11,7 @@ import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED
 from hf_lnscale.pruning.probe import tiny_config
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -112,3 +113,26 @@ def config(kind: str, **changes: Any) -> PreTrainedConfig:
 def model_class(kind: str) -> type[PreTrainedModel]:
     found: type[PreTrainedModel] = getattr(tf, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
     return found
+
+
+def table() -> str:
+    """Kinds by what works, or by the reason, for docs/families.md."""
+    groups: dict[str, list[str]] = {}
+    for kind, text in sorted(text_kinds().items()):
+        if (row := FAMILIES.get(text)) is None:
+            works = f"neither: {KNOWN_UNSUPPORTED.get(text, 'not known; see `propose_family`')}"
+        elif row.no_scaling:
+            works = f"drop; not scale: {row.no_scaling}"
+        else:
+            only = " and ".join(f"`{name}={value!r}`" for name, value in row.requires)
+            works = f"scale{f' (with {only})' if only else ''}; " + (
+                f"not drop: {row.no_dropping}" if row.no_dropping else "drop"
+            )
+        groups.setdefault(works, []).append(kind if kind == text else f"{kind} (as {text})")
+    lines = [f"| {works} | {', '.join(kinds)} |" for works, kinds in groups.items()]
+    lines.sort(key=lambda line: [line.startswith(f"| {start}") for start in ("neither", "drop", "scale")])
+    return "\n".join(["| what works | kinds |", "| --- | --- |", *lines])
+
+
+if __name__ == "__main__":
+    print(table())
