@@ -33,13 +33,15 @@ from torch import nn
 from transformers.utils import logging
 
 from ..core.families import UnsupportedArchitectureError, family_of, submodule
-from ..core.record import remember_source
+from ..core.record import KnownText, known_text, remember_source, write_known_text
 from ..core.stack import Stack, text_stack
+from ..core.warnings import warn
+from ..measuring.known_text import caution, sequences_of, sketch
 from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
-from .layers import normalize_layers
+from .layers import normalize_layers, note_text
 from .plan import PruningPlan
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
@@ -151,6 +153,7 @@ class HealReport:
     data: dict[str, Any]
     _originals: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
     _config: Any = field(default=None, repr=False)
+    _text_before: list[KnownText | None] = field(default_factory=list, repr=False)
 
     @property
     def kept(self) -> bool:
@@ -165,6 +168,8 @@ class HealReport:
         _restore(self._originals)
         if self._originals:
             remember_source(self._config, "")
+        if self._text_before:
+            write_known_text(self._config, self._text_before.pop())
 
     def set_aside(self) -> Callable[[], None]:
         """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""
@@ -304,7 +309,14 @@ def heal(
     """
     healer = Healer(model, data, method=method, held_out=held_out, tokenizer=tokenizer, windows=windows,
                     cross_validate=cross_validate)  # fmt: skip
-    return healer.heal(layers, progress=progress)
+    config = healer.stack.model.config
+    if warning := caution(config, sequences_of(healer.judged)):
+        warn(f"held-out data: {warning}")
+    report = healer.heal(layers, progress=progress)
+    if report.kept:
+        report._text_before.append(known_text(config))
+        note_text(model, sketch(healer.fitted))
+    return report
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
 from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, Record, record, write
+from ..core.record import Dropped, KnownText, Record, add_known_text, record, write
 from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
@@ -40,7 +40,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         Sorted positions, each in 0 ... L - 1.
 
     Raises:
-        ValueError: for indices that are no integers, out of range or given twice, or if no layer would be left.
+        ValueError: for indices that are not integers, out of range or given twice, or if no layer would be left.
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
     # An array without dimensions has an __iter__ that raises.
@@ -53,7 +53,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
                 raise TypeError
             index = operator.index(layer)
         except TypeError:
-            raise ValueError(f"{argument}: {layer!r} in {layers!r} is no layer index; {valid}") from None
+            raise ValueError(f"{argument}: {layer!r} in {layers!r} is not a layer index; {valid}") from None
         if not -num_layers <= index < num_layers:
             raise ValueError(f"{argument}: layer {index} does not exist in a model of {num_layers} layers; {valid}")
         index %= num_layers
@@ -69,13 +69,12 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     """Reads a value of the `drop_layers` argument for a model with this configuration.
 
     Args:
-        value: indices, a `PruningPlan`, the path of a saved one (or of a folder that holds it), None, or an integer N:
-            the deepest N layers but the last, which Gromov et al. (arXiv 2403.17887, section 4.4) propose where
-            nothing is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
+        value: indices, a `PruningPlan`, None, or an integer N: the deepest N layers but the last, which Gromov et al.
+            (arXiv 2403.17887, section 4.4) propose where nothing is measured. A plan whose figures are with healing is
+            warned of, as dropping does not heal.
 
     Raises:
         ValueError: for a wrong value, and for a plan that was made for another model.
-        FileNotFoundError: if there is no plan at the path.
         UnsupportedArchitectureError: if the family is not in the table.
     """
     if value is None:
@@ -84,8 +83,6 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     num_layers = text_config(config).num_hidden_layers
     if getattr(value, "ndim", None) == 0:
         value = value.item()
-    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
-        value = read_plan(value)
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
         if "healed" in value.perplexity:
@@ -116,6 +113,17 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     return normalize_layers(value, num_layers)
 
 
+def _plan_at(value: Any) -> Any:
+    """The plan at a path; any other value as it is."""
+    return read_plan(value) if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") else value
+
+
+def _note_text(config: PreTrainedConfig, value: Any) -> None:
+    """Notes the text that a plan's layers were chosen on."""
+    if isinstance(value, PruningPlan) and value.layers and (text := value.known_text):
+        add_known_text(config, text)
+
+
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +146,9 @@ _WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
 def counting_layers(text: PreTrainedConfig) -> set[int]:
-    """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
+    """The layers of which one must stay: the cache of a hybrid model counts tokens in a layer without linear attention.
 
-    Empty for a model that is no hybrid.
+    Empty for a model that is not a hybrid.
     """
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     counting = {layer for layer, kind in enumerate(types) if kind not in _WITHOUT_TOKENS}
@@ -351,9 +359,9 @@ def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> N
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        found = quantization if isinstance(quantization, dict) else quantization.to_dict()
         # Names, or patterns, in which dots are escaped.
-        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(said, default=str)):
+        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(found, default=str)):
             raise ValueError(
                 f"drop_layers: the quantization_config speaks of single layers ({named[0]!r}), which would be others "
                 "afterwards; prune the checkpoint before it is quantized"
@@ -363,7 +371,9 @@ def _refuse_other_mentions(config: PreTrainedConfig) -> None:
 def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
     """Writes a value of the `drop_layers` argument into a configuration; a model built from it lacks the layers."""
     if value is not None:
+        value = _plan_at(value)
         prune_config(config, layers_to_drop(value, config))
+        _note_text(config, value)
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
@@ -395,24 +405,35 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
 
     Raises:
         ValueError: for wrong indices, all before anything is changed; for a model that carries a PEFT adapter, whose
-            weights and saved form go by layer numbers; for one that an optimizer holds; for one that is sharded or
+            weights and saved form use layer numbers; for one that an optimizer holds; for one that is sharded or
             spread over devices by hooks.
         UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
     """
     stack = text_stack(model)
-    config = stack.model.config
+    config, layers = stack.model.config, _plan_at(layers)
     dropped = layers_to_drop(layers, config)
     if not dropped:
         return model
     require_droppable(model, stack, dropped)
     _own_configs(model)
-    # Several modules may hold copies of the configuration; each is changed once.
-    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for one in {id(text_config(one)): one for one in configs}.values():
-        if text_config(one).model_type == config.model_type:
-            prune_config(one, dropped)
+    for one in _configs_of(model, config.model_type):
+        prune_config(one, dropped)
+        _note_text(one, layers)
     delete_layers(stack, dropped)
     return model
+
+
+def note_text(model: nn.Module, text: KnownText) -> None:
+    """Notes in a model's configuration the text that its layers were chosen or healed on."""
+    for config in _configs_of(model, text_stack(model).model.config.model_type):
+        add_known_text(config, text)
+
+
+def _configs_of(model: nn.Module, model_type: str) -> list[PreTrainedConfig]:
+    """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = {id(text_config(one)): one for one in configs}.values()
+    return [one for one in found if text_config(one).model_type == model_type]
 
 
 def _own_configs(model: nn.Module) -> None:
@@ -427,8 +448,8 @@ def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> Non
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which goes by the "
-                "numbers of the layers; merge it first (merge_and_unload), or drop layers before adding it"
+                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which refers to "
+                "layers by number; merge it first (merge_and_unload), or drop layers before adding it"
             )
         if "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise ValueError(
@@ -451,7 +472,7 @@ def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> Non
 
 
 def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[int] | None:
-    """Where the layers of a model lie in a checkpoint.
+    """The positions of a model's layers in a checkpoint.
 
     Args:
         config: of the model that is to be loaded.
@@ -493,7 +514,7 @@ def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
-    """As `positions_on_disk`, for tensors without a config.json beside them: told by how many layers there are.
+    """As `positions_on_disk`, for tensors without a config.json, from the number of layers.
 
     Raises:
         ValueError: if these are neither the layers of the model nor all of the original's.
@@ -522,7 +543,7 @@ def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int])
         Name in the checkpoint to name under which it is loaded; tensors of dropped layers are missing.
 
     Raises:
-        ValueError: if it cannot be told which of the names are the decoder's layers.
+        ValueError: if the decoder's layers cannot be recognized by the names.
     """
     others, layers = _layer_names(names, model)
     at = {old: new for new, old in enumerate(positions)}
@@ -551,7 +572,7 @@ def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str
     }
     if len(prefixes) != 1:
         raise ValueError(
-            f"drop_layers: the layers of {type(model).__name__} cannot be told by the names in the checkpoint "
+            f"drop_layers: the layers of {type(model).__name__} cannot be recognized by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
     layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}

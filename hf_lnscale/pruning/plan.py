@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.folders import write_atomically
+from ..core.display import brief, with_error
 from ..core.families import text_config
-from ..core.record import record
+from ..core.json_file import are_layers, is_positive, read_object
+from ..core.record import KnownText, record
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
+_KINDS: dict[str, Any] = {
+    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "errors": dict,
+    "steps": list, "heal": (dict, type(None)), "notes": dict,
+}  # fmt: skip
 # By these a plan knows its model; config.json has them, so that no weight need be read.
 _FINGERPRINT = (
     "num_hidden_layers",
@@ -46,8 +53,11 @@ class PruningPlan:
         model: fingerprint of that model: model_type, sizes, and what had been dropped from it before.
         model_name: its name on the Hub, or that of its folder, for the record.
         method: how the layers were chosen, in words and numbers.
-        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256.
+        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256;
+            the former with hashes of its passages, see `measuring.known_text`.
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
+        errors: standard errors over sequences: of `perplexity`, by the same names; and as `after_change` and
+            `healed_change` those of the relative change to `before`, in pairs of sequences. 0 for a single sequence.
         steps: the search step by step: layers dropped so far, and the figures that decided.
         heal: report of the healing that was tried, or None.
         notes: what else there is to say, such as the sizes before and after.
@@ -59,6 +69,7 @@ class PruningPlan:
     method: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     heal: dict[str, Any] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -69,13 +80,23 @@ class PruningPlan:
         before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
         return None if before is None or after is None else after / before - 1.0
 
+    @property
+    def known_text(self) -> KnownText | None:
+        """The text that the layers were chosen or healed on; None if they were given, or by an older plan.
+
+        Raises:
+            ValueError: if the plan's record of it is not valid.
+        """
+        stored = self.data.get("calibration")
+        return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
+
     def require_made_for(self, config: PreTrainedConfig) -> None:
         """Raises a ValueError that says what differs if the plan is for another model."""
         for name, here in fingerprint(config).items():
             if (there := self.model.get(name)) != here:
                 raise ValueError(
                     f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
-                    f"{name} {there!r}; this one has {here!r}"
+                    f"{name} {brief(there)}; this one has {here!r}"
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -84,10 +105,7 @@ class PruningPlan:
         if path.is_dir() or path.suffix != ".json":
             path.mkdir(parents=True, exist_ok=True)
             path = path / PLAN_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
         return path
 
     @classmethod
@@ -101,7 +119,9 @@ class PruningPlan:
         return read_plan(path)
 
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
+        figures = ", ".join(
+            f"{name} {with_error(value, self.errors.get(name))}" for name, value in self.perplexity.items()
+        )
         said = f"perplexity {figures}" if figures else ""
         return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
             f" ({said})" if said else ""
@@ -116,13 +136,22 @@ def read_plan(path: Any) -> PruningPlan:
     if not file.is_file():
         raise FileNotFoundError(f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
+        values = read_object(file, **_KINDS)
+        if values.get("format") != _FORMAT:
             raise ValueError("it was written in another format")
-        known = {one.name for one in fields(PruningPlan)}
-        values = {name: value for name, value in values.items() if name in known}
-        if not isinstance(values["model"], dict):
-            raise ValueError("its model is no fingerprint")
-        return PruningPlan(**{**values, "layers": tuple(values["layers"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if missing := {"layers", "model"} - set(values):
+            raise ValueError(f"it has no {min(missing)}")
+        if not are_layers(values["layers"]):
+            raise ValueError(f"its layers must be different integers from 0, got {brief(values['layers'])}")
+        figures = values.get("perplexity", {})
+        if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
+            raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
+        errors = values.get("errors", {})
+        if not all(error == 0 or is_positive(error) for error in errors.values()):
+            raise ValueError(f"its errors must be numbers from 0 by name, got {brief(errors)}")
+        known = {name: value for name, value in values.items() if name in _KINDS}
+        plan = PruningPlan(**{**known, "layers": tuple(values["layers"])})
+        _ = plan.known_text  # raises if it is not valid
+        return plan
+    except ValueError as error:
         raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None

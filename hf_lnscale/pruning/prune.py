@@ -22,18 +22,21 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import Markdown, markdown_code, show_bytes, terminal
+from ..core.display import Markdown, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
+from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
+from ..measuring.known_text import caution, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
-from ..measuring.text import TokenBatches, Windows, token_batches, window_length
+from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
+from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
+from .layers import counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
@@ -47,7 +50,7 @@ _HEADER = ("", "before", "after", "change")
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What `prune` returns; printed, it is a table of before and after.
+    """The result of `prune`; printed, it is a table of before and after.
 
     Attributes:
         plan: the layers that were dropped, how they were chosen, and all figures.
@@ -73,7 +76,7 @@ class Pruned:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, color_system=None)
+        console = Console(color_system=None)  # as wide as the terminal
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
@@ -108,9 +111,9 @@ def prune(
 
     A model in memory is changed in place. With `out`, the result is written as an ordinary checkpoint with tokenizer,
     plan and model card; the folder appears under its name when it is complete. A search that is interrupted leaves
-    `.NAME.search.json` beside it, and the next one goes on from there, also with another number of layers.
+    `.NAME.search.json` next to it, from which the next one continues, also for another number of layers.
 
-    Exactly one of the first five arguments says how far to go:
+    Exactly one of the first five arguments sets the target:
 
     Args:
         model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
@@ -127,11 +130,11 @@ def prune(
         heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
             if it lowers the perplexity on held-out data.
         held_out: data as above, to judge by; None holds out the last quarter of `data`.
-        tokenizer: turns text into ids, and is written beside the model; None loads it by the model's name.
+        tokenizer: turns text into ids, and is written with the model; None loads it by the model's name.
         windows: see `token_batches`; without `held_out`, `windows.num_tokens` counts both parts.
         placement: device and type of the weights, also of those written; for a model that is loaded here.
-        resume: file in which the search notes each step, so that an interrupted one goes on from there; None is the
-            hidden file beside `out`.
+        resume: file in which the search notes each step, from which an interrupted one continues; None is the hidden
+            file next to `out`.
         out: folder to write.
         force: replace a checkpoint that is at `out`.
         prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
@@ -169,7 +172,7 @@ def prune(
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
         if tokenizer is None:
             tokenizer = load_tokenizer(checkpoint)
-        calibration, judged = _split(data, held_out, tokenizer, windows)
+        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, config)
         model = placement.load(checkpoint)
     else:
         stack = text_stack(model)
@@ -178,10 +181,10 @@ def prune(
                 raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
             tokenizer = load_tokenizer(stack.model.config.name_or_path)
         _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
-        calibration, judged = _split(data, held_out, tokenizer, windows, stack.model)
+        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, stack.model.config, stack.model)
     require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
 
-    search = (model, goal, method, heal, calibration, judged, cache_tokens, cache_batch)
+    search = (model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch)
     try:
         plan, report = _choose_and_heal(*search, resume or record, progress)
     except OtherSearchError:
@@ -204,6 +207,8 @@ def prune(
         raise
     if report is not None:
         report.forget()
+    if plan.known_text:
+        note_text(model, plan.known_text)
     if target is None:
         return Pruned(plan, model, _rows(plan))
 
@@ -249,7 +254,7 @@ def plan_pruning(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PruningPlan:
-    """Finds layers to drop from a model and leaves the model as it is; `prune` drops them, too.
+    """Chooses layers to drop from a model without changing the model; `prune` also drops them.
 
     A budget gives the largest number of layers that stays inside it. One layer more can cost less if each number has
     its own set of layers, so all methods but the stepwise ones ("greedy", "greedy_healed") try two larger numbers after
@@ -295,9 +300,10 @@ def plan_pruning(
     if method == "greedy_healed":
         heal = heal or "refit"
     _require_methods(method, heal)
-    calibration, judged = _split(data, held_out, tokenizer, windows, text_stack(model).model)
+    inner = text_stack(model).model
+    calibration, judged, cautions = _split(data, held_out, tokenizer, windows, inner.config, inner)
     plan, report = _choose_and_heal(
-        model, goal, method, heal, calibration, judged, cache_tokens, cache_batch, resume, progress
+        model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch, resume, progress
     )
     if report is not None:
         report.undo()
@@ -312,6 +318,7 @@ def _choose_and_heal(
     heal: str | None,
     calibration: TokenBatches,
     judged: TokenBatches,
+    cautions: list[str],
     cache_tokens: int,
     cache_batch: int,
     resume: str | os.PathLike[str] | None,
@@ -333,7 +340,8 @@ def _choose_and_heal(
     cost = estimate_cost(model, target, method, heal, calibration, judged)
     each = " for each number of layers that is tried" if target.budget is not None else ""
     logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
-    return search_layers(model, target, method, heal, calibration, judged, resume, progress)
+    plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress)
+    return replace(plan, notes={**plan.notes, "cautions": cautions}), report
 
 
 # --- checks before anything expensive ---------------------------------------------------------------------------------
@@ -359,26 +367,44 @@ def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any]) -> None:
 
 
 def _paths(data: Any) -> list[Any]:
-    """What may be a path in a `data` argument: itself, or each source of several."""
+    """The possible paths in a `data` argument: itself, or each of several sources."""
     if not isinstance(data, dict):
         return [data]
     return [one[0] if isinstance(one, tuple) else one for one in data.values()]
 
 
 def _split(
-    data: Any, held_out: Any, tokenizer: Any, windows: Windows, model: Any = None
-) -> tuple[TokenBatches, TokenBatches]:
-    calibration = token_batches(data, model, tokenizer=tokenizer, windows=windows)
+    data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
+) -> tuple[TokenBatches, TokenBatches, list[str]]:
+    """Text to choose by, text to judge by, and cautions about them, which are also shown as warnings."""
+    whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
-        return calibration.split(0.25)
-    return calibration, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        calibration, judged = whole.split(0.25)
+    else:
+        calibration, judged = whole, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+    cautions = []
+    for given, batches in (("data", whole), *(() if held_out is None else (("held_out", judged),))):
+        if batches.source != TOKEN_IDS and batches is not given:
+            longest = max(batch.input_ids.shape[1] for batch in batches)
+            ends = ends_early(batches.num_tokens, windows.num_tokens, longest * len(batches.weights))
+            cautions += [f"{given}: {ends}"] if ends else []
+    for part, batches in (("calibration", calibration), ("held-out", judged)):
+        few = too_little(batches.num_tokens, batches.num_sequences)
+        cautions += [f"{part} data: {few}"] if few else []
+    if known := caution(config, sequences_of(judged)):
+        cautions.append(f"held-out data: {known}")
+    if held_out is not None and (share := share_known(sketch(calibration), sequences_of(judged))):
+        cautions.append(f"held-out data: about {100 * share:.2g} % of it is calibration data, too: choose other text.")
+    for one in cautions:
+        warn(one)
+    return calibration, judged, cautions
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement: Placement) -> Any:
-    """The written model, which must have the perplexity that the plan says."""
+    """The written model, which must have the perplexity in the plan."""
     written = placement.load(folder)
     found = perplexity_of(loss_without(written, judged))
     said = plan.perplexity.get("healed", plan.perplexity["after"])
@@ -393,25 +419,33 @@ def _rows(
     plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
 ) -> list[tuple[str, str, str, str]]:
     total = plan.model["num_hidden_layers"]
-    before, decimals = plan.perplexity["before"], "{:.2f}".format
     parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
     figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("layers", [total, total - len(plan.layers)], str),
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
-        ("perplexity, held out", [before, plan.perplexity["after"]], decimals),
     ]
-    if "healed" in plan.perplexity:
-        figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))
     if costs:
         figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
-    return [
+    rows = [
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
         for name, (old, new), show in figures
     ]
+    judged = (("held out", "after"), ("healed", "healed"))
+    rows[3:3] = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    return rows
+
+
+def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
+    found, errors = plan.perplexity, plan.errors
+    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
+    change = f"{found[which] / found['before'] - 1:+.1%}"
+    if error := errors.get(f"{which}_change"):
+        change += f" ± {error:.1%}"
+    return f"perplexity, {name}", before, after, change
 
 
 def _card(
@@ -437,11 +471,16 @@ def _card(
         Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
     ]
     note = (
-        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}. Pruning keeps classification "
-        "better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
+        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning keeps "
+        "classification better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
     )
-    if "cost" in plan.notes:
-        note += " Speed and memory: batch size 1, on the machine that made this."
+    if costs := plan.notes.get("cost"):
+        timing = costs["after"]["decode_tokens_per_second"]
+        note += (
+            f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
+            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
+        )
     name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
     return model_card(
         f"{name}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",
