@@ -87,12 +87,14 @@ def test_what_no_value_can_say_is_refused(own_table, rule, value, message):
 
 
 def test_per_layer_config_is_followed(tmp_path):
-    config = kinds.config("gemma4_text", per_layer_config={"2": {"head_dim": 16}, "3": {"head_dim": 24}})
-    config.drop_layers = [1]
-    assert [one.head_dim for one in config.per_layer_config] == [8, 16, 24]
+    kinds_of_layers = ["sliding_attention", "full_attention"] * 2
+    overrides = {"1": {"head_dim": 16}, "3": {"head_dim": 16}}
+    config = kinds.config("gemma4_text", layer_types=kinds_of_layers, per_layer_config=overrides)
+    config.drop_layers = [0]
+    assert [one.head_dim for one in config.per_layer_config] == [16, 8, 16]
     config.save_pretrained(tmp_path)
     again = tf.AutoConfig.from_pretrained(tmp_path)
-    assert [one.head_dim for one in again.per_layer_config] == [8, 16, 24]
+    assert [one.head_dim for one in again.per_layer_config] == [16, 8, 16]
 
 
 def test_propose_family_gives_the_row_or_the_reason():
