@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .pruning.heal import heal
     from .pruning.layers import drop_layers
     from .pruning.plan import PruningPlan
+    from .pruning.probe import Proposal, propose_family
     from .pruning.prune import Pruned, plan_pruning, prune
     from .pruning.scores import LayerScores, score_layers
     from .pruning.speculative import draft_model
@@ -55,6 +56,7 @@ _DEFINED_IN = {
     "pruning.heal": ("heal",),
     "pruning.layers": ("drop_layers",),
     "pruning.plan": ("PruningPlan",),
+    "pruning.probe": ("Proposal", "propose_family"),
     "pruning.prune": ("Pruned", "plan_pruning", "prune"),
     "pruning.scores": ("LayerScores", "score_layers"),
     "pruning.speculative": ("draft_model",),
@@ -67,6 +69,7 @@ __all__ = [
     "LNScalingConfig",
     "LayerScores",
     "Placement",
+    "Proposal",
     "Pruned",
     "PruningPlan",
     "UnsupportedArchitectureError",
@@ -86,6 +89,7 @@ __all__ = [
     "is_enabled",
     "ln_scales",
     "plan_pruning",
+    "propose_family",
     "prune",
     "register_family",
     "remove_ln_scaling",

@@ -183,13 +183,13 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
-    found = record(stack.model.config)
+    norms, found = stack.norms, record(stack.model.config)
     if found.active is None:
         folded = found.folded and found.folded.to_dict()
         raise ValueError(f"the scale is folded already: {folded}" if folded else "the model has no active ln_scaling")
     _require_weights(stack)
     with torch.no_grad():
-        for _, norm in stack.norms:
+        for _, norm in norms:
             for name, parameter in norm.named_parameters(recurse=False):
                 one_plus = stack.family.one_plus_weight and name == "weight"
                 parameter.copy_(scale_parameter(parameter, float(norm.ln_scale), one_plus))  # type: ignore[arg-type]

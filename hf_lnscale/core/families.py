@@ -14,8 +14,46 @@ from transformers import PreTrainedConfig
 
 from .errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 
-# The configuration fields over depth that it is known how to follow (depth/layers.py does).
-DEPTH_FIELDS = ("layer_types", "no_rope_layers", "max_window_layers", "first_k_dense_replace", "mlp_only_layers")
+# How a configuration field over depth follows when layers are dropped (pruning/layers.py does it).
+RULES = {
+    "each": "a list with one entry a layer",
+    "cycle": "a list that repeats over the layers",
+    "first": "a number of layers, counted from the bottom",
+    "last": "the index of the last layer of a kind",
+    "indices": "a list of the indices of the layers of a kind",
+    "period": "every n-th layer is of a kind, counted from its `..._offset`, or so that layer n - 1 is the first",
+    "count": "the number of all layers",
+    "shared": "a list with one entry a layer, of which a shared one takes from the last one before it that is not",
+    "unset": "layers depend on each other or on their own number: no layer is dropped while it is set",
+    "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
+}
+# The rule of each field that families of transformers have.
+DEPTH_FIELDS = {
+    "layer_types": "each",
+    "activation_sparsity_pattern": "each",
+    "attention_layers": "each",
+    "layer_rope_theta": "each",
+    "layers_block_type": "each",
+    "mlp_layer_types": "each",
+    "no_rope_layers": "each",
+    "num_attention_heads_per_layer": "each",
+    "block_types": "cycle",
+    "first_k_dense_replace": "first",
+    "max_window_layers": "first",
+    "moe_layer_start_index": "first",
+    "num_dense_layers": "first",
+    "moe_layer_end_index": "last",
+    "attn_layer_indices": "indices",
+    "moe_layers": "indices",
+    "attn_layer_period": "period",
+    "expert_layer_period": "period",
+    "moe_layer_interval": "period",
+    "mlp_only_layers": "dense",
+    "num_blocks": "count",
+    "indexer_types": "shared",
+    "num_kv_shared_layers": "unset",
+    "scale_attn_by_inverse_layer_idx": "unset",
+}
 
 
 @dataclass(frozen=True)
@@ -27,14 +65,21 @@ class Family:
         attention_norm: the norm in front of attention (or of a linear-attention mixer), from a layer.
         mlp_norm: the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
-        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`; None if not known.
+        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`: names of
+            `DEPTH_FIELDS`, or names with their rule; None if not known.
+        requires: configuration fields with the value without which the family has no two pre-norms a layer.
+        no_scaling: why the family cannot be scaled, though its layers can be dropped.
+        no_dropping: why its layers cannot be dropped, though it can be scaled.
     """
 
     layers: str = "layers"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     one_plus_weight: bool = False
-    depth_fields: tuple[str, ...] | None = None
+    depth_fields: tuple[str, ...] | dict[str, str] | None = None
+    requires: tuple[tuple[str, Any], ...] = ()
+    no_scaling: str = ""
+    no_dropping: str = ""
 
     @property
     def pre_norms(self) -> tuple[str, str]:
@@ -46,59 +91,198 @@ class Family:
         match = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$", name)
         return int(match[1]) if match else None
 
+    @property
+    def rules(self) -> dict[str, str] | None:
+        """The rule of each configuration field over depth."""
+        fields = self.depth_fields
+        return fields if fields is None or isinstance(fields, dict) else {name: DEPTH_FIELDS[name] for name in fields}
 
-# Its `post_attention_layernorm` is a norm on the OUTPUT of attention.
-_SANDWICH = Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",))
-_WINDOWS = ("layer_types", "max_window_layers")
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(depth_fields=()),
-    "mistral": Family(depth_fields=()),
-    "mixtral": Family(depth_fields=()),
-    "ministral": Family(depth_fields=("layer_types",)),
-    "qwen2": Family(depth_fields=_WINDOWS),
-    "qwen3": Family(depth_fields=_WINDOWS),
-    "qwen2_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
-    "qwen3_moe": Family(depth_fields=(*_WINDOWS, "mlp_only_layers")),
-    "qwen3_next": Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")),
-    "qwen3_5_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
-    "qwen3_5_moe_text": Family(one_plus_weight=True, depth_fields=("layer_types",)),
-    "deepseek_v2": Family(depth_fields=("first_k_dense_replace",)),
-    "deepseek_v3": Family(depth_fields=("first_k_dense_replace",)),
-    "phi3": Family(depth_fields=()),
-    "smollm3": Family(depth_fields=("layer_types", "no_rope_layers")),
-    "granite": Family(depth_fields=()),
-    "gemma": Family(one_plus_weight=True, depth_fields=()),
-    "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "qwen2_vl_text": Family(depth_fields=_WINDOWS),
-    "qwen2_5_vl_text": Family(depth_fields=_WINDOWS),
-    "qwen3_vl_text": Family(depth_fields=()),
-    "qwen3_vl_moe_text": Family(depth_fields=("mlp_only_layers",)),
-}
+POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
+POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
+PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
+NO_WEIGHT = "its norms have no weight that could carry the scale"
+ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNorm Scaling was not studied on"
+HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections and their like)"
+NO_STACK = "it has no one list of layers that each take the output of the one before"
+MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
+MORE_READERS = "other parts of a layer than attention and MLP behind their pre-norms read the residual stream"
+MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
+ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
+UNEQUAL = "its layers do not all have the same pre-norms"
+NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
+NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
+SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
+UNTRIED = "no tiny model of it could be built to find out"
 
-_POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm whose output could be scaled"
-_POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
-_PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
-_NO_WEIGHT = "its norms have no weight that could carry the scale"
+# Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
+# Llama and a norm on the output of attention in Gemma 2.
+_ROWS: tuple[tuple[Family, str], ...] = (
+    (
+        Family(depth_fields=()),
+        "arcee aria_text bitnet emu3_text_model ernie4_5 glm glm4 gpt_neox_japanese granite granitemoe "
+        "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 "
+        "jetmoe llama minimax_m2 ministral3 mistral mixtral olmoe persimmon phi3 phi4_multimodal phimoe "
+        "qwen3_vl_text seed_oss solar_open starcoder2 youtu",
+    ),
+    (Family(depth_fields=("layer_types",)), "cwm gpt_oss granitemoehybrid kolibri1 ministral"),
+    (Family(depth_fields=("layer_types", "mlp_layer_types")), "inkling_text kimi_linear mellum mimo_v2_flash"),
+    (Family(depth_fields=("layer_types", "max_window_layers")), "qwen2 qwen2_5_vl_text qwen2_vl_text qwen3"),
+    (Family(depth_fields=("mlp_layer_types",)), "axk1 glm4_moe_lite hy_v3"),
+    (
+        Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace")),
+        "bailing_hybrid deepseek_v32 exaone_moe",
+    ),
+    (Family(depth_fields=("first_k_dense_replace",)), "deepseek_v2 deepseek_v3 glm4_moe"),
+    (
+        Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",)),
+        "gemma2 gemma3_text vaultgemma",
+    ),
+    (Family(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", depth_fields=()), "biogpt xglm"),
+    (Family(one_plus_weight=True, depth_fields=()), "gemma nemotron"),
+    (Family(depth_fields=("layer_types", "layer_rope_theta")), "granite_swa granitemoe_swa"),
+    (Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types",)), "lfm2 lfm3"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types",)), "qwen3_5_moe_text qwen3_5_text"),
+    (Family(depth_fields=("mlp_only_layers",)), "qwen3_moe qwen3_vl_moe_text"),
+    (Family(mlp_norm="pre_mlp_layernorm", depth_fields=("layer_types", "num_dense_layers")), "afmoe"),
+    (Family(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", depth_fields=()), "apertus"),
+    (Family(mlp_norm="pre_ff_layernorm", no_dropping=NO_CHECK), "bamba"),
+    (Family(layers="h", requires=(("apply_residual_connection_post_layernorm", False),), depth_fields=()), "bloom"),
+    (
+        Family(
+            layers="encoder.layers",
+            attention_norm="self_att.layernorm_before_attention",
+            mlp_norm="ffn.layernorm_before_ffn",
+            no_dropping=NO_CHECK,
+        ),
+        "cpmant",
+    ),
+    (Family(layers="h", attention_norm="layernorm1", mlp_norm="layernorm2", depth_fields=()), "ctrl"),
+    (
+        Family(
+            layers="blocks", attention_norm="norm_attn_norm.norm_1", mlp_norm="norm_attn_norm.norm_2", depth_fields=()
+        ),
+        "dbrx",
+    ),
+    (Family(no_dropping="its attention computes with the number of its layer"), "diffllama"),
+    (Family(depth_fields=("layer_types", "first_k_dense_replace", "max_window_layers")), "dots1"),
+    (Family(depth_fields=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")), "ernie4_5_moe"),
+    (Family(mlp_norm="pre_ff_layernorm", depth_fields=()), "falcon_h1"),
+    (Family(depth_fields=("layer_types", "mlp_only_layers")), "flint"),
+    (
+        Family(
+            mlp_norm="pre_feedforward_layernorm",
+            requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
+            depth_fields=("layer_types", "num_kv_shared_layers"),
+        ),
+        "gemma4_text",
+    ),
+    (
+        Family(mlp_norm="pre_feedforward_layernorm", depth_fields=("layer_types", "num_kv_shared_layers")),
+        "gemma4_unified_text",
+    ),
+    (Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace", "indexer_types")), "glm_moe_dsa"),
+    (
+        Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("scale_attn_by_inverse_layer_idx",)),
+        "gpt2",
+    ),
+    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=()), "gpt_bigcode"),
+    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("attention_layers",)), "gpt_neo"),
+    (Family(mlp_norm="pre_ff_layernorm", depth_fields=("attn_layer_period", "expert_layer_period")), "jamba"),
+    (Family(depth_fields=("layer_types", "mlp_layer_types", "num_attention_heads_per_layer")), "laguna"),
+    (
+        Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types", "num_dense_layers")),
+        "lfm2_moe",
+    ),
+    (Family(depth_fields=("layer_types", "no_rope_layers", "moe_layers")), "llama4_text"),
+    (Family(layers="encoder.layer", attention_norm="attention.ln", mlp_norm="ln", depth_fields=()), "megatron-bert"),
+    (Family(no_dropping="its residual branches are scaled by the number of layers"), "minicpm3"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_layer_types")), "minimax_m3_vl_text"),
+    (Family(no_dropping=NO_CHECK), "moshi"),
+    (Family(layers="blocks", attention_norm="norm_1", mlp_norm="norm_2", depth_fields=()), "mpt"),
+    (
+        Family(
+            attention_norm="self_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            requires=(("do_layer_norm_before", True),),
+            depth_fields=(),
+        ),
+        "opt",
+    ),
+    (Family(depth_fields=("layer_types", "max_window_layers", "mlp_only_layers")), "qwen2_moe"),
+    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")), "qwen3_next"),
+    (
+        Family(
+            attention_norm="temporal_pre_norm",
+            mlp_norm="channel_pre_norm",
+            one_plus_weight=True,
+            depth_fields=("block_types",),
+        ),
+        "recurrent_gemma",
+    ),
+    (
+        Family(
+            layers="encoder.layer",
+            attention_norm="attention.LayerNorm",
+            mlp_norm="intermediate.LayerNorm",
+            depth_fields=(),
+        ),
+        "roberta-prelayernorm",
+    ),
+    (Family(depth_fields=("layer_types", "no_rope_layers")), "smollm3"),
+    (Family(requires=(("use_parallel_residual", False),), depth_fields=()), "stablelm"),
+    (
+        Family(
+            layers="encoder.layer",
+            attention_norm="attention.self_attn_layer_norm",
+            mlp_norm="LayerNorm",
+            depth_fields=(),
+        ),
+        "xlm-roberta-xl",
+    ),
+    (Family(layers="blocks", attention_norm="norm_mlstm", mlp_norm="norm_ffn", no_dropping=NO_CHECK), "xlstm"),
+    (
+        Family(layers="encoder.layer", no_scaling=POST_LN, depth_fields=()),
+        "bert bert-generation big_bird camembert data2vec-text electra ernie git rembert roberta roc_bert "
+        "roformer xlm-roberta xmod",
+    ),
+    (Family(layers="h", no_scaling=PARALLEL, depth_fields=()), "codegen falcon gptj"),
+    (Family(no_scaling=PARALLEL, depth_fields=()), "cohere gpt_neox phi"),
+    (Family(no_scaling=ONE_SUBLAYER, depth_fields=()), "falcon_mamba mamba mamba2"),
+    (Family(no_scaling=PARALLEL, depth_fields=("layer_types",)), "cohere2 cohere_compass_text"),
+    (Family(no_scaling=POST_NORM, depth_fields=("layer_types",)), "exaone4 olmo3"),
+    (Family(no_scaling=POST_NORM, depth_fields=()), "flex_olmo olmo2"),
+    (Family(no_scaling=UNEQUAL, depth_fields=("layer_types",)), "modernbert-decoder olmo_hybrid"),
+    (Family(no_scaling=NO_WEIGHT, depth_fields=()), "nanochat olmo"),
+    (Family(no_scaling=NOT_LINEAR, depth_fields=("layer_types", "mlp_layer_types")), "axk2"),
+    (Family(no_scaling=PARALLEL, depth_fields=("layer_types", "mlp_layer_types")), "cohere2_moe"),
+    (Family(no_scaling=MULTIPLIED, depth_fields=()), "doge"),
+    (Family(no_scaling=ONE_SUBLAYER, depth_fields=("layers_block_type",)), "nemotron_h"),
+    (Family(layers="h", no_scaling=POST_LN, depth_fields=()), "openai-gpt"),
+    (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
+)
+FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
 
-# Families for which it is known why they are not in the table.
+# Families that can be neither scaled nor cut, by the reason.
 KNOWN_UNSUPPORTED: dict[str, str] = {
-    "olmo": _NO_WEIGHT,
-    "olmo2": _POST_NORM,
-    "olmo3": _POST_NORM,
-    "flex_olmo": _POST_NORM,
-    "exaone4": _POST_NORM,
-    "bert": _POST_LN,
-    "roberta": _POST_LN,
-    "xlm-roberta": _POST_LN,
-    "distilbert": _POST_LN,
-    "cohere": _PARALLEL,
-    "cohere2": _PARALLEL,
-    "phi": _PARALLEL,
-    "falcon": _PARALLEL,
-    "gptj": _PARALLEL,
-    "gpt_neox": _PARALLEL,
+    name: reason
+    for reason, names in (
+        (
+            ENCODER_DECODER,
+            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus "
+            "plbart prophetnet whisper",
+        ),
+        (MULTIPLIED, "beam zaya"),
+        (HYPER, "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text"),
+        (NO_STACK, "blt hrm_text mllama_text_model reformer xlm"),
+        (POST_LN, "distilbert minimax xlnet"),
+        (MORE_NORMS, "longcat_flash"),
+        (MORE_READERS, "inkling2_text"),
+        (UNEQUAL, "rwkv"),
+        (UNTRIED, "dots3_note_text"),
+        (SHARED, "zamba zamba2"),
+    )
+    for name in names.split()
 }
 
 
@@ -109,7 +293,7 @@ def register_family(
     attention_norm: str = "input_layernorm",
     mlp_norm: str = "post_attention_layernorm",
     one_plus_weight: bool = False,
-    depth_fields: tuple[str, ...] | None = None,
+    depth_fields: tuple[str, ...] | dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> Family:
     """Adds a family of decoders to the table, for this process.
@@ -124,9 +308,10 @@ def register_family(
         attention_norm: path of the norm in front of attention, from a layer.
         mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
-        depth_fields: configuration fields that run over depth besides `num_hidden_layers`, of those that are known to
-            `hf_lnscale.core.families.DEPTH_FIELDS`; `()` if there are none. With None, no layers can be dropped. Where
-            a configuration has `layer_types`, these are followed in any case.
+        depth_fields: configuration fields that run over depth besides `num_hidden_layers`: of those that are known to
+            `hf_lnscale.core.families.DEPTH_FIELDS`, or any with one of the `RULES` there, such as
+            `{"layer_sizes": "each"}`; `()` if there are none. With None, no layers can be dropped. Where a
+            configuration has `layer_types` or `per_layer_config`, these are followed in any case.
         overwrite: replace a row that exists.
 
     Returns:
@@ -140,24 +325,32 @@ def register_family(
         >>> hf_lnscale.register_family("starcoder2")
         >>> model = AutoModelForCausalLM.from_config(Starcoder2Config(ln_scaling=True))
     """
-    paths = {"layers": layers, "attention_norm": attention_norm, "mlp_norm": mlp_norm}
+    paths: dict[str, Any] = {"layers": layers, "attention_norm": attention_norm, "mlp_norm": mlp_norm}
     for argument, value in {"model_type": model_type, **paths}.items():
         if not isinstance(value, str) or not value:
             raise ValueError(f"register_family: {argument} must be a non-empty string, got {value!r}")
     if attention_norm == mlp_norm:
         raise ValueError(
             f"register_family: attention_norm and mlp_norm are both {mlp_norm!r}; a norm that feeds both is scaled "
-            f"once in the paper's sense and is not supported, since {_PARALLEL}"
+            f"once in the paper's sense and is not supported, since {PARALLEL}"
         )
     if not isinstance(one_plus_weight, bool):
         raise ValueError(f"register_family: one_plus_weight must be True or False, got {one_plus_weight!r}")
     if model_type in FAMILIES and not overwrite:
         raise ValueError(f"register_family: model_type {model_type!r} is in the table already; give overwrite=True")
     if depth_fields is not None:
+        known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
-            if name not in DEPTH_FIELDS:
-                raise ValueError(f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}")
-        depth_fields = tuple(depth_fields)
+            if name not in known:
+                raise ValueError(
+                    f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}; give "
+                    f"{{{name!r}: rule}}, with one of the rules {', '.join(RULES)}"
+                )
+            if known[name] not in RULES:
+                raise ValueError(
+                    f"register_family: depth_fields: {name}: {known[name]!r} is no rule; valid are {', '.join(RULES)}"
+                )
+        depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)
     return FAMILIES[model_type]
 
@@ -178,16 +371,29 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     Raises:
         UnsupportedArchitectureError: if there is none; the message says why, where it is known, and how to add one.
     """
-    model_type = text_config(config).model_type
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    reason = KNOWN_UNSUPPORTED.get(model_type)
+    text = text_config(config)
+    model_type = text.model_type
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        reason = family.no_dropping if argument == "drop_layers" else family.no_scaling or _unmet(family, text)
+        if not reason:
+            return family
+    else:
+        reason = KNOWN_UNSUPPORTED.get(model_type, "")
     why = f": {reason}" if reason else ", as its pre-norms are not known"
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
         "If the family does have a norm in front of attention and one in front of the MLP, add it with "
-        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...)."
+        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as "
+        "hf_lnscale.propose_family(model) says."
     )
+
+
+def _unmet(family: Family, text: PreTrainedConfig) -> str:
+    for name, value in family.requires:
+        if getattr(text, name, value) != value:
+            return f"its norms are pre-norms with {name}={value!r} only, not with {getattr(text, name)!r}"
+    return ""
 
 
 def submodule(module: nn.Module, path: str) -> Any:

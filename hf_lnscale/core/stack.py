@@ -26,8 +26,10 @@ class Stack:
         """Every pre-norm with the position of its layer.
 
         Raises:
-            UnsupportedArchitectureError: if a layer lacks one, or one has no weight or is wrapped by an adapter.
+            UnsupportedArchitectureError: if the family has none, a layer lacks one, or one has no weight or is wrapped
+                by an adapter.
         """
+        family_of(self.model.config)
         found = []
         for position, layer in enumerate(self.layers):
             for path in self.family.pre_norms:

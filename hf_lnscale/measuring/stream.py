@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.families import submodule
+from ..core.families import family_of, submodule
 from ..core.stack import Stack
 from .text import Batch
 
@@ -46,6 +46,8 @@ def capture_residual_stream(
     def reader(function: Callable[[int, torch.Tensor], None], place: int) -> Callable[..., None]:
         return lambda module, args, kwargs: function(place, hidden_states(args, kwargs))
 
+    if middle is not None:
+        family_of(stack.model.config, "measuring between attention and MLP")
     with ExitStack() as hooks:
         for place, layer in enumerate(stack.layers):
             hooks.enter_context(layer.register_forward_pre_hook(reader(visit, place), with_kwargs=True))

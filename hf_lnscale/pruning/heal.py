@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
-from ..core.families import UnsupportedArchitectureError, submodule
+from ..core.families import UnsupportedArchitectureError, family_of, submodule
 from ..core.record import KnownText, known_text, remember_source, write_known_text
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
@@ -519,6 +519,7 @@ def _output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
 
 def _require_changeable(model: nn.Module, stack: Stack, layer: int) -> None:
     model_type = stack.model.config.model_type
+    family_of(stack.model.config, "healing")
     weights = _output_weights(stack, layer)
     if not weights or submodule(stack.layers[layer], _MLP) is None:
         raise UnsupportedArchitectureError(

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
-from ..core.families import UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, KnownText, add_known_text, record, write
-from ..core.stack import Stack, text_stack
+from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
+from ..core.record import Dropped, KnownText, Record, add_known_text, record, write
+from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
 
@@ -141,30 +141,8 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
     return list(range(num_layers)), num_layers
 
 
-def _each(values: list[Any], kept: list[int]) -> list[Any]:
-    return [values[layer] for layer in kept]
-
-
-def _first(count: int, kept: list[int]) -> int:
-    """A number of layers at the bottom: those of them that are kept."""
-    return sum(layer < count for layer in kept)
-
-
-def _mixture_of_experts(text: PreTrainedConfig, kept: list[int]) -> None:
-    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
-    step = text.decoder_sparse_step
-    dense = [layer for layer in kept if layer in text.mlp_only_layers or (layer + 1) % step]
-    text.mlp_only_layers = [position for position, layer in enumerate(kept) if layer in dense]
-    text.decoder_sparse_step = 1
-
-
-def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
-    value = getattr(text, name, None)
-    if isinstance(value, (list, tuple)) and len(value) != text.num_hidden_layers and name != "mlp_only_layers":
-        raise ValueError(
-            f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; which are "
-            "whose cannot be known"
-        )
+# Kinds of layers whose cache does not grow with the tokens.
+_WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
 def counting_layers(text: PreTrainedConfig) -> set[int]:
@@ -172,35 +150,163 @@ def counting_layers(text: PreTrainedConfig) -> set[int]:
 
     Empty for a model that is not a hybrid.
     """
-    types = getattr(text, "layer_types", None) or []
-    counting = {layer for layer, kind in enumerate(types) if kind != "linear_attention"}
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    counting = {layer for layer, kind in enumerate(types) if kind not in _WITHOUT_TOKENS}
     return counting if len(counting) < len(types) else set()
 
 
-def _field(name: str, rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, list[int]], None]:
-    def follow(text: PreTrainedConfig, kept: list[int]) -> None:
-        if (value := getattr(text, name, None)) is not None:
-            setattr(text, name, rule(value, kept))
+def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    """Finds a period, with its offset if it has one, that meets the same layers after renumbering."""
+    shift = name.replace("period", "offset")
+    movable = shift != name and hasattr(text, shift)
+    period, offset = getattr(text, name), getattr(text, shift) if movable else -1
+    wanted = [(layer - offset) % period == 0 for layer in kept]
+    for new in range(1, len(kept) + 2):
+        for start in range(new) if movable else (-1,):
+            if [(position - start) % new == 0 for position in range(len(kept))] == wanted:
+                setattr(text, name, new)
+                if movable:
+                    setattr(text, shift, start)
+                return
+    raise ValueError(
+        f"drop_layers: the config says that layers are of a kind by {name}={period}, and no period says it of layers "
+        f"{kept}; drop others, so that what is left is regular"
+    )
 
-    return follow
+
+def _dense(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
+    step = text.decoder_sparse_step
+    dense = [layer for layer in kept if layer in getattr(text, name) or (layer + 1) % step]
+    setattr(text, name, [kept.index(layer) for layer in dense])
+    text.decoder_sparse_step = 1
 
 
-# How each configuration field that runs over depth follows; families.py says which a family has.
-_FOLLOW: dict[str, Callable[[PreTrainedConfig, list[int]], None]] = {
-    "layer_types": _field("layer_types", _each),
-    "no_rope_layers": _field("no_rope_layers", _each),
-    "max_window_layers": _field("max_window_layers", _first),
-    "first_k_dense_replace": _field("first_k_dense_replace", _first),
-    "mlp_only_layers": _mixture_of_experts,
+def _shared(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    kinds = getattr(text, name)
+    for layer in kept:
+        source = max((i for i in range(layer + 1) if kinds[i] != "shared"), default=layer)
+        if source not in kept:
+            raise ValueError(f"drop_layers: layer {layer} takes its {name} from layer {source}; drop both or neither")
+    setattr(text, name, [kinds[layer] for layer in kept])
+
+
+def _unset(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
+    if value := getattr(text, name):
+        raise ValueError(
+            f"drop_layers: with the config's {name}={value!r} layers depend on each other or on their own number, so "
+            "that the others would no longer compute what they did"
+        )
+
+
+def _value(rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, str, list[int]], None]:
+    return lambda text, name, kept: setattr(text, name, rule(getattr(text, name), kept))
+
+
+# What follows a rule of `families.RULES`: changes the field of a configuration in place, from the layers that are kept.
+_FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
+    "each": _value(lambda values, kept: [values[layer] for layer in kept]),
+    "cycle": _value(lambda values, kept: [values[layer % len(values)] for layer in kept]),
+    "first": _value(lambda count, kept: sum(layer < count for layer in kept)),
+    "last": _value(lambda last, kept: sum(layer <= last for layer in kept) - 1),
+    "indices": _value(lambda indices, kept: [new for new, layer in enumerate(kept) if layer in indices]),
+    "count": _value(lambda count, kept: len(kept)),
+    "shared": _shared,
+    "unset": _unset,
+    "period": _period,
+    "dense": _dense,
 }
 
 
-def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
+def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
+    """The rule of each field over depth that a configuration holds.
+
+    Raises:
+        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
+        ValueError: for a list of which it cannot be known which entries are whose.
+    """
+    text = text_config(config)
+    if family.rules is None:
+        raise UnsupportedArchitectureError(
+            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
+            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
+        )
+    # Every configuration may have layer_types, whether or not its family comes with it.
+    said = text.to_dict()
+    rules = {"layer_types": "each"} | family.rules
+    rules = {name: rule for name, rule in rules.items() if said.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, (list, tuple)) or name.endswith(_NOT_OVER_DEPTH):
+            continue
+        if name in rules:
+            if rules[name] in ("each", "shared") and len(value) != text.num_hidden_layers:
+                raise ValueError(
+                    f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; "
+                    "which are whose cannot be known"
+                )
+        elif len(value) == text.num_hidden_layers:
+            if "layer" not in name:
+                raise ValueError(
+                    f"drop_layers: the config's {name} has one entry for each of the {len(value)} layers; whether it "
+                    "runs over depth is not known. Say so with hf_lnscale.register_family(..., depth_fields={"
+                    f'"{name}": "each", ...}})'
+                )
+            rules[name] = "each"
+    return rules
+
+
+# Lists that may happen to be as long as there are layers.
+_NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
+
+
+def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
+    """Refuses a configuration whose model would have other tensors than the layers that are left.
+
+    Raises:
+        ValueError: if a name or a shape differs.
+    """
+    model_class = MODEL_MAPPING.get(type(before), None)
+    if not isinstance(model_class, type):
+        return  # code from outside transformers
+    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
+    wanted = {}
+    for name, shape in _shapes(model_class, before).items():
+        if match := pattern.match(name):
+            if int(match[2]) not in kept:
+                continue
+            name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
+        wanted[name] = shape
+    try:
+        built = _shapes(model_class, after)
+    except Exception as error:
+        raise ValueError(
+            f"drop_layers: no {before.model_type} model can be built of layers {kept} alone: {error}"
+        ) from error
+    if differing := sorted(wanted.items() ^ built.items()):
+        name = differing[0][0]
+        raise ValueError(
+            f"drop_layers: no {before.model_type} configuration describes layers {kept} alone: {name!r} has shape "
+            f"{wanted.get(name)}, and in a model of the new configuration {built.get(name)}. If a field over depth is "
+            "missing in the family's row, name it: hf_lnscale.register_family(..., depth_fields=...)"
+        )
+
+
+def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    # Read again from its dict: as it will be loaded, and without an implementation that this machine may not have.
+    plain = copy.deepcopy(text)
+    write(plain, Record())
+    with torch.device("meta"):
+        model = model_class(type(text).from_dict(plain.to_dict()))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | None = None) -> None:
     """Takes layers out of a model's configuration, in place: every field that runs over depth follows.
 
     Args:
         config: of the whole model; its text decoder is meant.
         dropped: sorted positions, as `normalize_layers` returns them.
+        family: the row of the text decoder, if it is not in the table.
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
@@ -208,18 +314,10 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
     """
     if not dropped:
         return
-    fields = family_of(config, "drop_layers").depth_fields
     text = text_config(config)
-    if fields is None:
-        raise UnsupportedArchitectureError(
-            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
-            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
-        )
-    # Every configuration may have it, whether or not its family comes with it.
-    fields = tuple(dict.fromkeys(("layer_types", *fields)))
+    family = family or family_of(config, "drop_layers")
+    rules = _rules(config, family)
     _refuse_other_mentions(config)
-    for name in fields:
-        _require_one_a_layer(text, name)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
@@ -236,16 +334,29 @@ def prune_config(config: PreTrainedConfig, dropped: list[int]) -> None:
         for name in ("active", "folded", "on_disk")
         if (scaling := getattr(found, name)) is not None
     }
-    for name in fields:
-        _FOLLOW[name](text, kept)
-    text.num_hidden_layers = len(kept)
+    whole = copy.deepcopy(text)
+    try:
+        _follow(text, rules, kept)
+        _require_describable(whole, text, family.layers, kept)
+    except BaseException:
+        vars(text).clear()
+        vars(text).update(vars(whole))
+        raise
     write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
 
 
+def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
+    if (overrides := text.to_dict().get("per_layer_config")) is not None:
+        text.per_layer_config = None  # it is compared with the number of layers
+    for name, rule in rules.items():
+        _FOLLOW[rule](text, name, kept)
+    text.num_hidden_layers = len(kept)
+    if overrides is not None:
+        entries = {int(layer): entry for layer, entry in overrides.items()}
+        text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
+
+
 def _refuse_other_mentions(config: PreTrainedConfig) -> None:
-    text = text_config(config)
-    if getattr(text, "is_heterogeneous", False):
-        raise ValueError("drop_layers: the config has a per_layer_config, which is not renumbered")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         found = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -449,13 +560,15 @@ def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str
     # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
     # tokens, which transformers ignores.
     pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
-    mark = f".{family.attention_norm}.weight"
+    marks = {f".{family.attention_norm}.weight"}
+    if family.no_scaling and (stack := next((own for m in pretrained_modules(model) if (own := own_stack(m))), None)):
+        marks = {f".{name}" for name, _ in stack.layers[0].named_parameters()}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     found = {name: pattern.match(name) for name in names}
     prefixes = {
         match[1]
         for name, match in found.items()
-        if match and match[3] == mark and not any(re.search(one, name) for one in ignored)
+        if match and match[3] in marks and not any(re.search(one, name) for one in ignored)
     }
     if len(prefixes) != 1:
         raise ValueError(

@@ -405,6 +405,7 @@ def test_an_optimizer_is_refused():
 def test_a_family_whose_depth_fields_are_not_known_is_refused(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES.copy())
     monkeypatch.setattr("hf_lnscale.core.stack.FAMILIES", families.FAMILIES)
+    del families.FAMILIES["starcoder2"]
     with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match="not supported for model_type 'starcoder2'"):
         AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
     hf_lnscale.register_family("starcoder2")

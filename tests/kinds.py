@@ -1,0 +1,138 @@
+"""A tiny configuration of every kind of causal language model that transformers registers.
+
+PYTHONPATH=tests python tests/kinds.py    # prints the table of docs/families.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers as tf
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED
+from hf_lnscale.pruning.probe import tiny_config
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_CONVOLUTION = {"layer_types": ["conv", "full_attention"] * 2}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_blocks": 1,
+    "num_attention_heads": 2,
+    "ext_pw_out_channel": 16,
+    "depthwise_separable_out_channel": 16,
+    "nemo_conv_channels": 16,
+}
+# What a tiny model of a kind needs besides the sizes that `tiny_config` knows.
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "git": {"vision_config": _VISION},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": _MAMBA | _HYBRID,
+    "kimi_linear": _HYBRID,
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "chunk_size": 8,
+        "layers_block_type": ["full_attention", "moe", "linear_attention", "mlp"],
+    },
+    "olmo_hybrid": _HYBRID,
+    "phi4_multimodal": {"vision_config": _VISION, "audio_config": _AUDIO},
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen4_exp_text": _HYBRID
+    | {
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_n_heads": 2,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": 50,
+        "pronunciation_vocab_size": 50,
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# The text decoders of kinds whose configuration leaves them open.
+_OPEN = {
+    "fuyu": "persimmon",
+    "gemma4_assistant": "gemma4_text",
+    "gemma4_unified_assistant": "gemma4_unified_text",
+    "got_ocr2": "qwen2",
+    "moss_transcribe_diarize": "qwen3",
+}
+# Kinds of which no tiny model can be made: the table's reason for them is read in their code, and not measured.
+UNTRIED = ("blt", "dots3_note_text", "musicgen", "musicgen_melody", "zamba", "zamba2")
+
+
+def text_kinds() -> dict[str, str]:
+    """Each kind that `AutoModelForCausalLM` knows, with the `model_type` of its text decoder."""
+    found = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        cls = tf.CONFIG_MAPPING[kind]
+        found[kind] = _OPEN.get(kind) or cls.sub_configs.get("text_config", cls).model_type
+    return found
+
+
+def config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny configuration of the text decoder of a kind."""
+    cls = tf.CONFIG_MAPPING[kind]
+    cls = cls.sub_configs.get("text_config", cls)
+    return tiny_config(cls, **(CHANGES.get(cls.model_type, {}) | changes))
+
+
+def model_class(kind: str) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = getattr(tf, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    return found
+
+
+def table() -> str:
+    """Kinds by what works, or by the reason, for docs/families.md."""
+    groups: dict[str, list[str]] = {}
+    for kind, text in sorted(text_kinds().items()):
+        if (row := FAMILIES.get(text)) is None:
+            works = f"neither: {KNOWN_UNSUPPORTED.get(text, 'not known; see `propose_family`')}"
+        elif row.no_scaling:
+            works = f"drop; not scale: {row.no_scaling}"
+        else:
+            only = " and ".join(f"`{name}={value!r}`" for name, value in row.requires)
+            works = f"scale{f' (with {only})' if only else ''}; " + (
+                f"not drop: {row.no_dropping}" if row.no_dropping else "drop"
+            )
+        groups.setdefault(works, []).append(kind if kind == text else f"{kind} (as {text})")
+    lines = [f"| {works} | {', '.join(kinds)} |" for works, kinds in groups.items()]
+    lines.sort(key=lambda line: [line.startswith(f"| {start}") for start in ("neither", "drop", "scale")])
+    return "\n".join(["| what works | kinds |", "| --- | --- |", *lines])
+
+
+if __name__ == "__main__":
+    print(table())
