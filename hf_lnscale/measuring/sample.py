@@ -6,6 +6,7 @@ Also questions with answers, and a tokenizer trained on the spot, so that the de
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import sys
 import sysconfig
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+
+from .text import TokenBatches, Windows, token_batches
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -70,10 +73,36 @@ def default_sources(
     Returns:
         {name: data}, as `token_batches` takes it.
     """
-    sources: dict[str, Any] = {"english": _pieces(documents()), "python": _pieces(source_code())}
+    sources: dict[str, Any] = dict(_standard_library())
     if own_tokens:
         sources["own"] = own_text(model, tokenizer, own_tokens, seq_len)
     return sources
+
+
+def calibration_text(data: Any, model: Any, *, tokenizer: Any = None, windows: Windows = Windows()) -> TokenBatches:
+    """`token_batches` for data to fit weights on: with text of other kinds, so that a fit is not judged at home alone.
+
+    Args:
+        data: as `token_batches` takes it. None takes `default_sources()`. To data of one source the default ones are
+            added with weight 0: windows like its own, an eighth as many for each (2 to 8), that are judged and not
+            fitted. Token ids stay alone if there is no tokenizer.
+        model, tokenizer, windows: see `token_batches`.
+
+    Raises:
+        ValueError: see `token_batches`.
+    """
+    batches = token_batches(default_sources() if data is None else data, model, tokenizer=tokenizer, windows=windows)
+    tokenizer = tokenizer or batches.tokenizer
+    if len(batches.weights) > 1 or tokenizer is None:
+        return batches
+    (name,) = batches.weights
+    sources = {name: (batches, 1.0)}
+    size, seq_len = batches.batches[0].input_ids.shape
+    count = min(max(batches.num_sequences // 8, 2), 8)
+    for other, texts in default_sources().items():
+        like = token_batches(texts, tokenizer=tokenizer, windows=Windows(count * seq_len, seq_len, size))
+        sources[other if other != name else f"default {other}"] = like, 0.0
+    return TokenBatches.join(sources)
 
 
 @torch.no_grad()
@@ -115,6 +144,11 @@ def own_text(
             ids_BT = torch.cat([ids_BT, torch.multinomial(p_BV, 1, generator=generator)], dim=1)
         batches.append(ids_BT)
     return batches
+
+
+@functools.cache
+def _standard_library() -> dict[str, list[str]]:
+    return {"english": _pieces(documents()), "python": _pieces(source_code())}
 
 
 def _pieces(texts: list[str], size: int = 2000) -> list[str]:

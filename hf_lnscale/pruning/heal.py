@@ -36,6 +36,7 @@ from ..core.families import UnsupportedArchitectureError, submodule
 from ..core.record import remember_source
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import SourceLosses, perplexity_of
+from ..measuring.sample import calibration_text
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
@@ -283,7 +284,8 @@ def heal(
         model: the full causal language model, in memory.
         layers: positions to drop; negative ones count from the end. Or a plan.
         data: calibration data, as `token_batches` takes it; one source of text or several, with weights. A source of
-            weight 0 is judged, not fitted.
+            weight 0 is judged, not fitted: to a single source, English and Python code are added in this way (see
+            `measuring.sample.calibration_text`). None takes English and Python code.
         method: one of `METHODS`.
         held_out: data to choose the penalty by and to measure on, whose sources are all judged; None holds a quarter of
             the sequences of each source out, and all of those of weight 0.
@@ -351,7 +353,7 @@ class Healer:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.model, self.method, self.cross_validate = model, method, cross_validate
         self.stack = text_stack(model)
-        batches = token_batches(data, self.stack.model, tokenizer=tokenizer, windows=windows)
+        batches = calibration_text(data, self.stack.model, tokenizer=tokenizer, windows=windows)
         fitted = [name for name, weight in batches.weights.items() if weight > 0]
         if held_out is None:
             self.fitted, self.judged = batches.split(0.25, whole=batches.weights.keys() - set(fitted))
