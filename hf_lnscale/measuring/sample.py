@@ -79,29 +79,18 @@ def default_sources(
     return sources
 
 
-def calibration_text(data: Any, model: Any, *, tokenizer: Any = None, windows: Windows = Windows()) -> TokenBatches:
-    """`token_batches` for data to fit weights on: with text of other kinds, so that a fit is not judged at home alone.
+def with_default_sources(judged: TokenBatches, tokenizer: Any) -> TokenBatches:
+    """Adds `default_sources` to data of one source, with weight 0: a fit judged at home alone may do harm elsewhere.
 
-    Args:
-        data: as `token_batches` takes it. None takes `default_sources()`. To data of one source the default ones are
-            added with weight 0: windows like its own, an eighth as many for each (2 to 8), that are judged and not
-            fitted. Token ids stay alone if there is no tokenizer.
-        model, tokenizer, windows: see `token_batches`.
-
-    Raises:
-        ValueError: see `token_batches`.
+    Each has half as many windows as the data, but 2 to 8, and of the same length.
     """
-    batches = token_batches(default_sources() if data is None else data, model, tokenizer=tokenizer, windows=windows)
-    tokenizer = tokenizer or batches.tokenizer
-    if len(batches.weights) > 1 or tokenizer is None:
-        return batches
-    (name,) = batches.weights
-    sources = {name: (batches, 1.0)}
-    size, seq_len = batches.batches[0].input_ids.shape
-    count = min(max(batches.num_sequences // 8, 2), 8)
+    (name,) = judged.weights
+    sources = {name: (judged, 1.0)}
+    seq_len = max(2, *(batch.input_ids.shape[1] for batch in judged))
+    windows = Windows(min(max(judged.num_sequences // 2, 2), 8) * seq_len, seq_len, len(judged.batches[0].input_ids))
     for other, texts in default_sources().items():
-        like = token_batches(texts, tokenizer=tokenizer, windows=Windows(count * seq_len, seq_len, size))
-        sources[other if other != name else f"default {other}"] = like, 0.0
+        batches = token_batches(texts, tokenizer=tokenizer, windows=windows)
+        sources[other if other != name else f"default {other}"] = batches, 0.0
     return TokenBatches.join(sources)
 
 
@@ -148,7 +137,8 @@ def own_text(
 
 @functools.cache
 def _standard_library() -> dict[str, list[str]]:
-    return {"english": _pieces(documents()), "python": _pieces(source_code())}
+    found = {"english": _pieces(documents()), "python": _pieces(source_code())}
+    return {name: texts for name, texts in found.items() if texts}  # some installations have no source
 
 
 def _pieces(texts: list[str], size: int = 2000) -> list[str]:

@@ -17,6 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
+# The source of data that is not text.
+TOKEN_IDS = "token ids"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,7 +88,7 @@ class TokenBatches:
         source: where they come from, in words, for a plan's JSON.
         weights: name of each source of text -> how much it counts in a fit, whatever its number of tokens; 0 for text
             that is only measured on. Data without named sources is one source, named by `source`.
-        tokenizer: what made them from text; None if they were given as token ids.
+        tokenizer: of the text, or of the model whose token ids were given; None if it is not known.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ def token_batches(
     if isinstance(data, Mapping) and "input_ids" not in data:
         return _join(data, model, tokenizer, windows)
     if isinstance(data, Mapping) or _is_array(data):
-        return TokenBatches([_ids(data)], "token ids")
+        return TokenBatches([_ids(data)], TOKEN_IDS, tokenizer=tokenizer)
     if isinstance(data, (str, os.PathLike)):
         source, rows = str(Path(data).name), _file_rows(Path(data))
     elif isinstance(data, Iterable):
@@ -246,7 +249,7 @@ def token_batches(
     rows = itertools.chain([first], rows)
     ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
     if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
-        return TokenBatches([_ids(row) for row in rows], "token ids")
+        return TokenBatches([_ids(row) for row in rows], TOKEN_IDS, tokenizer=tokenizer)
     tokenizer = tokenizer or tokenizer_of(model)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     batches = _windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source)

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from ..core.families import UnsupportedArchitectureError, submodule
 from ..core.record import remember_source
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import SourceLosses, perplexity_of
-from ..measuring.sample import calibration_text
+from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode, hidden_states
 from ..measuring.text import TokenBatches, Windows, token_batches
@@ -48,6 +49,8 @@ __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "he
 # How the name of a healed model says that its weights are not those of the checkpoint any more.
 HEALED_IN_MEMORY = "healed"
 METHODS = ("refit", "linear")
+
+logger = logging.get_logger(__name__)
 
 # The MLP, and the weights whose output it adds up, from a decoder layer. All that a layer has are changed: dense layers
 # have the first, mixtures of experts the others. Every one is (..., D, I), output channels first.
@@ -154,6 +157,16 @@ class HealReport:
     _config: Any = field(default=None, repr=False)
 
     @property
+    def never_fitted(self) -> dict[str, float]:
+        """What text can expect that was never fitted: `full`, `before` and `after`, from `perplexity_left_out`.
+
+        The geometric means over the sources that have it; empty if none does.
+        """
+        found = [one for one in self.sources.values() if one.perplexity_left_out is not None]
+        names = {"full": "perplexity_full", "before": "perplexity_before", "after": "perplexity_left_out"}
+        return {name: geometric_mean(getattr(one, value) for one in found) for name, value in names.items() if found}
+
+    @property
     def kept(self) -> bool:
         """Whether any weight was changed."""
         return any(step.kept for step in self.steps)
@@ -197,6 +210,7 @@ class HealReport:
                 "before": self.perplexity_before,
                 "after": self.perplexity_after,
             },
+            "never_fitted": self.never_fitted,
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "steps": steps,
             "data": self.data,
@@ -248,7 +262,7 @@ class HealReport:
 def heal(
     model: nn.Module,
     layers: Iterable[int] | PruningPlan,
-    data: Any,
+    data: Any = None,
     *,
     method: str = "refit",
     held_out: Any = None,
@@ -284,12 +298,12 @@ def heal(
         model: the full causal language model, in memory.
         layers: positions to drop; negative ones count from the end. Or a plan.
         data: calibration data, as `token_batches` takes it; one source of text or several, with weights. A source of
-            weight 0 is judged, not fitted: to a single source, English and Python code are added in this way (see
-            `measuring.sample.calibration_text`). None takes English and Python code.
+            weight 0 is judged, not fitted. None takes English and Python code, see `measuring.sample.default_sources`.
         method: one of `METHODS`.
         held_out: data to choose the penalty by and to measure on, whose sources are all judged; None holds a quarter of
-            the sequences of each source out, and all of those of weight 0.
-        tokenizer, windows: see `token_batches`.
+            the sequences of each source out, and all of those of weight 0. Either way, English and Python code are
+            judged beside a single source, see `measuring.sample.with_default_sources`.
+        tokenizer, windows: see `token_batches`. With token ids, a tokenizer serves to judge on other text.
         cross_validate: also fit without each source in turn, at the chosen penalty, to estimate the perplexity on text
             that was never fitted. Costs about as much as one more penalty.
         progress: show a bar.
@@ -310,7 +324,7 @@ def heal(
 
 
 @contextmanager
-def healed(model: nn.Module, layers: Iterable[int], data: Any, **options: Any) -> Iterator[HealReport]:
+def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options: Any) -> Iterator[HealReport]:
     """Within it, the model is healed as by `heal`; afterwards its weights are what they were, bit for bit.
 
     Args:
@@ -341,7 +355,7 @@ class Healer:
     def __init__(
         self,
         model: nn.Module,
-        data: Any,
+        data: Any = None,
         *,
         method: str = "refit",
         held_out: Any = None,
@@ -353,13 +367,23 @@ class Healer:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.model, self.method, self.cross_validate = model, method, cross_validate
         self.stack = text_stack(model)
-        batches = calibration_text(data, self.stack.model, tokenizer=tokenizer, windows=windows)
+        data = default_sources() if data is None else data
+        batches = token_batches(data, self.stack.model, tokenizer=tokenizer, windows=windows)
         fitted = [name for name, weight in batches.weights.items() if weight > 0]
         if held_out is None:
             self.fitted, self.judged = batches.split(0.25, whole=batches.weights.keys() - set(fitted))
         else:
             self.fitted = batches.only(*fitted)
             self.judged = token_batches(held_out, self.stack.model, tokenizer=tokenizer, windows=windows)
+        self.given = self.judged
+        if len(self.given.weights) == 1:
+            if tokenizer := self.given.tokenizer or batches.tokenizer or tokenizer:
+                self.judged = with_default_sources(self.given, tokenizer)
+            else:
+                logger.warning(
+                    "healing is fitted to and judged on one kind of text alone, and may do harm on others: `tokenizer` "
+                    "is not given, which these token ids could be judged beside other text with"
+                )
         self._halves = SplitModel(model)
         self._changed: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.forget()

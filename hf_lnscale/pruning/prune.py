@@ -29,6 +29,7 @@ from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
 from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.losses import loss_without, perplexity_of
+from ..measuring.sample import default_sources
 from ..measuring.text import TokenBatches, Windows, token_batches, window_length
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
@@ -81,7 +82,7 @@ class Pruned:
 
 def prune(
     model: Any,
-    data: Any,
+    data: Any = None,
     *,
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
@@ -114,7 +115,8 @@ def prune(
 
     Args:
         model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
-        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on.
+        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on. None
+            takes English and Python code that come with Python.
         num_layers: drop that many layers.
         max_perplexity_increase: drop as many as stay inside it on held-out data, 0.1 being ten percent more; with
             `heal`, after healing.
@@ -233,7 +235,7 @@ def prune(
 
 def plan_pruning(
     model: nn.Module,
-    data: Any,
+    data: Any = None,
     *,
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
@@ -368,6 +370,7 @@ def _paths(data: Any) -> list[Any]:
 def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, model: Any = None
 ) -> tuple[TokenBatches, TokenBatches]:
+    data = default_sources() if data is None else data
     calibration = token_batches(data, model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
         return calibration.split(0.25)
@@ -403,6 +406,8 @@ def _rows(
     ]
     if "healed" in plan.perplexity:
         figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
+        if never := (plan.heal or {}).get("never_fitted"):
+            figures.append(("the same, text never fitted", [never["full"], never["after"]], decimals))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))

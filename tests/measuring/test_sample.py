@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from hf_lnscale.measuring.sample import calibration_text, default_sources, own_text
-from hf_lnscale.measuring.text import Windows
+from hf_lnscale.measuring.sample import default_sources, own_text, with_default_sources
+from hf_lnscale.measuring.text import Windows, token_batches
 
 
 def tokenizer():
@@ -57,18 +57,24 @@ def test_own_text_is_sampled_from_the_model():
         own_text(model, nameless, 40)
 
 
-def test_text_of_one_source_is_judged_on_others_too():
-    model, windows = tiny.model(), Windows(64 * 16, 16, 8)
+def test_default_sources_are_put_beside_another():
     text = [" ".join(["w5"] * 2000)]
-    found = calibration_text(text, model, tokenizer=tokenizer(), windows=windows)
-    assert found.weights == {"list": 1.0, "english": 0.0, "python": 0.0}
-    assert [found.only(name).num_sequences for name in found.weights] == [64, 8, 8]
-    assert {batch.input_ids.shape[1] for batch in found} == {16}
-    # The same for batches of text, and not again for what has others already.
-    part, _ = calibration_text(text, model, tokenizer=tokenizer(), windows=windows).only("list").split(0.75)
-    assert [calibration_text(part, model).only(name).num_sequences for name in found.weights] == [16, 2, 2]
-    assert calibration_text(found, model) is found
-    ids = torch.zeros(8, 16, dtype=torch.long)
-    assert calibration_text(ids, model).weights == {"token ids": 1.0}
-    assert len(calibration_text(ids, model, tokenizer=tokenizer()).weights) == 3
-    assert calibration_text(None, model, tokenizer=tokenizer(), windows=windows).weights == {"english": 1, "python": 1}
+    for count, expected in ((64, 8), (9, 4), (2, 2)):
+        judged = token_batches(text, tokenizer=tokenizer(), windows=Windows(count * 16, 16, 5))
+        found = with_default_sources(judged, tokenizer())
+        assert found.weights == {"list": 1.0, "english": 0.0, "python": 0.0}
+        assert [found.only(name).num_sequences for name in found.weights] == [count, expected, expected]
+        assert {batch.input_ids.shape[1] for batch in found} == {16}
+        assert torch.equal(found.batches[0].input_ids, judged.batches[0].input_ids)
+    named = token_batches({"python": text}, tokenizer=tokenizer(), windows=Windows(64, 16))
+    assert list(with_default_sources(named, tokenizer()).weights) == ["python", "english", "default python"]
+
+
+def test_batches_remember_their_tokenizer():
+    mine, ids = tokenizer(), torch.ones(8, 16, dtype=torch.long)
+    text = {"a": [" ".join(["w5"] * 200)], "b": ids}
+    for data in (text, text["a"], ids, [ids], {"a": ids}):
+        found = token_batches(data, tokenizer=mine, windows=Windows(64, 8))
+        parts = found.split(0.5)
+        assert all(one.tokenizer is mine for one in (found, *parts, parts[0].only(*parts[0].weights)))
+    assert token_batches(ids).tokenizer is None
