@@ -129,6 +129,23 @@ def in_process(checkpoint, text, out, **options):
     )
 
 
+def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text, tmp_path):
+    printed = run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "a")
+    heal = PruningPlan.load(tmp_path / "a").heal
+    assert [source["weight"] for source in heal["sources"].values()] == [1, 0, 0]
+    english, python = (heal["sources"][name] for name in ("english", "python"))
+    assert max(one["change"] for one in heal["sources"].values()) <= 0
+    expected = math.sqrt(english["perplexity_after"] * python["perplexity_after"])
+    assert heal["never_fitted"]["after"] == pytest.approx(expected)
+    assert f"{expected:.2f}" in next(line for line in printed.splitlines() if "never fitted" in line)
+
+    run(checkpoint, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "b")  # English and Python
+    heal = PruningPlan.load(tmp_path / "b").heal
+    assert {name: source["weight"] for name, source in heal["sources"].items()} == {"english": 1, "python": 1}
+    expected = math.sqrt(math.prod(source["perplexity_left_out"] for source in heal["sources"].values()))
+    assert heal["never_fitted"]["after"] == pytest.approx(expected)
+
+
 def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
     """On what the model says itself, every layer matters."""
     sharp = AutoModelForCausalLM.from_pretrained(checkpoint)
