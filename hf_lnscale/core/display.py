@@ -80,3 +80,14 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     for row in rows:
         table.add_row(*map(rich_text, row))
     return table
+
+
+def as_text(*tables: Table) -> str:
+    """Tables as plain text, one below the other."""
+    from rich.console import Console
+
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return capture.get().rstrip()

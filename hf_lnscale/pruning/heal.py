@@ -28,18 +28,17 @@ from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
+from ..core.display import as_text, terminal
 from ..core.families import UnsupportedArchitectureError, submodule
 from ..core.record import remember_source
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
-from ..measuring.stream import eval_mode, hidden_states
+from ..measuring.stream import eval_mode, hidden_states, layer_output
 from ..measuring.text import TokenBatches, Windows, token_batches
 from .layers import normalize_layers
 from .plan import PruningPlan
@@ -153,7 +152,7 @@ class HealReport:
     perplexity_after: float
     sources: dict[str, HealedSource]
     data: dict[str, Any]
-    _originals: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
+    _originals: list[_Copy] = field(default_factory=list, repr=False)
     _config: Any = field(default=None, repr=False)
 
     @property
@@ -182,7 +181,7 @@ class HealReport:
 
     def set_aside(self) -> Callable[[], None]:
         """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""
-        healed = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter, _ in self._originals]
+        healed = _copies(parameter for parameter, _ in self._originals)
         self.undo()
 
         def again() -> None:
@@ -217,46 +216,41 @@ class HealReport:
         }
 
     def __str__(self) -> str:
-        dropped = ", ".join(map(str, self.dropped))
-        steps = Table(
-            title=f"Healing without layers {dropped}: perplexity {self.perplexity_before:.2f} to "
+        title = (
+            f"Healing without layers {', '.join(map(str, self.dropped))}: perplexity {self.perplexity_before:.2f} to "
             f"{self.perplexity_after:.2f} (all layers {self.perplexity_full:.2f})"
         )
-        for column in ("layer", "cut after it", "method", "ridge", "error", "perplexity", "kept"):
-            steps.add_column(column)
+        steps, sources = [], []
         for step in self.steps:
-            before_after = ("", "")
+            done = f"{step.blend:g} of it" if step.blend < 1 else "yes"
+            before_after = ["", ""]
             if step.loss_before is not None and step.loss_after is not None:
-                before_after = (
+                before_after = [
                     f"{step.error_before:.3f} to {step.error_after:.3f}",
                     f"{perplexity_of(step.loss_before):.2f} to {perplexity_of(step.loss_after):.2f}",
-                )
-            steps.add_row(
+                ]
+            steps.append([
                 "-" if step.layer is None else str(step.layer),
                 ", ".join(map(str, step.dropped)),
                 step.method,
                 "-" if math.isinf(step.ridge) else f"{step.ridge:g}",
                 *before_after,
-                (f"{step.blend:g} of it" if step.blend < 1 else "yes") if step.kept else f"no: {step.reason}",
-            )
-        sources = Table(
-            "source of text", "weight", "all layers", "without", "healed", "never fitted", title="Perplexity"
-        )
+                done if step.kept else f"no: {step.reason}",
+            ])  # fmt: skip
         for name, source in self.sources.items():
             error = "" if source.change_error is None else f" +- {source.change_error:.1%}"
-            sources.add_row(
+            sources.append([
                 name,
                 f"{source.weight:g}" if source.weight else "judged only",
                 f"{source.perplexity_full:.2f}",
                 f"{source.perplexity_before:.2f}",
                 f"{source.perplexity_after:.2f} ({math.expm1(source.change):+.1%}{error})",
                 "-" if source.perplexity_left_out is None else f"{source.perplexity_left_out:.2f}",
-            )
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(steps)
-            console.print(sources)
-        return capture.get().rstrip()
+            ])  # fmt: skip
+        return as_text(
+            terminal(["layer", "cut after it", "method", "ridge", "error", "perplexity", "kept"], steps, title),
+            terminal(["source", "weight", "all layers", "without", "healed", "never fitted"], sources, "Perplexity"),
+        )
 
 
 def heal(
@@ -330,12 +324,9 @@ def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options:
     Args:
         model, layers, data, options: see `heal`.
     """
-    report = heal(model, layers, data, **options)
-    try:
+    progress = options.pop("progress", True)
+    with Healer(model, data, **options).healed(layers, progress) as report:
         yield report
-    finally:
-        report.undo()
-        report.forget()
 
 
 class Healer:
@@ -385,7 +376,7 @@ class Healer:
                     "is not given, which these token ids could be judged beside other text with"
                 )
         self._halves = SplitModel(model)
-        self._changed: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._changed: list[_Copy] = []
         self.forget()
 
     def forget(self) -> None:
@@ -421,7 +412,7 @@ class Healer:
             if layer is not None:
                 _require_changeable(self.model, stack, layer)
 
-        originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+        originals: list[_Copy] = []
         left_out: dict[str, float] = {}
         try:
             with eval_mode(self.model):
@@ -607,7 +598,7 @@ class _Stream:
                 lambda layer, args, kwargs: stop(hidden_states(args, kwargs)), with_kwargs=True
             )
         else:
-            hook = layers[-1].register_forward_hook(lambda layer, args, output: stop(_first(output)))
+            hook = layers[-1].register_forward_hook(lambda layer, args, output: stop(layer_output(output)))
         with hook:
             for index in range(len(self.batches)):
                 with suppress(_Reached):
@@ -615,18 +606,23 @@ class _Stream:
         return _Stream(self.halves, self.batches, self.removed, place, states)
 
     def observe(
-        self, index: int, layer: nn.Module, watch: Callable[[ExitStack, dict[str, torch.Tensor]], None]
-    ) -> dict[str, torch.Tensor]:
-        """Runs the layer in this place alone on a batch, and returns its "output" and what `watch` has put there."""
-        seen: dict[str, torch.Tensor] = {}
+        self, index: int, layer: nn.Module, paths: Collection[str]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Runs the layer in this place alone on a batch: path in the layer -> input and output; "" is the layer."""
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def stop(layer: nn.Module, args: Any, output: Any) -> None:
-            seen["output"] = _first(output)
-            raise _Reached
+        def note(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                seen[path] = hidden_states(args, kwargs), layer_output(output)
+                if not path:
+                    raise _Reached
+
+            return hook
 
         with ExitStack() as hooks:
-            watch(hooks, seen)
-            hooks.enter_context(layer.register_forward_hook(stop))
+            for path in (*paths, ""):
+                hook = layer.get_submodule(path).register_forward_hook(note(path), with_kwargs=True)
+                hooks.enter_context(hook)
             with suppress(_Reached):
                 self._pass(index)
         return seen
@@ -707,13 +703,12 @@ class _Cut:
         parameters = _output_weights(stack, position)
         self.paths = [path for path, _ in parameters]
         self.method = method if all(path.startswith(_OUTPUT_WEIGHTS[0]) for path in self.paths) else "linear"
-        self.old = [(weight, weight.detach().to("cpu", copy=True)) for _, weight in parameters]
+        self.old = _copies(weight for _, weight in parameters)
         self.norm = submodule(self.layer, _OUTPUT_NORM)
-        self.old_norm = []
+        self.old_norm: list[_Copy] = []
         if self.norm is not None:
-            weight = self.norm.get_parameter("weight")
-            self.old_norm = [(weight, weight.detach().to("cpu", copy=True))]
-            self.gain_D = _double(weight) + float(stack.family.one_plus_weight)
+            self.old_norm = _copies([self.norm.get_parameter("weight")])
+            self.gain_D = _double(self.old_norm[0][0]) + float(stack.family.one_plus_weight)
         self.fitted, self.judged = zip(full, pruned, strict=True)
         # Tokens are weighted so that sources count by their weights, whatever their number of tokens.
         counts = {name: self.fitted[1].batches.only(name).num_tokens for name in weights}
@@ -861,24 +856,15 @@ class _Cut:
         # Granite multiplies what it adds to the stream.
         factor = float(getattr(self.layer, "residual_multiplier", 1.0))
 
-        def watch(hooks: ExitStack, seen: dict[str, torch.Tensor]) -> None:
-            def note(path: str, name: str, value: Callable[[Any, Any], torch.Tensor]) -> None:
-                hook = lambda module, args, output: seen.__setitem__(name, value(args, output))  # noqa: E731
-                hooks.enter_context(self.layer.get_submodule(path).register_forward_hook(hook))
-
-            note(self.stack.family.mlp_norm, "residual", lambda args, _: args[0])
-            note(_MLP, "u", lambda _, output: _first(output))
-            if self.method == "refit":
-                note(_OUTPUT_WEIGHTS[0], "x", lambda args, _: args[0])
-            if self.norm is not None:
-                note(_OUTPUT_NORM, "added", lambda _, output: output)
-
+        norm, down = self.stack.family.mlp_norm, _OUTPUT_WEIGHTS[0]
+        paths = [norm, _MLP, *([down] if self.method == "refit" else []), *([_OUTPUT_NORM] if self.norm else [])]
         for index, batch in enumerate(pruned.batches):
             if names is not None and batch.name not in names:
                 continue
-            seen = pruned.observe(index, self.layer, watch)
-            output_BTD, residual_BTD = seen["output"], seen["residual"]
-            added_BTD = factor * seen.get("added", seen["u"]).view_as(output_BTD)
+            seen = pruned.observe(index, self.layer, paths)
+            residual_BTD, u, output_BTD = seen[norm][0], seen[_MLP][1], seen[""][1]
+            x = seen[down][0] if down in seen else u
+            added_BTD = factor * (seen[_OUTPUT_NORM][1] if self.norm else u).view_as(output_BTD)
             size = _double(output_BTD).norm().clamp_min(1e-30)
             off = _double(output_BTD - (residual_BTD + added_BTD)).norm() / size
             if not off <= 16 * torch.finfo(output_BTD.dtype).eps:
@@ -886,8 +872,7 @@ class _Cut:
                     f"healing is not possible for {type(self.layer).__name__}: its output is not its residual stream "
                     f"plus the output of {_MLP!r} (off by {off:.1e})"
                 )
-            x = seen.get("x", seen["u"])
-            states = (seen["u"], x, residual_BTD, output_BTD, full.state(index))
+            states = (u, x, residual_BTD, output_BTD, full.state(index))
             flat = [state.to(output_BTD.device).reshape(batch.attention_mask.numel(), -1) for state in states]
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(output_BTD.device)
             for part in tokens.split(max(_LEAST_TOKENS, int(x.shape[-1] * _TOKENS_PER_FEATURE))):
@@ -915,10 +900,17 @@ class _Cut:
 # --- small things -----------------------------------------------------------------------------------
 
 
-def _restore(before: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for parameter, original in before:
-            parameter.copy_(original)
+_Copy = tuple[nn.Parameter, torch.Tensor]
+
+
+def _copies(parameters: Iterable[nn.Parameter]) -> list[_Copy]:
+    return [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+
+@torch.no_grad()
+def _restore(copies: list[_Copy]) -> None:
+    for parameter, original in copies:
+        parameter.copy_(original)
 
 
 def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
@@ -926,11 +918,6 @@ def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Ten
     epsilon = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
     square_N1: torch.Tensor = x_ND.square().mean(-1, keepdim=True)
     return (square_N1 + epsilon).clamp_min(1e-60).rsqrt()
-
-
-def _first(output: Any) -> torch.Tensor:
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import Markdown, markdown_code, show_bytes, terminal
+from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
@@ -72,12 +72,7 @@ class Pruned:
         return terminal(_HEADER, self.rows, self.title)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
+        return as_text(self.table())
 
 
 def prune(
