@@ -138,6 +138,9 @@ def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text
     expected = math.sqrt(english["perplexity_after"] * python["perplexity_after"])
     assert heal["never_fitted"]["after"] == pytest.approx(expected)
     assert f"{expected:.2f}" in next(line for line in printed.splitlines() if "never fitted" in line)
+    assert f"never fitted before {heal['never_fitted']['full']:.2f}, healed {expected:.2f}" in str(
+        PruningPlan.load(tmp_path / "a")
+    )
 
     run(checkpoint, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "b")  # English and Python
     heal = PruningPlan.load(tmp_path / "b").heal
