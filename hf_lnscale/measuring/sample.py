@@ -11,7 +11,7 @@ import random
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def documents(standard_library: bool = True) -> list[str]:
 
     documents = [topics[name] for name in sorted(topics)]
     if standard_library:
-        documents += ("\n\n".join(docstring for _, docstring in found) for _, found in _docstrings())
+        documents += ("\n\n".join(docstring for _, docstring in found) for _, found, _ in _modules())
     seen: set[str] = set()
     unique = []
     for document in documents:
@@ -49,15 +49,7 @@ def documents(standard_library: bool = True) -> list[str]:
 
 def source_code() -> list[str]:
     """The source of each public module of the standard library, without its docstrings."""
-    found = []
-    for path, tree in _modules():
-        docstrings: set[int] = set()
-        for node in ast.walk(tree):
-            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-                docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found.append("\n".join(line for number, line in enumerate(lines, start=1) if number not in docstrings))
-    return found
+    return [code for _, _, code in _modules()]
 
 
 def default_sources(
@@ -167,7 +159,7 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
                 {"role": "assistant", "content": docstring},
             ]
         }
-        for module, found in _docstrings()
+        for module, found, _ in _modules()
         for name, docstring in found
         if name and not name.startswith("_")
     ]
@@ -176,25 +168,32 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _modules() -> Iterator[tuple[Path, ast.Module]]:
-    """Each public module of the standard library (no packages); none is imported."""
+@functools.cache
+def _modules() -> list[tuple[str, list[tuple[str, str]], str]]:
+    """Each public module of the standard library (no packages): name, docstrings, and its source without these.
+
+    A docstring has a name before it, which is empty for the module's own. Nothing is imported.
+    """
+    modules = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if path.stem.startswith("_") or path.stem not in sys.stdlib_module_names:
             continue
         try:
+            source = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old source warns about its escapes
-                yield path, ast.parse(path.read_text(encoding="utf-8"))
+                tree = ast.parse(source)
         except (SyntaxError, ValueError, OSError):
             continue
-
-
-def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each public module of the standard library, with names and docstrings; the name of the module itself is empty."""
-    for path, tree in _modules():
-        nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
-        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
-        yield path.stem, [(name, docstring) for name, docstring in found if docstring]
+        docstrings: list[tuple[str, str]] = []
+        gone: set[int] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)) is not None:
+                docstrings.append((getattr(node, "name", ""), docstring))
+                gone.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        code = [line for number, line in enumerate(source.splitlines(), start=1) if number not in gone]
+        modules.append((path.stem, [pair for pair in docstrings if pair[1]], "\n".join(code)))
+    return modules
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
