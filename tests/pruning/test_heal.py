@@ -27,6 +27,7 @@ from hf_lnscale.core.families import UnsupportedArchitectureError
 from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
+from hf_lnscale.pruning import heal_fit
 from hf_lnscale.pruning.heal import Healer, HealReport, heal, healed
 from hf_lnscale.pruning.layers import drop_layers
 
@@ -305,7 +306,7 @@ def test_a_heal_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
     model = speaker()
     weights, ids = copy.deepcopy(model.state_dict()), text_of(model)
     calls = []
-    plain_losses = heal_module._Stream.losses
+    plain_losses = heal_fit.Stream.losses
 
     def failing(stream):
         calls.append(same(model, weights))
@@ -313,7 +314,7 @@ def test_a_heal_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("out of memory")
         return plain_losses(stream)
 
-    monkeypatch.setattr(heal_module._Stream, "losses", failing)
+    monkeypatch.setattr(heal_fit.Stream, "losses", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         quietly(model, [1], ids, held_out=ids)
     assert calls[-1] is False

@@ -17,9 +17,8 @@ import hf_lnscale
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
 from hf_lnscale.measuring.text import Windows, token_batches
-from hf_lnscale.pruning import heal as heal_module
+from hf_lnscale.pruning import heal_fit, search
 from hf_lnscale.pruning import prune as prune_module
-from hf_lnscale.pruning import search
 
 L = 6
 
@@ -116,7 +115,7 @@ def test_prune_given_layers(checkpoint, text, tmp_path):
 def test_prune_heals_where_it_can(checkpoint, text, tmp_path, monkeypatch):
     run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "llama")
     assert PruningPlan.load(tmp_path / "llama").heal["method"] == "refit"
-    monkeypatch.setattr(heal_module, "_OUTPUT_WEIGHTS", ("mlp.other",))
+    monkeypatch.setattr(heal_fit, "OUTPUT_WEIGHTS", ("mlp.other",))
     in_process(checkpoint, text, tmp_path / "out", drop=[2])
     assert PruningPlan.load(tmp_path / "out").heal is None
     with pytest.raises(ValueError, match="healing is not possible"):
@@ -208,7 +207,7 @@ def test_prune_writes_what_plan_pruning_plans(checkpoint, text, tmp_path):
 def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "_OUTPUT_WEIGHTS", ("mlp.other",))
+        patch.setattr(heal_fit, "OUTPUT_WEIGHTS", ("mlp.other",))
         for options in ({"heal": "linear"}, {"method": "greedy_healed"}):
             with pytest.raises(ValueError, match="healing is not possible for model_type 'llama'"):
                 in_process(checkpoint, text, tmp_path / "out", num_layers=1, **options)
