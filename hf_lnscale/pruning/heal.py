@@ -160,7 +160,7 @@ class Healer:
         else:
             self.fitted = batches.only(*fitted)
             self.judged = token_batches(held_out, self.stack.model, tokenizer=tokenizer, windows=windows)
-        self.given = self.judged
+        self.given = self.judged  # by which layers are chosen
         if len(self.given.weights) == 1:
             if tokenizer := self.given.tokenizer or batches.tokenizer or tokenizer:
                 self.judged = with_default_sources(self.given, tokenizer)
