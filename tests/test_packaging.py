@@ -80,6 +80,7 @@ def bare_environment(wheel: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     files = [path for top in ("hf_lnscale", "recipes") for path in (ROOT / top).rglob("*") if path.is_file()]
@@ -91,6 +92,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_library_and_command_line_work_without_the_extras(bare_environment, tmp_path):
     script = """\
     import importlib.metadata

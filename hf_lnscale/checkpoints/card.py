@@ -21,10 +21,10 @@ class Table:
     """A table of a model card.
 
     Attributes:
-        header: titles of its columns.
-        rows: its cells.
-        note: what the figures were measured on.
-        heading: of the section that it stands in; none without.
+        header: titles of the columns.
+        rows: the cells.
+        note: a paragraph below the table: what the figures were measured on.
+        heading: heading above the table; "" for none.
     """
 
     header: Row
@@ -53,22 +53,22 @@ def model_card(
     made_by: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """Makes a model card. Text in it is escaped, unless it is of the type `Markdown`.
+    """Makes a model card. Text that is not of the type `Markdown` is escaped.
 
     Args:
-        title: its heading.
+        title: the heading.
         base_model: the model that this one was made from; a local path is left out.
-        dataset: the data that it was trained on; a local path is left out.
-        library_name: the library that loads it.
-        tags: besides "hf-lnscale".
+        dataset: the training data; a local path is left out.
+        library_name: the library that loads the model.
+        tags: tags in addition to "hf-lnscale".
         pipeline_tag: the Hub's name of the task.
-        notes: sentences that say what was done; they make one paragraph.
-        code: Python that loads it.
-        parts: tables, or sections that are Markdown already.
-        pictures: names of files beside the card.
-        settings: what it was made with, by name; those that are empty or False are left out.
-        made_by: the command line, or the function, that made it.
-        versions: of libraries, by name; None takes those of this package, transformers and torch.
+        notes: sentences about how the model was made, joined to one paragraph.
+        code: Python code that loads the model.
+        parts: tables, or sections in Markdown.
+        pictures: names of image files in the folder of the card.
+        settings: arguments by name; empty ones and False are left out.
+        made_by: the command line or function that made the model.
+        versions: versions of libraries by name; by default of this package, transformers and torch.
     """
     data = ModelCardData(
         base_model=_public(base_model),

@@ -1,4 +1,4 @@
-"""Folding a checkpoint on disk: the scale goes into its norm weights, and everything else is copied.
+"""Folds a checkpoint on disk: multiplies the scale into its norm weights and copies everything else.
 
 Works on the files, tensor by tensor, so that a checkpoint of any size needs the memory of one norm. Weights of the
 norms are overwritten in place in the copies of the safetensors files, at the offsets that their headers give.
@@ -21,8 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
+from ..core.json_file import read_object
 from ..core.norm import scale_parameter
 from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
@@ -41,19 +43,18 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `config.json` says of a checkpoint's scale.
+    """The description of a checkpoint in its `config.json`.
 
     Attributes:
-        path: what was asked for.
+        path: the checkpoint as it was named.
         model_type: family of the whole model, as transformers names it.
-        family: family of its text decoder, a key of the table.
-        supported: whether the table knows it.
-        num_layers: layers of the text decoder, L; None if the configuration does not count them, as of no decoder.
-        active: the scaling that the plugin applies on loading, or None.
-        folded: the scaling that is in the norm weights already, or None.
-        scales: L factors that are applied on loading; all 1.0 where none is active.
-        dropped: which layers of the original are gone (`layers`), of how many (`num_hidden_layers`), and what that was
-            (`base`); None if all are there.
+        family: family of its text decoder.
+        supported: whether the table of families has it.
+        num_layers: layers of the text decoder, L; None if the configuration has no such number.
+        active: the scaling that is applied on loading, or None.
+        folded: the scaling that is part of the norm weights, or None.
+        scales: L factors that are applied on loading; all 1.0 without an active scaling.
+        dropped: the dropped `layers`, the original's `num_hidden_layers` and name (`base`); None for a whole model.
     """
 
     path: str
@@ -68,11 +69,11 @@ class CheckpointInfo:
 
 
 def read_info(path: str) -> CheckpointInfo:
-    """Reads what `config.json` of a folder or of a repository on the Hub says; no weight is read.
+    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if its scaling is not a valid one.
+        ValueError: if its scaling is not valid.
     """
     config = read_config(path)
     text = text_config(config)
@@ -101,23 +102,23 @@ def export(
 ) -> Path:
     """Writes the folded form of a scaled checkpoint: a plain checkpoint, for any runtime.
 
-    The folder appears under its name when it is complete; an export that is killed leaves nothing that loads.
-    Tokenizer, chat template, generation config and other small files come along, the state of a training run does not.
+    The folder appears under its name when it is complete; an interrupted export leaves nothing that loads. Tokenizer,
+    chat template, generation config and other small files are copied, the state of a training run is not.
 
     Args:
         src: folder of a scaled checkpoint in safetensors files, or the name of a repository on the Hub.
         out: folder to write.
-        force: replace a checkpoint that is at `out`.
+        force: replace an existing checkpoint at `out`.
         progress: show a progress bar.
 
     Returns:
         The path written.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
+        FileExistsError: if `out` is not empty, without `force`, or holds anything but a checkpoint.
         FileNotFoundError: if `src` has no config.json or no safetensors weights.
-        ValueError: if no scale is active in `src`, if `out` is `src`, holds it or lies in it, or if the norms on disk
-            are not those of the model's family.
+        ValueError: if no scale is active in `src`, if one of `out` and `src` contains the other, or if the norms on
+            disk are not those of the model's family.
     """
     name, where = locate(src)
     if where:
@@ -127,7 +128,7 @@ def export(
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{str(src)!r} is no checkpoint: it has no config.json")
+        raise FileNotFoundError(f"{str(src)!r} is not a checkpoint: it has no config.json")
     files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
     patches = {file: _pre_norms(source / file, read, family, len(scales)) for file, read in files.items()}
@@ -144,24 +145,27 @@ def export(
             for name, position in patches[file]:
                 _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
         _require_folded(source, partial, patches, scales, family)
-        # Last: until it is there, nothing takes the folder for a checkpoint.
+        # Last: without it, the folder is not a checkpoint.
         (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(out)
 
 
 def _weight_files(source: Path) -> dict[str, set[str] | None]:
-    """The weight files that `from_pretrained` reads, relative to the folder, each with the tensors it is read for.
+    """The weight files that `from_pretrained` reads, and the tensors that it reads from each (None: all).
 
-    A single file is read even if there is an index beside it. None stands for all tensors.
+    A single file takes precedence over an index.
     """
     single, index = source / SAFE_WEIGHTS_NAME, source / SAFE_WEIGHTS_INDEX_NAME
     files: dict[str, set[str] | None] = {SAFE_WEIGHTS_NAME: None}
     if not single.is_file() and index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_object(index, weight_map=dict)["weight_map"]
+            for file in weight_map.values():
+                if not isinstance(file, str) or ".." in Path(file).parts or Path(file).is_absolute():
+                    raise ValueError(f"it names {brief(file)}, which is no file in its folder")
             files = {file: {name for name in weight_map if weight_map[name] == file} for file in weight_map.values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error!r}") from None
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error}") from None
     for name in files:
         if not (source / name).is_file():
             raise FileNotFoundError(
@@ -200,7 +204,7 @@ def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: in
 
 
 def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> None:
-    """Overwrites one tensor of a safetensors file by its folded form."""
+    """Overwrites one tensor of a safetensors file with its folded form."""
     with open(file, "r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         entry = json.loads(stream.read(size))[name]
@@ -214,15 +218,15 @@ def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> 
         stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _copy_weights(source: Path, target: Path, said: str | None) -> None:
-    """Copies a safetensors file; one that is marked with the record of its model gets that of the folded one."""
+def _copy_weights(source: Path, target: Path, new_mark: str | None) -> None:
+    """Copies a safetensors file. If it is marked with the record of its model, the copy has `new_mark` instead."""
     with open(source, "rb") as old, open(target, "wb") as new:
         header = old.read(int.from_bytes(old.read(8), "little"))
         entries = json.loads(header)
-        if MARK in entries.get("__metadata__", {}) and said is not None:
-            entries["__metadata__"][MARK] = said
+        if MARK in entries.get("__metadata__", {}) and new_mark is not None:
+            entries["__metadata__"][MARK] = new_mark
             header = json.dumps(entries, separators=(",", ":")).encode()
-            header += b" " * (-len(header) % 8)  # as the format wants it
+            header += b" " * (-len(header) % 8)  # the format aligns tensors to 8 bytes
         new.write(len(header).to_bytes(8, "little") + header)
         shutil.copyfileobj(old, new, 2**24)
 
@@ -230,11 +234,7 @@ def _copy_weights(source: Path, target: Path, said: str | None) -> None:
 def _require_folded(
     source: Path, partial: Path, patches: dict[str, list[tuple[str, int]]], scales: list[float], family: Family
 ) -> None:
-    """Reads what was written again: the same tensors as in the source, and the pre-norms folded.
-
-    Raises:
-        CheckpointError: if something else was written, such as by a disk that is full or failing.
-    """
+    """Verifies the written files, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
     for file, norms in patches.items():
         positions = dict(norms)
         with safe_open(source / file, framework="pt") as before, safe_open(partial / file, framework="pt") as after:

@@ -125,13 +125,7 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         PathExistsError: if something else has appeared under the name meanwhile. The result is then kept beside it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_killed_runs(target)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
-    scratch.mkdir()
-    lock = FileLock(scratch / ".lock")
-    lock.acquire()
-    try:
+    with scratch_folder(target) as scratch:
         partial, replaced = scratch / "new", scratch / "old"
         partial.mkdir()
         yield partial
@@ -149,9 +143,30 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
             if replaced.exists():
                 os.replace(replaced, target)
             raise
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside a file or folder to be; if this process is killed, the next for that target removes it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_killed_runs(target)
+    scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
+    scratch.mkdir()
+    lock = FileLock(scratch / ".lock")
+    lock.acquire()
+    try:
+        yield scratch
     finally:
         lock.release()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is complete whenever it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _clean_up_after_killed_runs(target: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,10 @@ from huggingface_hub import snapshot_download
 
 from ..core.errors import ArgumentError, PathExistsError, PathNotFoundError
 from ..core.families import text_config
-from ..core.processes import environment_without_flags
+from ..core.processes import run_script
 from ..core.record import DROPPED, get_ln_scaling, record
 from .export import export
+from .folders import scratch_folder
 from .names import locate, read_config
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -87,16 +85,14 @@ def export_gguf(
         raise ValueError(f"{str(checkpoint)!r} is a GGUF file already")
     config = read_config(name)
     _require_no_pattern(config, str(checkpoint))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+    with scratch_folder(target) as scratch:
         if get_ln_scaling(config):
-            source = export(name, Path(scratch) / "folded", progress=progress)
+            source = export(name, scratch / "folded", progress=progress)
         else:
             source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
-        written = Path(scratch) / target.name
-        command = [sys.executable, str(script), str(source), "--outfile", str(written), "--outtype", outtype]
+        written = scratch / target.name
         # The converter goes by config.json; with the plugin in it, it would take a scaled checkpoint for a plain one.
-        done = subprocess.run(command, capture_output=True, text=True, env=environment_without_flags())
+        done = run_script(script, source, "--outfile", written, "--outtype", outtype)
         if done.returncode or not written.is_file():
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             raise RuntimeError(f"{script.name} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")

@@ -1,8 +1,7 @@
-"""A checkpoint on the Hugging Face Hub, with a model card that tells what was done and what was measured."""
+"""Uploads a checkpoint to the Hugging Face Hub, with a model card of what was done and measured."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
 from ..core.errors import ArgumentError, PathNotFoundError
 from ..core.families import text_config
+from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, record
 from .card import Table, model_card
 from .folders import EVALUATION_FILE
 from .names import locate, read_config
 
-# Of a training run, not of the model: states, logs, and a pickle with paths of the machine.
+# Parts of a training run, not of the model: states, logs, and a pickle with paths of the machine.
 LEFT_OUT = [
     ".*", "*/.*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "optimizer.*", "scheduler.*", "scaler.*",
     "rng_state*", "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py", "*.lock", "*.partial",
@@ -33,15 +33,15 @@ _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
 @dataclass(frozen=True)
 class Upload:
-    """What `push` uploads.
+    """An upload by `push`.
 
     Attributes:
-        repo_id: where to.
-        private: whether a repository that is made new is private; None leaves it to the account's setting.
-        files: paths in the folder, and their sizes in bytes; the card is not among them.
-        card: the README.md to be.
-        folder: where the files are.
-        url: of the commit; None if nothing was uploaded.
+        repo_id: the repository.
+        private: whether a new repository is private; None: as the account is set.
+        files: paths in the folder and their sizes in bytes, without the card.
+        card: the content of README.md.
+        folder: the folder of the files.
+        url: URL of the commit; None if nothing was uploaded.
     """
 
     repo_id: str
@@ -72,24 +72,24 @@ def push(
 ) -> Upload:
     """Uploads a checkpoint with its model card, in one commit.
 
-    The card is the folder's README.md, with the table of the evaluation in it if there is one (in place of one that was
-    put there before); without a README.md, it is a new card with that table, or with the trainer's last evaluation. The
-    folder itself is not changed.
+    The card is the folder's README.md, in which the table of the evaluation is inserted or replaced, if there is one.
+    Without a README.md it is a new card with that table, or with the trainer's last evaluation. The folder
+    itself is not changed.
 
     Args:
         folder: folder of a checkpoint.
-        repo_id: name of a repository on the Hub; made if it does not exist.
-        evaluation: a JSON file that `hf-lnscale evaluate --out` wrote; else `evaluation.json` in the folder.
+        repo_id: name of a repository on the Hub; created if it does not exist.
+        evaluation: a JSON file that `hf-lnscale evaluate --out` wrote; by default `evaluation.json` in the folder.
         base_model: name on the Hub of the model that this one was made from, for the card.
         allow_scaled: upload a checkpoint with an active scale, which needs hf_lnscale to load.
         private: make a new repository private.
-        message: of the commit.
-        dry_run: find out what would be uploaded, and do not; needs no network.
+        message: the commit message.
+        dry_run: only return what would be uploaded; needs no network.
 
     Raises:
-        FileNotFoundError: if `folder` holds no checkpoint, or `evaluation` is no file.
-        ValueError: if a scale is active, without `allow_scaled`; if `repo_id` cannot be one; if `evaluation` is not
-            what `evaluate` writes.
+        FileNotFoundError: if `folder` is not a checkpoint or `evaluation` does not exist.
+        ValueError: if a scale is active, without `allow_scaled`; if `repo_id` or the content of `evaluation` is not
+            valid.
         OSError: if the Hub refuses.
     """
     path = Path(folder)
@@ -131,26 +131,26 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
-    """The table that `evaluate` found, in Markdown, or ""."""
+    """The table of an evaluation, in Markdown, or ""."""
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
     if not file.is_file():
         if evaluation:
             raise PathNotFoundError("evaluation", str(file), problem="does not exist")
         return ""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file, settings=dict, markdown=str)
         versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
         return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, AttributeError):
         problem = "is not what hf-lnscale evaluate --out writes"
         raise ArgumentError("evaluation", str(file), problem=problem) from None
 
 
 def _trained(path: Path) -> Table | None:
-    """The figures that a trainer left in the folder."""
+    """The metrics that a Trainer saved in the folder."""
     for name in ("eval_results.json", "all_results.json"):
         if (path / name).is_file():
-            metrics = json.loads((path / name).read_text(encoding="utf-8"))
+            metrics = read_object(path / name)
             rows = [(key, f"{value:,.4g}") for key, value in metrics.items() if isinstance(value, (int, float))]
             if rows:
                 return Table(("metric", "value"), rows, f"As the trainer reported them ({name}).", heading="Measured")

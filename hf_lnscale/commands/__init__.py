@@ -1,1 +1,1 @@
-"""The command line: a thin face on the library."""
+"""The command line, one file per verb."""

@@ -1,14 +1,9 @@
-"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, with numbers, within minutes on a CPU.
-
-It prints what it finds, whichever way that comes out.
-"""
+"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, measured within minutes on a CPU."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +12,7 @@ import typer
 
 from ..core.display import one_line, terminal
 from ..core.errors import MissingPackageError, require_packages
-from ..core.processes import environment_without_flags
+from ..core.processes import run_script
 from .quiet import quiet_transformers
 
 FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
@@ -42,12 +37,12 @@ def demo(
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Documents to train on, and every tenth, held out."""
+    """Documents for training, and every tenth for evaluation."""
     return [text for index, text in enumerate(documents) if index % 10], documents[::10]
 
 
 class Demo:
-    """The four acts. If `fast`, act 1 is skipped unless SmolLM2 is converted already, and act 4 cuts act 2's model."""
+    """The four acts. With `fast`, act 1 is skipped unless SmolLM2 has been converted, and act 4 cuts act 2's model."""
 
     def __init__(self, out: Path, fast: bool = False, seed: int = 0) -> None:
         from rich.console import Console
@@ -62,6 +57,10 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs the acts, prints what they find, and writes it to `out`: results.json, demo.png and the models."""
+        from ..checkpoints.folders import require_free
+
+        for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
+            require_free((self.out / name).resolve(), (), str(self.out / name), force=True)
         self.out.mkdir(parents=True, exist_ok=True)
         acts = {
             "curse: a real Pre-LN model, layer by layer": self.curse,
@@ -111,7 +110,7 @@ class Demo:
         return {"skipped": False, "checkpoint": str(folder), **variances}
 
     def cure(self) -> dict[str, Any]:
-        """Two small models trained on the same data from the same weights, Pre-LN and LNS; the second is saved."""
+        """Trains a Pre-LN and an LNS model on the same data from the same weights, and saves the second."""
         from ..diagnosis.examine import diagnose
         from ..measuring.sample import train_tokenizer
         from ..measuring.text import Windows, token_batches
@@ -146,7 +145,7 @@ class Demo:
         return figures
 
     def new_model(self, end: int, ln_scaling: bool) -> Any:
-        """A Llama with random weights, the same for the same seed, whatever `ln_scaling` is."""
+        """A Llama with random weights that depend only on the seed, not on `ln_scaling`."""
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
@@ -154,7 +153,7 @@ class Demo:
         return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
-        """Trains in place, with the paper's recipe in small. Returns evaluation losses over the run."""
+        """Trains in place with a small version of the paper's recipe; returns the evaluation losses over the run."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
         arguments = TrainingArguments(
@@ -171,20 +170,20 @@ class Demo:
         return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
     def ship(self) -> dict[str, Any]:
-        """The LNS model exported, and run by a process that does not know this package."""
+        """Exports the LNS model and runs it in a process without this package."""
         import torch
 
         from ..checkpoints.export import export
+        from ..checkpoints.folders import scratch_folder
         from ..checkpoints.names import load
 
         scaled = self.out / "lns-model"
         folded = export(scaled, self.out / "lns-model-folded", force=True, progress=False)
         expected = load(scaled)(torch.arange(50)[None]).logits.detach()
-        with tempfile.TemporaryDirectory() as temporary:
-            script, logits = Path(temporary) / "plain.py", Path(temporary) / "logits.pt"
+        with scratch_folder(self.out.resolve() / "plain") as scratch:
+            script, logits = scratch / "plain.py", scratch / "logits.pt"
             script.write_text(PLAIN_PROCESS)
-            command = map(str, [sys.executable, script, scaled, folded, logits, torch.get_num_threads()])
-            done = subprocess.run([*command], capture_output=True, text=True, env=environment_without_flags())
+            done = run_script(script, scaled, folded, logits, torch.get_num_threads())
             if done.returncode:
                 raise RuntimeError(f"the process without the plugin failed:\n{done.stderr}")
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -195,7 +194,7 @@ class Demo:
         return found
 
     def drop(self) -> dict[str, Any]:
-        """Two layers out of SmolLM2-135M by `hf-lnscale prune`, or one out of the LNS model; healed."""
+        """Drops two layers from SmolLM2-135M, or one from the LNS model, as `hf-lnscale prune`, and heals the cut."""
         from ..measuring.text import Windows
         from ..pruning.prune import prune
 
@@ -230,7 +229,7 @@ class Demo:
         figure.savefig(path, dpi=150)
 
 
-# Run by a Python process of its own, which imports transformers alone.
+# Run by a separate Python process, which imports only transformers.
 PLAIN_PROCESS = """
 import json, sys
 import torch

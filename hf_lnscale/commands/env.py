@@ -1,4 +1,4 @@
-"""`hf-lnscale env`: what a bug report needs to know about a machine and its Python environment."""
+"""`hf-lnscale env`: the machine and its Python environment, for bug reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,13 @@ def env(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    packages, optional = found["packages"], {name for names in found["extras"].values() for name in names}
+    packages = found["packages"]
     rows = {
         "hf_lnscale": f"{found['hf_lnscale']['version']}  {found['hf_lnscale']['path']}",
         "python": f"{found['python']['version']}  {found['python']['path']}",
         "platform": found["platform"],
-        **{name: version for name, version in packages.items() if name not in optional},
-        **{
-            extra: ", ".join(f"{name} {packages[name] or 'no'}" for name in names)
-            for extra, names in found["extras"].items()
-        },
+        **{name: packages[name] for name in REQUIRED},
+        **{key: ", ".join(f"{name} {packages[name] or 'no'}" for name in names) for key, names in OPTIONAL.items()},
         "devices": "; ".join(found["devices"]),
         "threads": found["threads"],
         "flags": "on" if found["flags"] else "off",
@@ -49,51 +47,33 @@ def env(as_json: AsJson = False) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, what is installed, devices.
-
-    Returns:
-        `hf_lnscale`, `python`, `platform`, `flags` (whether transformers understands ours), `packages` (version by
-        name, None if missing), `extras` (name of each extra, with its packages), `devices`, `threads`, `llama_cpp`
-        (where the converter to GGUF is, or None).
-    """
+    """The content of `env`. `packages` maps names to versions (None if missing), `extras` extras to their packages."""
     import torch
 
     from ..checkpoints.gguf import find_converter
     from ..hooks.install import is_enabled
 
-    try:
+    packages: dict[str, str | None] = dict.fromkeys([*REQUIRED, *(one for names in OPTIONAL.values() for one in names)])
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    converter = None
+    with suppress(FileNotFoundError):
         converter = str(find_converter())
-    except FileNotFoundError:
-        converter = None
-    optional = [name for names in OPTIONAL.values() for name in names]
+    devices = [f"cpu, {os.cpu_count()} cores"]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index}, {about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
     return {
         "hf_lnscale": {"version": __version__, "path": str(Path(__file__).parents[1])},
         "python": {"version": platform.python_version(), "path": sys.executable},
         "platform": platform.platform(),
         "flags": is_enabled(),
-        "packages": {name: _version(name) for name in (*REQUIRED, *optional)},
+        "packages": packages,
         "extras": {extra: list(names) for extra, names in OPTIONAL.items()},
-        "devices": _devices(),
+        "devices": devices,
         "threads": torch.get_num_threads(),
         "llama_cpp": converter,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _devices() -> list[str]:
-    import torch
-
-    found = [f"cpu, {os.cpu_count()} cores"]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(index)
-            found.append(f"cuda:{index}, {about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return found

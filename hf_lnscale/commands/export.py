@@ -1,4 +1,4 @@
-"""`hf-lnscale export`, and `fold`, which is what others may call it."""
+"""`hf-lnscale export`, and `fold`, another name under which it is looked for."""
 
 from __future__ import annotations
 

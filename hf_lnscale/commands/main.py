@@ -22,6 +22,7 @@ import typer
 from .._version import __version__
 from ..core.display import one_line
 from ..core.errors import HFLNScaleError
+from ..core.processes import leaving_on_sigterm
 from .demo import demo
 from .diagnose import diagnose
 from .env import env
@@ -46,7 +47,8 @@ hf-lnscale run accelerate launch train.py
 
 A MODEL is a folder, a .gguf file or the folder that it is in, or a name on the Hub.
 
-Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted; run has those of the program.
+Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted, 143
+stopped by SIGTERM; run has those of the program.
 """
 _LONGEST = 600  # characters of an error of another library that are shown
 
@@ -115,7 +117,7 @@ def main() -> None:
     """Runs the command line; a failure is a line on stderr, with a hint where there is one, and exit code 1."""
     options = _Options()
     try:
-        with _messages_on_stderr():
+        with leaving_on_sigterm("hf-lnscale"), _messages_on_stderr():
             app(prog_name="hf-lnscale", obj=options)
     except Exception as error:
         if options.debug:

@@ -1,4 +1,4 @@
-"""Options and values that several verbs share."""
+"""Options and parsers of values that several verbs share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any Python program, unchanged, with the flags on, in the processes that it starts too."""
+"""Starts any Python program, unchanged, with the flags on in all its processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
 
     Raises:
         FileNotFoundError: if there is no such program; the message says where it was looked for.
-        ValueError: if the program is known to read weights past transformers, and would lose the scale.
+        ValueError: if the program is known to read weights without transformers, and would lose the scale.
     """
     named = program
     if Path(program).name.startswith("python") and not module:  # python -m name, or python file
@@ -46,7 +46,7 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
         if not Path(program).is_file():
             raise FileNotFoundError(f"there is no script {program!r}")
         return [sys.executable, program, *arguments]
-    # Not resolved: in a virtual environment the interpreter is a link, and the commands lie beside the link.
+    # Not resolved: in a virtual environment the interpreter is a link, and the commands are next to the link.
     commands = Path(sys.executable).parent
     found = shutil.which(program, path=str(commands)) or shutil.which(program)
     if found is None:
@@ -57,7 +57,7 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
 
 
 def become(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
-    """Becomes the program: its output, its signals and its exit code are this process's. Does not return.
+    """Replaces this process with the program, including its output, signals and exit code. Does not return.
 
     Raises:
         FileNotFoundError, ValueError: as `command_line`.

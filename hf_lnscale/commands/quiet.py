@@ -1,4 +1,4 @@
-"""Silence from transformers while a verb runs."""
+"""Suppresses the hints of transformers while a verb runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers(progress_bars: bool = True) -> Iterator[None]:
-    """No hints from transformers on stderr, and no progress bars of its own unless `progress_bars`; as before after."""
+    """Suppresses the hints of transformers on stderr, and its progress bars unless `progress_bars`."""
     from transformers.utils import logging
 
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -15,8 +15,7 @@ def train(
 
     `hf-lnscale train sft --help` lists all options.
     """
-    from ..training.scripts import RECIPES, recipes_folder
-    from ..training.start import start
+    from ..training.scripts import RECIPES, recipes_folder, start
 
     if recipe in ("", "--help"):
         print(

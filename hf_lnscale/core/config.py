@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from .display import brief
+
 # Fraction of the final exponent reached at a given fraction of the warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
@@ -28,7 +30,7 @@ class LNScalingConfig:
     `hf_lnscale.training.LNScalingWarmupCallback` moves it.
 
     Attributes:
-        exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer as it is.
+        exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer unchanged.
         depths: one positive integer a layer, shape (L,); None stands for 1, 2, ..., L. A pruned model keeps the depths
             that its layers had when they were trained.
         warmup_steps: optimizer steps from exponent 0 to `exponent`; 0 for the whole exponent at once.
@@ -51,26 +53,29 @@ class LNScalingConfig:
         number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
         if not number or not 0 <= exponent < math.inf:
             raise ValueError(
-                f"ln_scaling: exponent must be a finite number >= 0 (the paper's is 0.5), got {exponent!r}"
+                f"ln_scaling: exponent must be a finite number >= 0 (the paper's is 0.5), got {brief(exponent)}"
             )
         object.__setattr__(self, "exponent", float(min(exponent, sys.float_info.max)))
         if not is_integer(self.warmup_steps) or self.warmup_steps < 0:
-            raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+            raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {brief(self.warmup_steps)}")
         if self.schedule not in list(SCHEDULES):  # a list, as it may be unhashable
-            raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+            raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {brief(self.schedule)}")
         if not is_integer(self.step) or not 0 <= self.step <= self.warmup_steps:
             raise ValueError(
-                f"ln_scaling: step must be an integer from 0 to warmup_steps, {self.warmup_steps}, got {self.step!r}"
+                f"ln_scaling: step must be an integer from 0 to warmup_steps, {self.warmup_steps}, got "
+                f"{brief(self.step)}"
             )
         if self.depths is None:
             return
         depths = self.depths
         if not isinstance(depths, (list, tuple)) or not depths:
-            raise ValueError(f"ln_scaling: depths must be a list of positive integers, one a layer, got {depths!r}")
+            raise ValueError(
+                f"ln_scaling: depths must be a list of positive integers, one a layer, got {brief(depths)}"
+            )
         for depth in depths:
             if not is_integer(depth) or depth < 1:
                 raise ValueError(
-                    f"ln_scaling: depths must be positive integers, one a layer, got {depth!r} in {depths!r}"
+                    f"ln_scaling: depths must be positive integers, one a layer, got {brief(depth)} in {brief(depths)}"
                 )
         object.__setattr__(self, "depths", tuple(depths))
 
@@ -91,14 +96,17 @@ class LNScalingConfig:
             known = [field.name for field in fields(cls)]
             unknown = [key for key in value if key not in known]
             if unknown:
-                raise ValueError(f"ln_scaling: unknown key {unknown[0]!r} in {dict(value)!r}; the keys are {known}")
+                raise ValueError(
+                    f"ln_scaling: unknown key {unknown[0]!r} in {brief(dict(value))}; the keys are {known}"
+                )
             return cls(**value)
         raise ValueError(
-            f"ln_scaling must be True, False, a dict such as {{'exponent': 0.5}} or an LNScalingConfig, got {value!r}"
+            f"ln_scaling must be True, False, a dict such as {{'exponent': 0.5}} or an LNScalingConfig, got "
+            f"{brief(value)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored in `config.json`; nothing of a warmup where there is none."""
+        """The dict stored in `config.json`; without the warmup's keys if there is no warmup."""
         stored: dict[str, Any] = {
             "exponent": self.exponent,
             "depths": None if self.depths is None else list(self.depths),
@@ -148,5 +156,7 @@ class LNScalingConfig:
         except OverflowError:
             smallest = 0.0
         if smallest < sys.float_info.min:
-            raise ValueError(f"ln_scaling: exponent {self.exponent} makes the scale of a layer of {list(depths)} zero")
+            raise ValueError(
+                f"ln_scaling: exponent {self.exponent} makes the scale of a layer of {brief(list(depths))} zero"
+            )
         return [depth**-self.exponent_now for depth in depths]

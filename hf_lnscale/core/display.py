@@ -1,7 +1,7 @@
-"""Figures as people read them, and the one place where text of unknown origin is made harmless before it is shown.
+"""Formats figures and tables, and escapes text of unknown origin before it is shown.
 
-Names of models and files, and whatever else was read from somewhere, go through `one_line` (plain text), `rich_text`
-(rich), `markdown_text` or `markdown_code` (Markdown); HTML comes from templates that escape by themselves.
+Names of models and files, and any other text that was read, go through `one_line` (plain text), `rich_text` (rich),
+`markdown_text` or `markdown_code` (Markdown); HTML templates escape by themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = Sequence[str]
 
 
 class Markdown(str):
-    """Text that is Markdown already; a cell of this type is not escaped."""
+    """Text in Markdown, which is not escaped."""
 
 
 def show_bytes(value: float | None) -> str:
@@ -36,6 +36,15 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def brief(value: object, longest: int = 300) -> str:
+    """The `repr` of a value that was read from somewhere, in a message about it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
 def rich_text(text: object, style: str = "") -> Text:
     """Text for rich, in which square brackets are square brackets; lines stay lines."""
     from rich.text import Text
@@ -47,7 +56,9 @@ def markdown_text(text: object) -> str:
     """Text for a paragraph, a heading or a cell in Markdown: no markup and no HTML in it is interpreted."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words are left alone: they mark nothing in GitHub's Markdown.
-    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-](?=\s))", r"\\\1", shown)
+    shown = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|#$|^[+-](?=[\s-]|$))", r"\\\1", shown)
+    # A number in front would begin a list, and spaces code.
+    return re.sub("^ ", "&#32;", re.sub(r"^([0-9]+)([.)])(?=\s|$)", r"\1\\\2", shown))
 
 
 def markdown_code(text: object) -> Markdown:
@@ -66,12 +77,12 @@ def markdown(header: Row, rows: Sequence[Row]) -> str:
 
 def _cell(cell: str) -> str:
     if isinstance(cell, Markdown):
-        return cell.replace("|", "\\|")  # within code too, a bar would end the cell
+        return cell.replace("|", "\\|")  # a bar ends the cell, even within code
     return ", ".join(map(markdown_text, cell.split("\n")))
 
 
 def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
-    """A table for a terminal, the first column on the left; line breaks within a cell stay."""
+    """A table for a terminal, with the first column left-aligned; line breaks within a cell are kept."""
     from rich.table import Table
 
     table = Table(title=rich_text(title) if title else None, title_justify="left")

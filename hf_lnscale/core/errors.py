@@ -1,5 +1,4 @@
-"""The errors that this package raises. An error about an argument carries its name, so that the command line can name
-its option instead.
+"""The errors of this package. An error about an argument carries its name, for which the command line shows its option.
 
 Messages are one line and name what is wrong, the value given, and what is valid. In messages and hints, `name` and
 `name=value` in backticks refer to an argument: the command line shows `--name`.
@@ -25,25 +24,21 @@ class HFLNScaleError(Exception):
 
     Args:
         message: what is wrong.
-        hint: what to do about it; shown by the command line in a line of its own.
+        hint: what to do about it; the command line shows it on a separate line.
     """
 
     hint = ""
 
     def __init__(self, message: str = "", hint: str = "") -> None:
-        super().__init__(message, hint)  # all arguments, so that the error can be pickled
+        super().__init__(message, hint)  # all arguments, for pickle
         self._message, self.hint = message, hint
 
     def render(self, named: Callable[[str, str | None], str] = _python_name) -> str:
-        """The message.
-
-        Args:
-            named: how an argument is called, from its name and, in `name=value`, the value.
-        """
+        """The message. `named` returns what to call an argument, from its name and, in `name=value`, the value."""
         return _replace_references(self._message, named)
 
     def render_hint(self, named: Callable[[str, str | None], str] = _python_name) -> str:
-        """The hint, with arguments called as in `render`."""
+        """The hint, rendered like the message."""
         return _replace_references(self.hint, named)
 
     def __str__(self) -> str:
@@ -51,16 +46,16 @@ class HFLNScaleError(Exception):
 
 
 class ArgumentError(HFLNScaleError, ValueError):
-    """An argument has a value that it cannot have.
+    """The value of an argument is not valid.
 
     `ArgumentError("num_layers", 31, "an integer from 1 to 29")` reads "num_layers must be an integer from 1 to 29,
     got 31", `ArgumentError("data", "a.txt", problem="is empty")` reads "data 'a.txt' is empty", and without a value it
     is "data: problem".
 
     Attributes:
-        argument: its name in Python.
-        value: what was given.
-        valid: what is valid.
+        argument: name of the argument in Python.
+        value: the value given.
+        valid: the valid values.
         hint: what to do about it.
     """
 
@@ -80,26 +75,26 @@ class ArgumentError(HFLNScaleError, ValueError):
 
 
 class PathExistsError(ArgumentError, FileExistsError):
-    """There is something where an argument says to write."""
+    """The path to write to exists."""
 
 
 class PathNotFoundError(ArgumentError, FileNotFoundError):
-    """There is no file or folder where an argument says to read."""
+    """The path to read from does not exist."""
 
 
 class UnsupportedArchitectureError(HFLNScaleError, ValueError):
-    """The model's family is not in the table, or its modules are not where its row says they are."""
+    """The model's family is not in the table, or its modules are not where the table expects them."""
 
 
 class CheckpointError(HFLNScaleError, ValueError, OSError):
-    """A checkpoint, or a file in its folder, is missing, incomplete or not what it should be.
+    """A checkpoint, or a file in its folder, is missing, incomplete or invalid.
 
-    It is both types that transformers raises then.
+    It is a subclass of both types that transformers raises in these cases.
     """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint of that name."""
+    """No checkpoint has that name."""
 
 
 class UnsupportedTransformersError(HFLNScaleError, RuntimeError):
@@ -107,19 +102,16 @@ class UnsupportedTransformersError(HFLNScaleError, RuntimeError):
 
 
 class MissingPackageError(HFLNScaleError, ImportError):
-    """A package is missing that an extra of this one would have installed."""
+    """An optional package is missing."""
 
 
 def require_packages(purpose: str, extra: str, *packages: str) -> None:
-    """Refuses to go on without optional packages.
+    """Raises `MissingPackageError` if an optional package is missing.
 
     Args:
-        purpose: what needs them, such as "the demo".
+        purpose: what needs the packages, such as "the demo".
         extra: the extra of this package that installs them.
-        packages: their names in Python.
-
-    Raises:
-        MissingPackageError: if one is missing; the message says how to install it.
+        packages: the names by which they are imported.
     """
     for package in packages:
         if find_spec(package) is None:

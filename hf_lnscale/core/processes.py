@@ -1,10 +1,17 @@
-"""The environment of child processes: with the plugin's flags turned on in every Python below, or without them."""
+"""Processes: the environment of those that this one starts, that they end with it, and how it ends on SIGTERM."""
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Holds a sitecustomize.py, which Python runs at its start if this folder is on PYTHONPATH.
 STARTUP = Path(__file__).parents[1] / "hooks" / "startup"
@@ -34,3 +41,50 @@ def command_of(function: str) -> list[str]:
     root = str(Path(__file__).parents[2])
     code = f"import sys; sys.path[:] = [{root!r}, *filter(None, sys.path)]; from {module} import {name}; {name}()"
     return [sys.executable, "-c", code]
+
+
+# Run before a script: at the end of its standard input, which is that of the process that started it, it ends.
+_FOLLOW = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+sys.argv = sys.argv[1:]
+sys.path[:] = [os.path.dirname(sys.argv[0]), *filter(None, sys.path)]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script without the flags in a process that ends with this one, even if this one is killed."""
+    reading, writing = os.pipe()
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", _FOLLOW, str(script), *map(str, arguments)],
+            stdin=reading, capture_output=True, text=True, env=environment_without_flags(),
+        )  # fmt: skip
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@contextmanager
+def leaving_on_sigterm(name: str) -> Iterator[None]:
+    """Within it, SIGTERM raises SystemExit(143), so that what was begun is cleaned up as after Ctrl-C.
+
+    Args:
+        name: of the program, for the line on stderr.
+    """
+    stopped = -math.inf
+
+    def leave(number: int, frame: Any) -> None:
+        nonlocal stopped
+        if time.monotonic() - stopped < 1:  # a group of processes can get it twice
+            return
+        stopped = time.monotonic()
+        os.write(2, f"{name}: stopped by SIGTERM\n".encode())
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

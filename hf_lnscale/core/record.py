@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .config import LNScalingConfig, is_integer
+from .display import brief
 from .families import family_of, text_config
 
 # ON_DISK holds the scaling in the checkpoint's own config.json and exists in memory alone: it tells a model that was
@@ -19,6 +20,7 @@ ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
+_MOST_LAYERS = 1_000_000  # lists of layers are made
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
 
@@ -52,7 +54,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Record:
-    """What a configuration says about the scale and the layers of its text decoder.
+    """The scale and the layers of the text decoder in a configuration.
 
     Attributes:
         active: the scaling that is applied to the norms' outputs, or None.
@@ -73,13 +75,13 @@ class Record:
 
 
 class SourceName(str):
-    """The name of the checkpoint that a model of ours was loaded from, with what was done to the model since.
+    """The name of the checkpoint that a model was loaded from, with the changes made to the model since.
 
-    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL its reference
-    models. `from_pretrained` of this name gives the same model again, not the one that the checkpoint holds.
+    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
+    models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
 
     Attributes:
-        record: what the model's configuration says.
+        record: the record in the model's configuration.
         changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
     """
 
@@ -139,7 +141,7 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def mark(own: Record) -> str | None:
-    """What weights are marked with that belong to a configuration with this record; None for a plain model."""
+    """The mark of weights that belong to a configuration with this record; None for a plain model."""
     return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
 
 
@@ -170,7 +172,7 @@ def require_valid(config: PreTrainedConfig) -> None:
     for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
         if scaling is not None:
             with _naming(key):
-                scaling.for_layers(num_layers)
+                scaling.scales(num_layers)
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
@@ -296,13 +298,13 @@ def _dropped(stored: Any) -> Dropped | None:
         layers, number, base = stored["layers"], stored["num_hidden_layers"], stored.get("base") or ""
         valid = isinstance(layers, list | tuple) and is_integer(number) and isinstance(base, str)
         valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in layers)
-        valid = valid and len(set(layers)) == len(layers) < number
+        valid = valid and len(set(layers)) == len(layers) < number <= _MOST_LAYERS
     except (TypeError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
         raise ValueError(
             f'{DROPPED} in the model\'s config must be like {{"layers": [1, 2], "num_hidden_layers": 6}}, with '
-            f"different integers from 0 to num_hidden_layers - 1 and not all of them, got {stored!r}"
+            f"different integers from 0 to num_hidden_layers - 1 and not all of them, got {brief(stored)}"
         )
     return Dropped(tuple(sorted(layers)), number, base) if layers else None
 
@@ -314,10 +316,10 @@ TRIPWIRE = "This checkpoint uses LayerNorm Scaling: install hf_lnscale and impor
 
 def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A configuration's dict and those of the sub-configurations in it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from parts(value)
+    left = [config]
+    while left:  # a value may be nested more deeply than functions can be
+        yield (part := left.pop())
+        left += reversed([value for value in part.values() if isinstance(value, dict)])
 
 
 def protect(config: dict[str, Any]) -> dict[str, Any]:
@@ -342,8 +344,8 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `protect`, in place, for the dict read from `config.json`.
 
-    Notes beside each active scale that the file had it; such a note in the file itself is ignored. Any other file's
-    dict is returned as it is.
+    Notes for each active scale that the file had it; such a note in the file itself is ignored. The dict of any other
+    file is returned unchanged.
 
     Raises:
         ValueError: if the file has an `ln_scaling` that is not valid.
@@ -351,7 +353,7 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     scaled = False
     for part in list(parts(config)):
         part.pop(ON_DISK, None)
-        active = _scaling(part, ACTIVE, None)
+        active, _, _ = _scaling(part, ACTIVE, None), _scaling(part, FOLDED, None), _dropped(part.get(DROPPED))
         if active is None:
             continue
         scaled = True

@@ -31,7 +31,7 @@ class Diagnosis(DiagnosisData):
 
         Args:
             path: file to write it to.
-            compare: another diagnosis, shown beside this one on the same axes.
+            compare: another diagnosis, shown next to this one on the same axes.
 
         Returns:
             The HTML.

@@ -204,7 +204,7 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
     """
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
-    # The embedding is no product with a matrix, the head is; where both are one matrix, it counts once too.
+    # The embedding is a lookup, not a matrix product, and the head is one; a tied matrix counts once as well.
     head /= max(head, stack.model.num_parameters())
     body = 1 - head
     return {

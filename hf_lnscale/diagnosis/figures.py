@@ -1,4 +1,4 @@
-"""The figures of a diagnosis: what each shows. png.py and html_report.py draw them."""
+"""The figures of a diagnosis, as data. png.py and html_report.py draw them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .result import DiagnosisData
 
-# Colour of each model in pictures; the report has its own for light and dark.
+# Colour of each model in PNG and SVG files; the report has its own for light and dark.
 COLORS = ("#1f6feb", "#b3560b")
 # The axis of losses is linear up to here and logarithmic beyond.
 LINEAR_UP_TO = 0.01
@@ -19,9 +19,9 @@ class Line:
 
     Attributes:
         field: see `DiagnosisData.values`; `{field}_error` is its standard error.
-        label: its name in the legend.
-        style: words for the backends, which are classes in the report's style sheet: "accent" or "muted"; "solid",
-            "dashed" or "dotted"; "dots" or "rings".
+        label: name in the legend.
+        style: classes of the report's style sheet, which png.py reads too: "accent" or "muted"; "solid", "dashed" or
+            "dotted"; "dots" or "rings".
     """
 
     field: str
@@ -37,7 +37,7 @@ class Figure:
         unit: label of the vertical axis.
         scale: "log", or "symlog" for values of both signs.
         kind: "lines", "bars", or "blocks" for the angular distance of every block of layers.
-        picture: name of the PNG that it is a row of.
+        picture: name of the PNG file that it is a row of.
     """
 
     key: str
@@ -83,8 +83,9 @@ FIGURES = (
     Figure(
         "angular",
         "Which blocks of layers could go together",
-        "Angular distance of a block's input and output at the last token of each sequence, as a fraction of pi. Every "
-        "cell is a block: its first layer along the bottom, its size upwards. Dots: the least of each size.",
+        "Angular distance between a block's input and output at the last token of each sequence, as a fraction of pi. "
+        "Every cell is a block: its first layer on the horizontal axis, its size on the vertical. Dots: the least of "
+        "each size.",
         "layers in the block",
         kind="blocks",
         picture="angular",

@@ -44,7 +44,7 @@ def diagnose_checkpoints(
         checkpoint: folder or name on the Hub.
         data: path of a text, or other data as for `diagnose` that can be read more than once.
         out: folder to write.
-        compare: a second checkpoint, to be shown beside the first.
+        compare: a second checkpoint, shown next to the first.
         windows: how text is cut.
         placement: where the models are computed, and the type of their weights.
         draw: write plots as PNG and SVG, which needs matplotlib.
@@ -66,7 +66,7 @@ def diagnose_checkpoints(
     for name, config, argument in zip(names, configs, ("checkpoint", "compare"), strict=False):
         family_of(config, "diagnose")
         if not is_causal_lm(config):
-            problem = "is no causal language model; diagnose it from Python, with hf_lnscale.diagnose"
+            problem = "is not a causal language model; diagnose it from Python, with hf_lnscale.diagnose"
             raise ArgumentError(argument, name, problem=problem)
     windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
     tokenizers = [_tokenizer(*pair, data, windows) for pair in zip(names, configs, strict=True)]

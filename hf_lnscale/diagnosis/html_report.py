@@ -1,7 +1,7 @@
-"""The figures and tables as a report: one HTML file with its figures, its data and its script inside.
+"""The report: one HTML file that contains its figures, data and script.
 
-The figures are SVG made here, so that the page is whole without its script, in print too; the script adds hover,
-sorting and the choice of light or dark. Colours are those of the style sheet, by class.
+The figures are static SVG, so that the page is complete without its script, in print too; the script adds hover,
+sorting and the choice of light or dark. The style sheet sets colours by class.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .figures import FIGURES, LINEAR_UP_TO, Figure
 from .result import COLUMNS, DiagnosisData
 from .verdict import number, ranges
 
-# Of a figure, in its own units; on a wide screen these are pixels.
+# Geometry of a figure in its own units, which are pixels on a wide screen.
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 8, 34, 48
 _BASE = HEIGHT - BOTTOM
-# Colours of the heat map, from nothing to much: viridis, reversed (van der Walt and Smith 2015), at nine points.
+# Colours of the heat map from low to high: viridis reversed (van der Walt and Smith 2015), at nine points.
 _HEAT = ("#fde725", "#aadc32", "#5ec962", "#27ad81", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
 _SHADES = 32
 
@@ -69,7 +69,7 @@ def _data(one: DiagnosisData) -> dict[str, Any]:
 
 
 class _Axis(NamedTuple):
-    """A vertical axis: the height of a value in the figure, and the values that have ticks."""
+    """A vertical axis: maps values to heights in the figure, and has ticks."""
 
     to: Callable[[float], float]
     ticks: list[float]
@@ -90,7 +90,7 @@ def _top(diagnoses: Sequence[DiagnosisData]) -> float:
 
 
 def _axis(values: list[float], scale: str) -> _Axis:
-    """An axis that holds all values; a logarithmic one leaves out what is not positive."""
+    """An axis that covers all values; a logarithmic one covers the positive values."""
     forward = _log10 if scale == "log" else _symlog
     if scale == "log":
         positive = [value for value in values if value > 0] or [1.0]
@@ -102,7 +102,7 @@ def _axis(values: list[float], scale: str) -> _Axis:
         if high - low > 6:
             ticks = ticks[:: math.ceil((high - low) / 5)]
         if sum(low <= forward(tick) <= high for tick in ticks) < 2:
-            # A range inside one decade: its ends and the middle.
+            # Within one decade: near both ends, and in the middle.
             ticks = [10 ** (low + (high - low) * share) for share in (0.1, 0.5, 0.9)]
     else:
         low, high = min(0.0, *map(forward, values)), max(0.0, *map(forward, values))
@@ -166,7 +166,7 @@ def _panel(figure: Figure, one: DiagnosisData, which: int, axis: _Axis, layers: 
 
 
 def _in_words(figure: Figure, one: DiagnosisData) -> str:
-    """The content of a figure, for those who do not see it."""
+    """The content of a figure in words, for screen readers."""
     lines = []
     for line in figure.lines:
         found = [(value, layer) for layer, value in enumerate(one.values(line.field)) if value is not None]
@@ -179,12 +179,12 @@ def _in_words(figure: Figure, one: DiagnosisData) -> str:
 
 
 def _frame(layers: int, below: str, beside: str) -> Iterable[str]:
-    """The numbers of the layers, the axes and their labels."""
+    """The layer numbers, the axes and their labels."""
     for layer in range(0, layers, _every(layers)):
         yield f'<text class="tick" x="{_x(layer, layers):.1f}" y="{_BASE + 18}" text-anchor="middle">{layer}</text>'
     yield f'<path class="axis" d="M{LEFT} {TOP}V{_BASE}H{WIDTH - RIGHT}"/>'
     yield f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{below}</text>'
-    # Above the axis and not along it: read without turning the head, and with room on a phone.
+    # Above the axis rather than along it, to be read horizontally and to leave room on a phone.
     yield f'<text class="label" x="4" y="18">{escape(beside)}</text>'
 
 
@@ -203,7 +203,7 @@ def _beside(y: float, value: float) -> str:
 
 def _heat_map(figure: Figure, one: DiagnosisData, which: int, top: float, layers: int) -> Markup:
     own, width, height = len(one.layers), _step(layers), (_BASE - TOP) / layers
-    # A path for each shade: a page of 80 layers has 3,240 cells.
+    # One path per shade rather than per cell: a model of 80 layers has 3,240 cells.
     shades: dict[int, list[str]] = {}
     for first in range(own):
         for size in range(1, own - first + 1):
@@ -236,7 +236,7 @@ def _color(share: float) -> str:
 
 def _svg(figure: Figure, one: DiagnosisData, which: int, parts: list[str], words: str, layers: int) -> Markup:
     key, name = f"{figure.key}-{which}", escape(f"{figure.title}: {one.name}")
-    # No <title>: browsers would show it as a tooltip of their own.
+    # No <title>, which browsers would show as a tooltip.
     return Markup(
         f'<svg class="chart model-{which}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
         f'aria-label="{name}" aria-describedby="{key}-desc" '

@@ -1,7 +1,7 @@
-"""The measurements: one streamed pass without gradients, and one walk back through the layers with them.
+"""The measurements: one streamed forward pass, and a backward walk over the layers.
 
-The pass holds one batch and, for each layer, sums. The walk holds the L states of one batch and the graph of one layer.
-Every sum is taken in at least float32 and accumulated in float64.
+The pass holds one batch and sums for each layer. The walk holds the L states of one batch and the graph of one layer.
+Sums are computed in at least float32 and accumulated in float64.
 
 Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, L layers, P = L + 1 places in the
 residual stream (place i is before layer i, place L after the last layer).
@@ -42,10 +42,10 @@ class Streamed:
 
     Attributes:
         first, rest: moments at each place of the stream.
-        typical_P: geometric mean over the rest of a token's mean square |x|^2 / D.
-        attention_L, mlp_L: mean over tokens of the sub-layer's output norm over that of the state that it is added to;
-            for all tokens and for the rest, shape (L, 2).
-        influence_L: 1 - mean cosine of input and output, for all tokens and for the rest, shape (L, 2).
+        typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
+        attention_L, mlp_L: norm of the sub-layer's output divided by that of the state it is added to; mean over all
+            tokens and over the rest, shape (L, 2).
+        influence_L: 1 - mean cosine of input and output, over all tokens and over the rest, shape (L, 2).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
     """
 
@@ -59,7 +59,7 @@ class Streamed:
 
 
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """One pass of the decoder over the batches; `advance` is called with each fraction of it that is done.
+    """One forward pass over the batches; `advance` is called with each fraction of the work done.
 
     Raises:
         ValueError: if no sequence has a second token.
@@ -93,14 +93,10 @@ def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Pass:
-    """The sums of a pass: on the device during a batch, and fetched once a batch; waiting at each layer costs more.
+    """The sums of a pass. They stay on the device during a batch, since fetching them at each layer would block."""
 
-    Attributes:
-        before, middle: the state before the running layer, and that between attention and MLP; with their norms.
-    """
-
-    before: tuple[torch.Tensor, torch.Tensor]
-    middle: tuple[torch.Tensor, torch.Tensor]
+    before: tuple[torch.Tensor, torch.Tensor]  # the state before the running layer, and its norm
+    middle: tuple[torch.Tensor, torch.Tensor]  # the state between attention and MLP, and its norm
 
     def __init__(self, stack: Stack) -> None:
         layers = len(stack.layers)
@@ -113,7 +109,7 @@ class _Pass:
     def start(self, batch: Batch) -> None:
         self.padded = batch.padded
         self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
-        # As numbers and not as a mask: picking by a mask waits for a GPU.
+        # As indices: indexing with a mask synchronizes with the GPU.
         self.last_tokens = last_tokens(batch).nonzero(as_tuple=True)
         self.counts = [int(mask_BT.sum()) for mask_BT in self.masks[torch.device("cpu")]]
         self.moments: list[list[torch.Tensor]] = [[], []]
@@ -174,9 +170,9 @@ class NotDifferentiableError(ValueError):
 
 
 def _require_differentiable(y: torch.Tensor) -> None:
-    """Kernels made for inference may have no backward: autograd skips them with a warning, and is silently wrong.
+    """Refuses kernels for inference without a backward, which autograd skips with only a warning.
 
-    (So is bitsandbytes' on a CPU, once a pass without gradients has packed the weights.)
+    bitsandbytes uses one on a CPU after a pass without gradients has packed the weights.
     """
     queue, seen = [y.grad_fn], set()
     while queue:
@@ -191,22 +187,18 @@ def _require_differentiable(y: torch.Tensor) -> None:
 
 @dataclass
 class _Call:
-    """The call of a layer in a pass, to repeat it outside of the pass."""
+    """A recorded call of a layer, which can be repeated."""
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def leaf(self) -> torch.Tensor:
-        """The layer's input, as the start of a graph."""
+        """The layer's input as a leaf of a new graph."""
         return hidden_states(self.args, self.kwargs).detach().requires_grad_()
 
     def again(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Runs the layer on another input; the output has a graph.
-
-        Raises:
-            NotDifferentiableError: if no gradient goes through the layer.
-        """
+        """Runs the layer on another input, with gradients."""
         with torch.enable_grad():
             if self.args:
                 y_BTD = layer_output(self.layer(x_BTD, *self.args[1:], **self.kwargs))
@@ -218,7 +210,7 @@ class _Call:
 
 @contextmanager
 def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]:
-    """Within it, the calls of all layers are kept, with their inputs, and the output of the last layer."""
+    """Records the calls of all layers, and the output of the last one."""
     calls: list[_Call] = []
     last: list[torch.Tensor] = []
 
@@ -235,7 +227,7 @@ def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]
 
 
 def weights_have_gradients(stack: Stack) -> bool:
-    """Whether all weights of the layers are in memory, in a dtype that has gradients."""
+    """Whether all weights of the layers are in memory and in a dtype with gradients."""
     matrices = [weight for weight in stack.layers.parameters() if weight.dim() >= 2]
     return not getattr(stack.model.config, "quantization_config", None) and all(
         weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta for weight in matrices
@@ -259,21 +251,18 @@ def gradient_norms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of the gradient of the loss, the mean cross-entropy of the next token.
 
-    It walks from the last layer to the first: each runs again from its kept input, and only its graph and its gradients
-    are in memory.
-
-    Args:
-        advance: called with each fraction of the work that is done.
+    From the last layer to the first, each layer runs again on its recorded input, so that only the graph and the
+    gradients of one layer are in memory. `advance` is called with each fraction of the work done.
 
     Returns:
         weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights;
-            NaN if the weights cannot have one (quantized, offloaded).
-        states_L: mean over tokens, without the first of each sequence, of the norm of the gradient of the sequence's
-            summed loss with respect to the token's state before the layer.
+            NaN for weights without gradients (quantized, offloaded).
+        states_L: norm of the gradient of a sequence's summed loss with respect to a token's state before the layer;
+            mean over tokens, without the first of each sequence.
 
     Raises:
         ValueError: for a model without a language head, and if there is no token to predict.
-        NotDifferentiableError: if no gradient goes through a layer.
+        NotDifferentiableError: if a layer has no gradient.
     """
     halves = SplitModel(model)
     layers = halves.stack.layers
@@ -308,7 +297,7 @@ def gradient_norms(
 
 
 def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Tensor, float]:
-    """The gradient with respect to a layer's input, and the square of the norm of that of its weights (NaN without)."""
+    """The gradient with respect to a layer's input, and the squared gradient norm of its weights (NaN without)."""
     parameters = list(call.layer.parameters()) if weights else []
     x_BTD = call.leaf()
     with _requiring_gradients(parameters):
@@ -324,20 +313,20 @@ def jacobian_distances(
 ) -> torch.Tensor:
     """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence.
 
-    J is that of all of a sequence's outputs but the first token's, with respect to all of its inputs: a matrix of
-    (T - 1) D rows. For u of independent entries +1 and -1 in these rows, the mean of |(J - I)^T u|^2 is |J - I|_F^2
-    (Hutchinson 1990), and |I|_F^2 is (T - 1) D. Each product from the left is one backward pass, which every attention
-    kernel and most kernels for quantized weights have; not all have forward products.
+    J has (T - 1) D rows: the outputs of all tokens of a sequence but the first, with respect to all its inputs. For u
+    with independent entries +1 and -1 the mean of |(J - I)^T u|^2 is |J - I|_F^2 (Hutchinson 1990), and |I|_F^2 is
+    (T - 1) D. Each product from the left is one backward pass, which every attention kernel and most kernels for
+    quantized weights support, unlike forward products.
 
     Args:
         probes: products for each sequence.
-        advance: called with each fraction of the work that is done.
+        advance: called with each fraction of the work done.
 
     Returns:
         Shape (S, L), the mean over the probes; sequences of a single token are left out.
 
     Raises:
-        NotDifferentiableError: if no gradient goes through a layer.
+        NotDifferentiableError: if a layer has no gradient.
     """
     stack = text_stack(model)
     generators: dict[torch.device, torch.Generator] = {}
@@ -372,18 +361,16 @@ def jacobian_distances(
 
 
 def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) -> list[float]:
-    """Variance of the residual stream before the first layer and after each layer.
+    """Variance of the residual stream before the first layer and after each layer (arXiv 2502.05795, section 3).
 
-    It is the variance of arXiv 2502.05795, section 3: one number per layer, over all entries of the hidden states,
-    pooled over sequences, positions and channels, around their common mean. In units of the hidden states, squared.
-
-    One token can be nearly all of it. Trained models put massive activations on the first token of a sequence
-    (arXiv 2402.17762): measure with `skip_tokens=1` too before you interpret a jump.
+    One number per layer, over all sequences, positions and channels, around their common mean, in squared units of the
+    hidden states. A single token can dominate it: trained models put massive activations on the first token of a
+    sequence (arXiv 2402.17762), so measure with `skip_tokens=1` too before you interpret a jump.
 
     Args:
         model: a causal language model of a known family; any head or wrapper.
         input_ids: token ids without padding, shape (B, T), or several such batches; the shapes may differ.
-        skip_tokens: leave the first tokens of each sequence out of the variance; they are still attended to.
+        skip_tokens: number of tokens at the start of each sequence to leave out; they are still attended to.
 
     Returns:
         L + 1 floats: [0] after the embedding, [i] after i layers, before the final norm.
@@ -410,19 +397,18 @@ def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) ->
 
 
 def loss_added_by_removing_each_layer(model: nn.Module, batches: Any) -> list[float]:
-    """The loss without each layer, minus the loss with all of them.
+    """The loss without each layer, minus the loss with all of them. It costs about L / 2 passes over the batches.
 
-    A removed layer returns its input unchanged, one layer at a time, without any training afterwards. A number near 0
-    means that the model does as well without the layer; a negative one, better. (The effectiveness of a layer in
-    arXiv 2502.05795, section 2, measured there by performance on a benchmark.)
+    Each layer in turn returns its input unchanged, without any training afterwards. A number near 0 means that the
+    model does as well without the layer, a negative one that it does better. (arXiv 2502.05795, section 2, measures
+    this effectiveness of a layer by the performance on a benchmark.)
 
     Args:
         model: a causal language model of a known family, with its head.
         batches: token ids, shape (B, T) with T >= 2, or several such batches, or as `token_batches` takes it.
 
     Returns:
-        L floats, first layer first, in nats per token (mean cross-entropy of the next token over all batches). It costs
-        about L / 2 passes over the batches.
+        L floats, first layer first, in nats per token: mean cross-entropy of the next token over all batches.
 
     Raises:
         ValueError: if there is no token to predict.

@@ -1,4 +1,4 @@
-"""The figures as pictures, by matplotlib; two models share their axes."""
+"""Draws the figures with matplotlib; two models share their axes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plot(what: str, diagnoses: Sequence[DiagnosisData]) -> Picture:
 
 
 def save_all(diagnoses: Sequence[DiagnosisData], folder: str | os.PathLike[str]) -> None:
-    """Writes every picture that there are measurements for, as PNG and as SVG."""
+    """Writes every picture with measurements, as PNG and as SVG."""
     for what in _PICTURES:
         if _measured(what, diagnoses):
             for suffix in ("png", "svg"):
@@ -91,7 +91,7 @@ def _draw(axis: Any, figure: Figure, one: DiagnosisData, model_color: str) -> No
 
 
 def _draw_blocks(axes: Sequence[Any], diagnoses: Sequence[DiagnosisData]) -> Any:
-    """Angular distances, a cell for each block of layers; returns the last image, on whose scale all are."""
+    """Draws angular distances, a cell for each block of layers, on one colour scale; returns the last image."""
     from matplotlib.ticker import MaxNLocator
 
     tables = [np.array(one.angular, dtype=float) for one in diagnoses]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.display import one_line
+from ..core.json_file import read_object
 from .verdict import with_error
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class DiagnosisData:
     @property
     def name(self) -> str:
         """The model's name."""
-        return str(self.model["name"])
+        return one_line(self.model["name"])
 
     def values(self, field: str) -> list[Any]:
         """A field of each layer, None where it was not measured; "residual.x" is x of the stream after the layer."""
@@ -131,13 +132,13 @@ class DiagnosisData:
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != _FORMAT:
+            content = read_object(path)
+            if content.pop("format", None) != _FORMAT:
                 raise ValueError("it was written in another format")
             if missing := {one.name for one in fields(cls)} - set(content):
                 raise ValueError(f"it lacks {min(missing)}")
             return cls(**content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} holds no diagnosis: {error}") from None
 
     def __str__(self) -> str:
@@ -149,7 +150,7 @@ class DiagnosisData:
             console.print(one_line(line), highlight=False, markup=False)
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
         table = Table(*(column.short for column in shown), padding=(0, 1) if console.width >= 100 else 0)
-        # Of the errors those of the losses: more do not fit into 80 columns.
+        # Only the errors of the losses: more do not fit into 80 columns.
         for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
             table.add_row(*row)
         console.print(table)

@@ -1,4 +1,4 @@
-"""What a model is worth and what it costs: perplexity, tasks, speed, memory, size; several models side by side."""
+"""Compares models: perplexity, tasks, speed, memory and size."""
 
 from __future__ import annotations
 

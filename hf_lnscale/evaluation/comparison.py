@@ -17,7 +17,7 @@ import transformers
 from rich.table import Table
 
 from .._version import __version__
-from ..checkpoints.folders import EVALUATION_FILE, public_name
+from ..checkpoints.folders import EVALUATION_FILE, public_name, write_atomically
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import markdown, markdown_text, show_bytes, terminal
 from ..core.errors import ArgumentError
@@ -33,7 +33,7 @@ _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 @dataclass(frozen=True, eq=False)
 class ModelFigures:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Attributes:
         name: what was asked for.
@@ -60,7 +60,7 @@ class ModelFigures:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` finds.
+    """The result of `evaluate`.
 
     Attributes:
         models: the first is the reference.
@@ -88,10 +88,7 @@ class Evaluation:
         """
         path = report_path(path)
         text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, text + "\n")
         return path
 
     def markdown(self) -> str:
@@ -99,12 +96,12 @@ class Evaluation:
         return f"{markdown(self._header(), self._rows())}\n\n{markdown_text(self.notes)}"
 
     def table(self) -> Table:
-        """The table for a terminal; `notes` goes under it."""
+        """The table for a terminal, to be followed by `notes`."""
         return terminal(self._header(), self._rows())
 
     @property
     def notes(self) -> str:
-        """What was measured on, and how to read the table."""
+        """The data and settings of the measurement, and how to read the table."""
         return " ".join(self._notes())
 
     def _header(self) -> list[str]:
@@ -352,8 +349,8 @@ def _weights(model: Any) -> str:
     dtype, quantization = str(model.dtype).removeprefix("torch."), getattr(model.config, "quantization_config", None)
     if quantization is None:
         return dtype
-    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return f"{dtype}, {getattr(said['quant_method'], 'value', said['quant_method'])}"
+    found = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return f"{dtype}, {getattr(found['quant_method'], 'value', found['quant_method'])}"
 
 
 def _with_error(value: Estimate, sign: str = "") -> str:

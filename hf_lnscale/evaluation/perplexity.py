@@ -1,11 +1,11 @@
 """How well a model predicts a text: perplexity over strided windows, bits per byte, and their standard errors.
 
 Which tokens count. A document is a sequence of tokens t_1 ... t_N, and every one of them is predicted exactly once; t_1
-from the token that begins a text (`bos_token`, or `eos_token` where there is none, as lm-evaluation-harness has it).
+from the token that begins a text (`bos_token`, or `eos_token` without one, as in lm-evaluation-harness).
 Windows hold `seq_len` tokens of input. The first predicts `seq_len` tokens; each further one moves on by `stride` and
-predicts these alone, from at least `seq_len - stride` tokens in front of them; the last one reaches back as far as it
-needs to be full. If the tokenizer itself puts the beginning token in front of a text (Llama, Gemma), then every window
-has it, in place of its oldest token: such models go astray without.
+predicts these alone, from at least `seq_len - stride` preceding tokens; the last window reaches back as far as it needs
+to be full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window begins with it,
+in place of its oldest token: these models degrade without a BOS token.
 
 Bits per byte. Perplexity is of a model's own tokens; two tokenizers cannot be compared by it. All nats of a text over
 ln 2 and over the bytes of that text in UTF-8 can: the tokens predicted are the whole text, so the bytes are too.
@@ -281,7 +281,7 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         if everywhere and window.start:
             ids_BT[row, 0] = ids[0]
     device = model.get_input_embeddings().weight.device
-    # Without padding there is no mask, so that fast kernels apply. Padding is behind all that is read.
+    # Without padding there is no mask, so that fast kernels apply. Padding comes after all tokens that are read.
     inputs = {} if mask_BT.all() else {"attention_mask": mask_BT.to(device)}
     logits_BTV = model(input_ids=ids_BT.to(device), use_cache=False, **inputs).logits
     for row, window in enumerate(batch):
@@ -334,7 +334,7 @@ def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor],
 
 
 def block_cuts(text: str, size: int = BLOCK_SIZE) -> list[int]:
-    """Where the blocks of a document begin: about every `size` characters, in front of a space if one is near."""
+    """The starts of a document's blocks: about every `size` characters, before a space if there is one nearby."""
     cuts, at = [0], size
     while at <= len(text) - size // 2:
         space = re.compile(r"(?<=\S)\s").search(text, at, at + size // 4)

@@ -24,9 +24,9 @@ class TaskResult:
         task, metric, filter: as lm-evaluation-harness names them.
         value, stderr: as it reports them; no standard error where it reports none.
         num_samples: documents of the task that were used.
-        higher_is_better: whether it is, as far as the task says.
-        version: of the task.
-        num_fewshot: examples in front of each question.
+        higher_is_better: as the task defines it; None if it does not.
+        version: version of the task.
+        num_fewshot: examples before each question.
         samples: the metric of each document by its number, if the reported value is their mean; None else.
     """
 
@@ -43,7 +43,7 @@ class TaskResult:
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The name in tables."""
         return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
 
     def minus(self, reference: TaskResult) -> tuple[Estimate, bool]:
@@ -112,7 +112,7 @@ def run_tasks(
         num_fewshot: in place of the tasks' own.
 
     Raises:
-        whatever a task raises, such as an OSError if its data cannot be downloaded.
+        any error that a task raises, such as an OSError if its data cannot be downloaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -1,1 +1,1 @@
-"""What is replaced in transformers, its Trainer and PEFT."""
+"""The functions that are replaced in transformers, its Trainer and PEFT."""

@@ -1,12 +1,12 @@
-"""PEFT adapters: which base one belongs to is noted in its adapter_config.json, and compared when it is loaded.
+"""PEFT adapters: the base of an adapter is recorded in its adapter_config.json, and compared on loading.
 
-PEFT notes the path of the base alone. Loaded from there, the base comes without what was given as keywords, and weights
-for layer 7 of a pruned model fit layer 7 of the unpruned one; neither would fail.
+PEFT records only the path of the base. Loaded from there, the base lacks the flags that were given as keywords, and
+weights for layer 7 of a pruned model fit layer 7 of the unpruned one; neither would fail.
 
-The note is what the base's configuration says of scale and layers. It stands in `auto_mapping`, PEFT's own field for
-what it takes to get the base back, and is there only for a base that is scaled, folded or pruned, or is so on disk.
-Where the path does not give back the base to a program without this package, `peft_type` ends in a sentence that says
-so: PEFT then knows no such type, and raises it as a `KeyError`.
+The note holds the scale and the layers of the base's configuration. It is stored in `auto_mapping`, PEFT's field for
+restoring the base, and only for a base that is scaled, folded or pruned, or is so on disk.
+If a program without this package cannot load the base from its path, `peft_type` ends in a sentence that says so: PEFT
+does not know that type, and raises it as a `KeyError`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnsc
 
 
 def base_state(config: PreTrainedConfig | None) -> Record:
-    """What a configuration says about scale and layers, whatever is on disk; empty for a plain model or without one."""
+    """The scale and the layers in a configuration, regardless of those on disk; empty for a plain model or None."""
     return dataclasses.replace(record(config), on_disk=None) if config is not None else Record()
 
 
@@ -75,17 +75,17 @@ def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> dict[str, Any]:
-    """What to give to `from_pretrained` of the base so that it is the one that the adapter was trained on.
+    """The keywords of `from_pretrained` that restore the base that the adapter was trained on.
 
     Args:
         adapter: the dict of an adapter_config.json.
-        base: a configuration of the base as far as it is; None reads the one at the path that PEFT noted.
+        base: the current configuration of the base; None reads the one at the path that PEFT recorded.
 
     Returns:
         `drop_layers` and `ln_scaling`, as far as needed; empty for an adapter without a note.
 
     Raises:
-        ValueError: if no keyword makes that base of the one at hand.
+        ValueError: if no keywords turn the current base into that one.
     """
     wanted = note(adapter)
     if wanted is None:
@@ -106,7 +106,10 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
         return None
     restored = copy.deepcopy(base)
     layers.set_drop_layers(restored, found.get("drop_layers"))
-    set_ln_scaling(restored, found.get("ln_scaling"))
+    try:
+        set_ln_scaling(restored, found.get("ln_scaling"))
+    except ValueError:  # depths of another number of layers
+        return None
     return found if _same(wanted, base_state(restored)) else None
 
 
@@ -170,8 +173,8 @@ def _mismatch(adapter: dict[str, Any], what: str, wanted: Record, base: PreTrain
     message = f"{what} was trained on a base with {_describe(wanted)}; this base has {_describe(base_state(base))}. "
     found = _to_restore(wanted, base) if base is not None else None
     if found and wanted.folded == base_state(base).folded:
-        said = ", ".join(f"{key}={value!r}" for key, value in found.items())
-        return f"{message}Load the base with from_pretrained(..., {said})"
+        needed = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        return f"{message}Load the base with from_pretrained(..., {needed})"
     where = adapter.get("base_model_name_or_path")
     return f"{message}Load it on that base" + (f", {where!r}" if where else "")
 

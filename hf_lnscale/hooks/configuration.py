@@ -81,6 +81,10 @@ def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def dict_from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def dict_from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return record.unprotect(original(cls, *args, **kwargs))
+        try:
+            found = original(cls, *args, **kwargs)
+        except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
+            raise json.JSONDecodeError("nested too deeply", "", 0) from None
+        return record.unprotect(found)
 
     return dict_from_json_file

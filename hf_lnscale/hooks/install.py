@@ -36,8 +36,8 @@ class Hook:
         group: the module whose import is waited for.
         owner: the class, as `module:name`, or the module itself, as `module:`.
         name: the attribute.
-        replacement: what makes the replacement, as `module:name` in this folder: a wrapper from the original function,
-            or a property if its name says so.
+        replacement: the function that makes the replacement, as `module:name` in this folder: a wrapper of the original
+            function, or a property if its name ends so.
         parameters: those of the original that must be there: all of a private function, the first ones of a public
             one. Empty if none is relied on.
         needed_since: the first release of transformers that has the function and anything for the hook to do; before
@@ -61,7 +61,7 @@ HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", ("cls", "config_dict")),
     Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", ("self",)),
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
-    # Private: every reading of a config.json goes through it, before `model_type` is looked at.
+    # Private: reads every config.json, before `model_type` is looked up.
     Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", ("cls", "json_file")),
     Hook(MODELS, _MODEL, "__init__", "models:init", ("self", "config")),
     Hook(MODELS, _MODEL, "post_init", "models:post_init", ("self",)),
@@ -70,7 +70,7 @@ HOOKS = (
     # Private: every `AutoModel.from_config` calls it; unknown keywords would go on to the model's `__init__`.
     Hook(MODELS, _MODEL, "_from_config", "models:from_config", ("cls", "config", "kwargs")),
     # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
-    # `key_mapping` is kept with the model and reverted on saving: old numbers beside a config with fewer layers.
+    # `key_mapping` is kept with the model and reverted on saving: old numbers with a config of fewer layers.
     Hook(
         MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
         ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys"),
@@ -100,7 +100,7 @@ HOOKS = (
     ),
 )  # fmt: skip
 
-# What refuses flags in a group in which something is not as the table says.
+# Refuse flags in a group in which transformers differs from the table.
 GUARDS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "guard:ln_scaling_property"),
     Hook(CONFIGURATION, _CONFIG, "drop_layers", "guard:drop_layers_property"),
@@ -124,7 +124,7 @@ _lock = threading.RLock()
 _enabled = False
 _installed: dict[tuple[Any, str], _Installed] = {}
 _waiting: set[str] = set()  # groups that are not imported yet
-problems: dict[str, list[str]] = {}  # group: what is not as the table says
+problems: dict[str, list[str]] = {}  # group: differences from the table
 
 
 def enable() -> None:
@@ -230,7 +230,7 @@ def _install_what_is_imported() -> None:
 
 
 def _install(group: str) -> None:
-    """Hooks the classes of a group; or, if something is not as the table says, only refuses flags there."""
+    """Hooks the classes of a group, or only refuses flags there if something differs from the table."""
     made, found = _made(HOOKS, group)
     if found:
         problems[group] = found
@@ -243,7 +243,7 @@ def _install(group: str) -> None:
 
 
 def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any], list[str]]:
-    """The replacements of a group, and what is not as its table says."""
+    """The replacements of a group, and the differences from its table."""
     made: dict[tuple[Any, str], Any] = {}
     found: list[str] = []
     for hook in table:

@@ -59,7 +59,7 @@ def _done(model: Any) -> None:
 
 
 def require_applied(model: Any) -> None:
-    """Refuses a model whose construction ended without `post_init`, unless it is as its configuration says anyway."""
+    """Refuses a model whose construction ended without `post_init`, unless it matches its configuration anyway."""
     for part in model.modules():
         if _UNAPPLIED not in vars(part):
             continue
@@ -90,7 +90,7 @@ def save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         folder, main = given["save_directory"], given.get("is_main_process", True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(noting(self.config))  # the model may hold adapters, which are then what is saved
-            # What is pushed is uploaded at the end of the original, config.json too.
+            # With push_to_hub, the original uploads config.json with everything else at its end.
             if must_be_written_last(folder, self.config) and not given.get("push_to_hub"):
                 stack.enter_context(weights_first(folder, self.config, main))
             return original(self, *args, **kwargs)
@@ -112,7 +112,7 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             set_drop_layers(config, kwargs.pop("drop_layers", None))
             set_ln_scaling(config, kwargs.pop("ln_scaling", None))
             own = record(config)
-            # One of another name says nothing about these weights; one that was copied through `to_dict` lost it.
+            # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
             if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
                 _note_what_is_on_disk(config, name, kwargs)
         _refuse_gguf_without_layers(config, kwargs)
@@ -171,7 +171,7 @@ def _note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str,
     where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
         saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
-    except (OSError, ValueError):  # no configuration beside the weights, as for a single file
+    except (OSError, ValueError):  # no configuration next to the weights, as for a single file
         return
     if active := record(saved).active:
         if positions := layers.positions_on_disk(config, saved):
@@ -205,7 +205,7 @@ def from_config(original: Callable[..., Any]) -> Callable[..., Any]:
             set_drop_layers(config, dropped)
         if "ln_scaling" in kwargs:
             config = copy.deepcopy(config)
-            # The weights are new: nothing is folded into them, whatever the configuration was taken from.
+            # The weights are new: nothing is folded into them, even if the configuration says so.
             write(config, dataclasses.replace(record(config), folded=None))
             set_ln_scaling(config, kwargs.pop("ln_scaling"))
         model = original(cls, config, *args, **kwargs)
@@ -230,7 +230,7 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_flagged(model.config) or record(model.config).dropped is None:
             return original(*args, **kwargs)
         positions = None
-        # `expected_keys` are given for an adapter alone, which has the numbers of the model that it is put on.
+        # `expected_keys` are only given for an adapter, which has the layer numbers of its model.
         if given["expected_keys"] is None:
             if name is not None:
                 positions = layers.positions_on_disk(model.config, _saved_config(model, name, load_config))

@@ -1,4 +1,4 @@
-"""PEFT: an adapter notes its base, and is put on no other."""
+"""PEFT: an adapter records its base, and is refused on any other."""
 
 from __future__ import annotations
 

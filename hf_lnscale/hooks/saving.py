@@ -23,6 +23,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.record import MARK, Record, mark, record, unprotect
 from .deferred import writing_aside
@@ -97,9 +98,11 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
             continue
         if expected is None:
             expected = mark(record(saved())) or "{}"
-        if json.loads(said) != json.loads(expected):
+        # Parsed, as others may write JSON in another way.
+        if said != expected and _parsed(said) != json.loads(expected):
             raise CheckpointError(
-                f"{Path(file).name} was saved by a model with {said}, but the config.json beside it says {expected}: "
+                f"{Path(file).name} was saved by a model with {brief(said)}, but the config.json beside it says "
+                f"{expected}: "
                 "the folder holds the weights of one model and the configuration of another. Save the model again, or "
                 "restore the file that belongs to the other"
             )
@@ -107,6 +110,11 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
 
 def _read(file: Path) -> dict[str, Any]:
     return unprotect(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _parsed(said: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(said)
 
 
 def _weights(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
+from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
 from ..pruning import layers
 from .peft import require_base_of
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 def train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Trainer loads the weights of a checkpoint without a look at its configuration.
+        # Trainer loads the weights of a checkpoint without reading its configuration.
         folder = resume_from_checkpoint
         if folder is True and os.path.isdir(output := str(self.args.output_dir)):
             folder = get_last_checkpoint(output)
         config = getattr(self.model, "config", None)
-        # What is not there the original refuses.
+        # The original refuses a missing folder.
         if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
             has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
             step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
@@ -50,7 +50,10 @@ def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
     own, state = record(config).active, folder / "trainer_state.json"
     if own is None or not own.warmup_steps or not state.is_file():
         return None
-    recorded = recorded_scaling(json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks") or {})
+    try:
+        recorded = recorded_scaling(read_object(state).get("stateful_callbacks") or {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"resume_from_checkpoint: {str(state)!r} holds no state of a warmup: {error!r}") from None
     return recorded.step if recorded else None
 
 

@@ -1,6 +1,6 @@
 """Text that needs no download: English and code that come with every Python, and text that a model writes itself.
 
-Also questions with answers, and a tokenizer trained on the spot, so that the demo and each recipe run as they stand.
+Also questions with answers, and a tokenizer trained on the spot, so that the demo and each recipe run without data.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from .text import Batch
 
 # Logits in memory at a time, B x T x V being too many for small machines: 64 MiB in float32.
 _MAX_LOGITS = 2**24
-# Only the last state is needed, whatever the config says. (For the others the library would put hooks on the layers,
-# which stay there.)
+# Only the last state is needed, whatever the config asks for. (For the others, transformers would add permanent hooks
+# to the layers.)
 PLAIN_FORWARD = {"use_cache": False, "return_dict": True} | dict.fromkeys(
     ["output_hidden_states", "output_attentions", "output_router_logits"], False
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import numbers
 import os
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
+
+from ..core.json_file import parse
 
 # The source of data that is not text.
 TOKEN_IDS = "token ids"
@@ -439,8 +440,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
+                    row = parse(line)
+                except ValueError as error:
                     raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}; {wanted}") from None
                 if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
                     raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")

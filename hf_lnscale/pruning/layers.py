@@ -40,7 +40,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         Sorted positions, each in 0 ... L - 1.
 
     Raises:
-        ValueError: for indices that are no integers, out of range or given twice, or if no layer would be left.
+        ValueError: for indices that are not integers, out of range or given twice, or if no layer would be left.
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
     # An array without dimensions has an __iter__ that raises.
@@ -53,7 +53,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
                 raise TypeError
             index = operator.index(layer)
         except TypeError:
-            raise ValueError(f"{argument}: {layer!r} in {layers!r} is no layer index; {valid}") from None
+            raise ValueError(f"{argument}: {layer!r} in {layers!r} is not a layer index; {valid}") from None
         if not -num_layers <= index < num_layers:
             raise ValueError(f"{argument}: layer {index} does not exist in a model of {num_layers} layers; {valid}")
         index %= num_layers
@@ -160,9 +160,9 @@ def _require_one_a_layer(text: PreTrainedConfig, name: str) -> None:
 
 
 def counting_layers(text: PreTrainedConfig) -> set[int]:
-    """Of which one must stay: the cache of a hybrid counts the tokens in a layer that is not of linear attention.
+    """The layers of which one must stay: the cache of a hybrid model counts tokens in a layer without linear attention.
 
-    Empty for a model that is no hybrid.
+    Empty for a model that is not a hybrid.
     """
     types = getattr(text, "layer_types", None) or []
     counting = {layer for layer, kind in enumerate(types) if kind != "linear_attention"}
@@ -240,9 +240,9 @@ def _refuse_other_mentions(config: PreTrainedConfig) -> None:
         raise ValueError("drop_layers: the config has a per_layer_config, which is not renumbered")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        found = quantization if isinstance(quantization, dict) else quantization.to_dict()
         # Names, or patterns, in which dots are escaped.
-        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(said, default=str)):
+        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(found, default=str)):
             raise ValueError(
                 f"drop_layers: the quantization_config speaks of single layers ({named[0]!r}), which would be others "
                 "afterwards; prune the checkpoint before it is quantized"
@@ -284,7 +284,7 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
 
     Raises:
         ValueError: for wrong indices, all before anything is changed; for a model that carries a PEFT adapter, whose
-            weights and saved form go by layer numbers; for one that an optimizer holds; for one that is sharded or
+            weights and saved form use layer numbers; for one that an optimizer holds; for one that is sharded or
             spread over devices by hooks.
         UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
     """
@@ -316,8 +316,8 @@ def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> Non
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which goes by the "
-                "numbers of the layers; merge it first (merge_and_unload), or drop layers before adding it"
+                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which refers to "
+                "layers by number; merge it first (merge_and_unload), or drop layers before adding it"
             )
         if "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise ValueError(
@@ -340,7 +340,7 @@ def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> Non
 
 
 def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[int] | None:
-    """Where the layers of a model lie in a checkpoint.
+    """The positions of a model's layers in a checkpoint.
 
     Args:
         config: of the model that is to be loaded.
@@ -382,7 +382,7 @@ def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
-    """As `positions_on_disk`, for tensors without a config.json beside them: told by how many layers there are.
+    """As `positions_on_disk`, for tensors without a config.json, from the number of layers.
 
     Raises:
         ValueError: if these are neither the layers of the model nor all of the original's.
@@ -411,7 +411,7 @@ def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int])
         Name in the checkpoint to name under which it is loaded; tensors of dropped layers are missing.
 
     Raises:
-        ValueError: if it cannot be told which of the names are the decoder's layers.
+        ValueError: if the decoder's layers cannot be recognized by the names.
     """
     others, layers = _layer_names(names, model)
     at = {old: new for new, old in enumerate(positions)}
@@ -438,7 +438,7 @@ def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str
     }
     if len(prefixes) != 1:
         raise ValueError(
-            f"drop_layers: the layers of {type(model).__name__} cannot be told by the names in the checkpoint "
+            f"drop_layers: the layers of {type(model).__name__} cannot be recognized by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
     layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}

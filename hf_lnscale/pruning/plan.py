@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.folders import write_atomically
+from ..core.display import brief
 from ..core.families import text_config
+from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import record
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
+_KINDS: dict[str, Any] = {
+    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "steps": list,
+    "heal": (dict, type(None)), "notes": dict,
+}  # fmt: skip
 # By these a plan knows its model; config.json has them, so that no weight need be read.
 _FINGERPRINT = (
     "num_hidden_layers",
@@ -75,7 +82,7 @@ class PruningPlan:
             if (there := self.model.get(name)) != here:
                 raise ValueError(
                     f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
-                    f"{name} {there!r}; this one has {here!r}"
+                    f"{name} {brief(there)}; this one has {here!r}"
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -84,10 +91,7 @@ class PruningPlan:
         if path.is_dir() or path.suffix != ".json":
             path.mkdir(parents=True, exist_ok=True)
             path = path / PLAN_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
         return path
 
     @classmethod
@@ -118,13 +122,17 @@ def read_plan(path: Any) -> PruningPlan:
     if not file.is_file():
         raise FileNotFoundError(f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
+        values = read_object(file, **_KINDS)
+        if values.get("format") != _FORMAT:
             raise ValueError("it was written in another format")
-        known = {one.name for one in fields(PruningPlan)}
-        values = {name: value for name, value in values.items() if name in known}
-        if not isinstance(values["model"], dict):
-            raise ValueError("its model is no fingerprint")
-        return PruningPlan(**{**values, "layers": tuple(values["layers"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if missing := {"layers", "model"} - set(values):
+            raise ValueError(f"it has no {min(missing)}")
+        if not are_layers(values["layers"]):
+            raise ValueError(f"its layers must be different integers from 0, got {brief(values['layers'])}")
+        figures = values.get("perplexity", {})
+        if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
+            raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
+        known = {name: value for name, value in values.items() if name in _KINDS}
+        return PruningPlan(**{**known, "layers": tuple(values["layers"])})
+    except ValueError as error:
         raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None

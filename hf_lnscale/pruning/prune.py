@@ -48,7 +48,7 @@ _HEADER = ("", "before", "after", "change")
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What `prune` returns; printed, it is a table of before and after.
+    """The result of `prune`; printed, it is a table of before and after.
 
     Attributes:
         plan: the layers that were dropped, how they were chosen, and all figures.
@@ -104,9 +104,9 @@ def prune(
 
     A model in memory is changed in place. With `out`, the result is written as an ordinary checkpoint with tokenizer,
     plan and model card; the folder appears under its name when it is complete. A search that is interrupted leaves
-    `.NAME.search.json` beside it, and the next one goes on from there, also with another number of layers.
+    `.NAME.search.json` next to it, from which the next one continues, also for another number of layers.
 
-    Exactly one of the first five arguments says how far to go:
+    Exactly one of the first five arguments sets the target:
 
     Args:
         model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
@@ -124,11 +124,11 @@ def prune(
         heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
             if it lowers the perplexity on held-out data.
         held_out: data as above, to judge by; None holds out the last quarter of `data`.
-        tokenizer: turns text into ids, and is written beside the model; None loads it by the model's name.
+        tokenizer: turns text into ids, and is written with the model; None loads it by the model's name.
         windows: see `token_batches`; without `held_out`, `windows.num_tokens` counts both parts.
         placement: device and type of the weights, also of those written; for a model that is loaded here.
-        resume: file in which the search notes each step, so that an interrupted one goes on from there; None is the
-            hidden file beside `out`.
+        resume: file in which the search notes each step, from which an interrupted one continues; None is the hidden
+            file next to `out`.
         out: folder to write.
         force: replace a checkpoint that is at `out`.
         prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
@@ -246,7 +246,7 @@ def plan_pruning(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PruningPlan:
-    """Finds layers to drop from a model and leaves the model as it is; `prune` drops them, too.
+    """Chooses layers to drop from a model without changing the model; `prune` also drops them.
 
     A budget gives the largest number of layers that stays inside it. One layer more can cost less if each number has
     its own set of layers, so all methods but the stepwise ones ("greedy", "greedy_healed") try two larger numbers after
@@ -356,7 +356,7 @@ def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any]) -> None:
 
 
 def _paths(data: Any) -> list[Any]:
-    """What may be a path in a `data` argument: itself, or each source of several."""
+    """The possible paths in a `data` argument: itself, or each of several sources."""
     if not isinstance(data, dict):
         return [data]
     return [one[0] if isinstance(one, tuple) else one for one in data.values()]
@@ -376,7 +376,7 @@ def _split(
 
 
 def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement: Placement) -> Any:
-    """The written model, which must have the perplexity that the plan says."""
+    """The written model, which must have the perplexity in the plan."""
     written = placement.load(folder)
     found = perplexity_of(loss_without(written, judged))
     said = plan.perplexity.get("healed", plan.perplexity["after"])

@@ -27,6 +27,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
+from ..core.json_file import read_object
 from ..core.stack import Stack, text_stack
 from ..measuring.angles import BlockAngles, cosine_distance
 from ..measuring.losses import loss_gradient, sweep
@@ -128,7 +129,7 @@ class LayerScores:
             ValueError: if the file has other content.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_object(Path(path))
             rows = content["scores"]
             if content["method"] not in METHODS:
                 raise KeyError("method")
@@ -137,7 +138,7 @@ class LayerScores:
                 raise KeyError("scores")
             about = {name: content[name] for name in ("method", "model", "data", "baseline", "tokens")}
             return cls(scores=scores, **about)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no layer scores: {error}") from None
 
     def __str__(self) -> str:

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoints.folders import public_name
+from ..checkpoints.folders import public_name, write_atomically
+from ..core.display import brief
 from ..core.errors import ArgumentError
+from ..core.json_file import are_layers, is_positive, read_object
 from ..core.stack import Stack, text_stack
 from ..measuring.losses import losses_by_source, perplexity_of, sweep_losses, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
@@ -44,7 +46,7 @@ _LOOK_FURTHER = 2
 
 
 def one_goal(**given: Any) -> tuple[str, Any]:
-    """The one argument that says how far to go, and its value.
+    """The one argument that sets the target, and its value.
 
     Raises:
         ArgumentError: if none or several are given, or if the value is not a positive number (`drop`, and the range of
@@ -81,7 +83,7 @@ class Target:
     """How far a search goes.
 
     Attributes:
-        words: the goal, as it is written into a plan.
+        words: the goal, as written into a plan.
         reached: whether a set of layers is enough.
         sizes: what is left without a set of layers: parameters, bytes of weights and of the KV cache.
         least: no set of fewer layers is enough.
@@ -214,7 +216,7 @@ def search_layers(
     about = {"calibration": chosen_by, "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
-    if not given:  # the target is no part of the log's key: steps do not depend on it
+    if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
     healer = _Healer(model, calibration, heal_method) if heal_method else None
     before = _perplexity(model, judged)
@@ -332,20 +334,25 @@ class _Log:
 
     def __init__(self, path: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
         self.path = Path(path) if path is not None else None
-        self.values: dict[str, Any] = {"key": json.loads(json.dumps(key)), "steps": []}
+        key = json.loads(json.dumps(key))
+        self.values: dict[str, Any] = {"key": key, "steps": []}
+        if self.path:
+            self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)  # of a run that was killed
         if self.path and self.path.exists():
             try:
-                found = json.loads(self.path.read_text(encoding="utf-8"))
-                there = found["key"]
-                readable = isinstance(there, dict) and all("layers" in step for step in found["steps"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                readable = False
-            if not readable:
-                raise OtherSearchError("resume", path, problem="is not the record of a search")
-            if there != self.values["key"]:
-                differ = [name for name in self.values["key"] if there.get(name) != self.values["key"][name]]
-                problem = f"is the record of another search, with other {' and '.join(differ)}"
-                raise OtherSearchError("resume", path, problem=problem)
+                found = read_object(self.path, key=dict, steps=list)
+                if missing := {"key", "steps"} - set(found):
+                    raise ValueError(f"it has no {min(missing)}")
+                _require_steps(found)
+                if differ := [name for name, value in key.items() if found["key"].get(name) != value]:
+                    raise OtherSearchError(
+                        "resume", path, problem=f"is the record of another search, with other {' and '.join(differ)}"
+                    )
+                _require_steps(found, key["model"]["num_hidden_layers"])
+            except OtherSearchError:
+                raise
+            except ValueError as error:
+                raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
             self.values = found
 
     @property
@@ -355,10 +362,17 @@ class _Log:
 
     def write(self) -> None:
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
+            write_atomically(self.path, json.dumps(self.values) + "\n")
+
+
+def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None:
+    """Refuses figures and layers in the record of a search that no search could have written."""
+    if not is_positive(found.get("before", 1)):
+        raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
+    for step in found["steps"]:
+        valid = isinstance(step, dict) and are_layers(step.get("layers"), num_layers)
+        if not valid or not all(is_positive(step.get(name, 1)) for name in ("perplexity", "healed")):
+            raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
 def _steps(

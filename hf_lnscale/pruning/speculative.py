@@ -86,7 +86,7 @@ def _whole_config(draft: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
 
 
 class _Shared(TorchFunctionMode):
-    """Context in which deepcopy returns tensors as they are: quantized layers and offload hooks hold some too."""
+    """Context in which deepcopy shares tensors, also those that quantized layers and offload hooks hold."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:

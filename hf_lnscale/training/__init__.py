@@ -1,6 +1,6 @@
-"""What training runs share: callbacks, and what the recipes are made of.
+"""Callbacks for any Trainer, and the code that the recipes share.
 
-Importing it needs torch and transformers alone; what needs more is imported when it is asked for.
+Importing it needs only torch and transformers; names that need more are imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Command-line arguments of the recipes, beside TRL's own: dataclasses for TRL's parser, whose `--help` prints them."""
+"""Command-line arguments of the recipes in addition to TRL's own, as dataclasses for TRL's parser."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class DepthArguments:
     )
 
     def __post_init__(self) -> None:
-        # YAML has numbers where the command line has words; it is the same run.
+        # YAML has numbers where the command line has strings; both are the same run.
         self.drop_layers = [str(layer) for layer in self.drop_layers] if self.drop_layers else None
 
     def layers(self) -> list[int] | str | None:
@@ -166,12 +166,12 @@ class RecipeConfig(SFTConfig):
     depth_stats_steps: int = option(
         100, "Steps between measurements of each layer's residual variance, gradient norm and angular distance; 0: off."
     )
-    # Filled in by `launch`: the command line, and whether training has begun, after which errors show their traceback.
+    # Filled in by `launch`: the command line, and whether training has begun, from when on errors show their traceback.
     command: list[str] = field(default_factory=list, init=False)
     begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        # Several processes on a machine without an accelerator would otherwise not find each other.
+        # Without this, several processes on a machine without an accelerator do not find each other.
         self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -184,7 +184,7 @@ class RecipeConfig(SFTConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-# Defaults for training on raw text: one stream of tokens, cut into windows; the cosine ends at a tenth of the peak.
+# Defaults for raw text: one stream of tokens, cut into windows; the cosine ends at a tenth of the peak.
 TEXT: dict[str, Any] = {
     "packing": True, "packing_strategy": "wrapped", "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -198,12 +198,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class RecipeParser(TrlParser):
     """TRL's parser, whose `--config` also takes the name of a config of the recipe, such as `qwen3-8b`.
 
-    Args:
-        recipe: name of the script.
-        types: the dataclasses to fill.
-        description: shown by `--help`.
-        prog: how the recipe is started, as in "hf-lnscale train sft".
-        defaults: of the recipe, in place of the dataclasses' own.
+    `prog` is how the recipe is started, as in "hf-lnscale train sft"; `defaults` replace those of the dataclasses.
     """
 
     def __init__(
@@ -222,12 +217,7 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Parses the words, and the YAML file after `--config`, whose values the words override.
-
-        Raises:
-            ValueError: for an option, or a key of the file, that does not exist.
-            FileNotFoundError: if there is no such file.
-        """
+        """Parses the command line and the YAML file after `--config`, whose values the command line overrides."""
         words = [part for word in args or () for part in (word.split("=", 1) if word[:9] == "--config=" else [word])]
         if "--config" in words[:-1]:
             at = words.index("--config") + 1

@@ -1,4 +1,4 @@
-"""Chats for training: rows of every common format as messages, and the chat template that marks the answers."""
+"""Chats for training: converts rows of every common format to messages, and checks the chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAT_FEATURES = {
     "prompt and completion of messages": Features({"prompt": List(Json()), "completion": List(Json()), **_EXTRAS}),
     "prompt and completion": Features({"prompt": Value("string"), "completion": Value("string")}),
 }
-# Names that roles have in ShareGPT's format and in others.
+# Names of roles in ShareGPT and other formats.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
@@ -29,7 +29,7 @@ _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instr
 
 
 def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[str, ...]:
-    """The columns that a row is read from: the first of the formats of which it has all."""
+    """The columns to read: those of the first format that the row has completely."""
     allowed = set(columns or row)
     for names in _FORMATS:
         if all(name in allowed and row.get(name) is not None for name in names):
@@ -43,22 +43,14 @@ def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple
 
 
 def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
-    """The key of `CHAT_FEATURES` that a row becomes.
-
-    Raises:
-        ValueError: if it has none of the formats.
-    """
+    """The key of `CHAT_FEATURES` that a row is converted to."""
     if "prompt" not in _format(row, where, columns):
         return "messages"
     return "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
 
 
 def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`.
-
-    Raises:
-        ValueError: for what is missing or not valid; the message starts with `where`.
-    """
+    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`; `where` locates it in error messages."""
     names = _format(row, where, columns)
     if (found := chat_kind(row, where, columns)) != kind:
         raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
@@ -100,7 +92,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """A message with `role`, `content` as text and, where there are some, `tool_calls` with arguments as objects."""
+    """A message with `role`, `content` as text and, if there are any, `tool_calls` with arguments as objects."""
     if not isinstance(given, dict):
         raise ValueError(f"dataset_name: {where} must have a role and a content, got {given!r}")
     message = {key: value for key, value in given.items() if value is not None}
@@ -140,11 +132,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
-    """Settles for the data which chat template is used, and whether only the assistant's answers are learned.
+    """Chooses the chat template for the data, and whether to train on the assistant's answers only.
 
     Raises:
-        ValueError: if the data is chats and there is no template, or one that does not mark the answers or drops the
-            tool calls that the data has.
+        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls
+            that the data has.
         FileNotFoundError: if the template's file does not exist.
     """
     if training.chat_template_path == "chatml":

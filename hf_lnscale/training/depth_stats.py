@@ -41,7 +41,7 @@ _KEY = re.compile(r"depth/(\w+)/layer_(\d+)")
 
 
 class DepthStatsCallback(TrainerCallback):
-    """Logs every N steps what each decoder layer does to the batches that it is trained on.
+    """Logs statistics of each decoder layer on the training batches every N steps.
 
         trainer = SFTTrainer(...)
         trainer.add_callback(DepthStatsCallback(trainer))
@@ -55,23 +55,23 @@ class DepthStatsCallback(TrainerCallback):
     - `depth/gradient_norm/layer_i`: the 2-norm of the gradient of the layer's parameters, as the optimizer gets it:
       accumulated, averaged over processes, and clipped if `max_grad_norm` is set. Absent if a layer has none.
 
-    They go to the loggers of `report_to` and to `trainer.state.log_history`, and so into `trainer_state.json`; the
-    progress bar does not print them. Each is of one optimizer step, over all its micro-batches and all processes.
-    Padding is not counted; nor are passes without gradients (generation, reference models) and the second run of a
-    layer under gradient checkpointing.
+    They go to the loggers of `report_to` and to `trainer.state.log_history`, hence to `trainer_state.json`; the
+    progress bar does not print them. Each covers one optimizer step: all its micro-batches, on all processes. Padding,
+    passes without gradients (generation, reference models) and recomputation under gradient checkpointing are not
+    counted.
 
-    Steps that are not measured run without hooks. On measured steps a compiled model runs eagerly: compiled code does
-    not call hooks that were added later, and compiling again would cost more.
+    Other steps run without hooks. On measured steps a compiled model runs eagerly: compiled code does not call hooks
+    that were added later, and compiling again would cost more.
 
     Args:
-        trainer: the Trainer that it is added to.
+        trainer: the Trainer that the callback is added to.
         every_n_steps: steps 1, N, 2N, 3N, ... are measured.
         skip_tokens: number of tokens at the start of each sequence that are not counted. Trained models put massive
-            activations on the first one (arXiv 2402.17762), which can be nearly all of the variance.
+            activations on the first one (arXiv 2402.17762), which can dominate the variance.
 
     Raises:
-        ValueError: if `every_n_steps` is not a positive integer or `skip_tokens` is negative, and for
-            `nn.DataParallel`, whose replicas cannot be told apart; start one process per device.
+        ValueError: if `every_n_steps` is not a positive integer or `skip_tokens` is negative, and with
+            `nn.DataParallel`; start one process per device.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
 
@@ -146,8 +146,8 @@ class DepthStatsCallback(TrainerCallback):
             self._passes[-1].append(_statistics(*states, self._counting_BT))
 
     def _log(self, logs: dict[str, float]) -> None:
-        # Not by `Trainer.log`: it would print hundreds of numbers on the console and, in TRL, flush the metrics that
-        # are kept for the next regular entry.
+        # Not `Trainer.log`, which would print hundreds of numbers on the console and, in TRL, flush the metrics
+        # collected for the next regular entry.
         trainer, state = self.trainer, self.trainer.state
         if not logs:
             logger.warning_once("DepthStatsCallback: no forward pass of the decoder was seen in a training step")
@@ -161,7 +161,7 @@ class DepthStatsCallback(TrainerCallback):
 
 def _over_processes(passes: list[list[torch.Tensor]], squares_L: torch.Tensor | None) -> dict[str, float]:
     """One number per layer and measure, the same on every process. Every process must call it."""
-    # The host waits for the device here only.
+    # The only synchronization with the device.
     counted = [torch.stack([layer.to(one[0].device) for layer in one]).tolist() for one in passes if one]
     squares = None if squares_L is None else squares_L.tolist()
     everywhere = gather_object([(counted, squares)])
@@ -186,27 +186,26 @@ def _key(measure: str, layer: int) -> str:
 
 
 def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
-    """1.0 for each token of a pass that is counted, else 0.0, shape (B, T)."""
+    """1.0 for each counted token of a pass, else 0.0, shape (B, T)."""
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = args[0] if args else kwargs["input_ids"]
     real_BT = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # not one that is expanded for attention
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # not expanded for attention
         real_BT = mask.bool()
     if positions is None:
         positions = real_BT.cumsum(1) - 1
-    while positions.dim() > 2:  # one per dimension of an image; the first is that of text
+    while positions.dim() > 2:  # multimodal positions; the first are those of text
         positions = positions[0]
     counting_BT: torch.Tensor = real_BT & (positions >= skip_tokens)
     return counting_BT.float()
 
 
 def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: torch.Tensor) -> torch.Tensor:
-    """Number of tokens that count, mean and variance of all their entries after the layer, mean angular distance.
+    """Number of counted tokens, mean and variance of their entries after the layer, mean angular distance; shape (4,).
 
-    Returns:
-        Shape (4,), float32, on the device of the hidden states; zeros if no token counts.
+    Zeros if no token is counted.
     """
     x_BTD, y_BTD = before_BTD.float(), after_BTD.float()
     w_BT = counting_BT.to(y_BTD.device)
@@ -216,10 +215,9 @@ def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: 
 
 @torch.no_grad()
 def _gradient_squares(model: nn.Module) -> torch.Tensor | None:
-    """This process's part of the squared gradient norm of each layer; the sum over all processes is the whole.
+    """This process's share of the squared gradient norm of each layer, shape (L,), to be summed over processes.
 
-    Returns:
-        Shape (L,), NaN for a layer without gradients; None if gradients are not with their parameters.
+    NaN for a layer without gradients; None if the gradients are not stored in the parameters.
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
@@ -248,7 +246,7 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, by `torch.compile` or in place."""
-    # `nn.Module.compile` stores the compiled call in the module, and copies of the module leave it out.
+    # `nn.Module.compile` stores the compiled call in the module, and `__getstate__` leaves it out.
     in_place = vars(module).keys() != module.__getstate__().keys()
     return in_place or type(module).__name__ == "OptimizedModule"
 
@@ -319,7 +317,7 @@ def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> A
     figure = Figure(figsize=(1.2 + 4.2 * len(columns), 7.5), layout="constrained")
     grid = figure.subplots(len(MEASURES), len(columns), sharex="col", sharey="row", squeeze=False)
     every_step = [step for _, steps, _ in columns for step in steps]
-    # Logarithmic, as much happens early.
+    # Logarithmic, since much happens early.
     norm = LogNorm(min(every_step), max(max(every_step), min(every_step) + 1))
     color: Any = ScalarMappable(norm, colormaps["viridis"])
     for column, (name, steps, tensors) in enumerate(columns):

@@ -1,11 +1,11 @@
-"""Data of the recipes: read from the Hub, from files or from Python itself, checked row by row, mixed, and held out."""
+"""The data of the recipes: loaded from the Hub, files or Python itself, checked row by row, mixed and split."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,34 +29,29 @@ from datasets import (
 from trl.scripts.utils import DatasetConfig
 
 from .._version import __version__
+from ..core.json_file import parse
 from ..measuring import sample
 from .arguments import DataArguments
 from .chats import CHAT_FEATURES, chat_kind, to_chat
 
-# In a folder a text file is one document, unless it is larger than this many bytes. A larger file, and one that is
-# named by itself, is cut into rows of LINES_A_ROW lines: rows are what is shuffled and held out.
+# A text file in a folder is one document, unless it is larger than this many bytes. A larger file, and one that is
+# named by itself, is cut into rows of LINES_A_ROW lines, since rows are what is shuffled and held out.
 LARGE_FILE = 1 << 20
 LINES_A_ROW = 100
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 Row = dict[str, Any]
 Convert = Callable[..., "Row | None"]
-# From the first row of a dataset, where it is, and the columns to read: how to convert a row, and to what.
+# Maps the first row of a dataset, its location, and the columns to read to a converter of rows and its features.
 Prepare = Callable[[Row, str, "list[str] | None"], tuple[Convert, Features]]
-
-
-class Split(NamedTuple):
-    """Data to train on and data that is held out."""
-
-    train: Any
-    held_out: Any
+Split = tuple[Any, Any]  # data to train on, data to evaluate on
 
 
 def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
-    """Loads text to train on and text to evaluate on, each with the single column `column`.
+    """Loads text to train on and to evaluate on, with the single column `column`.
 
     Raises:
-        ValueError: if there is no such column, no text in it, or no row; the message names the row or the dataset.
+        ValueError: for a row without text in the column, or no row at all; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
 
@@ -71,8 +66,7 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
     """Loads chats, or prompts with completions, to train on and to evaluate on.
 
     Raises:
-        ValueError: if a row is neither, or there is no row; the message names the row and what is missing.
-        FileNotFoundError: if a path does not exist.
+        ValueError, FileNotFoundError: as `load_text`.
     """
 
     def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
@@ -83,7 +77,7 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
 
 
 def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterable[str]:
-    """Yields texts from the start of a dataset until they hold so many characters: enough to train a tokenizer on."""
+    """Texts from the start of a dataset, about as many characters as asked for, to train a tokenizer on."""
     for row in data:
         if characters <= 0:
             return
@@ -92,7 +86,7 @@ def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterabl
 
 
 def _to_text(row: Row, where: str, source: str, column: str) -> Row | None:
-    """The text of a row; None where it is empty, since the row would be nothing but an end of text."""
+    """The text of a row; None if it is empty, since the row would be only an end-of-text token."""
     if source not in row:
         raise ValueError(f"dataset_text_field: {where} has no column {source!r}; it has {', '.join(map(str, row))}")
     text = row[source]
@@ -102,7 +96,7 @@ def _to_text(row: Row, where: str, source: str, column: str) -> Row | None:
 
 
 def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python: Callable[[], Dataset]) -> Split:
-    """Loads one dataset or a mixture, and what to evaluate on: other data, a split, or rows taken out of training."""
+    """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows taken out of training."""
     name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
     parts = arguments.datasets
     if name:
@@ -112,7 +106,7 @@ def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python
     if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
         configuration = arguments.dataset_config if other == name else None
         part = DatasetConfig(other, configuration, split=test or "train")
-        return Split(train, _first(_load(part, arguments.streaming, prepare), wanted))
+        return train, _first(_load(part, arguments.streaming, prepare), wanted)
     if isinstance(train, IterableDataset):
         rest = train.skip(wanted)
         if next(iter(rest), None) is None:
@@ -120,18 +114,18 @@ def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python
                 f"eval_samples: the first {wanted} rows of {shown} are held out, and no other is left to train on; "
                 "lower --eval_samples, or do not stream"
             )
-        return Split(rest, _first(train, wanted))
+        return rest, _first(train, wanted)
     if len(train) < 2:
         raise ValueError(
             f"dataset_name: {shown} has a single row, of which none can be held out to evaluate on; name other data "
             "with --eval_dataset_name"
         )
     both = train.train_test_split(test_size=min(wanted, max(1, len(train) // 10)), seed=seed)
-    return Split(both["train"], both["test"])
+    return both["train"], both["test"]
 
 
 def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test: str | None, seed: int) -> Any:
-    """Joins datasets, or draws rows from them by their fractions until one is used up: no row is drawn twice."""
+    """Concatenates datasets, or samples by their fractions, without replacement, until one is exhausted."""
     loaded = [_load(part, streaming, prepare, test) for part in parts]
     if len({tuple(data.features) for data in loaded}) > 1:
         kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
@@ -146,21 +140,14 @@ def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test
 
 
 def _first(data: Any, rows: int) -> Dataset:
-    """The first rows, in memory: with a stream, Trainer could not tell which of the last ones it has seen twice."""
+    """The first rows, in memory: in a stream, Trainer could not tell which of the last ones are repeated."""
     if isinstance(data, IterableDataset):
         return Dataset.from_list(list(data.take(rows)), features=data.features)
     return data.select(range(min(rows, len(data))))
 
 
 def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | None = None) -> Any:
-    """Loads one dataset with its rows converted.
-
-    Args:
-        part: path or name, split, columns.
-        streaming: whether to read it during training.
-        prepare: see `Prepare`.
-        test: name of the split to evaluate on, whose files are left out.
-    """
+    """Loads one dataset with its rows converted, without the files of the split `test`."""
     path, name = Path(part.path), repr(part.path)
     if path.exists() and not _is_saved(path):
         files = _files(path, part.split, test)
@@ -169,7 +156,7 @@ def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | No
             raise ValueError(f"dataset_name: {name} is empty")
         convert, features = prepare(first, where, part.columns)
         make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        # The version is part of the cache's key: another release may convert rows differently.
+        # The version is part of the cache key: another release may convert rows differently.
         data = make(_rows, gen_kwargs={"files": files, "convert": convert, "version": __version__}, features=features)
     else:
         if path.suffix in SUFFIXES or (part.path.startswith((".", "/")) and not path.exists()):
@@ -203,12 +190,12 @@ def _convert_batch(batch: dict[str, list[Any]], indices: list[int], convert: Con
 
 
 class _File(NamedTuple):
-    """A file to read. Size and time of change are part of the cache's key."""
+    """A file to read. Its size and modification time are part of the cache key."""
 
     path: str
     size: int
     changed: int
-    whole: bool  # one of a folder: a text file is then one document
+    whole: bool  # part of a folder, in which a text file is one document
 
 
 def _kind(path: Path) -> str | None:
@@ -216,15 +203,11 @@ def _kind(path: Path) -> str | None:
 
 
 def _files(path: Path, split: str, test: str | None) -> list[_File]:
-    """The files of a split: those named after it or in a folder of its name, else all that are not of the test split.
-
-    Raises:
-        ValueError: if they are of no kind that can be read, of several kinds, or all empty.
-    """
+    """The files of a split: those named after it or in a folder of its name, else all but those of the test split."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
     if path.is_dir():
-        files = [file for file in files if _is_of(file, path, split)] or [
-            file for file in files if test is None or not _is_of(file, path, test)
+        files = [file for file in files if _in_split(file, path, split)] or [
+            file for file in files if test is None or not _in_split(file, path, test)
         ]
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
@@ -236,16 +219,16 @@ def _files(path: Path, split: str, test: str | None) -> list[_File]:
     return [_File(str(file), stat.st_size, stat.st_mtime_ns, path.is_dir()) for file, stat in stats]
 
 
-def _is_of(file: Path, folder: Path, split: str) -> bool:
+def _in_split(file: Path, folder: Path, split: str) -> bool:
     named = re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem) is not None
     return _kind(file) is not None and (named or split in file.relative_to(folder).parts[:-1])
 
 
 def _has_split(path: Path, split: str) -> bool:
-    """Whether there is such a split: never in a file; in a folder, if files or a folder have its name."""
+    """Whether there is such a split: a file has none, a folder if files or a folder in it are named after it."""
     if _is_saved(path):
         return (path / split).is_dir()
-    return not path.exists() or (path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*")))
+    return not path.exists() or (path.is_dir() and any(_in_split(file, path, split) for file in path.rglob("*")))
 
 
 def _is_saved(path: Path) -> bool:
@@ -270,27 +253,24 @@ def _rows(files: list[_File], convert: Convert, version: str) -> Iterator[Row]:
 
 
 def _read(file: _File) -> Iterator[tuple[str, Row]]:
-    """Yields the rows of a file, each with the words that say where it is.
-
-    Raises:
-        ValueError: if the file, or a row, cannot be read; the message names it.
-    """
+    """The rows of a file, each with its location for error messages."""
     path = Path(file.path)
     kind, name = _kind(path), repr(path.name)
     try:
         if kind == "parquet":
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
+            yield from _numbered(name, itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
             return
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as lines:
             if kind == "csv":
                 csv.field_size_limit(sys.maxsize)
-                reader = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
-                yield from ((f"row {number} of {name}", row) for number, row in enumerate(reader, 1))
+                yield from _numbered(name, csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ","))
             elif kind == "json":
-                yield from _read_json(lines, name, ".json" in path.suffixes)
+                for where, row in _read_json(lines, name, ".json" in path.suffixes):
+                    if not isinstance(row, dict):
+                        raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
+                    yield where, row
             elif file.whole and file.size <= LARGE_FILE:
                 yield name, {"text": lines.read()}
             else:
@@ -300,28 +280,26 @@ def _read(file: _File) -> Iterator[tuple[str, Row]]:
         raise ValueError(f"dataset_name: cannot read {name}: {error}") from None
 
 
-def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, Row]]:
-    """Yields the rows of JSON lines, or of a file that is one list of objects."""
-    rows: Iterable[tuple[str, Any]] = ((f"line {number} of {name}", line) for number, line in enumerate(lines, 1))
-    if may_be_list and (text := lines.read()).lstrip()[:1] == "[":
-        rows = ((f"row {number} of {name}", row) for number, row in enumerate(_parse(text, name), 1))
-    elif may_be_list:
-        rows = ((f"line {number} of {name}", line) for number, line in enumerate(text.splitlines(), 1))
-    for where, row in rows:
-        if isinstance(row, str):
-            if not row.strip():
-                continue
-            row = _parse(row, where)
-        if not isinstance(row, dict):
-            raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
-        yield where, row
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
+    """The values in JSON lines, or in a file that is one list."""
+    if may_be_list:
+        text = lines.read()
+        if text.lstrip().startswith("["):
+            yield from _numbered(name, _parse(text, name))
+            return
+        lines = io.StringIO(text)
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"line {number} of {name}"
+            yield where, _parse(line, where)
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # escapes that may be half of a surrogate pair, which no text can hold
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return parse(text)
     except ValueError as error:
         raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None

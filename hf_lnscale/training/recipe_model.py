@@ -1,4 +1,4 @@
-"""Checkpoints, as the recipes load them."""
+"""Loads what the recipes train: tokenizers, models and teachers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from .arguments import DepthArguments, RecipeConfig, WarmupArguments
 
 
 def load_tokenizer(model: ModelConfig, training: RecipeConfig) -> Any:
-    """Loads the tokenizer of the checkpoint to train, once its name and its family are known to be right.
-
-    Raises:
-        ValueError: if there is no checkpoint of that name, or it is an adapter.
-        UnsupportedArchitectureError: if its family is not in the table.
-    """
+    """Loads the tokenizer of the checkpoint to train, after checking its name and its family."""
     name = model.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
@@ -41,15 +36,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads the checkpoint to train.
 
-    Args:
-        model: name, dtype and quantization of the checkpoint.
-        training: whether its own code is trusted.
-        depth: the layers to leave out.
-        warmup: whether to convert a Pre-LN checkpoint to LayerNorm Scaling. It is loaded with the scale at the start
-            of its warmup, where it has no effect yet.
-
-    Raises:
-        ValueError: if layers do not exist, or for quantized weights without an adapter.
+    A Pre-LN checkpoint that `warmup` converts to LayerNorm Scaling starts at step 0 of the warmup, where the scale is
+    still 1.
     """
     name = model.model_name_or_path
     kwargs: dict[str, Any] = {"drop_layers": depth.layers()}
@@ -59,37 +47,21 @@ def load_model(
             f"ln_scaling: {name!r} was trained without it. In our measurements a converted model ended worse than one "
             "that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
         )
-    quantization = get_quantization_config(model)
-    if quantization is not None:
+    if quantization := get_quantization_config(model):
         if not model.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
         kwargs["quantization_config"] = quantization
         if model.load_in_4bit and not torch.accelerator.is_available():
-            # On a CPU, bitsandbytes repacks 4-bit weights when a model is evaluated; no gradient passes them then.
+            # On a CPU, bitsandbytes repacks 4-bit weights for an evaluation, and no gradient passes them afterwards.
             print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(name),
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-        **_common(model, training),
-        **kwargs,
-    )
+    kwargs |= {"dtype": model.dtype, "attn_implementation": model.attn_implementation, **_common(model, training)}
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), **kwargs)
     return loaded
 
 
 def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
-    """Loads a model to learn from: whole in every process, however the student is sharded.
-
-    Args:
-        name: folder, or name on the Hub.
-        dtype: of its weights.
-        tokenizer: the student's.
-
-    Raises:
-        ValueError: if the teacher's tokenizer is another one, and under DeepSpeed ZeRO-3, which shards every model
-            that is loaded.
-    """
+    """Loads a teacher with the student's tokenizer: whole in every process, however the student is sharded."""
     if is_deepspeed_zero3_enabled():
         raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would shard the teacher; use ZeRO-2 or FSDP2")
     try:
@@ -106,11 +78,7 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
 
 
 def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArguments) -> None:
-    """Refuses a checkpoint that has all its layers and is to keep them: there would be nothing to heal.
-
-    Raises:
-        ValueError: if nothing was or is to be dropped.
-    """
+    """Refuses a checkpoint that keeps all its layers: there would be nothing to heal."""
     if not depth.layers() and record(_config(model, training)).dropped is None:
         raise ValueError(
             f"{model.model_name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "

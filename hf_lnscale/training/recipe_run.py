@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,13 @@ import torch
 import torch.distributed as dist
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
-from transformers import (
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)  # fmt: skip
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from ..checkpoints.folders import public_command
+from ..checkpoints.folders import public_command, write_atomically
+from ..core.config import is_integer
+from ..core.display import brief
+from ..core.json_file import read_object
+from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
 from .arguments import RecipeConfig, RecipeParser
@@ -39,8 +37,8 @@ from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
-# Two runs with these alike, and the recipe's own arguments, are the same run: not how, where and how often it computes
-# and writes, nor how long it goes on.
+# Two runs with equal values of these and of the recipe's own arguments are the same run. How, where and how often it
+# computes and writes, and how long it goes on, may change when it is resumed.
 _IDENTITY = (
     "seed", "max_length", "packing", "packing_strategy", "dataset_text_field", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "loss_type", "assistant_only_loss",
@@ -49,20 +47,17 @@ _IDENTITY = (
 
 
 def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | None = None) -> None:
-    """Parses the command line and runs a recipe's `main` with it.
+    """Parses the command line and calls a recipe's `main` with the parsed dataclasses, the training arguments last.
 
-    Before training starts, an error of the user's is one line on stderr and exit code 1. Any other error, and every
-    error during training, shows its traceback.
-
-    Args:
-        parser: made by the recipe's `make_parser`.
-        main: takes the parsed dataclasses, the training arguments last.
-        words: of the command line; by default those of this process.
+    Before training starts, a user error is one line on stderr and exit code 1. Any other error, and every error during
+    training, shows its traceback.
     """
     words = sys.argv[1:] if words is None else words
     training: RecipeConfig | None = None
+    # One of several processes may wait for the others, and no handler runs meanwhile.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
-        with warnings.catch_warnings():
+        with leaving_on_sigterm(parser.recipe) if alone else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from one library to another; nothing a user can act on
             arguments = parser.parse_args_and_config(words)
             training = arguments[-1]
@@ -73,19 +68,19 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
             raise
         shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
-        # An error may be that of one machine alone.
+        # The error may concern a single machine.
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
         print(f"{rank}{parser.recipe}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-class Run:
-    """A run of a recipe in its output folder, which holds no other.
+class Run(TrainerCallback):
+    """A run of a recipe in its output folder, which holds no other run.
 
     Args:
         recipe: name of the script.
-        training: the training arguments; `output_dir` and `resume_from_checkpoint` are read.
-        told: the other dataclasses of arguments.
+        training: the training arguments.
+        given: the other dataclasses of arguments.
 
     Raises:
         FileExistsError: if the folder holds another run, or this one and it is not to be resumed.
@@ -93,10 +88,10 @@ class Run:
         SystemExit: with code 0, if the run to resume is finished.
     """
 
-    def __init__(self, recipe: str, training: RecipeConfig, *told: Any) -> None:
+    def __init__(self, recipe: str, training: RecipeConfig, *given: Any) -> None:
         self.recipe, self.training = recipe, training
         self.folder = Path(training.output_dir or "")
-        words = {key: value for part in told for key, value in dataclasses.asdict(part).items()}
+        words = {key: value for part in given for key, value in dataclasses.asdict(part).items()}
         words |= {key: getattr(training, key, None) for key in _IDENTITY}
         words["batch"] = (
             training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
@@ -108,22 +103,23 @@ class Run:
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
+        self.trained = False  # every step was done before a run was killed
         # No process writes before every process has looked.
         training.distributed_state.wait_for_everyone()
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint to resume, once the folder is found to hold nothing else."""
+        """The checkpoint to resume, after checking that the folder holds nothing but this run."""
         wanted = self.training.resume_from_checkpoint
         wanted = None if str(wanted).lower() in ("none", "false", "") else wanted
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             there = _read(self.folder / RUN_FILE).get("identity")
-            if there is None:
+            if not isinstance(there, dict):
                 raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
             for key in {**there, **self.identity}:
                 if there.get(key) != self.identity.get(key):
                     raise FileExistsError(
-                        f"{shown} holds another run: its {key} is {there.get(key)!r}, that of this one "
+                        f"{shown} holds another run: its {key} is {brief(there.get(key))}, that of this one "
                         f"{self.identity.get(key)!r}; choose another --output_dir"
                     )
             if wanted is None:
@@ -146,18 +142,19 @@ class Run:
 
     def _leave_if_finished(self) -> None:
         metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
+        steps: Any = metrics.get("steps")
         same = metrics.get("length") == [length, self.training.num_train_epochs]
-        if not metrics or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= metrics["steps"]):
+        if not is_integer(steps) or not any(self.folder.glob("*.safetensors")) or not (same or 0 < length <= steps):
             return
         if self.training.process_index == 0:
             print(
-                f"{self.recipe}: the run in {self.folder} is finished, after step {metrics['steps']}; to train for "
+                f"{self.recipe}: the run in {self.folder} is finished, after step {steps}; to train for "
                 "longer, raise --max_steps or --num_train_epochs"
             )
         raise SystemExit(0)
 
     def _last_checkpoint(self) -> str | None:
-        """The last one that is complete: Trainer writes its state last, and may have been killed before."""
+        """The last complete one: Trainer writes its state last, and may have been killed before."""
         found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             if "global_step" in _read(path / "trainer_state.json"):
@@ -166,14 +163,15 @@ class Run:
                 print(f"{path} is not complete and is skipped", file=sys.stderr)
         return None
 
-    def begin(self) -> None:
-        """Marks the folder as this run's, once nothing is left that could be refused."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Marks the folder as this run's, after the other callbacks had the chance to refuse the run."""
         if self.training.process_index == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
-            (self.folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
         self.training.begun = True
+        if self.trained:
+            raise _AlreadyTrained
 
     def train(self, trainer: RecipeTrainer) -> dict[str, Any]:
         """Trains to the end and writes the model, its card, `metrics.json` and the plots.
@@ -189,8 +187,8 @@ class Run:
         since = state.get("global_step", -1)
         # A run that was killed between its last step and its report has nothing left to train.
         longer = arguments.max_steps <= 0 and arguments.num_train_epochs > state.get("num_train_epochs", 0)
-        trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
-        if trained and arguments.load_best_model_at_end:
+        self.trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
+        if self.trained and arguments.load_best_model_at_end:
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
         model: Any = trainer.model
@@ -203,12 +201,12 @@ class Run:
             trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
         if self.training.num_samples:
             trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
-        trainer.add_callback(_Begin(self, trained))
+        trainer.add_callback(self)
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
             trainer.add_callback(progress)
         trainer.add_callback(stop)
-        # Batches without padding have no mask that says what is padding.
+        # Without padding there is no mask that marks it.
         arguments.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
         arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
@@ -243,36 +241,21 @@ class Run:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is none."""
+    """A JSON object from a file; empty if it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 class _AlreadyTrained(Exception):
     """Leaves `Trainer.train` with the checkpoint loaded and no step taken."""
 
 
-class _Begin(TrainerCallback):
-    """Marks the folder after the other callbacks have had the chance to refuse the run."""
-
-    def __init__(self, run: Run, trained: bool) -> None:
-        self.run, self.trained = run, trained
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.run.begin()
-        if self.trained:
-            raise _AlreadyTrained
-
-
 class StopOnSignal(TrainerCallback):
     """Saves and stops at the end of the step on SIGINT or SIGTERM, in all processes at once.
 
-    Pressed twice, Ctrl-C stops at once and saves nothing.
+    A second Ctrl-C stops immediately and saves nothing.
     """
 
     def __init__(self) -> None:
@@ -291,9 +274,7 @@ class StopOnSignal(TrainerCallback):
             self.signal = number
             os.write(2, b"\nstopping at the end of this step, with a checkpoint\n")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
             # The signal reaches the processes at different times; a checkpoint needs all of them at the same step.
             number = torch.tensor(self.signal or 0, device=args.device)
@@ -301,4 +282,3 @@ class StopOnSignal(TrainerCallback):
             self.signal = int(number) or None
         if self.signal is not None:
             self.stopped = control.should_save = control.should_training_stop = True
-        return control

@@ -1,16 +1,16 @@
-"""The output of a run besides the model: `metrics.json`, curves, and a model card."""
+"""The output of a run in addition to the model: `metrics.json`, plots and a model card."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from enum import Enum
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import ModelCard
 
 from .._version import __version__
@@ -23,14 +23,15 @@ from ..measuring.losses import perplexity_of
 from .depth_stats import plot_depth_stats
 from .trainer import RecipeTrainer
 
-# Training arguments that the card shows, resolved, besides what the recipe was given.
+# Training arguments that the card shows with their final values, in addition to the recipe's own.
 _SETTINGS = (
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "optim", "max_grad_norm", "bf16",
     "gradient_checkpointing", "max_length", "packing", "loss_type", "assistant_only_loss", "eval_strategy",
     "eval_steps", "early_stopping_patience", "chat_template_path",
 )  # fmt: skip
-_OF_ADAPTERS = ("lora_", "use_dora", "use_rslora", "bnb_")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_PEFT_ONLY = ("lora_", "use_dora", "use_rslora", "bnb_")
 
 
 def write_report(
@@ -46,23 +47,20 @@ def write_report(
 
     Args:
         recipe: name of the script.
-        trainer: at the end of its training.
+        trainer: after training.
         given: the arguments of the recipe, for the card.
         command: the command line, for the card.
         resumed: the checkpoint that this process started from.
-        since: the step of that checkpoint, without one -1, and the tokens seen by then.
-        seconds: of training in this process, including evaluations and checkpoints.
-
-    Returns:
-        The contents of `metrics.json`.
+        since: the step of that checkpoint (-1 without one) and the tokens seen by then.
+        seconds: spent training in this process, including evaluations and checkpoints.
     """
     arguments = trainer.args
     peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
     peak_bytes = int(trainer.accelerator.gather(peak).max())
     if trainer.is_fsdp_enabled:
-        # Checkpoints on the way may be sharded; the final one opens like any other.
+        # Intermediate checkpoints may be sharded; the final one loads like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()  # first, so that nothing that goes wrong from here on costs the model
+    trainer.save_model()  # first, so that no later error loses the model
     loss = trainer.evaluate()["eval_loss"]
     state = trainer.state
     step_before, tokens_before = since
@@ -90,7 +88,7 @@ def write_report(
         "parameters": model.num_parameters(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "length": [arguments.max_steps, arguments.num_train_epochs],  # as asked for; a run of this length is finished
-        "versions": _versions(),
+        "versions": {"hf_lnscale": __version__} | {name: version(name) for name in _LIBRARIES},
     }
     trainer.save_state()
     trainer.log_metrics(recipe, {key: value for key, value in metrics.items() if isinstance(value, (int, float, str))})
@@ -109,9 +107,9 @@ def write_report(
 
 
 def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the card: those of the recipe, with the values that the run settled on in place of defaults."""
+    """The arguments for the card, with the values that the run used in place of defaults."""
     arguments, state = trainer.args, trainer.state
-    found = {key: value for key, value in given.items() if given.get("use_peft") or not key.startswith(_OF_ADAPTERS)}
+    found = dict(given) if given.get("use_peft") else {k: v for k, v in given.items() if not k.startswith(_PEFT_ONLY)}
     settings = ((key, getattr(arguments, key, None)) for key in _SETTINGS)
     found |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
     found |= {
@@ -130,16 +128,6 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
     return found
 
 
-def _versions() -> dict[str, str]:
-    import accelerate
-    import datasets
-    import peft
-    import trl
-
-    named = (torch, transformers, trl, peft, accelerate, datasets)
-    return {"hf_lnscale": __version__} | {module.__name__: module.__version__ for module in named}
-
-
 def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in metrics.items():
         if key == "peak_memory_bytes":
@@ -153,11 +141,10 @@ def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _card(
-    recipe: str, model: Any, metrics: dict[str, Any], told: dict[str, Any], command: str, pictures: list[str]
+    recipe: str, model: Any, metrics: dict[str, Any], settings: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
-    base, data = told.get("model_name_or_path"), told["datasets"]
-    adapter = hasattr(model, "peft_config")
-    found = record(model.config)
+    base, data = settings.get("model_name_or_path"), settings["datasets"]
+    adapter, found = hasattr(model, "peft_config"), record(model.config)
     notes: list[str] = []
     if found.active:
         notes.append(
@@ -177,8 +164,8 @@ def _card(
                 "`hf-lnscale export` takes."
             )
         )
-    told["datasets"] = [public_name(name) for name in data]
-    notes.append(f"It was trained on {', '.join(told['datasets']) or 'text that comes with Python'}.")
+    settings["datasets"] = [public_name(name) for name in data]
+    notes.append(f"It was trained on {', '.join(settings['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(
         f"{name}: {recipe.replace('_', ' ')}",
@@ -190,9 +177,7 @@ def _card(
         notes=notes,
         parts=[Table(("", ""), [*_rows(metrics)])],
         pictures=pictures,
-        settings={
-            key: public_name(value) if isinstance(value, str) and value else value for key, value in told.items()
-        },
+        settings={key: public_name(one) if isinstance(one, str) and one else one for key, one in settings.items()},
         made_by=command,
         versions=metrics["versions"],
     )
@@ -203,24 +188,18 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    pictures = ["loss.png"]
-    with plt.rc_context(style):
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=marker, ms=4, label=label)
-        axis.set(xlabel="step", ylabel="loss, nats a token")
-        axis.legend(frameon=False)
-        figure.savefig(folder / "loss.png", dpi=150)
-        plt.close(figure)
-    if any(key.startswith("depth/") for entry in history for key in entry):
-        plot_depth_stats(history, folder / "depth.png")
-        pictures.append("depth.png")
-    return pictures
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
+        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
+            axis.plot(*zip(*points, strict=True), marker=marker, ms=4, label=label)
+    axis.set(xlabel="step", ylabel="loss, nats per token")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.savefig(folder / "loss.png", dpi=150)
+    if not any(key.startswith("depth/") for entry in history for key in entry):
+        return ["loss.png"]
+    plot_depth_stats(history, folder / "depth.png")
+    return ["loss.png", "depth.png"]

@@ -1,4 +1,4 @@
-"""Samples of generated text while a chat model is trained."""
+"""Samples of generated text during the training of a chat model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 MAX_NEW_TOKENS = 64
 
@@ -16,17 +16,13 @@ MAX_NEW_TOKENS = 64
 class SamplesCallback(TrainerCallback):
     """Answers the first held-out prompts at each evaluation, greedily, and appends them to `samples.jsonl`.
 
-    A line holds `step`, `prompt`, `generated`, and `reference`, the answer of the data. The prompt is everything before
-    the first token that is learned. Sharded models are skipped: they would need every process for every token.
-
-    Args:
-        trainer: one whose evaluation data is tokenized, with labels.
-        num_samples: number of prompts.
+    A line holds `step`, `prompt`, `generated`, and `reference`, the answer in the data. The prompt is everything before
+    the first trained token. Sharded models are skipped: they would need every process for every token.
     """
 
     def __init__(self, trainer: Trainer, num_samples: int) -> None:
         self.trainer = trainer
-        self.rows: list[tuple[list[int], list[int]]] = []  # prompt and reference
+        self.rows: list[tuple[list[int], list[int]]] = []  # prompt and reference, as token ids
         for row in itertools.islice(iter(trainer.eval_dataset or ()), num_samples):
             learned = [label != -100 for label in row["labels"]]
             start = learned.index(True) if True in learned else 0
@@ -34,7 +30,7 @@ class SamplesCallback(TrainerCallback):
             if start:
                 self.rows.append((row["input_ids"][:start], row["input_ids"][start:stop]))
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)

@@ -1,4 +1,4 @@
-"""Finds the recipes and their configs. Imports nothing that they need."""
+"""Finds and starts the recipes. Importing this imports nothing that they need."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from ..core.errors import require_packages
+
 RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft", "heal": "heal"}
 
 
+def start(recipe: str, words: list[str]) -> None:
+    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does."""
+    if recipe not in RECIPES:
+        raise ValueError(f"train: there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    require_packages("training", "train", "trl", "peft", "accelerate", "datasets")
+    from .recipe_run import launch
+
+    module = import_recipe(RECIPES[recipe])
+    launch(module.make_parser(f"hf-lnscale train {recipe}"), module.main, words)
+
+
 def recipes_folder() -> Path:
-    """The scripts with their configs: inside the installed package, or beside it in a checkout."""
+    """The folder of the scripts: inside the installed package, or next to it in a checkout."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def find_config(recipe: str, name: str) -> Path:
-    """The path of a config: a file, or the name of one that comes with the recipe.
-
-    Raises:
-        FileNotFoundError: if it is neither; the message lists the configs of the recipe.
-    """
+    """The path of a config: an existing file, or the name of a config shipped with the recipe."""
     own = recipes_folder() / "configs" / recipe
     for path in (Path(name), own / f"{name}.yaml"):
         if path.is_file():
@@ -31,7 +40,7 @@ def find_config(recipe: str, name: str) -> Path:
 
 
 def import_recipe(script: str) -> ModuleType:
-    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, from the package or from a checkout."""
+    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, which a checkout does not provide by itself."""
     name = f"hf_lnscale.recipes.{script}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, recipes_folder() / f"{script}.py")

@@ -10,7 +10,7 @@ from ..core.families import FAMILIES, family_of
 
 
 class Shape(NamedTuple):
-    """Sizes of a Llama, and the learning rate that the paper trains it with."""
+    """Sizes of a Llama, and the paper's learning rate for it."""
 
     hidden_size: int
     intermediate_size: int
@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # Not in the paper: as deep as its smallest, for a run of a minute.
+    # Not in the paper: as deep as its smallest, trains within a minute.
     "demo": Shape(128, 344, 4, 12, 1e-3),
     "130M": Shape(768, 2048, 12, 12, 1e-3),
     "250M": Shape(768, 2560, 16, 24, 1e-3),
@@ -36,19 +36,10 @@ SIZES = (
 def new_config(
     tokenizer: Any, *, family: str, shape: str, config_name: str | None, max_length: int, sizes: dict[str, int | None]
 ) -> PreTrainedConfig:
-    """Makes the configuration of a model to train from scratch.
+    """The configuration of a model to train from scratch, with the tokenizer's vocabulary and special tokens.
 
-    Args:
-        tokenizer: gives the vocabulary and the special tokens.
-        family: a `model_type`, such as "llama" or "qwen3".
-        shape: a key of `SHAPES`.
-        config_name: folder or name on the Hub to take the configuration from instead, including its vocabulary.
-        max_length: tokens that the model must at least be able to read.
-        sizes: any of `SIZES`, overriding the shape's or the configuration's own; None leaves it.
-
-    Raises:
-        ValueError: for a shape or size that does not exist or does not fit the others; the message says what is valid.
-        UnsupportedArchitectureError: if the family is not in the table.
+    It is that of `family` (a `model_type`) and `shape` (a key of `SHAPES`), or of the checkpoint `config_name`. `sizes`
+    overrides any of `SIZES` unless None.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
     if config_name is not None:
@@ -79,11 +70,11 @@ def new_config(
     family_config: Any = CONFIG_MAPPING[family]
     made: PreTrainedConfig = family_config(
         vocab_size=len(tokenizer),
-        # The training length: whoever measures the model takes no longer windows than it has positions.
+        # The training length, since perplexity is measured on windows of at most as many tokens as positions.
         max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end,
         eos_token_id=end,
-        # The embedding of the padding gets no gradient: it must not be that of the end of a text.
+        # The embedding of the padding token gets no gradient, so it must not be the end-of-text token.
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
         **numbers,
     )

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an evaluation loss over tokens, and one that learns from a teacher's logits.
+"""TRL's SFTTrainer with a token-weighted evaluation loss, and a trainer for distillation.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
 """
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
-# From trl 1.16 on, the model's forward gives the log-probability of every token, and there is a kernel for divergences.
+# Since trl 1.16 the model's forward returns the log-probability of each token, and there is a kernel for divergences.
 if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -26,11 +26,11 @@ if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
 class RecipeTrainer(SFTTrainer):
     """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, on any number of processes.
 
-    Trainer's own is a mean of the batches' means: a token of a short answer counts more than one of a long answer, and
+    Trainer averages the means of the batches: a token of a short answer counts more than one of a long answer, and
     samples that fill up the last batch of several processes count twice.
 
     Attributes:
-        num_rows: rows of the data to train on, None for a stream, and of the data to evaluate on.
+        num_rows: rows of the training data (None for a stream) and of the evaluation data.
 
     Raises:
         ValueError: if no row of the training data has a token to learn within `max_length`.
@@ -39,7 +39,7 @@ class RecipeTrainer(SFTTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.padding_free and self.args.world_size > 1:
-            # Samples that fill up the last batch are dropped by row, and a batch without padding is a single row.
+            # Duplicates that fill up the last batch are dropped by row, and a batch without padding is a single row.
             self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
         self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(kwargs["eval_dataset"]))
@@ -84,19 +84,18 @@ class RecipeTrainer(SFTTrainer):
 class DistillationTrainer(RecipeTrainer):
     """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
 
-    The loss of Minitron for models pruned in depth (arXiv 2408.11796: logits alone; 2407.14679, its best practice 6,
+    This is the loss of Minitron for models pruned in depth (arXiv 2408.11796: logits only; 2407.14679, best practice 6,
     adds hidden states where many layers were dropped). TRL's DistillationTrainer has the student generate the text,
-    which needs a student that can write. The divergence is TRL's kernel, which projects hidden states on the
-    vocabulary tile by tile: the (B, T, V) logits of neither model are materialized.
+    which needs a student that can write. TRL's kernel computes the divergence tile by tile over the vocabulary, so
+    that the (B, T, V) logits of neither model are materialized.
 
     Args:
-        teacher: a causal language model with the student's tokenizer; its head may be padded to another number of
-            rows. Every process holds the whole of it.
+        teacher: a causal language model with the student's tokenizer, whole in every process. Its head may be padded to
+            another number of rows.
         kwargs: as for SFTTrainer.
 
     Raises:
-        ValueError: if a head has fewer rows than the tokenizer has tokens, for another loss than the divergence, and
-            with trl older than 1.16.
+        ValueError: if a head has fewer rows than the tokenizer has tokens, for another loss, and with trl before 1.16.
     """
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
@@ -134,7 +133,7 @@ class DistillationTrainer(RecipeTrainer):
 def _add_divergence(student: PreTrainedModel) -> None:
     """Adds the keyword `teacher` to the student's forward, which then returns the divergence of each predicted token.
 
-    DDP and FSDP need this inside the forward, for the parameters of the output head too.
+    It must be inside the forward, where DDP and FSDP handle the parameters of the output head too.
     """
     forward = student.forward
 
@@ -170,6 +169,6 @@ def _head(model: PreTrainedModel) -> list[torch.Tensor | None]:
 
 
 def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """How a family transforms its logits: a factor (Granite divides), and a soft cap (Gemma)."""
+    """A family's transform of its logits: a factor (Granite divides) and a soft cap (Gemma)."""
     text = config.get_text_config()
     return 1.0 / getattr(text, "logits_scaling", 1.0), getattr(text, "final_logit_softcapping", None)

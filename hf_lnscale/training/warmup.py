@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..core.apply import set_ln_scaling_step
@@ -21,9 +21,9 @@ from ..core.stack import text_stack
 class LNScalingWarmupCallback(TrainerCallback, ExportableState):
     """Ramps a model's exponent up from 0 to its value, one update per optimizer step.
 
-    The length and the shape of the ramp are the model's own: `ln_scaling={"warmup_steps": 1000}`. Each step is trained
-    with the exponent for the number of steps done before it, so the first step trains a Pre-LN model. A resumed run
-    continues at the position of its checkpoint, and a run from a partly warmed up model at the position of the model.
+    The model's configuration sets the length and the shape of the ramp: `ln_scaling={"warmup_steps": 1000}`. Each step
+    is trained with the exponent for the number of steps done before it, so the first step trains a Pre-LN model. A
+    resumed run continues from its checkpoint's position, and a new run from the position of the model.
 
         model = AutoModelForCausalLM.from_pretrained(name, ln_scaling={"warmup_steps": 1000})
         Trainer(model=model, ..., callbacks=[LNScalingWarmupCallback()]).train()
@@ -33,18 +33,16 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
             checkpoint, or if the run is too short for it.
     """
 
-    moves_ln_scaling = True  # how the hook on Trainer.train recognizes a callback that does
+    moves_ln_scaling = True  # by this the hook on Trainer.train recognizes the callback
 
     def __init__(self) -> None:
-        self.ln_scaling: dict[str, Any] | None = None  # the model's, for the state that is saved
-        self._offset = 0  # steps of the warmup that were done before the first of the run
+        self.ln_scaling: dict[str, Any] | None = None  # of the model; saved with the Trainer's state
+        self._offset = 0  # warmup steps done before the first step of the run
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"ln_scaling": self.ln_scaling}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         scaling = _scaling(model)
         if scaling is None or not scaling.warmup_steps:
@@ -53,7 +51,7 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
                 f"{type(self).__name__}: the model has {has}, so there is no warmup. Load or build it with "
                 'ln_scaling={"warmup_steps": N}, or leave the callback out.'
             )
-        saved: Any = state.stateful_callbacks  # once it is read from a file, a dict
+        saved = state.stateful_callbacks  # a dict when read from a file
         if state.global_step and (resumed := recorded_scaling(saved)):
             if dataclasses.replace(resumed, step=scaling.step) != scaling:
                 raise ValueError(
@@ -71,17 +69,10 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         self._offset, self.ln_scaling = scaling.step - state.global_step, None
         self._move(model, state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._move(kwargs["model"], state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         # The last log of a run comes just before Trainer loads the weights of the best checkpoint, which leaves the
         # position of the warmup as it is.
         if "train_runtime" in (logs or {}) and args.load_best_model_at_end and state.best_global_step is not None:

@@ -60,7 +60,17 @@ def test_shards_of_one_name_in_two_folders(sharded, tmp_path):
     require_equal(sharded, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": 1}', "no JSON"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"weight_map": 1}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": "../a.safetensors"}}',
+        "no JSON",
+    ],
+)
 def test_an_index_of_another_shape(content, sharded, tmp_path):
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match="is not an index of safetensors files"):

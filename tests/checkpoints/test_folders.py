@@ -107,6 +107,7 @@ with folders.atomic_directory(target, force=True) as partial:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while writing", "before rename 1", "after rename 1", "after rename 2"])
 def test_the_next_run_cleans_up_after_a_killed_one(moment, tmp_path, caplog):
     """`after rename 1` is the moment at which nothing is under the name."""
@@ -122,6 +123,7 @@ def test_the_next_run_cleans_up_after_a_killed_one(moment, tmp_path, caplog):
     assert ("put back" in caplog.text) == (moment == "after rename 1")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_not_cleaned_up(tmp_path):
     target = tmp_path / "out"
     with atomic_directory(target) as partial:

@@ -112,6 +112,7 @@ def test_refused(saved, converter, tmp_path):
     assert export_gguf(tmp_path / "llama", tmp_path / "llama.gguf", converter=converter).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not say where llama.cpp's converter is")
 def test_the_real_converter_refuses_an_unfolded_checkpoint(saved, run_python):
     """As docs/checkpoints.md says; in a process without the plugin, as converters are run."""

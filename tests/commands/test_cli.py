@@ -390,6 +390,7 @@ def test_push_dry_run(cli, folder):
 NASTY = "[bold]<img src=x onerror=alert(1)> `a`|b\n# c\x1b[31m"
 
 
+@pytest.mark.slow
 def test_names_are_only_names(cli, folder, tmp_path):
     """A model and a text with names that are markup to rich, Markdown, HTML and terminals."""
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
@@ -424,50 +425,11 @@ def test_names_are_only_names(cli, folder, tmp_path):
 # --- a folder with a GGUF file in it ----------------------------------------------------------------------------------
 
 
-def write_gguf(model, path):
-    """A Llama in float32 as llama.cpp's converter would write it, with a tokenizer of letters."""
-    gguf = pytest.importorskip("gguf")
-    config, weights = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *map(chr, range(33, 123)), "Ġ", "w1", "w2"])
-    writer.add_token_merges(["w 1", "w 2"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for key, value in weights.items():
-        part = key.removesuffix(".weight")
-        if part in outer:
-            writer.add_tensor(f"{outer[part]}.weight", value.numpy())
-            continue
-        layer, _, part = part.removeprefix("model.layers.").partition(".")
-        name = names[part]
-        if name in heads:  # rotary pairs side by side
-            value = value.view(heads[name], 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(f"blk.{layer}.{name}.weight", value.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_verbs_take_a_folder_with_a_gguf_file(cli, folder, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folder / "plain")
     (tmp_path / "model").mkdir()
-    write_gguf(plain, tmp_path / "model" / "one.gguf")
+    pytest.importorskip("gguf")
+    tiny.write_gguf(plain, tmp_path / "model" / "one.gguf")
     assert json.loads(cli("info", tmp_path / "model", "--json")[0])["num_layers"] == 4
     assert json.loads(cli("info", tmp_path / "model" / "one.gguf", "--json")[0])["model_type"] == "llama"
     given = ("--data", folder / "text.txt", "--seq-len", 64, "--no-speed", "--json")

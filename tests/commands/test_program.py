@@ -68,6 +68,7 @@ def run(*command, cwd, expect=0, **variables):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_lm_eval(work, expected):
     """Through the command line itself: `ln_scaling` among the model's arguments reaches `from_pretrained`."""
     rows = [{"question": "w5 w6 w7", "choices": ["w8 w9", "w10", "w11 w12 w13"], "gold": 1}, {"question": "w20"}]
@@ -104,6 +105,7 @@ def test_lm_eval(work, expected):
             )
 
 
+@pytest.mark.slow
 def test_trl_sft(work, expected):
     """`trl` starts accelerate, which starts the script."""
     data = work / "data"
@@ -134,6 +136,7 @@ def test_trl_sft(work, expected):
     assert loss == pytest.approx(-expected([*range(3, 10), 2]).mean().item(), abs=6e-4)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(work, expected):
     """Two processes, gloo between them."""
     script = """\
@@ -185,6 +188,7 @@ def test_a_process_that_is_spawned_has_it_too(tmp_path):
     assert run(sys.executable, "program.py", cwd=tmp_path) == "_Finder\n"
 
 
+@pytest.mark.slow
 def test_the_flags_are_on_however_transformers_is_imported(tmp_path):
     code = """
     import importlib.util, sys

@@ -44,6 +44,7 @@ def test_gradient_checkpointing(family, use_reentrant):
     assert_close(gradients(model), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compile_without_graph_breaks(family):
     torch._dynamo.reset()
@@ -76,6 +77,7 @@ def test_compiled_layer_by_layer_does_not_recompile_for_each():
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.slow
 def test_compile_notices_a_scale_that_changes():
     torch._dynamo.reset()
     model = tiny.model()
@@ -253,11 +255,10 @@ def test_a_forward_that_hides_what_it_reads_is_refused():
         model(tiny.tokens())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
 def test_liger_itself():
-    """Liger's kernels need a GPU."""
     pytest.importorskip("liger_kernel")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     model = LlamaForCausalLM(tiny.config(ln_scaling=True)).cuda()

@@ -146,6 +146,7 @@ def test_default_depths_follow_the_number_of_layers(tmp_path, recwarn):
     assert loaded.ln_scaling == DEFAULT
 
 
+@pytest.mark.slow
 def test_a_folded_config_is_unpickled_without_the_plugin(tmp_path, run_python):
     folded = hf_lnscale.fold_ln_scaling(tiny.model(ln_scaling=True))
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(folded.config))

@@ -155,6 +155,7 @@ def test_partitioned_weights_are_refused():
     assert "layer 1 are not in memory" in unchanged_by(model, fold_ln_scaling)
 
 
+@pytest.mark.slow
 def test_a_pickled_config_brings_the_plugin_along(tmp_path):
     """As a process that is spawned gets it, which has imported nothing yet."""
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny.config(ln_scaling=True)))

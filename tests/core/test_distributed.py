@@ -92,6 +92,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "family", "scaling"), CASES)
 def test_two_processes_equal_one(way, family, scaling, two_processes):
     found = torch.load(two_processes / f"{way} {family} {scaling}")

@@ -109,6 +109,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_model_without_the_flag_is_untouched(run_python):
     """Bit-identical outputs, the same classes and the same configuration as in a process without the plugin."""
     without = json.loads(run_python(FINGERPRINT, plugin=False).splitlines()[-1])

@@ -60,6 +60,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_folded_in_stock_transformers(tmp_path, run_python):
     """Folded in memory and saved, and folded on disk: the scaled model's logits in a process without the plugin."""
     for dtype in ("float32", "bfloat16"):
@@ -253,6 +254,7 @@ def test_norms_that_are_missing_on_disk_are_noticed(scaled, tmp_path):
         export(scaled, tmp_path / "out", progress=False)
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_loads(scaled, tmp_path):
     """Killed while the weights are being written: slowed down so that the moment is met."""
     code = """
@@ -287,6 +289,7 @@ e.export(sys.argv[1], sys.argv[2], progress=False)
                 AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_export_memory_is_that_of_one_norm(tmp_path):
     """Written in place: the time and the memory do not grow with a copy of the weights in Python."""
     model = tiny.model(ln_scaling=True, vocab_size=400_000)

@@ -64,10 +64,12 @@ def saved(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_reloaded_in_a_new_process(saved, run_python):
     assert run_python(RELOAD, saved, plugin=True).split() == sorted(tiny.FAMILIES)
 
 
+@pytest.mark.slow
 def test_refused_without_the_plugin(saved, run_python):
     assert run_python(REFUSED, saved, plugin=False).split() == sorted(tiny.FAMILIES)
 
@@ -137,6 +139,7 @@ def test_removed_and_saved_is_plain(tmp_path):
     assert (tmp_path / "removed/config.json").read_bytes() == (tmp_path / "plain/config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_torch_save(tmp_path, run_python):
     for family in ("llama", "gemma2"):
         model = tiny.model(family, ln_scaling=True)

@@ -45,6 +45,7 @@ def command(checkpoints, *arguments, model="plain"):
 CHEAP = ("--no-loss", "--no-gradients", "--no-jacobian", "--no-plots")
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything(checkpoints, tmp_path):
     done = command(checkpoints, "--out", tmp_path / "out", "--compare", checkpoints / "scaled")
     assert done.exit_code == 0, done.output
@@ -100,7 +101,7 @@ def test_wrong_usage_is_told_before_anything_is_measured(checkpoints, tmp_path, 
     assert "missing" in str(done.exception)
     tiny.config("qwen2_vl_text").save_pretrained(tmp_path / "vision")
     done = command(checkpoints, "--out", tmp_path / "out", model=tmp_path / "vision")
-    assert "is no causal language model" in str(done.exception)
+    assert "is not a causal language model" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--device", "cpu", "--device-map", "auto")
     assert "device_map" in str(done.exception)
     done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")

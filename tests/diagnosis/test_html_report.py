@@ -116,6 +116,7 @@ def show(browser, pages):
 # --- what holds everywhere -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("page", ["one", "two"])
 def test_one_file_without_the_network(page, show, pages):
     text = Path(pages[page].removeprefix("file://")).read_text(encoding="utf-8")
@@ -169,6 +170,7 @@ return [...document.querySelectorAll(marks)].map((one) => {
 )
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("page", ["one", "two"])
 def test_contrast(page, dark, show):
@@ -182,6 +184,7 @@ def test_contrast(page, dark, show):
     assert min(drawn)[0] >= 3, min(drawn)
 
 
+@pytest.mark.browser
 def test_the_button_changes_the_theme(show):
     for dark in (False, True):
         browser = show("one", dark=dark)
@@ -194,6 +197,7 @@ def test_the_button_changes_the_theme(show):
         assert button.text == ("Dark" if dark else "Light")
 
 
+@pytest.mark.browser
 def test_everything_has_a_name_and_words(show, diagnoses):
     browser = show("two")
     assert browser.execute_script("return document.documentElement.lang") == "en"
@@ -244,6 +248,7 @@ def tip(browser):
     )
 
 
+@pytest.mark.browser
 def test_values_show_on_hover(show, diagnoses):
     browser = show("two")
     step, rise, bottom = (WIDTH - LEFT - RIGHT) / 12, (HEIGHT - BOTTOM - TOP) / 12, HEIGHT - BOTTOM
@@ -264,6 +269,7 @@ def test_values_show_on_hover(show, diagnoses):
     assert re.fullmatch(r"layer 4\ndistance [\d.]+ ± [\d.]+", text)
 
 
+@pytest.mark.browser
 def test_values_show_by_keyboard(show, diagnoses):
     from selenium.webdriver import Keys
 
@@ -279,6 +285,7 @@ def test_values_show_by_keyboard(show, diagnoses):
     assert browser.find_element("id", "tip").get_attribute("role") == "status"
 
 
+@pytest.mark.browser
 def test_two_models_share_their_axes(show):
     browser = show("two")
     for figure in ("variance", "loss", "ratio", "jacobian", "gradient", "angular"):
@@ -299,6 +306,7 @@ def places(browser):
     )
 
 
+@pytest.mark.browser
 def test_on_a_wide_screen_models_are_side_by_side_and_on_a_phone_below_each_other(show):
     (left, top, width), (other_left, other_top, other_width) = places(show("two"))
     assert top == other_top
@@ -311,6 +319,7 @@ def test_on_a_wide_screen_models_are_side_by_side_and_on_a_phone_below_each_othe
     assert width > 330
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("page", ["one", "two"])
 @pytest.mark.parametrize("width", [320, 390])
 def test_readable_on_a_phone(page, width, show):
@@ -345,6 +354,7 @@ def test_readable_on_a_phone(page, width, show):
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 def test_the_table_sorts_by_every_column(show, diagnoses):
     browser = show("one")
     columns = browser.find_elements("css selector", ".sortable thead button")
@@ -379,6 +389,7 @@ def test_the_table_sorts_by_every_column(show, diagnoses):
     assert len(cells) == 14
 
 
+@pytest.mark.browser
 def test_names_are_text_not_markup(show):
     browser = show("two")
     heads = [head.text for head in browser.find_elements("css selector", ".card h2")]
@@ -389,6 +400,7 @@ def test_names_are_text_not_markup(show):
 # --- print, scripts off, notebook ------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 def test_print(show):
     browser = show("two", dark=True, media="print")
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
@@ -403,6 +415,7 @@ def test_print(show):
     assert base64.b64decode(paper["data"]).startswith(b"%PDF")
 
 
+@pytest.mark.browser
 def test_whole_without_its_script(show, browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
@@ -414,6 +427,7 @@ def test_whole_without_its_script(show, browser):
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
+@pytest.mark.browser
 def test_in_a_notebook(show, diagnoses):
     browser = show("notebook")
     frame = browser.find_element("tag name", "iframe")

@@ -28,6 +28,7 @@ def test_numbers_that_cannot_be_are_refused_before_a_process_starts(tmp_path):
         measure(tmp_path, repeats=0)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     """With a `typer.py` in the current folder, which must not be run."""
     (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
@@ -60,6 +61,7 @@ def test_a_range_that_overlaps_is_no_change():
     assert relative_change(Timing.of([8.0, 8.5, 9.0]), reference) is None
 
 
+@pytest.mark.slow
 def test_the_processes_end_with_the_one_that_started_them(checkpoint):
     code = """
 import sys

@@ -159,6 +159,7 @@ def test_keywords_that_contradict_the_adapter_are_refused(tmp_path):
             quietly(lambda load=load: load.from_pretrained(tmp_path / "adapter", ln_scaling=True))
 
 
+@pytest.mark.slow
 def test_without_the_plugin(tmp_path, run_python):
     """PEFT alone refuses what it would get wrong, and loads the rest, to the same numbers and without a warning."""
     for which in BASES:
@@ -197,6 +198,7 @@ def test_without_the_plugin(tmp_path, run_python):
     assert run_python(code, STOCK, sizes, plugin=False).split() == ["True", "True", "False"]
 
 
+@pytest.mark.slow
 def test_merged_it_is_a_plain_checkpoint(tmp_path, run_python):
     for which in ("scaled by keyword", "pruned by keyword", "both by keyword"):
         (tmp_path / which).mkdir()
@@ -220,6 +222,7 @@ def test_merged_it_is_a_plain_checkpoint(tmp_path, run_python):
     run_python(code, plugin=False)
 
 
+@pytest.mark.slow
 def test_an_adapter_made_without_the_plugin(tmp_path, run_python):
     """On a plain base and on one that is pruned on disk, which is a plain one to PEFT."""
     for which in STOCK:

@@ -110,6 +110,7 @@ print(len(uses))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed(change, run_python, tmp_path):
     import hf_lnscale
@@ -125,6 +126,7 @@ def test_changed(change, run_python, tmp_path):
     assert int(out.split()[-1]) >= 5
 
 
+@pytest.mark.slow
 def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
     """`_load_and_finalize_distributed_pretrained_model` came with 5.20."""
     code = """

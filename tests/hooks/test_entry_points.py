@@ -232,6 +232,7 @@ assert not wrong, wrong
 """
 
 
+@pytest.mark.slow
 def test_two_models_in_two_threads(plain_folder, expected, tmp_path, run_python):
     """One with the scale and one without, loaded and run at the same time in one process, over and over.
 

@@ -112,6 +112,7 @@ for name, code in ORDERS.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_order_of_imports(run_python, tmp_path):
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny.config(ln_scaling=True)))
@@ -128,6 +129,7 @@ def test_importing_it_imports_nothing_else():
     assert done.stdout.split() == ["hf_lnscale"]
 
 
+@pytest.mark.slow
 def test_using_a_model_imports_no_trainer(run_python):
     """No Trainer, PEFT, datasets or bitsandbytes unless the user imports them."""
     code = """

@@ -57,6 +57,7 @@ def disabled():
     hf_lnscale.enable()
 
 
+@pytest.mark.slow
 def test_disable_puts_back_exactly_what_was_there(run_python):
     code = """
     import sys

@@ -628,6 +628,7 @@ print((peak * 1024 - before) / (8 * I * I))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_two_matrices_are_all_that_healing_needs():
     # Large tensors in mappings of their own: what glibc's heap keeps of freed ones is not healing's need.

@@ -104,6 +104,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_saved_it_is_a_plain_checkpoint(tmp_path, run_python):
     """For every family, in a process without the plugin; one of them pruned twice, and one with LNS folded."""
     for family in tiny.FAMILIES:
@@ -221,9 +222,9 @@ WRONG = [
     ([1, 1], r"layer 1 is given twice"),
     ([1, -3], r"layer 1 is given twice"),
     ([0, 1, 2, 3], "are all 4 layers"),
-    ([True], "True in .* is no layer index"),
-    (torch.tensor([True, False]), "is no layer index"),
-    ([1.0], "1.0 in .* is no layer index"),
+    ([True], "True in .* is not a layer index"),
+    (torch.tensor([True, False]), "is not a layer index"),
+    ([1.0], "1.0 in .* is not a layer index"),
     (True, "must be a list of layer indices.*got True"),
     (1.5, "must be a list of layer indices.*got 1.5"),
     (torch.tensor(1.5), "must be a list of layer indices.*got 1.5"),
@@ -306,6 +307,7 @@ def test_what_was_dropped_is_noted_in_the_original_numbering(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "other", config=once.config)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:ln_scaling")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_vl_text"])
 def test_each_layer_keeps_its_own_depth(family, tmp_path, run_python):
@@ -610,6 +612,7 @@ print(read() - before, sum(p.numel() * p.element_size() for p in model.parameter
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["1GB", "1MB"])
 def test_only_what_is_kept_is_read(shards, tmp_path, run_python):
     """Counted by the system: reading through a mapping of the file would not be."""

@@ -52,6 +52,7 @@ def run(*arguments, expect=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_prune(checkpoint, text, tmp_path):
     """Layers by count, healed: what is written is plain but for its own depths, and does what its plan says."""
     printed = run(
@@ -83,6 +84,7 @@ def test_prune(checkpoint, text, tmp_path):
     assert again.config.dropped_layers["layers"] == pruned.config.dropped_layers["layers"]
 
 
+@pytest.mark.slow
 def test_the_method_that_heals_writes_what_it_says(checkpoint, text, tmp_path):
     given = ("--method", "greedy_healed", "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
     run(checkpoint, "--data", text, *given)
@@ -90,6 +92,7 @@ def test_the_method_that_heals_writes_what_it_says(checkpoint, text, tmp_path):
     assert "goes with another method" in run(checkpoint, "--data", text, *given, "--heal", "none", "--force", expect=1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
     record = tmp_path / ".out.search.json"
     record.write_text(json.dumps({"key": {"method": {"search": "greedy"}}, "steps": []}))
@@ -97,6 +100,7 @@ def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
     assert not record.exists()
 
 
+@pytest.mark.slow
 def test_prune_given_layers(checkpoint, text, tmp_path):
     given = ("--data", text, "--drop", "1,-2", "--heal", "none", "--seq-len", 16, "--out", tmp_path / "out", "--json")
     command = [sys.executable, "-m", "hf_lnscale", "prune", *map(str, (checkpoint, *given))]
@@ -112,6 +116,7 @@ def test_prune_given_layers(checkpoint, text, tmp_path):
     assert torch.equal(got(tiny.tokens()).logits, expected(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_prune_heals_where_it_can(checkpoint, text, tmp_path, monkeypatch):
     run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "llama")
     assert PruningPlan.load(tmp_path / "llama").heal["method"] == "refit"
@@ -253,6 +258,7 @@ def test_prune_refuses_before_a_weight_is_read(checkpoint, text, tmp_path, monke
         in_process(checkpoint, "none.txt", tmp_path / "out", num_layers=1)
 
 
+@pytest.mark.slow
 def test_prune_refuses(checkpoint, text, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")

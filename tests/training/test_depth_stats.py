@@ -252,6 +252,7 @@ def test_other_steps_run_without_hooks_and_the_training_is_the_same(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model(in_place, tmp_path):
     """The measured steps run eagerly; the others run what was compiled, once."""
@@ -437,6 +438,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_log_what_one_would(way, two_processes):

@@ -102,6 +102,7 @@ def test_chats_beside_text_are_chats(tmp_path):
     assert "text" not in train.column_names  # TRL would take the rows for text
 
 
+@pytest.mark.slow
 def test_text_that_comes_with_python():
     train, held_out = load_text(DataArguments(), "text", seed=0)
     assert sum(map(len, texts(train))) > 500_000

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
-from hf_lnscale.training.start import start
+from hf_lnscale.training.scripts import start
 from recipe import SMALL
 
 pytestmark = pytest.mark.xdist_group("recipes")
@@ -163,6 +163,7 @@ def test_the_card_of_a_mixture(tmp_path, here):
     assert str(here) not in card
 
 
+@pytest.mark.slow
 def test_every_way_to_start_a_recipe(tmp_path, here, capsys):
     """As a script, by `hf-lnscale train`, and from Python."""
     script = recipe.RECIPES / "sft.py"

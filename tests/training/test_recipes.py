@@ -91,6 +91,7 @@ def test_pretrain(ln_scaling, tmp_path, here):
     assert recipe.losses(tmp_path / "out")[-1] < recipe.losses(tmp_path / "out")[0]
 
 
+@pytest.mark.slow
 def test_pretrain_as_it_stands(tmp_path, monkeypatch):
     """No data, no tokenizer, no sizes named; a config by its name. On less of the text, as there is much of it."""
     monkeypatch.chdir(tmp_path)
@@ -110,6 +111,7 @@ def test_continue_pretrain_with_the_warmup(tmp_path, here):
     assert ln_scales(model) == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_continue_pretrain_of_a_scaled_checkpoint_keeps_its_scale(tmp_path, here):
     """Also where --ln_scaling is given: it is led over already."""
     words = ["--dataset_name", here, "--model_name_or_path", here / "scaled", "--ln_scaling", *SMALL]
@@ -136,6 +138,7 @@ def test_sft(data, tmp_path, here):
         assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_qlora(tmp_path, here):
     """On a CPU, an evaluation on the way would let no gradient through bitsandbytes' weights afterwards."""

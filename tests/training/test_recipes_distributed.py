@@ -17,7 +17,7 @@ from recipe import SMALL
 
 TESTS = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.xdist_group("recipes")
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -238,6 +238,7 @@ def test_gradient_checkpointing(use_reentrant):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["whole", "layer by layer"])
 def test_nothing_is_compiled_anew(way):
     """Neither from step to step, nor at the end of the warmup."""
@@ -268,6 +269,7 @@ def test_nothing_is_compiled_anew(way):
             step(number)
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor_follows():
     torch._dynamo.reset()
     model = tiny.model(ln_scaling=WARMUP)
@@ -285,6 +287,7 @@ def test_compiled_with_inductor_follows():
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_saved_half_way_and_reloaded(tmp_path, run_python):
     for family in ("llama", "gemma2", "qwen2_5_vl_text"):
         model = half_way(family)

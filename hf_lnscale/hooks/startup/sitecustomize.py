@@ -1,8 +1,8 @@
-"""Run by every Python process that `hf-lnscale run` starts, and that these start: the flags go on with transformers.
+"""Runs at the start of every Python process under `hf-lnscale run`: turns the flags on with transformers.
 
 Python imports a module of this name at its start, and this folder is the first of PYTHONPATH. A process that does not
-import transformers is left as it is; one that does imports hf_lnscale right after it. Nothing but the standard library
-is imported here: the interpreter may be another one, without hf_lnscale.
+import transformers stays unchanged; one that does imports hf_lnscale right after it. Only the standard library is
+imported here, since the interpreter may be one without hf_lnscale.
 """
 
 import importlib.abc
@@ -16,7 +16,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers as it would be found, with a loader that loads hf_lnscale behind it."""
+    """Finds transformers as usual, with a loader that imports hf_lnscale after it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":

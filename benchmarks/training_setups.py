@@ -1,0 +1,135 @@
+"""What LayerNorm Scaling costs where models are trained: DDP and FSDP2 on every GPU, QLoRA on one.
+
+    python benchmarks/training_setups.py --size 130M --batch 16 --length 512   # on two CPU processes without a GPU
+    python benchmarks/training_setups.py --setup QLoRA --size 1B
+
+Prints one table. Training steps with the scale and without it are timed in turn; the median of the ratios of the pairs
+and their quartiles are printed, and the peak memory of one process, with both models in it. "loss" is the largest
+difference between the scaled model's first loss and a reference: that of one process on the whole batch for DDP and
+FSDP2, that of the folded checkpoint, whose norms need no scale, for QLoRA.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from ln_scaling_overhead import DEVICE, SIZES, build, pairs, quartiles, train_step
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import hf_lnscale
+from hf_lnscale.evaluation import speed
+
+WORLD = max(1, torch.cuda.device_count()) if DEVICE == "cuda" else 2
+
+
+def tokens(size: str, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(0, SIZES[size][4], shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    return model(tokens_BT, labels=tokens_BT).loss.float()
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+PARALLEL = {"DDP": DistributedDataParallel, "FSDP2": fsdp2}
+
+
+def worker(rank: int, folder: str, setup: str, size: str, shape: tuple[int, int], count: int) -> None:
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORLD))
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    whole_BT = tokens(size, shape)
+    reference = loss_of(build(size, "LNS", "eager"), whole_BT)
+    own_BT = whole_BT.chunk(WORLD)[rank]
+    plain, scaled = (PARALLEL[setup](build(size, scaling, "eager")) for scaling in ("plain", "LNS"))
+    loss = loss_of(scaled, own_BT)
+    dist.all_reduce(loss)
+    ratios = pairs(train_step(plain, own_BT), train_step(scaled, own_BT), count, setup)
+    if rank == 0:
+        torch.save((ratios, abs(loss / WORLD - reference).item(), speed.peak_memory(DEVICE)), f"{folder}/found")
+    dist.destroy_process_group()
+
+
+def parallel(setup: str, size: str, shape: tuple[int, int], count: int) -> tuple[list[float], float, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (folder, setup, size, shape, count), nprocs=WORLD)
+        return torch.load(f"{folder}/found")
+
+
+def four_bit(model: Any) -> nn.Module:
+    """The model in 4 bits, from its checkpoint, with LoRA on every linear layer."""
+    from peft import LoraConfig, get_peft_model
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=model.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, dtype=model.dtype, device_map=DEVICE
+        )
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
+
+
+def qlora(size: str, shape: tuple[int, int], count: int) -> tuple[list[float], float, int]:
+    tokens_BT = tokens(size, shape)
+    plain, scaled = (four_bit(build(size, scaling, "eager")) for scaling in ("plain", "LNS"))
+    folded = four_bit(hf_lnscale.fold_ln_scaling(build(size, "LNS", "eager")))
+    difference = abs(loss_of(scaled, tokens_BT) - loss_of(folded, tokens_BT)).item()
+    ratios = pairs(train_step(plain, tokens_BT), train_step(scaled, tokens_BT), count, "QLoRA")
+    return ratios, difference, speed.peak_memory(DEVICE)
+
+
+SETUPS = [*PARALLEL, "QLoRA"]
+
+
+def main(
+    setup: Annotated[list[str], typer.Option(help=f"One of {', '.join(SETUPS)}; more than once for more.")] = SETUPS,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
+    count: Annotated[int, typer.Option(help="Pairs to time.")] = 20,
+    batch: Annotated[int, typer.Option(help=f"Sequences in a batch, of all {WORLD} processes.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+) -> None:
+    if unknown := [one for one in setup if one not in SETUPS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(SETUPS)}", param_hint="--setup")
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+    if batch % WORLD:
+        raise typer.BadParameter(f"{batch} is not a multiple of the {WORLD} processes", param_hint="--batch")
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    table = Table("setup", "processes", "LNS / plain, a training step", "quartiles", "loss", "peak memory")
+    table.title = (
+        f"LayerNorm Scaling in training, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
+        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}"
+    )
+    for one in setup:
+        ratios, difference, peak = (
+            parallel(one, size, (batch, length), count) if one in PARALLEL else qlora(size, (batch, length), count)
+        )
+        processes = str(WORLD) if one in PARALLEL else "1"
+        median = f"{statistics.median(ratios):.3f}"
+        table.add_row(one, processes, median, quartiles(ratios), f"{difference:.1e}", f"{peak / 2**20:,.0f} MiB")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,66 @@
+"""JSON that others may have written: read as what it should be, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import is_integer
+from .display import brief
+
+_WORDS = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply, or has half of a surrogate pair, which no text can hold.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        kinds: the types that its fields have, by name; a field that is missing is not looked at, nor one without kinds.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it holds something else; the message says what, without the name of the file.
+    """
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it must be a JSON object, got {brief(found)}")
+    for name, kind in kinds.items():
+        if name in found and not isinstance(found[name], kind):
+            valid = " or ".join(_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"its {name} must be {valid}, got {brief(found[name])}")
+    return found
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number that a perplexity can be; a broken model's is infinite, or no number."""
+    return (isinstance(value, float) and not value <= 0) or (is_integer(value) and 0 < value <= sys.float_info.max)
+
+
+def are_layers(value: Any, num_layers: int | None = None) -> bool:
+    """Whether a value is a list of different layers, counted from 0, of a model with `num_layers` layers."""
+    return (
+        isinstance(value, list)
+        and all(is_integer(one) and one >= 0 and (num_layers is None or one < num_layers) for one in value)
+        and len(set(value)) == len(value)
+    )
