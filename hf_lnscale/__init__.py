@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .core.families import register_family
     from .diagnosis import Diagnosis, diagnose
     from .evaluation import evaluate
+    from .evaluation.adopt import Adopted, adopt
     from .measuring.text import Windows
     from .pruning.heal import heal
     from .pruning.layers import drop_layers
@@ -49,6 +50,7 @@ _DEFINED_IN = {
     "core.families": ("register_family",),
     "diagnosis": ("Diagnosis", "diagnose"),
     "evaluation": ("evaluate",),
+    "evaluation.adopt": ("Adopted", "adopt"),
     "measuring.text": ("Windows",),
     "pruning.heal": ("heal",),
     "pruning.layers": ("drop_layers",),
@@ -60,6 +62,7 @@ _DEFINED_IN = {
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 __all__ = [
+    "Adopted",
     "Diagnosis",
     "LNScalingConfig",
     "LayerScores",
@@ -70,6 +73,7 @@ __all__ = [
     "UnsupportedTransformersError",
     "Windows",
     "__version__",
+    "adopt",
     "apply_ln_scaling",
     "diagnose",
     "disable",

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_lnscale"
 
 # Lowest first: a room imports from itself and from the rooms before it.
 ROOMS = ("core", "measuring", "checkpoints", "evaluation", "pruning", "diagnosis", "training", "hooks", "serving",
-         "commands")  # fmt: skip
+         "integrations", "commands")  # fmt: skip
 # Packages whose private names are touched in hooks/ alone, where each has its reason.
 OTHERS = ("transformers", "peft", "trl", "accelerate", "datasets")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "startup")

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
 # Not copied: the state of a training run, and weights beside the model's safetensors files.
-_LEFT_OUT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
-_LEFT_OUT_NAMES = {"config.json", "trainer_state.json", "pytorch_model.bin.index.json"}
+NOT_COMPANIONS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
+    "trainer_state.json", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -138,7 +141,7 @@ def export(
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
     with atomic_directory(target, force) as partial:
-        _copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
+        copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             _copy_weights(source / file, partial / file, mark(record(plain)))
@@ -249,11 +252,12 @@ def _require_folded(
                     raise CheckpointError(f"{name} in {file} was not written as folded; nothing is kept")
 
 
-def _copy_companions(source: Path, partial: Path, indexed: bool) -> None:
+def copy_companions(source: Path, partial: Path, indexed: bool = False) -> None:
+    """Copies tokenizer, templates, cards and other small files of a checkpoint; with `indexed`, also its index."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
             shutil.copytree(entry, partial / entry.name)
         elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
             continue  # of other files than the one that is read
-        elif entry.is_file() and entry.suffix not in _LEFT_OUT_SUFFIXES and entry.name not in _LEFT_OUT_NAMES:
+        elif entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in NOT_COMPANIONS):
             shutil.copyfile(entry, partial / entry.name)

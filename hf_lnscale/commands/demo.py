@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.display import one_line, terminal
+from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
 from ..core.processes import run_script
 from .quiet import quiet_transformers
@@ -121,7 +121,10 @@ class Demo:
             token_batches(texts, tokenizer=tokenizer, windows=Windows(count, length, BATCH))
             for texts, count in ((self.train_texts, None), (self.held_out_texts, self.sequences * length))
         )
-        self.say(f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration.")
+        self.say(
+            f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. ± is "
+            "the standard error over the held-out text alone."
+        )
         figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
@@ -130,16 +133,27 @@ class Demo:
             figures[name] = {
                 "evaluation_losses": losses,
                 "residual_variance": [place["variance"] for place in found.residual],
+                "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
                 "loss_added": [layer["loss_added"] for layer in found.layers],
+                "loss_added_error": [layer["loss_added_error"] for layer in found.layers],
             }
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
         both, layers = figures.values(), range(self.shape["num_hidden_layers"])
         rows = [
-            ("evaluation loss, nats per token", *(f"{one['evaluation_losses'][-1]:.3f}" for one in both)),
+            (
+                "evaluation loss, nats per token",
+                *(with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in both),
+            ),
             ("residual variance after layer 0", *(f"{one['residual_variance'][1]:.3g}" for one in both)),
             (f"residual variance after layer {layers[-1]}", *(f"{one['residual_variance'][-1]:.3g}" for one in both)),
-            *((f"loss added without layer {i}", *(f"{one['loss_added'][i]:+.4f}" for one in both)) for i in layers),
+            *(
+                (
+                    f"loss added without layer {i}",
+                    *(with_error(one["loss_added"][i], one["loss_added_error"][i], sign="+") for one in both),
+                )
+                for i in layers
+            ),
         ]
         self.console.print(terminal(("", *figures), rows))
         return figures
@@ -206,7 +220,9 @@ class Demo:
         )  # fmt: skip
         self.console.print(str(found), markup=False)
         self.say("Chosen by Block Influence (ShortGPT) in one pass; hf-lnscale prune chooses better, in minutes.")
-        return {"layers": list(found.plan.layers), "perplexity": found.plan.perplexity, "model": found.plan.model_name}
+        plan = found.plan
+        figures = {"perplexity": plan.perplexity, "errors": plan.errors}
+        return {"layers": list(plan.layers), **figures, "model": plan.model_name}
 
     def plot(self, path: Path) -> None:
         """The curse, the growth in both small models, their evaluation loss, and what their layers do."""

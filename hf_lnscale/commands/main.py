@@ -23,6 +23,7 @@ from .._version import __version__
 from ..core.display import one_line
 from ..core.errors import HFLNScaleError
 from ..core.processes import leaving_on_sigterm
+from .adopt import adopt
 from .demo import demo
 from .diagnose import diagnose
 from .env import env
@@ -107,6 +108,7 @@ _add(train, context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_h
 _add(evaluate)
 _add(prune)
 _add(export)
+_add(adopt)
 _add(push)
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)

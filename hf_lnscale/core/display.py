@@ -6,6 +6,7 @@ Names of models and files, and any other text that was read, go through `one_lin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,27 @@ def show_bytes(value: float | None) -> str:
         return "-"
     unit = next((name for name, size in _UNITS.items() if value >= size), "KiB")
     return f"{value / _UNITS[unit]:,.1f} {unit}"
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """A number with three digits, "-" for None; thousands are separated. With the sign "+", positive ones have one."""
+    if value is None:
+        return "-"
+    if not value:
+        return "0"
+    if abs(value) < 0.001 or abs(value) >= 1e7:
+        return f"{value:{sign}.1e}"
+    return f"{value:{sign},.0f}" if abs(value) >= 999.5 else f"{value:{sign}#.3g}".removesuffix(".")
+
+
+def with_error(value: float | None, error: float | None = None, sign: str = "") -> str:
+    """A number with its standard error, if there is one, to two digits of the error: "0.267 ± 0.012"."""
+    if value is None or not error:
+        return number(value, sign)
+    if error < 1e-4 or abs(value) >= 1e7:
+        return f"{number(value, sign)} ± {number(error)}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:{sign},.{decimals}f} ± {error:,.{decimals}f}"
 
 
 def one_line(text: object) -> str:
@@ -93,11 +115,11 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     return table
 
 
-def as_text(*tables: Table) -> str:
-    """Tables as plain text, one below the other."""
+def as_text(*tables: Table, width: int | None = 120) -> str:
+    """Tables as plain text, one below the other; without a width, as wide as the terminal."""
     from rich.console import Console
 
-    console = Console(width=120, color_system=None)
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
         for table in tables:
             console.print(table)

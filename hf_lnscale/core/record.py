@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,9 @@ FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
 _MOST_LAYERS = 1_000_000  # lists of layers are made
+# No part of `Record`: it says how the layers were chosen, and changes no output. A text is known by at most so many
+# hashes of its passages.
+KNOWN_TEXT, KEPT = "calibration_text", 128
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
 
@@ -50,6 +54,42 @@ class Dropped:
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": list(self.layers), "num_hidden_layers": self.num_hidden_layers, "base": self.base}
+
+
+@dataclass(frozen=True)
+class KnownText:
+    """The text that a model's layers were chosen or healed on; see `measuring.known_text`.
+
+    Attributes:
+        source: where it is from.
+        passages: a sorted sample of hashes of its passages, of 48 bits each.
+    """
+
+    source: str
+    passages: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: passages are a string of twelve hexadecimal digits each."""
+        hashes = "".join(f"{passage:012x}" for passage in self.passages)
+        return {"source": self.source, "passages": hashes}
+
+    @classmethod
+    def of(cls, stored: Any) -> KnownText:
+        """Reads what `to_dict` wrote; other keys are ignored.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            source, hashes = stored["source"], stored["passages"]
+            if not isinstance(source, str) or not re.fullmatch("([0-9a-f]{12})*", hashes):
+                raise TypeError
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(
+                f'{KNOWN_TEXT} must be like {{"source": "a.txt", "passages": "00c0ffee0123"}}, with twelve hexadecimal '
+                f"digits a passage, got {stored!r:.200}"
+            ) from None
+        return cls(source, tuple(sorted(int(hashes[at : at + 12], 16) for at in range(0, len(hashes), 12))))
 
 
 @dataclass(frozen=True)
@@ -138,6 +178,32 @@ def write(config: PreTrainedConfig, new: Record) -> None:
     if new.on_disk is not None:
         values[ON_DISK] = new.on_disk.to_dict()
     remember_source(config)
+
+
+def known_text(config: PreTrainedConfig) -> KnownText | None:
+    """The text that a model's layers were chosen or healed on, if its configuration says so.
+
+    Raises:
+        ValueError: for a value that is not valid.
+    """
+    stored = vars(text_config(config)).get(KNOWN_TEXT)
+    return None if stored is None else KnownText.of(stored)
+
+
+def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
+    """Notes a text in a configuration, beside what was noted before."""
+    if before := known_text(config):
+        names = dict.fromkeys((*before.source.split(", "), *text.source.split(", ")))
+        text = KnownText(", ".join(names), tuple(sorted({*before.passages, *text.passages})[:KEPT]))
+    write_known_text(config, text)
+
+
+def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
+    """Replaces what `known_text` reads."""
+    values = vars(text_config(config))
+    values.pop(KNOWN_TEXT, None)
+    if text is not None:
+        values[KNOWN_TEXT] = text.to_dict()
 
 
 def mark(own: Record) -> str | None:

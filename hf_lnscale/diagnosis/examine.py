@@ -20,9 +20,10 @@ from ..checkpoints.folders import public_name
 from ..core.errors import ArgumentError
 from ..core.record import DROPPED, get_ln_scaling, record
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import MOST_NATS, MeanLoss, loss_without, sweep
+from ..measuring.known_text import caution, sequences_of
+from ..measuring.losses import MOST_NATS, MeanLoss, sweep
 from ..measuring.split_model import SplitModel
-from ..measuring.text import Batch, TokenBatches, Windows, token_batches
+from ..measuring.text import TOKEN_IDS, Batch, TokenBatches, Windows, token_batches
 from . import verdict
 from .diagnosis import Diagnosis
 from .measure import (
@@ -127,7 +128,9 @@ def diagnose(
     notes += _leave_out_infinite(layers, stack)
     baseline = None if full is None else _baseline(full)
     about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
-    of_text = about["source"] != "token ids" and not isinstance(data, TokenBatches)
+    of_text = about["source"] != TOKEN_IDS and not isinstance(data, TokenBatches)
+    judged = verdict.judge(residual, layers, baseline, cuts, about, windows.num_tokens if of_text else None)
+    judged["cautions"] += [known] if (known := caution(stack.model.config, sequences_of(batches))) else []
     return Diagnosis(
         model=_about(model, stack),
         data=about,
@@ -136,7 +139,7 @@ def diagnose(
         layers=layers,
         angular=[[None if math.isnan(x) else x for x in row] for row in streamed.angles_LL.tolist()],
         cuts=cuts,
-        verdict=verdict.judge(residual, layers, baseline, cuts, about, windows.num_tokens if of_text else None),
+        verdict=judged,
         cost=bar.found(),
         notes=notes,
         versions={"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
@@ -230,8 +233,16 @@ def _nested_cuts(
     for count in range(1, len(order)):
         removed = order[:count]
         # The first is known from the sweep.
-        found = full.mean + added[removed[0]] if count == 1 else loss_without(model, batches, removed)
-        cuts.append({"layers": removed, "perplexity": math.exp(found)})
+        one = without[removed[0]] if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
+        found, error = one.mean, one.error(full)
+        cuts.append(
+            {
+                "layers": removed,
+                "perplexity": math.exp(found),
+                # Delta method, in pairs of sequences.
+                "increase_error": None if error is None else math.exp(found - full.mean) * error,
+            }
+        )
         if count > 1:
             bar.advance(1.0, more=count > 2)
         if found > full.mean + math.log1p(max(verdict.BUDGETS)):
@@ -276,6 +287,7 @@ def _baseline(full: MeanLoss) -> dict[str, float | None]:
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     places = []
+    growth_error = (streamed.typical_P / streamed.typical_P[1] * streamed.errors["growth"]).tolist()
     for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
         whole = first.merged(rest)
         places.append(
@@ -284,6 +296,9 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
                 "variance": whole.variance,
                 "variance_without_first": rest.variance,
                 "typical": streamed.typical_P[place].item(),
+                # Delta method: d exp(x) = exp(x) dx.
+                "typical_error": _or_none((streamed.typical_P * streamed.errors["typical"]).tolist(), place),
+                "growth_error": _or_none(growth_error, place),
                 "largest_channel": int(whole.channels_D.argmax()),
                 "largest_channel_variance": whole.channels_D.max().item(),
                 "largest_channel_variance_without_first": rest.channels_D.max().item(),
@@ -314,10 +329,13 @@ def _layers(
             {
                 "layer": layer,
                 "attention_ratio": streamed.attention_L[layer, 1].item(),
+                "attention_ratio_error": _or_none(streamed.errors["attention"][:, 1].tolist(), layer),
                 "attention_ratio_all_tokens": streamed.attention_L[layer, 0].item(),
                 "mlp_ratio": streamed.mlp_L[layer, 1].item(),
+                "mlp_ratio_error": _or_none(streamed.errors["mlp"][:, 1].tolist(), layer),
                 "mlp_ratio_all_tokens": streamed.mlp_L[layer, 0].item(),
                 "block_influence": streamed.influence_L[layer, 0].item(),
+                "block_influence_error": _or_none(streamed.errors["influence"][:, 0].tolist(), layer),
                 "angular_distance": streamed.angles_LL[layer, 0].item(),
                 "loss_added": added,
                 "loss_added_error": error,

@@ -59,7 +59,8 @@ FIGURES = (
         "variance",
         "How the residual stream grows",
         "A typical token is the geometric mean over tokens of the mean square, which the norm before a layer divides "
-        "by. Where the other curves leave it, a few tokens or channels carry massive activations.",
+        "by, with its standard error. Where the other curves leave it, a few tokens or channels carry massive "
+        "activations.",
         "variance after the layer",
         (
             Line("residual.typical", "typical token", "accent solid dots"),
@@ -94,7 +95,7 @@ FIGURES = (
         "ratio",
         "What attention and MLP add",
         "Norm of a sub-layer's output over the norm of the stream that it is added to, mean over all tokens but the "
-        "first of each sequence. Small: the layer changes little.",
+        "first of each sequence, with its standard error. Small: the layer changes little.",
         "output norm / stream norm",
         (Line("attention_ratio", "attention", "accent solid dots"), Line("mlp_ratio", "MLP", "accent dashed rings")),
     ),
@@ -109,7 +110,7 @@ FIGURES = (
     Figure(
         "influence",
         "How far each layer turns the stream",
-        "Block Influence: 1 - mean cosine of a layer's input and output.",
+        "Block Influence: 1 - mean cosine of a layer's input and output, with its standard error.",
         "Block Influence",
         (Line("block_influence", "Block Influence", "accent solid dots"),),
     ),

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..core.display import number, with_error
+from ..measuring.uncertainty import LEAST_SEQUENCES, LEAST_TOKENS
 from . import verdict
 from .figures import FIGURES, LINEAR_UP_TO, Figure
 from .result import COLUMNS, DiagnosisData
-from .verdict import number, ranges
+from .verdict import ranges
 
 # Geometry of a figure in its own units, which are pixels on a wide screen.
 WIDTH, HEIGHT = 520, 300
@@ -49,6 +51,9 @@ def render(diagnoses: Sequence[DiagnosisData]) -> str:
         geometry=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         heat=_HEAT,
         verdict=verdict,
+        number=number,
+        with_error=with_error,
+        least=(LEAST_TOKENS, LEAST_SEQUENCES),
     )
 
 

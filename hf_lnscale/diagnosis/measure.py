@@ -47,6 +47,9 @@ class Streamed:
             tokens and over the rest, shape (L, 2).
         influence_L: 1 - mean cosine of input and output, over all tokens and over the rest, shape (L, 2).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
+        errors: standard errors over sequences of "attention", "mlp" and "influence", shape (L, 2), and of the
+            logarithm of "typical" and of "growth", which is that of a place minus that after the first layer, shape
+            (P,); NaN for one sequence.
     """
 
     first: list[Moments]
@@ -56,6 +59,7 @@ class Streamed:
     mlp_L: torch.Tensor
     influence_L: torch.Tensor
     angles_LL: torch.Tensor
+    errors: dict[str, torch.Tensor]
 
 
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
@@ -75,16 +79,33 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     if not pass_.rest or not pass_.rest[0].count:
         problem = "there is no token past the first of each sequence; give sequences of two or more"
         raise ArgumentError("data", problem=problem)
-    first, rest = pass_.first[0].count, pass_.rest[0].count
-    # From sums over first and rest to means over all and over the rest.
-    shares = torch.tensor([[1 / (first + rest), 0.0], [1 / (first + rest), 1 / rest]], dtype=torch.float64)
-    attention_L, mlp_L, influence_L = (pass_.sums[name] @ shares for name in ("attention", "mlp", "influence"))
-    typical_P = (pass_.logs_P / rest).exp()
-    return Streamed(pass_.first, pass_.rest, typical_P, attention_L, mlp_L, influence_L, pass_.angles.mean())
+    # From first tokens and the rest to all tokens and the rest.
+    parts = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
+    means, errors = {}, {}
+    for name, values in pass_.sums.items():
+        sums_L2S = parts.T @ torch.cat(values, dim=-1)
+        means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
+        errors[name] = _errors(sums_L2S, counts_2S)
+    logs_PS, rest_S = torch.cat(pass_.logs, dim=-1), counts_2S[1]
+    errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
+    typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
+    return Streamed(pass_.first, pass_.rest, typical_P, **{f"{name}_L": mean for name, mean in means.items()},
+                    angles_LL=pass_.angles.mean(), errors=errors)  # fmt: skip
 
 
-def _sum_where(mask_BT: torch.Tensor, values_BT: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask_BT, values_BT.double(), 0.0).sum()
+def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
+    """Standard errors of means over tokens, from sums over sequences; leading dimensions are kept."""
+    used = counts_S.reshape(-1, counts_S.shape[-1]).bool().all(0)
+    sums_S, counts_S = sums_S[..., used], counts_S[..., used].expand_as(sums_S[..., used])
+    means = sums_S.sum(-1, keepdim=True) / counts_S.sum(-1, keepdim=True)
+    residuals_S = (sums_S - means * counts_S) / counts_S.sum(-1, keepdim=True)
+    number = sums_S.shape[-1]
+    return (number / (number - 1) * residuals_S.square().sum(-1)).sqrt() if number > 1 else means[..., 0] * math.nan
+
+
+def _sums_where(mask_BT: torch.Tensor, values_BT: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask_BT, values_BT.double(), 0.0).sum(-1)
 
 
 def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +123,10 @@ class _Pass:
         layers = len(stack.layers)
         self.first: list[Moments] = []
         self.rest: list[Moments] = []
-        self.logs_P = torch.zeros(layers + 1, dtype=torch.float64)
-        self.sums = {name: torch.zeros(layers, 2, dtype=torch.float64) for name in ("attention", "mlp", "influence")}
+        # By sequence, a tensor for each batch.
+        self.counts_S: list[torch.Tensor] = []
+        self.logs: list[torch.Tensor] = []
+        self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": []}
         self.angles = BlockAngles(layers)
 
     def start(self, batch: Batch) -> None:
@@ -111,9 +134,10 @@ class _Pass:
         self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
         # As indices: indexing with a mask synchronizes with the GPU.
         self.last_tokens = last_tokens(batch).nonzero(as_tuple=True)
-        self.counts = [int(mask_BT.sum()) for mask_BT in self.masks[torch.device("cpu")]]
+        self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in self.masks[torch.device("cpu")]]))
+        self.counts: list[int] = self.counts_S[-1].sum(-1).tolist()
         self.moments: list[list[torch.Tensor]] = [[], []]
-        self.logs: list[torch.Tensor] = []
+        self.places: list[torch.Tensor] = []
         self.found: dict[str, list[torch.Tensor]] = {name: [] for name in self.sums}
         self.last: list[torch.Tensor] = []
 
@@ -127,7 +151,7 @@ class _Pass:
             self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
         first_BT, rest_BT = self._masks(x_BTD.device)
-        self.logs.append(_sum_where(rest_BT, (norm_BT.square() / x_BTD.shape[-1]).log()))
+        self.places.append(_sums_where(rest_BT, (norm_BT.square() / x_BTD.shape[-1]).log()))
         # A view without padding, else a copy.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
         for found, part, count in zip(self.moments, parts, self.counts, strict=True):
@@ -139,7 +163,7 @@ class _Pass:
         self._sum("attention", torch.linalg.vector_norm(self.middle[0] - x_BTD, dim=-1) / x_norm_BT)
 
     def _sum(self, name: str, values_BT: torch.Tensor) -> None:
-        self.found[name].append(torch.stack([_sum_where(m, values_BT) for m in self._masks(values_BT.device)]))
+        self.found[name].append(torch.stack([_sums_where(m, values_BT) for m in self._masks(values_BT.device)]))
 
     def _masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self.masks:
@@ -150,14 +174,14 @@ class _Pass:
     def finish(self) -> None:
         if not self.first:
             channels = self.last[0].shape[-1]
-            self.first, self.rest = ([Moments(channels) for _ in self.logs] for _ in range(2))
+            self.first, self.rest = ([Moments(channels) for _ in self.places] for _ in range(2))
         for merged, found, count in zip((self.first, self.rest), self.moments, self.counts, strict=True):
             if count:
                 for moments, (variance_D, mean_D) in zip(merged, found, strict=True):
                     moments.add(count, mean_D.cpu().double(), variance_D.cpu().double())
-        self.logs_P += torch.stack([value.cpu() for value in self.logs])
+        self.logs.append(torch.stack([value.cpu() for value in self.places]))
         for name, values in self.found.items():
-            self.sums[name] += torch.stack([value.cpu() for value in values])
+            self.sums[name].append(torch.stack([value.cpu() for value in values]))
         self.angles.add(self.last)
         del self.before, self.middle, self.last, self.moments
 

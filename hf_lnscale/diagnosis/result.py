@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from ..core.display import one_line
+from ..core.display import one_line, with_error
 from ..core.json_file import read_object
-from .verdict import with_error
 
 if TYPE_CHECKING:
     from typing_extensions import Self

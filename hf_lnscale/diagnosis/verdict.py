@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-# A verdict takes at least this much text: with less, medians over layers and signs change from sample to sample.
-LEAST_TOKENS, LEAST_SEQUENCES = 2048, 4
+from ..core.display import number, with_error
+from ..measuring.uncertainty import ends_early, too_little
+
 # A model shows a sign of the curse of depth if ...
 GROWTH = 10.0  # ... the stream of a typical token grows this much from the first layer to the last,
 SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of the other half's measure.
@@ -74,6 +75,7 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
     """Growth of a typical token's mean square from after the first layer to after the last."""
     values = [place["typical"] for place in residual[1:]]
     found: dict[str, Any] = {"first": values[0], "last": values[-1], "factor": values[-1] / values[0]}
+    found["factor_error"] = residual[-1].get("growth_error")
     window = max(1, round(len(values) / 4))
     if len(values) > window:
         at = max(range(len(values) - window), key=lambda i: values[i + window] / values[i])
@@ -130,12 +132,15 @@ def judge(
         inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
-    sufficient, cautions = _sample(data, num_tokens)
+    few = ends = None
+    if data is not None:
+        few = too_little(data["num_tokens"], data["num_sequences"])
+        ends = ends_early(data["num_tokens"], num_tokens, data["seq_len"])
     headline = f"{count} of {len(measured)} signs of the curse of depth"
     return {
-        "headline": headline if sufficient else "too little text to count signs of the curse of depth",
-        "sufficient": sufficient,
-        "cautions": cautions,
+        "headline": "too little text to count signs of the curse of depth" if few else headline,
+        "sufficient": few is None,
+        "cautions": [caution for caution in (few, ends) if caution],
         "growth": grown,
         "massive_activations": spikes,
         "signs": signs,
@@ -149,24 +154,6 @@ def judge(
             *(_on_cuts(inside) if inside else ()),
         ],
     }
-
-
-def _sample(data: dict[str, Any] | None, num_tokens: int | None) -> tuple[bool, list[str]]:
-    """Whether the text carries a verdict, and cautions about it."""
-    if data is None:
-        return True, []
-    tokens, sequences = data["num_tokens"], data["num_sequences"]
-    cautions = []
-    sufficient = tokens >= LEAST_TOKENS and sequences >= LEAST_SEQUENCES
-    if not sufficient:
-        cautions.append(
-            f"{tokens:,} tokens in {sequences} sequence{'s' * (sequences != 1)} are too few for a verdict: it takes "
-            f"{LEAST_TOKENS:,} tokens in {LEAST_SEQUENCES} sequences. Another text could give other figures."
-        )
-    # The rest of a text that does not fill a window is left out.
-    if num_tokens is not None and num_tokens - tokens >= data["seq_len"]:
-        cautions.append(f"The text ends after {tokens:,} of the {num_tokens:,} tokens to measure on.")
-    return sufficient, cautions
 
 
 def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict[str, Any] | None:
@@ -188,7 +175,13 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
     fitting = [cut for cut in cuts if cut["perplexity"] <= perplexity * (1 + budget)]
     best: dict[str, Any] = fitting[-1] if fitting else {"layers": [], "perplexity": perplexity}
-    return {"count": len(best["layers"]), "layers": sorted(best["layers"]), "perplexity": best["perplexity"]}
+    return {
+        "count": len(best["layers"]),
+        "layers": sorted(best["layers"]),
+        "perplexity": best["perplexity"],
+        "increase": best["perplexity"] / perplexity - 1,
+        "increase_error": best.get("increase_error"),
+    }
 
 
 def _on_growth(grown: dict[str, Any]) -> list[str]:
@@ -197,6 +190,8 @@ def _on_growth(grown: dict[str, Any]) -> list[str]:
         f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
         f"{number(grown['last'])} after the last, {times(factor)} as much"
     )
+    if error := grown.get("factor_error"):
+        text += f" (standard error {number(error)})"
     if factor > 1.5 and "fastest" in grown:
         first, last = grown["fastest"]["layers"]
         text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
@@ -278,7 +273,10 @@ def _on_cuts(inside: dict[str, Any]) -> list[str]:
 def _could_go(part: dict[str, Any]) -> str:
     if not part["count"]:
         return "no layer could go"
-    return f"{_layers(part['layers'], small=True)} could go (perplexity {number(part['perplexity'])})"
+    shown = f"perplexity {number(part['perplexity'])}, {100 * part['increase']:+.1f} %"
+    if error := part["increase_error"]:
+        shown += f", standard error {100 * error:.1f}"
+    return f"{_layers(part['layers'], small=True)} could go ({shown})"
 
 
 def _layers(layers: list[int], small: bool = False) -> str:
@@ -296,27 +294,6 @@ def ranges(layers: list[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def number(value: float | None) -> str:
-    """A number with three digits, "-" for None; thousands are separated."""
-    if value is None:
-        return "-"
-    if not value:
-        return "0"
-    if abs(value) < 0.001 or abs(value) >= 1e7:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".removesuffix(".")
-
-
-def with_error(value: float | None, error: float | None = None) -> str:
-    """A number with its standard error, if there is one, to two digits of the error: "0.267 ± 0.012"."""
-    if value is None or not error:
-        return number(value)
-    if error < 1e-4 or abs(value) >= 1e7:
-        return f"{number(value)} ± {number(error)}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 
 
 def times(factor: float) -> str:
@@ -347,7 +324,9 @@ def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
 
     row("layers", lambda one, _: one.model["num_layers"], str)
     row("perplexity", lambda one, _: one.baseline, lambda found: with_error(*map(found.get, _PERPLEXITY)))
-    row("growth of a typical token, first to last layer", lambda _, verdict: verdict["growth"]["factor"], times)
+    grown = ("factor", "factor_error")
+    row("growth of a typical token, first to last layer, times", lambda _, verdict: verdict["growth"],
+        lambda found: with_error(*map(found.get, grown)))  # fmt: skip
     row("kind of growth", lambda _, verdict: verdict["growth"]["kind"] or "undecided", str)
     for half in ("first_half", "deeper_half"):
         of = f"median of the {half.replace('_', ' ')}"

@@ -19,15 +19,17 @@ from rich.table import Table
 from .._version import __version__
 from ..checkpoints.folders import EVALUATION_FILE, public_name, write_atomically
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import markdown, markdown_text, show_bytes, terminal
+from ..core.display import markdown, markdown_text, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
-from .perplexity import SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
-from .speed import Speed, Timing, measure, relative_change
+from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
+from .speed import LEAST_RUNS, Speed, measure, relative_change
 from .tasks import TaskResult, run_tasks, task_manager
 
 logger = logging.getLogger(__name__)
 
+# The standard error of a standard error from K blocks is about 1 / sqrt(2 (K - 1)) of it: a quarter with nine.
+LEAST_BLOCKS = 9
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -131,9 +133,9 @@ class Evaluation:
             changes = [{}, *(one.minus(measured[0]) for one in measured[1:])]
             for name in ("perplexity", "bits_per_byte"):
                 estimates = [getattr(one, name) for one in measured]
-                cells = [_with_error(one) for one in estimates]
+                cells = [with_error(one.value, one.stderr) for one in estimates]
                 for at, found in enumerate(changes[1:], start=1):
-                    cells[at] += f"\n{_with_error(found[name], sign='+')}" if name in found else "\nother tokens"
+                    cells[at] += f"\n{_change(found[name])}" if name in found else "\nother tokens"
                 rows.append([name.replace("_", " "), *cells])
         if first.speed:
             for name in _SPEEDS:
@@ -142,17 +144,17 @@ class Evaluation:
             add(
                 "first token, ms",
                 lambda one: one.speed and one.speed.first_token_seconds,
-                lambda value: str(Timing(*(1000 * part for part in asdict(value).values()))),
+                lambda value: str(value.times(1000)),
             )
             add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
             cells = []
             for one in self.models:
                 result, reference = one.tasks.get(name), first.tasks.get(name)
-                cell = "-" if result is None else _with_error(Estimate(result.value, result.stderr))
+                cell = "-" if result is None else with_error(result.value, result.stderr)
                 if result and reference and one is not first:
                     difference, paired = result.minus(reference)
-                    cell += f"\n{_with_error(difference, sign='+')}{'' if paired else ' (not paired)'}"
+                    cell += f"\n{_change(difference)}{'' if paired else ' (not paired)'}"
                 cells.append(cell)
             rows.append([name, *cells])
         return rows
@@ -170,7 +172,14 @@ class Evaluation:
                 f"Perplexity: {tokens} tokens, {found.num_bytes:,} bytes of {text['source']}, windows of "
                 f"{text['seq_len']} tokens, stride {text['stride']}."
             )
+            if (blocks := len(found.block_bytes)) < LEAST_BLOCKS:
+                notes.append(
+                    f"The text makes {blocks} block{'s' * (blocks != 1)} of about {BLOCK_SIZE // 1000} kB; standard "
+                    f"errors take {LEAST_BLOCKS}, so that another text could give other figures than they say."
+                )
             for one in self.models:
+                if one.perplexity and one.perplexity.caution:
+                    notes.append(f"{one.label}: {one.perplexity.caution}")
                 if one.perplexity and one.perplexity.unknown_tokens:
                     notes.append(
                         f"{one.perplexity.unknown_tokens:,} tokens of the text are unknown to {one.label}: its figures "
@@ -178,12 +187,18 @@ class Evaluation:
                     )
         if first.speed:
             speed = self.settings["speed"]
+            together = first.speed.decode_tokens_per_second.in_turn
+            how = "in turn" if together else "one after the other, as they do not fit into memory together"
             notes.append(
                 f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
-                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, in turn, "
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, {how}, "
                 f"on {self.settings['device']}"
                 + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
             )
+            if len(self.models) > 1:
+                notes.append(
+                    f"Differences of speed are given where no ranges overlap, of {LEAST_RUNS} runs or more in turn."
+                )
         if first.tasks:
             limit = self.settings["tasks"]["limit"]
             notes.append(
@@ -353,12 +368,8 @@ def _weights(model: Any) -> str:
     return f"{dtype}, {getattr(found['quant_method'], 'value', found['quant_method'])}"
 
 
-def _with_error(value: Estimate, sign: str = "") -> str:
-    """The value to the second digit of its standard error, and that."""
-    if value.stderr is None or value.stderr == 0:
-        return f"{value.value:{sign},.4f}"
-    digits = max(0, 1 - int(f"{value.stderr:e}".partition("e")[2]))
-    return f"{value.value:{sign},.{digits}f} ± {value.stderr:,.{digits}f}"
+def _change(difference: Estimate) -> str:
+    return with_error(difference.value, difference.stderr, sign="+")
 
 
 def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:
@@ -368,7 +379,8 @@ def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:
     if one.perplexity:
         it = one.perplexity
         found["text"] = {name: asdict(getattr(it, name)) for name in ("perplexity", "loss", "bits_per_byte")} | {
-            name: getattr(it, name) for name in ("nats", "num_tokens", "num_bytes", "num_documents", "unknown_tokens")
+            name: getattr(it, name)
+            for name in ("nats", "num_tokens", "num_bytes", "num_documents", "unknown_tokens", "caution")
         }
         found["text"]["num_blocks"] = len(it.block_bytes)
         if reference.perplexity:

@@ -27,13 +27,14 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from ..measuring.known_text import caution
 from ..measuring.losses import MOST_NATS, token_losses
 from ..measuring.stream import eval_mode
 from ..measuring.text import added_beginning, documents, window_length
@@ -67,6 +68,7 @@ class Perplexity:
         block_nats: shape (K,), float64; None if the tokenizer does not say where in the text a token is.
         block_tokens: shape (K,), float64.
         block_bytes: shape (K,), float64.
+        caution: a sentence, if the model's layers were chosen or healed on part of the text; "" if not.
     """
 
     nats: float
@@ -79,6 +81,7 @@ class Perplexity:
     block_nats: torch.Tensor | None
     block_tokens: torch.Tensor
     block_bytes: torch.Tensor
+    caution: str = ""
 
     @property
     def loss(self) -> Estimate:
@@ -187,7 +190,8 @@ def perplexity(
     found = _gather(texts, encoded, nats, tokenizer)
     if (loss := found.nats / found.num_tokens) >= MOST_NATS:
         raise ValueError(f"model: its loss is {loss:.4g} nats a token on this data; nothing can be compared with that")
-    return found
+    known = caution(model.config, (document.ids[int(document.prefixed) :] for document in encoded))
+    return replace(found, caution=known or "")
 
 
 def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int) -> int:

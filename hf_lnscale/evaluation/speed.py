@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,10 @@ import torch
 from ..checkpoints.names import Placement, load, size_on_disk
 from ..core.processes import command_of
 
+# The ranges of n runs each of two equally fast models are apart by chance in 2 of (2n over n) cases: 33 % with two,
+# 10 % with three, 3 % with four.
+LEAST_RUNS = 4
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -30,24 +34,38 @@ class Timing:
 
     Attributes:
         median, lowest, highest: over the runs; the first, which warms up, is not among them.
+        runs: number of runs.
+        in_turn: whether they took turns with those of the models that they are compared with.
     """
 
     median: float
     lowest: float
     highest: float
+    runs: int
+    in_turn: bool = True
 
     @classmethod
-    def of(cls, values: list[float]) -> Timing:
-        return cls(statistics.median(values), min(values), max(values))
+    def of(cls, values: list[float], in_turn: bool = True) -> Timing:
+        return cls(statistics.median(values), min(values), max(values), len(values), in_turn)
+
+    def times(self, factor: float) -> Timing:
+        """The same in another unit."""
+        return replace(self, median=factor * self.median, lowest=factor * self.lowest, highest=factor * self.highest)
 
     def __str__(self) -> str:
         return f"{self.median:,.1f} ({self.lowest:,.1f} to {self.highest:,.1f})"
 
 
 def relative_change(value: Timing | float | None, reference: Timing | float | None) -> float | None:
-    """Relative change from a reference; None where it is unknown, or where ranges overlap so that it could be noise."""
+    """Relative change from a reference; None where it is unknown, or could be noise.
+
+    Of timings it could be where the ranges overlap, where there are fewer than `LEAST_RUNS`, and where the runs did not
+    take turns, so that the machine may have changed in between.
+    """
     if isinstance(value, Timing) and isinstance(reference, Timing):
         if value.lowest <= reference.highest and reference.lowest <= value.highest:
+            return None
+        if min(value.runs, reference.runs) < LEAST_RUNS or not (value.in_turn and reference.in_turn):
             return None
         return value.median / reference.median - 1.0
     if isinstance(value, Timing) or isinstance(reference, Timing) or not value or not reference:
@@ -88,7 +106,8 @@ def measure(
 ) -> list[Speed]:
     """Loads each checkpoint in a new process and runs all of them in turn, batch size 1.
 
-    All models are in memory at once; where they would not fit, they are measured one after the other.
+    All models are in memory at once; where they would not fit, they are measured one after the other, and their
+    timings say so (`Timing.in_turn`).
 
     Args:
         checkpoints: folders, names on the Hub, or GGUF files.
@@ -116,7 +135,7 @@ def measure(
     ]
     if _fit(checkpoints, placement):
         return _in_turn(jobs, repeats)
-    return [_in_turn([job], repeats)[0] for job in jobs]
+    return [_in_turn([job], repeats, compared=len(jobs) == 1)[0] for job in jobs]
 
 
 def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) -> bool:
@@ -134,7 +153,7 @@ def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) ->
     return all(sizes) and growth * sum(filter(None, sizes)) < free
 
 
-def _in_turn(jobs: list[dict[str, Any]], repeats: int) -> list[Speed]:
+def _in_turn(jobs: list[dict[str, Any]], repeats: int, compared: bool = True) -> list[Speed]:
     with contextlib.ExitStack() as opened:
         processes = [opened.enter_context(_Process.started(job)) for job in jobs]
         loaded = [process.answer() for process in processes]
@@ -143,17 +162,17 @@ def _in_turn(jobs: list[dict[str, Any]], repeats: int) -> list[Speed]:
             order = list(range(len(jobs)))
             for which in order if turn % 2 else reversed(order):
                 runs[which].append(processes[which].answer("run"))
-    return [_speed(job, load, seconds[1:]) for job, load, seconds in zip(jobs, loaded, runs, strict=True)]
+    return [_speed(job, load, seconds[1:], compared) for job, load, seconds in zip(jobs, loaded, runs, strict=True)]
 
 
-def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, float]]) -> Speed:
+def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, float]], in_turn: bool) -> Speed:
     prefill, decode = ([run[name] for run in runs] for name in ("prefill", "decode"))
     return Speed(
         **loaded,
         peak_bytes=int(runs[-1]["peak_bytes"]),
-        prefill_tokens_per_second=Timing.of([job["prompt_tokens"] / seconds for seconds in prefill]),
-        decode_tokens_per_second=Timing.of([job["new_tokens"] / seconds for seconds in decode]),
-        first_token_seconds=Timing.of(prefill),
+        prefill_tokens_per_second=Timing.of([job["prompt_tokens"] / seconds for seconds in prefill], in_turn),
+        decode_tokens_per_second=Timing.of([job["new_tokens"] / seconds for seconds in decode], in_turn),
+        first_token_seconds=Timing.of(prefill, in_turn),
     )
 
 

@@ -187,7 +187,8 @@ def _warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
         "on": "ln_scaling was switched on for {name!r}, which was trained without it. Its layers do not expect scaled "
         "inputs: SmolLM2-135M goes from perplexity 23 to over two million this way. LayerNorm Scaling is for training: "
         "load this checkpoint without the flag, or train a model from scratch with "
-        "AutoModelForCausalLM.from_config(config, ln_scaling=True).",
+        "AutoModelForCausalLM.from_config(config, ln_scaling=True). If it was trained with the scale by a program that "
+        "does not say so in config.json, mark it: hf-lnscale adopt {name} --out DIR",
         "off": "ln_scaling was switched off for {name!r}, which was trained with it. Its layers expect scaled inputs: "
         "expect its outputs to be useless. To run it without hf_lnscale, fold the scale into the weights: "
         "hf_lnscale.fold_ln_scaling(model) or `hf-lnscale export`.",

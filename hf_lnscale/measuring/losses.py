@@ -135,9 +135,9 @@ class SourceLosses:
         """Mean over sources, each counted once: the logarithm of the geometric mean of their perplexities."""
         return sum(loss.mean for loss in self.of.values()) / len(self.of)
 
-    def error(self, reference: SourceLosses) -> float:
-        """Standard error of the difference of the mean to a reference; a source of one sequence adds nothing to it."""
-        errors = [loss.error(reference.of[name]) or 0.0 for name, loss in self.of.items()]
+    def error(self, reference: SourceLosses | None = None) -> float:
+        """Standard error of the mean, or of its difference to a reference; a source of one sequence adds nothing."""
+        errors = [loss.error(reference.of[name] if reference else None) or 0.0 for name, loss in self.of.items()]
         return math.hypot(*errors) / len(self.of)
 
 

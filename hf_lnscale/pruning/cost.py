@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.display import show_bytes
 from ..core.stack import text_stack
-from ..measuring.split_model import SplitModel, pick_tokens, predictions
+from ..measuring.split_model import SplitModel, logit_slices, pick_tokens, predictions
 from ..measuring.stream import eval_mode
 from ..measuring.text import Batch, TokenBatches
 from .search import BLOCKS, HEALED, STEPWISE, Target
@@ -42,11 +42,13 @@ class Cost:
         seconds: time.
         device_bytes: memory of the device that the model is on, the model included.
         state_bytes: main memory for states of the residual stream.
+        batch_bytes: memory of the device for the activations and logits of a batch, roughly.
     """
 
     seconds: float
     device_bytes: int
     state_bytes: int
+    batch_bytes: int
 
     def __str__(self) -> str:
         if self.seconds < 90:
@@ -55,7 +57,8 @@ class Cost:
             shown = f"{self.seconds / 60:.0f} min" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} h"
         return (
             f"about {shown}; {show_bytes(self.device_bytes)} for the model and the fits, "
-            f"{show_bytes(self.state_bytes)} for states of the residual stream"
+            f"{show_bytes(self.state_bytes)} for states of the residual stream, {show_bytes(self.batch_bytes)} for a "
+            "batch"
         )
 
 
@@ -125,7 +128,13 @@ def estimate_cost(
     # At both ends of each cut, and of the pruned model.
     places = 2 * (HEALED if method == "best_of" and "drop" not in target.words else 1) + 1
     states = places * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
-    return Cost(work.layers * per_layer + work.head * per_head + work.products * per_product, weights + fits, states)
+    batch = max(one.input_ids.numel() for one in calibration)
+    at_once = min(batch, next(logit_slices(batch, config.vocab_size)).stop)
+    # Of a layer, the states around it and about four matrices of its MLP's width; logits, log-probabilities and a copy.
+    wide = inner if isinstance(inner, int) else 4 * width
+    passing = batch * (8 * width + 4 * wide) * parameters[0].element_size() + 3 * 4 * at_once * config.vocab_size
+    seconds = work.layers * per_layer + work.head * per_head + work.products * per_product
+    return Cost(seconds, weights + fits, states, passing)
 
 
 def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, float, float]:

@@ -28,8 +28,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..core.record import remember_source
+from ..core.record import known_text, remember_source
 from ..core.stack import text_stack
+from ..core.warnings import warn
+from ..measuring.known_text import caution, sequences_of, sketch
 from ..measuring.losses import SourceLosses, perplexity_of
 from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
@@ -37,7 +39,7 @@ from ..measuring.stream import eval_mode
 from ..measuring.text import Windows, token_batches
 from .heal_fit import Cut, Stream, require_changeable
 from .heal_report import HEALED_IN_MEMORY, Copy, HealedLayer, HealedSource, HealReport, restore
-from .layers import normalize_layers
+from .layers import normalize_layers, note_text
 from .plan import PruningPlan
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
@@ -108,7 +110,14 @@ def heal(
     """
     healer = Healer(model, data, method=method, held_out=held_out, tokenizer=tokenizer, windows=windows,
                     cross_validate=cross_validate)  # fmt: skip
-    return healer.heal(layers, progress=progress)
+    config = healer.stack.model.config
+    if warning := caution(config, sequences_of(healer.judged)):
+        warn(f"held-out data: {warning}")
+    report = healer.heal(layers, progress=progress)
+    if report.kept:
+        report.text_before.append(known_text(config))
+        note_text(model, sketch(healer.fitted))
+    return report
 
 
 @contextmanager
@@ -118,9 +127,12 @@ def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options:
     Args:
         model, layers, data, options: see `heal`.
     """
-    progress = options.pop("progress", True)
-    with Healer(model, data, **options).healed(layers, progress) as report:
+    report = heal(model, layers, data, **options)
+    try:
         yield report
+    finally:
+        report.undo()
+        report.forget()
 
 
 class Healer:

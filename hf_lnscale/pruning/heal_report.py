@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.display import as_text, terminal
-from ..core.record import remember_source
+from ..core.record import KnownText, remember_source, write_known_text
 from ..measuring.losses import perplexity_of
 
 # How the name of a healed model says that its weights are not those of the checkpoint any more.
@@ -102,6 +102,7 @@ class HealReport:
         perplexity_after: the same, healed; never above `perplexity_before`.
         sources: the same for each source of text, by name.
         data: `calibration` and `held_out`, as `TokenBatches.describe` records them.
+        text_before: what the model knew of its calibration text before, if healing was noted; for `undo`.
     """
 
     dropped: tuple[int, ...]
@@ -114,6 +115,7 @@ class HealReport:
     data: dict[str, Any]
     _originals: list[Copy] = field(default_factory=list, repr=False)
     _config: Any = field(default=None, repr=False)
+    text_before: list[KnownText | None] = field(default_factory=list, repr=False)
 
     @property
     def never_fitted(self) -> dict[str, float]:
@@ -138,6 +140,8 @@ class HealReport:
         restore(self._originals)
         if self._originals:
             remember_source(self._config, "")
+        if self.text_before:
+            write_known_text(self._config, self.text_before.pop())
 
     def set_aside(self) -> Callable[[], None]:
         """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""

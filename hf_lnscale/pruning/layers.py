@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
 from ..core.families import UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, record, write
+from ..core.record import Dropped, KnownText, add_known_text, record, write
 from ..core.stack import Stack, text_stack
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
@@ -69,13 +69,12 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     """Reads a value of the `drop_layers` argument for a model with this configuration.
 
     Args:
-        value: indices, a `PruningPlan`, the path of a saved one (or of a folder that holds it), None, or an integer N:
-            the deepest N layers but the last, which Gromov et al. (arXiv 2403.17887, section 4.4) propose where
-            nothing is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
+        value: indices, a `PruningPlan`, None, or an integer N: the deepest N layers but the last, which Gromov et al.
+            (arXiv 2403.17887, section 4.4) propose where nothing is measured. A plan whose figures are with healing is
+            warned of, as dropping does not heal.
 
     Raises:
         ValueError: for a wrong value, and for a plan that was made for another model.
-        FileNotFoundError: if there is no plan at the path.
         UnsupportedArchitectureError: if the family is not in the table.
     """
     if value is None:
@@ -84,8 +83,6 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     num_layers = text_config(config).num_hidden_layers
     if getattr(value, "ndim", None) == 0:
         value = value.item()
-    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
-        value = read_plan(value)
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
         if "healed" in value.perplexity:
@@ -114,6 +111,17 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
             f"{value!r}"
         )
     return normalize_layers(value, num_layers)
+
+
+def _plan_at(value: Any) -> Any:
+    """The plan at a path; any other value as it is."""
+    return read_plan(value) if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") else value
+
+
+def _note_text(config: PreTrainedConfig, value: Any) -> None:
+    """Notes the text that a plan's layers were chosen on."""
+    if isinstance(value, PruningPlan) and value.layers and (text := value.known_text):
+        add_known_text(config, text)
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -252,7 +260,9 @@ def _refuse_other_mentions(config: PreTrainedConfig) -> None:
 def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
     """Writes a value of the `drop_layers` argument into a configuration; a model built from it lacks the layers."""
     if value is not None:
+        value = _plan_at(value)
         prune_config(config, layers_to_drop(value, config))
+        _note_text(config, value)
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
@@ -289,19 +299,30 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
         UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
     """
     stack = text_stack(model)
-    config = stack.model.config
+    config, layers = stack.model.config, _plan_at(layers)
     dropped = layers_to_drop(layers, config)
     if not dropped:
         return model
     require_droppable(model, stack, dropped)
     _own_configs(model)
-    # Several modules may hold copies of the configuration; each is changed once.
-    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for one in {id(text_config(one)): one for one in configs}.values():
-        if text_config(one).model_type == config.model_type:
-            prune_config(one, dropped)
+    for one in _configs_of(model, config.model_type):
+        prune_config(one, dropped)
+        _note_text(one, layers)
     delete_layers(stack, dropped)
     return model
+
+
+def note_text(model: nn.Module, text: KnownText) -> None:
+    """Notes in a model's configuration the text that its layers were chosen or healed on."""
+    for config in _configs_of(model, text_stack(model).model.config.model_type):
+        add_known_text(config, text)
+
+
+def _configs_of(model: nn.Module, model_type: str) -> list[PreTrainedConfig]:
+    """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = {id(text_config(one)): one for one in configs}.values()
+    return [one for one in found if text_config(one).model_type == model_type]
 
 
 def _own_configs(model: nn.Module) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..checkpoints.folders import write_atomically
-from ..core.display import brief
+from ..core.display import brief, with_error
 from ..core.families import text_config
 from ..core.json_file import are_layers, is_positive, read_object
-from ..core.record import record
+from ..core.record import KnownText, record
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
 _KINDS: dict[str, Any] = {
-    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "steps": list,
-    "heal": (dict, type(None)), "notes": dict,
+    "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "errors": dict,
+    "steps": list, "heal": (dict, type(None)), "notes": dict,
 }  # fmt: skip
 # By these a plan knows its model; config.json has them, so that no weight need be read.
 _FINGERPRINT = (
@@ -53,8 +53,11 @@ class PruningPlan:
         model: fingerprint of that model: model_type, sizes, and what had been dropped from it before.
         model_name: its name on the Hub, or that of its folder, for the record.
         method: how the layers were chosen, in words and numbers.
-        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256.
+        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256;
+            the former with hashes of its passages, see `measuring.known_text`.
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
+        errors: standard errors over sequences: of `perplexity`, by the same names; and as `after_change` and
+            `healed_change` those of the relative change to `before`, in pairs of sequences. 0 for a single sequence.
         steps: the search step by step: layers dropped so far, and the figures that decided.
         heal: report of the healing that was tried, or None.
         notes: what else there is to say, such as the sizes before and after.
@@ -66,6 +69,7 @@ class PruningPlan:
     method: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     heal: dict[str, Any] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +79,16 @@ class PruningPlan:
         """Relative: 0.1 is ten percent more than before; with healing where that was kept."""
         before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
         return None if before is None or after is None else after / before - 1.0
+
+    @property
+    def known_text(self) -> KnownText | None:
+        """The text that the layers were chosen or healed on; None if they were given, or by an older plan.
+
+        Raises:
+            ValueError: if the plan's record of it is not valid.
+        """
+        stored = self.data.get("calibration")
+        return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
         """Raises a ValueError that says what differs if the plan is for another model."""
@@ -105,7 +119,9 @@ class PruningPlan:
         return read_plan(path)
 
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
+        figures = ", ".join(
+            f"{name} {with_error(value, self.errors.get(name))}" for name, value in self.perplexity.items()
+        )
         said = f"perplexity {figures}" if figures else ""
         if "healed" in self.perplexity and (never := (self.heal or {}).get("never_fitted")):
             said += f"; on text that was never fitted before {never['full']:.2f}, healed {never['after']:.2f}"
@@ -132,7 +148,12 @@ def read_plan(path: Any) -> PruningPlan:
         figures = values.get("perplexity", {})
         if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
             raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
+        errors = values.get("errors", {})
+        if not all(error == 0 or is_positive(error) for error in errors.values()):
+            raise ValueError(f"its errors must be numbers from 0 by name, got {brief(errors)}")
         known = {name: value for name, value in values.items() if name in _KINDS}
-        return PruningPlan(**{**known, "layers": tuple(values["layers"])})
+        plan = PruningPlan(**{**known, "layers": tuple(values["layers"])})
+        _ = plan.known_text  # raises if it is not valid
+        return plan
     except ValueError as error:
         raise ValueError(f"drop_layers: {str(file)!r} is no pruning plan: {error}") from None

@@ -22,19 +22,22 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal
+from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
+from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
+from ..measuring.known_text import caution, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.sample import default_sources
-from ..measuring.text import TokenBatches, Windows, token_batches, window_length
+from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
+from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import counting_layers, drop_layers, normalize_layers, prune_config, require_droppable
+from .layers import counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
@@ -72,7 +75,7 @@ class Pruned:
         return terminal(_HEADER, self.rows, self.title)
 
     def __str__(self) -> str:
-        return as_text(self.table())
+        return as_text(self.table(), width=None)
 
 
 def prune(
@@ -166,7 +169,7 @@ def prune(
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
         if tokenizer is None:
             tokenizer = load_tokenizer(checkpoint)
-        calibration, judged = _split(data, held_out, tokenizer, windows)
+        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, config)
         model = placement.load(checkpoint)
     else:
         stack = text_stack(model)
@@ -175,10 +178,10 @@ def prune(
                 raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
             tokenizer = load_tokenizer(stack.model.config.name_or_path)
         _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
-        calibration, judged = _split(data, held_out, tokenizer, windows, stack.model)
+        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, stack.model.config, stack.model)
     require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
 
-    search = (model, goal, method, heal, calibration, judged, cache_tokens, cache_batch)
+    search = (model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch)
     try:
         plan, report = _choose_and_heal(*search, resume or record, progress)
     except OtherSearchError:
@@ -201,6 +204,8 @@ def prune(
         raise
     if report is not None:
         report.forget()
+    if plan.known_text:
+        note_text(model, plan.known_text)
     if target is None:
         return Pruned(plan, model, _rows(plan))
 
@@ -292,9 +297,10 @@ def plan_pruning(
     if method == "greedy_healed":
         heal = heal or "refit"
     _require_methods(method, heal)
-    calibration, judged = _split(data, held_out, tokenizer, windows, text_stack(model).model)
+    inner = text_stack(model).model
+    calibration, judged, cautions = _split(data, held_out, tokenizer, windows, inner.config, inner)
     plan, report = _choose_and_heal(
-        model, goal, method, heal, calibration, judged, cache_tokens, cache_batch, resume, progress
+        model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch, resume, progress
     )
     if report is not None:
         report.undo()
@@ -309,6 +315,7 @@ def _choose_and_heal(
     heal: str | None,
     calibration: TokenBatches,
     judged: TokenBatches,
+    cautions: list[str],
     cache_tokens: int,
     cache_batch: int,
     resume: str | os.PathLike[str] | None,
@@ -330,7 +337,8 @@ def _choose_and_heal(
     cost = estimate_cost(model, target, method, heal, calibration, judged)
     each = " for each number of layers that is tried" if target.budget is not None else ""
     logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
-    return search_layers(model, target, method, heal, calibration, judged, resume, progress)
+    plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress)
+    return replace(plan, notes={**plan.notes, "cautions": cautions}), report
 
 
 # --- checks before anything expensive ---------------------------------------------------------------------------------
@@ -363,13 +371,31 @@ def _paths(data: Any) -> list[Any]:
 
 
 def _split(
-    data: Any, held_out: Any, tokenizer: Any, windows: Windows, model: Any = None
-) -> tuple[TokenBatches, TokenBatches]:
+    data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
+) -> tuple[TokenBatches, TokenBatches, list[str]]:
+    """Text to choose by, text to judge by, and cautions about them, which are also shown as warnings."""
     data = default_sources() if data is None else data
-    calibration = token_batches(data, model, tokenizer=tokenizer, windows=windows)
+    whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
-        return calibration.split(0.25)
-    return calibration, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        calibration, judged = whole.split(0.25)
+    else:
+        calibration, judged = whole, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+    cautions = []
+    for given, batches in (("data", whole), *(() if held_out is None else (("held_out", judged),))):
+        if batches.source != TOKEN_IDS and batches is not given:
+            longest = max(batch.input_ids.shape[1] for batch in batches)
+            ends = ends_early(batches.num_tokens, windows.num_tokens, longest * len(batches.weights))
+            cautions += [f"{given}: {ends}"] if ends else []
+    for part, batches in (("calibration", calibration), ("held-out", judged)):
+        few = too_little(batches.num_tokens, batches.num_sequences)
+        cautions += [f"{part} data: {few}"] if few else []
+    if known := caution(config, sequences_of(judged)):
+        cautions.append(f"held-out data: {known}")
+    if held_out is not None and (share := share_known(sketch(calibration), sequences_of(judged))):
+        cautions.append(f"held-out data: about {100 * share:.2g} % of it is calibration data, too: choose other text.")
+    for one in cautions:
+        warn(one)
+    return calibration, judged, cautions
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -391,27 +417,35 @@ def _rows(
     plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
 ) -> list[tuple[str, str, str, str]]:
     total = plan.model["num_hidden_layers"]
-    before, decimals = plan.perplexity["before"], "{:.2f}".format
     parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
     figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("layers", [total, total - len(plan.layers)], str),
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
-        ("perplexity, held out", [before, plan.perplexity["after"]], decimals),
     ]
-    if "healed" in plan.perplexity:
-        figures.append(("perplexity, healed", [before, plan.perplexity["healed"]], decimals))
-        if never := (plan.heal or {}).get("never_fitted"):
-            figures.append(("the same, text never fitted", [never["full"], never["after"]], decimals))
+    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
+        figures.append(("never fitted, healed", [never["full"], never["after"]], "{:.2f}".format))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))
     if costs:
         figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
-    return [
+    rows = [
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
         for name, (old, new), show in figures
     ]
+    judged = (("held out", "after"), ("healed", "healed"))
+    rows[3:3] = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    return rows
+
+
+def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
+    found, errors = plan.perplexity, plan.errors
+    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
+    change = f"{found[which] / found['before'] - 1:+.1%}"
+    if error := errors.get(f"{which}_change"):
+        change += f" ± {error:.1%}"
+    return f"perplexity, {name}", before, after, change
 
 
 def _card(
@@ -437,11 +471,16 @@ def _card(
         Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
     ]
     note = (
-        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}. Pruning keeps classification "
-        "better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
+        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning keeps "
+        "classification better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
     )
-    if "cost" in plan.notes:
-        note += " Speed and memory: batch size 1, on the machine that made this."
+    if costs := plan.notes.get("cost"):
+        timing = costs["after"]["decode_tokens_per_second"]
+        note += (
+            f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
+            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
+        )
     name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
     return model_card(
         f"{name}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",

@@ -22,7 +22,8 @@ from ..core.display import brief
 from ..core.errors import ArgumentError
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.stack import Stack, text_stack
-from ..measuring.losses import losses_by_source, perplexity_of, sweep_losses, token_losses
+from ..measuring.known_text import sketch
+from ..measuring.losses import SourceLosses, losses_by_source, perplexity_of, sweep_losses, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode
 from ..measuring.text import TokenBatches
@@ -212,14 +213,15 @@ def search_layers(
     stack = text_stack(model)
     given: list[int] | None = target.words.get("drop")
     how: dict[str, Any] = {"search": "given" if given else method}
-    chosen_by = calibration.describe() if heal_method or not given else None
+    chosen_by = calibration.describe() | sketch(calibration).to_dict() if heal_method or not given else None
     about = {"calibration": chosen_by, "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
     if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
     healer = _Healer(model, calibration, heal_method) if heal_method else None
-    before = _perplexity(model, judged)
+    whole = losses_by_source(model, judged)
+    before = perplexity_of(whole.mean)
     if not math.isfinite(before):
         raise ArgumentError(
             "model", problem=f"its perplexity on the held-out data is {before}: nothing to compare with"
@@ -240,12 +242,12 @@ def search_layers(
     with bar:
         while not target.reached(tuple(chosen["layers"])) and (step := next(steps, None)):
             if "perplexity" not in step:
-                step["perplexity"] = _perplexity(model, judged, step["layers"])
+                step |= _figures(losses_by_source(model, judged, step["layers"]), whole)
                 log.write()
             if healer and target.budget is not None:
                 if "healed" not in step:
                     with healer.healed(step["layers"], progress):
-                        step["healed"] = _perplexity(model, judged, step["layers"])
+                        step["healed"] = perplexity_of(losses_by_source(model, judged, step["layers"]).mean)
                     log.write()
                 healer.forget()
             used.append(step)
@@ -267,6 +269,7 @@ def search_layers(
             problem=f"finds no set of layers for {target.words}: of layers {counting} one must stay, as linear "
             "attention alone cannot generate; choose another method, or fewer layers",
         )  # fmt: skip
+    errors = {"before": before * whole.error()} | _errors_of("after", chosen)
     plan = PruningPlan(
         layers=layers,
         model=model_print,
@@ -274,6 +277,7 @@ def search_layers(
         method=how,
         data=about,
         perplexity={"before": before, **({"after": chosen["perplexity"]} if layers else {})},
+        errors=errors,
         steps=[] if given else [{**step, "layers": sorted(step["layers"])} for step in used],
         notes=target.sizes(layers),
     )
@@ -281,19 +285,29 @@ def search_layers(
         return plan, None
     report = healer.heal(layers, progress)
     try:
-        healed_to = _perplexity(model, judged, layers)
+        healed = _figures(losses_by_source(model, judged, layers), whole)
     except BaseException:
         report.undo()
         raise
-    if healed_to < chosen["perplexity"]:
-        return replace(plan, perplexity={**plan.perplexity, "healed": healed_to}, heal=report.to_dict()), report
+    if (healed_to := healed["perplexity"]) < chosen["perplexity"]:
+        figures, errors = {**plan.perplexity, "healed": healed_to}, errors | _errors_of("healed", healed)
+        return replace(plan, perplexity=figures, errors=errors, heal=report.to_dict()), report
     report.undo()
     return replace(plan, heal=report.to_dict() | {"kept": False}), report
 
 
-def _perplexity(model: nn.Module, judged: TokenBatches, removed: Iterable[int] = ()) -> float:
-    """Without some layers; the geometric mean over the sources of text."""
-    return perplexity_of(losses_by_source(model, judged, removed).mean)
+def _figures(losses: SourceLosses, whole: SourceLosses) -> dict[str, float]:
+    """Perplexity, the geometric mean over the sources of text, and the standard errors of it and of its relative change
+    to the whole model, by the delta method: d exp(x) = exp(x) dx."""
+    perplexity, change = perplexity_of(losses.mean), perplexity_of(losses.mean - whole.mean)
+    errors = {"perplexity_error": perplexity * losses.error(), "change_error": change * losses.error(whole)}
+    return {"perplexity": perplexity} | {name: error for name, error in errors.items() if math.isfinite(error)}
+
+
+def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
+    """Of `_figures`, what goes into `PruningPlan.errors`."""
+    found = {name: figures.get("perplexity_error"), f"{name}_change": figures.get("change_error")}
+    return {name: error for name, error in found.items() if error is not None}
 
 
 class _Healer:

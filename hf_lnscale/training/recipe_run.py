@@ -29,6 +29,8 @@ from ..core.json_file import read_object
 from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
+from ..core.warnings import warn
+from ..measuring.known_text import caution
 from .arguments import RecipeConfig, RecipeParser
 from .depth_stats import DepthStatsCallback
 from .run_report import write_report
@@ -192,7 +194,12 @@ class Run(TrainerCallback):
             resumed = state["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
         model: Any = trainer.model
-        scaling = record(text_stack(model).model.config).active
+        config = text_stack(model).model.config
+        scaling = record(config).active
+        held_out: Any = trainer.eval_dataset
+        rows = (torch.as_tensor(row["input_ids"]) for row in held_out)
+        if (known := caution(config, rows)) and arguments.process_index == 0:
+            warn(f"evaluation data: {known}")
         if scaling is not None and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:

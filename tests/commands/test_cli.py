@@ -33,11 +33,12 @@ from hf_lnscale.commands.demo import Demo
 from hf_lnscale.core.errors import ArgumentError
 from hf_lnscale.diagnosis.examine import diagnose
 from hf_lnscale.diagnosis.folder import diagnose_checkpoints
+from hf_lnscale.evaluation.adopt import adopt
 from hf_lnscale.evaluation.comparison import Evaluation, evaluate
 from hf_lnscale.measuring.text import Windows
 from hf_lnscale.pruning.prune import prune
 
-VERBS = ("demo", "info", "diagnose", "train", "evaluate", "prune", "export", "push", "run", "env")
+VERBS = ("demo", "info", "diagnose", "train", "evaluate", "prune", "export", "adopt", "push", "run", "env")
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_every_option_has_the_name_that_the_library_uses():
         name
         for function in (
             prune, diagnose, diagnose_checkpoints, evaluate, Evaluation.save, export, export_gguf, push, Windows,
-            Placement, Demo, read_info,
+            Placement, Demo, read_info, adopt,
         )
         for name in inspect.signature(function).parameters
     }  # fmt: skip
@@ -252,7 +253,7 @@ def test_what_is_wrong_with_the_output_is_said_first(cli, folder, tmp_path):
     assert err.startswith(
         f"hf-lnscale: --out must be a file that ends in .json or .md, or a folder that exists, got '{tmp_path}"
     )
-    for verb, more in {"diagnose": [], "prune": ["--layers", 1], "export": []}.items():
+    for verb, more in {"adopt": [], "diagnose": [], "prune": ["--layers", 1], "export": []}.items():
         given_here = [folder / "plain", "--out"] if verb == "export" else given
         _, err = cli(verb, *given_here, tmp_path / ("x" * 250), *more, code=1)
         assert err.startswith("hf-lnscale: --out 'x") or err.startswith(f"hf-lnscale: --out '{tmp_path}")

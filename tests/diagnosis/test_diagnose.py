@@ -71,6 +71,13 @@ def test_the_stream_is_the_papers(family, ids):
     assert [place["variance_without_first"] for place in places] == near(x[:, 1:].var(correction=0) for x in stream)
     typical = [x[:, 1:].square().mean(-1).log().mean().exp() for x in stream]
     assert [place["typical"] for place in places] == near(typical)
+    logs = [x[:, 1:].square().mean(-1).log().mean(1) for x in stream]  # of each sequence; all are of one length
+    root = len(ids) ** 0.5
+    errors = [value * one.std() / root for value, one in zip(typical, logs, strict=True)]
+    assert [place["typical_error"] for place in places] == near(errors)
+    growth = [(one - logs[1]).mean().exp() * (one - logs[1]).std() / root for one in logs]
+    assert [place["growth_error"] for place in places] == near(growth)
+    assert found.verdict["growth"]["factor_error"] == pytest.approx(growth[-1].item())
     channels = [x.flatten(0, 1).var(0, correction=0) for x in stream]
     assert [place["largest_channel"] for place in places] == [int(c.argmax()) for c in channels]
     assert [place["largest_channel_variance"] for place in places] == near(c.max() for c in channels)
@@ -79,6 +86,8 @@ def test_the_stream_is_the_papers(family, ids):
 
     influence = [1 - mean_cosine(stream[i], stream[i + 1]) for i in range(LAYERS)]
     assert of(found, "block_influence") == near(influence)
+    by_sequence = [nn.functional.cosine_similarity(stream[i], stream[i + 1], dim=-1).mean(1) for i in range(LAYERS)]
+    assert of(found, "block_influence_error") == near(one.std() / root for one in by_sequence)
     for start in range(LAYERS):
         for size in range(1, LAYERS + 1):
             value = found.angular[start][size - 1]
@@ -103,6 +112,7 @@ def test_ratios_are_those_of_what_the_sublayers_return(family, ids):
     for name, ratio in (("attention_ratio", by_attention), ("mlp_ratio", by_mlp)):
         assert of(found, f"{name}_all_tokens") == near(ratio.mean((1, 2)), rel=1e-6)
         assert of(found, name) == near(ratio[:, :, 1:].mean((1, 2)), rel=1e-6)
+        assert of(found, f"{name}_error") == near(ratio[:, :, 1:].mean(2).std(1) / len(ids) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -477,7 +487,7 @@ def test_a_model_with_the_disease_has_all_signs():
     assert {budget: part["count"] for budget, part in found["removable"].items()} == {"5%": 1, "10%": 2}
     text = " ".join(found["sentences"])
     assert "2 layers (4, 6) do almost nothing" in text
-    assert "Within 5 % of perplexity layer 6 could go (perplexity 10.0), within 10 % 2 layers (4, 6)" in text
+    assert "Within 5 % of perplexity layer 6 could go (perplexity 10.0, +0.0 %), within 10 % 2 layers (4, 6)" in text
 
 
 def test_of_layers_that_are_worth_nothing_the_deeper_half_is_not_worth_less():
@@ -800,9 +810,11 @@ def test_both_backends_draw_every_figure(small, tmp_path):
             labels = [line.get_label() for line in axis.lines]
             assert all(line.label in labels for line in figure.lines if figure.kind == "lines")
     with_errors = [axis.get_ylabel() for axis in pictures["layers"].axes if axis.collections]
-    assert with_errors == ["distance from the identity"]  # there is one batch, so that gradients have none
+    # There is one batch, so that gradients have none.
+    assert with_errors == ["output norm / stream norm", "distance from the identity", "Block Influence"]
     assert len(pictures["loss_added"].axes[0].collections) == 1
-    assert page.count('class="error"') == 2 * len(small.layers)
+    # Typical token, attention, MLP, influence, loss added, Jacobian.
+    assert page.count('class="error"') == 6 * len(small.layers)
     png.save_all([small], tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"{one}.{kind}" for one in pictures for kind in ("png", "svg")}

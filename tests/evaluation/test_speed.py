@@ -1,5 +1,7 @@
 """Speed and memory of checkpoints, measured in processes that take turns."""
 
+import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 import tiny
 from hf_lnscale.checkpoints.names import Placement
+from hf_lnscale.evaluation import speed
 from hf_lnscale.evaluation.speed import Timing, measure, relative_change
 
 CPU = Placement(device="cpu")
@@ -54,11 +57,30 @@ def test_a_process_that_fails_says_why(tmp_path):
 
 
 def test_a_range_that_overlaps_is_no_change():
-    reference = Timing.of([9.0, 10.0, 11.0])
-    assert relative_change(Timing.of([12.0, 13.0, 14.0]), reference) == pytest.approx(0.3)
-    assert relative_change(Timing.of([7.0, 8.0, 8.9]), reference) == pytest.approx(-0.2)
-    assert relative_change(Timing.of([11.0, 13.0, 14.0]), reference) is None  # touching ranges overlap
-    assert relative_change(Timing.of([8.0, 8.5, 9.0]), reference) is None
+    reference = Timing.of([9.0, 10.0, 10.0, 11.0])
+    assert relative_change(Timing.of([12.0, 13.0, 13.0, 14.0]), reference) == pytest.approx(0.3)
+    assert relative_change(Timing.of([7.0, 8.0, 8.0, 8.9]), reference) == pytest.approx(-0.2)
+    assert relative_change(Timing.of([11.0, 13.0, 13.0, 14.0]), reference) is None  # touching ranges overlap
+    assert relative_change(Timing.of([8.0, 8.5, 8.5, 9.0]), reference) is None
+
+
+def test_few_runs_and_runs_that_took_no_turns_are_no_change():
+    """Ranges of n runs of the same thing are apart by chance in 2 of (2n over n) orders: counted here."""
+    for runs, told in {2: False, 3: False, 4: True, 5: True}.items():
+        orders = list(itertools.combinations(range(2 * runs), runs))
+        apart = sum(order in (tuple(range(runs)), tuple(range(runs, 2 * runs))) for order in orders)
+        assert (apart / len(orders) < 0.05) == told
+        fast, slow = Timing.of([20.0 + i for i in range(runs)]), Timing.of([10.0 + i for i in range(runs)])
+        assert (relative_change(fast, slow) is not None) == told
+    assert relative_change(dataclasses.replace(fast, in_turn=False), slow) is None
+    assert relative_change(fast, Timing.of([10.0] * 5, in_turn=False)) is None
+
+
+def test_models_that_do_not_fit_together_say_so(checkpoint, monkeypatch):
+    monkeypatch.setattr(speed, "_fit", lambda *_: False)
+    for found in measure(checkpoint, checkpoint, placement=CPU, prompt_tokens=4, new_tokens=2, repeats=1):
+        assert not found.decode_tokens_per_second.in_turn
+        assert found.decode_tokens_per_second.runs == 1
 
 
 @pytest.mark.slow

@@ -55,9 +55,11 @@ def test_memory_and_words(caplog, monkeypatch):
     assert healed.device_bytes == weights + 8 * (2 * 48**2 + 3 * 48 * 32)
     assert healed.state_bytes == 3 * CALIBRATION.num_tokens * 32 * 4
     assert 0 < plain.seconds < healed.seconds < 60
-    shown = "; 2.0 GiB for the model and the fits, 1.0 GiB for states of the residual stream"
+    # 256 tokens: states and activations, and logits three times, in float32. I = 48, D = 32.
+    assert plain.batch_bytes == healed.batch_bytes == 4 * 256 * (8 * 32 + 4 * 48 + 3 * tiny.VOCAB)
+    shown = "; 2.0 GiB for the model and the fits, 1.0 GiB for states of the residual stream, 512.0 MiB for a batch"
     for seconds, words in ((12, "about 12 s"), (100, "about 2 min"), (7200, "about 2.0 h")):
-        assert str(Cost(seconds, 2 * 2**30, 2**30)) == words + shown
+        assert str(Cost(seconds, 2 * 2**30, 2**30, 2**29)) == words + shown
     with caplog.at_level(logging.INFO, logger="hf_lnscale"):
         plan_pruning(model, DATA, num_layers=1, method="greedy", progress=False)
         plan_pruning(model, DATA, max_perplexity_increase=0.5, heal="linear", method="angular", progress=False)

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, drop_layers, plan_pruning
+from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning
+from hf_lnscale.evaluation import evaluate
 from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.pruning import heal_fit, search
 from hf_lnscale.pruning import prune as prune_module
@@ -134,14 +136,15 @@ def in_process(checkpoint, text, out, **options):
 
 
 def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text, tmp_path):
-    printed = run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "a")
+    run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "a")
     heal = PruningPlan.load(tmp_path / "a").heal
     assert [source["weight"] for source in heal["sources"].values()] == [1, 0, 0]
     english, python = (heal["sources"][name] for name in ("english", "python"))
     assert max(one["change"] for one in heal["sources"].values()) <= 0
     expected = math.sqrt(english["perplexity_after"] * python["perplexity_after"])
     assert heal["never_fitted"]["after"] == pytest.approx(expected)
-    assert f"{expected:.2f}" in next(line for line in printed.splitlines() if "never fitted" in line)
+    card = (tmp_path / "a/README.md").read_text()
+    assert f"{expected:.2f}" in next(line for line in card.splitlines() if "never fitted, healed" in line)
     assert f"never fitted before {heal['never_fitted']['full']:.2f}, healed {expected:.2f}" in str(
         PruningPlan.load(tmp_path / "a")
     )
@@ -151,6 +154,114 @@ def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text
     assert {name: source["weight"] for name, source in heal["sources"].items()} == {"english": 1, "python": 1}
     expected = math.sqrt(math.prod(source["perplexity_left_out"] for source in heal["sources"].values()))
     assert heal["never_fitted"]["after"] == pytest.approx(expected)
+
+
+def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tmp_path):
+    """By every way to a pruned model; and told by every measurement on that text, and on no other."""
+    given = {"num_layers": 2, "heal": None, "method": "block_influence", "windows": Windows(seq_len=32)}
+    found = in_process(checkpoint, text, tmp_path / "out", **given)
+    note = json.loads((tmp_path / "out/config.json").read_text())["calibration_text"]
+    assert note["source"] == "text.txt"
+    assert note["passages"] == found.plan.data["calibration"]["passages"]
+    for made in (
+        AutoModelForCausalLM.from_pretrained(checkpoint, drop_layers=tmp_path / "out"),
+        drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), found.plan),
+    ):
+        assert made.config.calibration_text == note
+    by_hand = drop_layers(AutoModelForCausalLM.from_pretrained(checkpoint), found.plan.layers)
+    assert not hasattr(by_hand.config, "calibration_text")
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{token}" for token in tiny.tokens(1, 800, seed=7)[0].tolist()))
+    half = tmp_path / "half.txt"  # of it, and from another place on
+    half.write_text(" ".join(text.read_text().split()[205:500]))
+    told = "chosen or healed on (text.txt): it does better here than on text that it does not know"
+    whole, pruned = str(checkpoint), str(tmp_path / "out")
+    for file, known in ((text, True), (half, True), (other, False)):
+        compared = evaluate([whole, pruned], file, speed=False, progress=False)
+        assert (f"out: About {compared.models[1].perplexity.caution[6:]}" in compared.notes) == known
+        assert (told in compared.notes) == known
+        assert not compared.models[0].perplexity.caution
+        tokenizer = tf.AutoTokenizer.from_pretrained(pruned)
+        seen = diagnose(found.model, str(file), tokenizer=tokenizer, jacobian=False, gradients=False, progress=False)
+        assert any(told in one for one in seen.verdict["cautions"]) == known
+        assert (told in str(seen).replace("\n", " ")) == known
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = in_process(pruned, other, tmp_path / f"again {file.name}", **given | {"held_out": str(file)})
+        mine = [str(one.message) for one in caught if "held-out data: " in str(one.message)]
+        assert any(told in one for one in mine) == known
+        assert any("is calibration data, too" in one for one in mine) == (file == other)
+        # Both texts are known to what is cut twice.
+        assert again.model.config.calibration_text["source"] == "text.txt, other.txt"
+
+
+def test_the_text_that_a_model_was_healed_on_is_known_to_it():
+    full = model()
+    torch.manual_seed(0)
+    said = full.generate(tiny.tokens(64, 1), max_new_tokens=31, do_sample=True, top_k=0, eos_token_id=None)
+    report = hf_lnscale.heal(full, [2, 3], said, progress=False)
+    assert report.kept
+    assert full.config.calibration_text["source"] == "token ids"
+    with pytest.warns(UserWarning, match=r"held-out data: About .* chosen or healed on \(token ids\)"):
+        hf_lnscale.heal(copy.deepcopy(full), [1], tiny.tokens(8, 32), held_out=said[:8], progress=False)
+    report.undo()
+    assert not hasattr(full.config, "calibration_text")
+
+
+def test_perplexities_have_standard_errors(checkpoint, text, tmp_path):
+    """Against the spread between the sequences of the held-out text, computed from the two models' own losses."""
+    found = in_process(checkpoint, text, tmp_path / "out", drop=[1, 4], heal=None)
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
+    _, held_out = token_batches(text, tokenizer=tokenizer, windows=Windows(seq_len=16)).split(0.25)
+    ids = torch.cat([batch.input_ids for batch in held_out])
+    loss = []
+    for path in (checkpoint, tmp_path / "out"):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits[:, :-1].double()
+        loss.append(-logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].mean(1))
+    before, after = loss
+    root = len(ids) ** 0.5
+    assert found.plan.errors == pytest.approx(
+        {
+            "before": before.mean().exp().item() * before.std().item() / root,
+            "after": after.mean().exp().item() * after.std().item() / root,
+            "after_change": (after.mean() - before.mean()).exp().item() * (after - before).std().item() / root,
+        },
+        rel=1e-3,
+    )
+    (row,) = [row for row in found.rows if row[0] == "perplexity, held out"]
+    for cell, name in zip(row[1:3], ("before", "after"), strict=True):
+        assert float(cell.partition(" ± ")[2]) == pytest.approx(found.plan.errors[name], rel=0.05)
+    assert row[3].endswith(f" ± {found.plan.errors['after_change']:.1%}")
+    card = (tmp_path / "out/README.md").read_text()
+    assert " | ".join(row) in card
+    assert f"± its standard error over {len(ids)} sequences" in card
+    assert f"{ids.numel()} tokens in {len(ids)} sequences are too few for a verdict" in card
+    assert "median of 5 runs (lowest to highest) in turn" in card
+
+
+def test_a_table_of_80_columns(monkeypatch):
+    """Of the widest figures that there are."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    speed = "12,345.6 (11,234.5 to 13,456.7)"
+    plan = PruningPlan((1, 2), {}, model_name="model")
+    shown = str(prune_module.Pruned(plan, None, [("prefill, tokens/s", speed, speed, "+10.1% ± 0.2%")]))
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("prefill, tokens/s", "12,345.6", "(11,234.5", "13,456.7)", "+10.1%", "0.2%"):
+        assert word in shown
+
+
+def test_text_that_ends_early_is_told(checkpoint, text):
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
+    given = {"drop": [1], "heal": None, "progress": False}
+    ends = "data: The text ends after 800 of the 816 tokens to measure on."
+    for number, told in {800: False, 815: False, 816: True}.items():
+        found = hf_lnscale.prune(model(), str(text), tokenizer=tokenizer, windows=Windows(number, 16), **given)
+        assert (ends in found.plan.notes["cautions"]) == told
+    few = ["96 tokens in 3 sequences are too few", "32 tokens in 1 sequence are too few"]
+    cautions = hf_lnscale.prune(model(), tiny.tokens(4, 32), **given).plan.notes["cautions"]
+    assert [one.partition(" data: ")[2].partition(" for a verdict")[0] for one in cautions] == few
 
 
 def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):

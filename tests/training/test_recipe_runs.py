@@ -11,6 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
+from hf_lnscale.core.record import add_known_text
+from hf_lnscale.measuring.known_text import sketch
+from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.training.scripts import start
 from recipe import SMALL
 
@@ -54,6 +57,17 @@ def test_a_finished_run_is_not_trained_further(tmp_path, here, capsys):
     # Longer, it goes on.
     assert recipe.run("continue_pretrain", *words(here, out, *resume, "--max_steps", 8)) == 0
     assert recipe.metrics(out)["steps"] == 8
+
+
+def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here):
+    model, tokenizer = (one.from_pretrained(here / "model") for one in (AutoModelForCausalLM, AutoTokenizer))
+    seen = token_batches(here / "text.jsonl", tokenizer=tokenizer, windows=Windows(None, 64))
+    add_known_text(model.config, sketch(seen))
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "model")
+    more = ("--model_name_or_path", tmp_path / "model", "--max_length", 64, "--max_steps", 1)
+    with pytest.warns(UserWarning, match=r"evaluation data: About 1?\d\d? % .* healed on \(text.jsonl\)"):
+        assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
 
 
 def test_a_run_of_epochs_that_is_finished(tmp_path, here, capsys):

@@ -1,0 +1,140 @@
+"""Marking a checkpoint that was trained with LayerNorm Scaling elsewhere, after measuring that it was.
+
+The authors' code saves its models as plain `llama` (github.com/lmsdss/LayerNorm-Scaling), so nothing in such a
+checkpoint says that its pre-norms have to be scaled. Its perplexity does.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ..checkpoints.export import NOT_COMPANIONS, copy_companions
+from ..checkpoints.folders import atomic_directory, require_free
+from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, locate, read_config
+from ..core.apply import apply_ln_scaling
+from ..core.errors import ArgumentError
+from ..core.record import record, set_ln_scaling
+from ..measuring import sample
+from ..measuring.text import documents, window_length
+from .perplexity import Perplexity, check_windows, first_bytes, perplexity
+
+SEQ_LEN = 256  # of the paper's own training; a model can be no good at longer ones
+
+
+@dataclass(frozen=True, eq=False)
+class Adopted:
+    """A checkpoint that was marked as scaled; printed, what was measured.
+
+    Attributes:
+        path: the folder that was written.
+        plain: how the model predicts the text without the scale.
+        scaled: how it does with it.
+    """
+
+    path: Path
+    plain: Perplexity
+    scaled: Perplexity
+
+    def __str__(self) -> str:
+        return _figures(self.plain, self.scaled)
+
+
+def adopt(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: Any = None,
+    *,
+    ln_scaling: Any = True,
+    tokenizer: Any = None,
+    max_bytes: int | None = 65_536,
+    seq_len: int | None = None,
+    batch_size: int = 4,
+    placement: Placement = Placement(),
+    force: bool = False,
+    progress: bool = True,
+) -> Adopted:
+    """Marks a checkpoint as scaled that was trained with LayerNorm Scaling and does not say so.
+
+    Its perplexity is measured without the scale and with it. Only if the scale lowers the loss by more than two
+    standard errors of the difference is anything written: the same weights, a `config.json` that says `ln_scaling`,
+    tokenizer and other small files. The folder appears under its name when it is complete.
+
+    Args:
+        model: a folder, or a name on the Hub.
+        out: folder to write.
+        data: texts, a path, or rows, as for `perplexity`; None takes English that comes with Python.
+        ln_scaling: the scale that it was trained with: True for the paper's, or as for `from_pretrained`.
+        tokenizer: the one that the model was trained with, or its name, if it is not in the model's folder (the
+            authors' code leaves it out); it is written too.
+        max_bytes: take only the first of the text's bytes.
+        seq_len: tokens in a window; None is 256, with which the paper trains, or as many positions as there are.
+        batch_size: windows at a time.
+        placement: where the model is computed, and the type of its weights, also of those written.
+        force: replace a checkpoint that is at `out`.
+        progress: show progress bars.
+
+    Raises:
+        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
+        ValueError: if the scale makes the model worse, or no difference can be told, with both perplexities; for a
+            checkpoint that says already that it is scaled, and for wrong arguments.
+        UnsupportedArchitectureError: if the model's family is not in the table.
+    """
+    name, gguf = locate(model)
+    target = Path(out).resolve()
+    require_free(target, (name, data), str(out), force)
+    config = read_config(model)
+    if gguf or not is_causal_lm(config):
+        problem = f"is {'a GGUF file' if gguf else 'not a causal language model'}"
+        hint = "load it, and mark it in memory: apply_ln_scaling(model).save_pretrained(...)"
+        raise ArgumentError("model", str(model), problem=problem, hint=hint)
+    if active := record(config).active:
+        raise ArgumentError("model", str(model), problem=f"says already that it is scaled: {active.to_dict()}")
+    set_ln_scaling(config, ln_scaling)  # validates, before anything is measured
+    seq_len = window_length(seq_len, [config], SEQ_LEN)
+    check_windows(config, seq_len, seq_len, batch_size)
+    given = tokenizer
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(tokenizer or model)
+    texts = first_bytes(documents(sample.documents() if data is None else data, tokenizer), max_bytes)
+    if not any(text.strip() for text in texts):
+        raise ArgumentError("data", problem="holds no text")
+
+    loaded = placement.load(model)
+    windows: dict[str, Any] = {"seq_len": seq_len, "stride": seq_len, "batch_size": batch_size, "progress": progress}
+    plain = perplexity(loaded, texts, tokenizer, **windows)
+    apply_ln_scaling(loaded, ln_scaling)
+    scaled = perplexity(loaded, texts, tokenizer, **windows)
+    if reason := why_not(plain, scaled):
+        raise ArgumentError("model", str(model), problem=f"is not marked: {_figures(plain, scaled)}; {reason}")
+
+    with atomic_directory(target, force) as partial:
+        folder = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=list(NOT_COMPANIONS))
+        copy_companions(Path(folder), partial)
+        if given is not None:
+            tokenizer.save_pretrained(partial)
+        loaded.save_pretrained(partial)  # from memory, so that weights are read once
+    return Adopted(Path(out), plain, scaled)
+
+
+def why_not(plain: Perplexity, scaled: Perplexity) -> str:
+    """Why a model is not taken for one that was trained with the scale; "" if it is."""
+    change = scaled.minus(plain)["loss"]
+    if change.stderr is None or abs(change.value) <= 2 * change.stderr:
+        return "that is no difference that can be told from chance: measure on more text, or on what it was trained on"
+    if change.value > 0:
+        return "the scale makes it worse, so it was not trained with it"
+    return ""
+
+
+def _figures(plain: Perplexity, scaled: Perplexity) -> str:
+    without, with_it, change = plain.perplexity, scaled.perplexity, scaled.minus(plain)["loss"]
+    shown = [
+        f"{one.value:.4g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}")
+        for one in (without, with_it, change)
+    ]
+    return f"perplexity {shown[0]} without the scale, {shown[1]} with it (nats per token: {shown[2]})"

@@ -1,0 +1,75 @@
+"""Finds out whether a model is measured on text that its layers were chosen or healed on.
+
+A passage is `PASSAGE` consecutive tokens, about a dozen words: audits of training data look for overlaps of about that
+length (13 words in arXiv 2005.14165, appendix C). Of a text, the configuration keeps the `KEPT` smallest hashes of its
+distinct passages: a uniform sample however long the text is (bottom-k sampling, Broder 1997), and the same sample can
+be drawn from any other text. Only passages across the border of two windows are lost: 15 of 512 in windows of 512.
+
+Misses: with a fraction f of the known text measured on, none of the kept passages is in it with probability
+(1 - f)^128, 0.1 % at f = 0.05 and 8 % at 0.02. False alarms: hashes of 48 bits practically never meet by chance, so
+what is left is text that different texts do share, such as a license. One passage alone is therefore reported only if
+it is at least a tenth of those that could have been found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+from ..core.record import KEPT, KnownText, known_text
+from .text import TokenBatches
+
+PASSAGE = 16
+_FACTORS = [
+    int.from_bytes(hashlib.sha256(bytes([place])).digest()[:8], "big", signed=True) | 1 for place in range(PASSAGE)
+]
+
+
+def passages(sequences: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sorted hashes, of 48 bits, of the distinct passages in sequences of ids; a shorter sequence is one passage."""
+    found = [torch.zeros(0, dtype=torch.long)]
+    for ids_T in sequences:
+        ids_T = F.pad(ids_T.long().cpu(), (0, max(0, PASSAGE - len(ids_T))), value=-1)
+        length = len(ids_T) - PASSAGE + 1
+        hashes = torch.zeros(length, dtype=torch.long)
+        for i, factor in enumerate(_FACTORS):  # multilinear hashing, modulo 2^64
+            hashes += factor * ids_T[i : i + length]
+        found.append(hashes >> 16 & (1 << 48) - 1)  # the high bits are the uniform ones
+    distinct: torch.Tensor = torch.cat(found).unique()
+    return distinct
+
+
+def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:
+    """The sequences without padding."""
+    return [ids[mask] for batch in batches for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+
+
+def sketch(batches: TokenBatches) -> KnownText:
+    """What is kept of a text."""
+    kept = passages(sequences_of(batches))[:KEPT]
+    return KnownText(batches.source, tuple(kept.tolist()))
+
+
+def share_known(text: KnownText, sequences: Iterable[torch.Tensor]) -> float:
+    """Estimates the fraction of the sequences that is in a text; 0 if they share nothing but a passage by chance."""
+    own = passages(sequences)
+    if len(text.passages) >= KEPT:  # the same sample of both
+        own = own[own <= text.passages[-1]]
+    met = int(torch.isin(own, torch.tensor(text.passages, dtype=torch.long)).sum())
+    share = met / max(1, len(own))
+    return share if met > 1 or share >= 0.1 else 0.0
+
+
+def caution(config: PreTrainedConfig, sequences: Iterable[torch.Tensor]) -> str | None:
+    """A sentence for who measures a model on text that it was chosen or healed on; None where it was not."""
+    text = known_text(config)
+    if text is None or not (share := share_known(text, sequences)):
+        return None
+    return (
+        f"About {100 * share:.2g} % of this text is what the model's layers were chosen or healed on ({text.source}): "
+        "it does better here than on text that it does not know."
+    )
