@@ -28,15 +28,15 @@ from .options import (
 
 def prune(
     model: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="[NAME=]FILE[:WEIGHT]",
             help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
-            "--data code=b.jsonl:0.5.",
+            "--data code=b.jsonl:0.5. Without it: English and Python code that come with Python.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    ] = None,
     num_layers: Annotated[int | None, typer.Option("--layers", help="Drop this many layers.")] = None,
     max_perplexity_increase: Annotated[
         Any,
@@ -88,7 +88,9 @@ def prune(
     from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
-    sources = parse_sources(data) if len(data) > 1 or "=" in data[0] else data[0]
+    sources: Any = None
+    if data:
+        sources = parse_sources(data) if len(data) > 1 or "=" in data[0] else data[0]
     found = run(
         model, sources, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,

@@ -113,3 +113,14 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     for row in rows:
         table.add_row(*map(rich_text, row))
     return table
+
+
+def as_text(*tables: Table, width: int | None = 120) -> str:
+    """Tables as plain text, one below the other; without a width, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return capture.get().rstrip()

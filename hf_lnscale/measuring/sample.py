@@ -6,16 +6,19 @@ Also questions with answers, and a tokenizer trained on the spot, so that the de
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+
+from .text import TokenBatches, Windows, token_batches
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,7 +32,7 @@ def documents(standard_library: bool = True) -> list[str]:
 
     documents = [topics[name] for name in sorted(topics)]
     if standard_library:
-        documents += ("\n\n".join(docstring for _, docstring in found) for _, found in _docstrings())
+        documents += ("\n\n".join(docstring for _, docstring in found) for _, found, _ in _modules())
     seen: set[str] = set()
     unique = []
     for document in documents:
@@ -46,15 +49,7 @@ def documents(standard_library: bool = True) -> list[str]:
 
 def source_code() -> list[str]:
     """The source of each public module of the standard library, without its docstrings."""
-    found = []
-    for path, tree in _modules():
-        docstrings: set[int] = set()
-        for node in ast.walk(tree):
-            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-                docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found.append("\n".join(line for number, line in enumerate(lines, start=1) if number not in docstrings))
-    return found
+    return [code for _, _, code in _modules()]
 
 
 def default_sources(
@@ -70,10 +65,25 @@ def default_sources(
     Returns:
         {name: data}, as `token_batches` takes it.
     """
-    sources: dict[str, Any] = {"english": _pieces(documents()), "python": _pieces(source_code())}
+    sources: dict[str, Any] = dict(_standard_library())
     if own_tokens:
         sources["own"] = own_text(model, tokenizer, own_tokens, seq_len)
     return sources
+
+
+def with_default_sources(judged: TokenBatches, tokenizer: Any) -> TokenBatches:
+    """Adds `default_sources` to data of one source, with weight 0: a fit judged at home alone may do harm elsewhere.
+
+    Each has half as many windows as the data, but 2 to 8, and of the same length.
+    """
+    (name,) = judged.weights
+    sources = {name: (judged, 1.0)}
+    seq_len = max(2, *(batch.input_ids.shape[1] for batch in judged))
+    windows = Windows(min(max(judged.num_sequences // 2, 2), 8) * seq_len, seq_len, len(judged.batches[0].input_ids))
+    for other, texts in default_sources().items():
+        batches = token_batches(texts, tokenizer=tokenizer, windows=windows)
+        sources[other if other != name else f"default {other}"] = batches, 0.0
+    return TokenBatches.join(sources)
 
 
 @torch.no_grad()
@@ -117,6 +127,12 @@ def own_text(
     return batches
 
 
+@functools.cache
+def _standard_library() -> dict[str, list[str]]:
+    found = {"english": _pieces(documents()), "python": _pieces(source_code())}
+    return {name: texts for name, texts in found.items() if texts}  # some installations have no source
+
+
 def _pieces(texts: list[str], size: int = 2000) -> list[str]:
     """Passages of about as many characters, whole lines each, in a random order that is always the same: the first
     tokens are then from all of the texts."""
@@ -143,7 +159,7 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
                 {"role": "assistant", "content": docstring},
             ]
         }
-        for module, found in _docstrings()
+        for module, found, _ in _modules()
         for name, docstring in found
         if name and not name.startswith("_")
     ]
@@ -152,25 +168,32 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _modules() -> Iterator[tuple[Path, ast.Module]]:
-    """Each public module of the standard library (no packages); none is imported."""
+@functools.cache
+def _modules() -> list[tuple[str, list[tuple[str, str]], str]]:
+    """Each public module of the standard library (no packages): name, docstrings, and its source without these.
+
+    A docstring has a name before it, which is empty for the module's own. Nothing is imported.
+    """
+    modules = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if path.stem.startswith("_") or path.stem not in sys.stdlib_module_names:
             continue
         try:
+            source = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old source warns about its escapes
-                yield path, ast.parse(path.read_text(encoding="utf-8"))
+                tree = ast.parse(source)
         except (SyntaxError, ValueError, OSError):
             continue
-
-
-def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each public module of the standard library, with names and docstrings; the name of the module itself is empty."""
-    for path, tree in _modules():
-        nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
-        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
-        yield path.stem, [(name, docstring) for name, docstring in found if docstring]
+        docstrings: list[tuple[str, str]] = []
+        gone: set[int] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)) is not None:
+                docstrings.append((getattr(node, "name", ""), docstring))
+                gone.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        code = [line for number, line in enumerate(source.splitlines(), start=1) if number not in gone]
+        modules.append((path.stem, [pair for pair in docstrings if pair[1]], "\n".join(code)))
+    return modules
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

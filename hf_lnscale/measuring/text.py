@@ -89,9 +89,13 @@ class TokenBatches:
         source: where they come from, in words, for a plan's JSON.
         weights: name of each source of text -> how much it counts in a fit, whatever its number of tokens; 0 for text
             that is only measured on. Data without named sources is one source, named by `source`.
+        tokenizer: of the text, or of the model whose token ids were given; None if it is not known.
     """
 
-    def __init__(self, batches: list[Batch], source: str, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, batches: list[Batch], source: str, weights: Mapping[str, float] | None = None, tokenizer: Any = None
+    ) -> None:
+        self.tokenizer = tokenizer
         self.batches = batches if weights else [replace(batch, name=source) for batch in batches]
         self.source = source
         self.weights = dict(weights or {source: 1.0})
@@ -106,12 +110,14 @@ class TokenBatches:
                 for name, (batches, _) in sources.items()
             ),
             {name: weight for name, (_, weight) in sources.items()},
+            next((batches.tokenizer for batches, _ in sources.values() if batches.tokenizer), None),
         )
 
     def only(self, *names: str) -> TokenBatches:
         """The batches of some sources."""
         weights = {name: self.weights[name] for name in names}
-        return TokenBatches([batch for batch in self.batches if batch.name in weights], self.source, weights)
+        batches = [batch for batch in self.batches if batch.name in weights]
+        return TokenBatches(batches, self.source, weights, self.tokenizer)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -185,8 +191,9 @@ class TokenBatches:
                     if len(batch.input_ids[rows]):
                         part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows], name))
         kept = {name: weight for name, weight in self.weights.items() if name not in whole}
-        return TokenBatches(parts[0], self.source, kept), TokenBatches(
-            parts[1], f"{self.source}, held out", self.weights
+        return (
+            TokenBatches(parts[0], self.source, kept, self.tokenizer),
+            TokenBatches(parts[1], f"{self.source}, held out", self.weights, self.tokenizer),
         )
 
 
@@ -228,7 +235,7 @@ def token_batches(
     if isinstance(data, Mapping) and "input_ids" not in data:
         return _join(data, model, tokenizer, windows)
     if isinstance(data, Mapping) or _is_array(data):
-        return TokenBatches([_ids(data)], TOKEN_IDS)
+        return TokenBatches([_ids(data)], TOKEN_IDS, tokenizer=tokenizer)
     if isinstance(data, (str, os.PathLike)):
         source, rows = str(Path(data).name), _file_rows(Path(data))
     elif isinstance(data, Iterable):
@@ -243,10 +250,11 @@ def token_batches(
     rows = itertools.chain([first], rows)
     ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
     if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
-        return TokenBatches([_ids(row) for row in rows], TOKEN_IDS)
+        return TokenBatches([_ids(row) for row in rows], TOKEN_IDS, tokenizer=tokenizer)
     tokenizer = tokenizer or tokenizer_of(model)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
-    return TokenBatches(_windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source), source)
+    batches = _windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source)
+    return TokenBatches(batches, source, tokenizer=tokenizer)
 
 
 def tokenizer_of(model: Any) -> Any:

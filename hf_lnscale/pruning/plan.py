@@ -123,6 +123,8 @@ class PruningPlan:
             f"{name} {with_error(value, self.errors.get(name))}" for name, value in self.perplexity.items()
         )
         said = f"perplexity {figures}" if figures else ""
+        if "healed" in self.perplexity and (never := (self.heal or {}).get("never_fitted")):
+            said += f"; on text that was never fitted before {never['full']:.2f}, healed {never['after']:.2f}"
         return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
             f" ({said})" if said else ""
         )

@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import atomic_directory, public_name, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import Markdown, markdown_code, show_bytes, terminal, with_error
+from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.record import get_ln_scaling
@@ -31,6 +31,7 @@ from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
 from ..measuring.known_text import caution, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
+from ..measuring.sample import default_sources
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
 from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
@@ -74,17 +75,12 @@ class Pruned:
         return terminal(_HEADER, self.rows, self.title)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(color_system=None)  # as wide as the terminal
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
+        return as_text(self.table(), width=None)
 
 
 def prune(
     model: Any,
-    data: Any,
+    data: Any = None,
     *,
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
@@ -117,7 +113,8 @@ def prune(
 
     Args:
         model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
-        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on.
+        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on. None
+            takes English and Python code that come with Python.
         num_layers: drop that many layers.
         max_perplexity_increase: drop as many as stay inside it on held-out data, 0.1 being ten percent more; with
             `heal`, after healing.
@@ -238,7 +235,7 @@ def prune(
 
 def plan_pruning(
     model: nn.Module,
-    data: Any,
+    data: Any = None,
     *,
     num_layers: int | None = None,
     max_perplexity_increase: float | None = None,
@@ -377,6 +374,7 @@ def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
 ) -> tuple[TokenBatches, TokenBatches, list[str]]:
     """Text to choose by, text to judge by, and cautions about them, which are also shown as warnings."""
+    data = default_sources() if data is None else data
     whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
         calibration, judged = whole.split(0.25)
@@ -425,6 +423,8 @@ def _rows(
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
     ]
+    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
+        figures.append(("never fitted, healed", [never["full"], never["after"]], "{:.2f}".format))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))

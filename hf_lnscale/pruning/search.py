@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -466,7 +467,8 @@ def _best_of(
     progress: bool,
 ) -> dict[str, Any]:
     """The set of layers without which the model does best; with a healer, after healing."""
-    losses = losses_of_sets(model, healer.healer.judged if healer else calibration, proposals, progress)
+    judged = healer.healer.given if healer else calibration
+    losses = losses_of_sets(model, judged, proposals, progress)
     tried: list[dict[str, Any]] = [
         {"layers": list(layers), "perplexity": perplexity_of(loss)}
         for layers, loss in zip(proposals, losses, strict=True)
@@ -477,7 +479,7 @@ def _best_of(
         best: tuple[float, Any] = (math.inf, None)
         for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
             with healer.healed(one["layers"], progress=False) as report:
-                one["healed"] = report.perplexity_after
+                one["healed"] = geometric_mean(report.sources[name].perplexity_after for name in judged.weights)
             best = min(best, (one["healed"], healer.fit), key=lambda pair: pair[0])
         healer.fit = best[1]
     chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from hf_lnscale import diagnose, plan_pruning
 from hf_lnscale.evaluation import perplexity
-from hf_lnscale.measuring.text import Windows, documents, token_batches
+from hf_lnscale.measuring.text import Windows, documents, parse_sources, require_file, token_batches
 
 BOS, EOS = 1, 2
 
@@ -159,3 +159,84 @@ def test_files_that_cannot_be_read_are_named(name, tmp_path):
     for read in (lambda path: token_batches(path, tokenizer=tokenizer()), documents):
         with pytest.raises(ValueError, match=f"data: .*{message}"):
             read(tmp_path / name)
+
+
+# --- several sources --------------------------------------------------------------------------------
+
+
+def test_sources_have_names_weights_and_shares_of_the_tokens():
+    data = {
+        "a": [words(*[3] * 200)],
+        "b": ([words(*[4] * 200)], 0.5),
+        "c": ([words(*[5] * 200)], 0),
+        "ids": [[6] * 4, [7] * 4, [8] * 4],
+    }
+    found = token_batches(data, tokenizer=tokenizer(), windows=Windows(100, 4, batch_size=3))
+    assert found.weights == {"a": 1.0, "b": 0.5, "c": 0.0, "ids": 1.0}
+    assert {name: found.only(name).num_tokens for name in found.weights} == {"a": 40, "b": 20, "c": 24, "ids": 12}
+    for name, token in (("a", 3), ("b", 4), ("c", 5)):
+        assert {batch.name for batch in found.only(name)} == {name}
+        assert {one for row in rows_of(found.only(name)) for one in row} == {token}
+    assert rows_of(found) == [row for name in found.weights for row in rows_of(found.only(name))]
+    about = found.describe()["sources"]
+    assert about["b"] == {"weight": 0.5, "num_tokens": 20, "num_sequences": 5}
+
+    fitted, judged = found.split(0.25, whole=["c"])
+    assert {name: fitted.only(name).num_sequences for name in fitted.weights} == {"a": 8, "b": 4, "ids": 2}
+    assert {name: judged.only(name).num_sequences for name in judged.weights} == {"a": 2, "b": 1, "c": 6, "ids": 1}
+    for name in fitted.weights:
+        assert rows_of(fitted.only(name)) + rows_of(judged.only(name)) == rows_of(found.only(name))
+
+
+def test_every_source_has_two_windows():
+    data = {"a": [words(*[3] * 50)], "b": ([words(*[4] * 50)], 0.01)}
+    found = token_batches(data, tokenizer=tokenizer(), windows=Windows(16, 8))
+    assert {name: found.only(name).num_tokens for name in found.weights} == {"a": 16, "b": 16}
+    short = token_batches({"a": [words(*[3] * 50)], "b": [words(4, 4)]}, tokenizer=tokenizer(), windows=Windows(16, 8))
+    with pytest.raises(ValueError, match=r"data: 1 sequence\(s\) of tokens of b cannot be divided"):
+        short.split(0.25)
+
+
+def test_wrong_sources_are_named():
+    for data, message in (
+        ({"a": ([words(3)], -1)}, "the weight of a must be a number of at least 0, got -1"),
+        ({"a": ([words(3)], float("nan"))}, "the weight of a must be a number of at least 0, got nan"),
+        ({"a": ([words(3)], 0)}, "at least one source must have a weight above 0"),
+        ({"": [words(3)]}, "sources of text must have names, got ''"),
+        ({1: [words(3)]}, "sources of text must have names, got 1"),
+        ({"a": [words(3, 4)], "b": []}, r"list is empty \(source b\)"),
+        ({}, "at least one source"),
+    ):
+        with pytest.raises(ValueError, match=f"data: {message}"):
+            token_batches(data, tokenizer=tokenizer())
+    with pytest.raises(FileNotFoundError, match=r"no-such\.txt"):
+        require_file({"a": ([words(3)], 1), "b": ("no-such.txt", 2)})
+
+
+def test_sources_on_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.txt", "c:0.5"):
+        (tmp_path / name).write_text("w3")
+    cases = {
+        "dir/text.txt": ("text", ("dir/text.txt", 1.0)),
+        "wiki=a.txt": ("wiki", ("a.txt", 1.0)),
+        "code=b.jsonl:0.5": ("code", ("b.jsonl", 0.5)),
+        "b.jsonl:2": ("b", ("b.jsonl", 2.0)),
+        "seen=b.jsonl:0": ("seen", ("b.jsonl", 0.0)),
+        "a=b.txt": ("a=b", ("a=b.txt", 1.0)),
+        "x=c:0.5": ("x", ("c:0.5", 1.0)),
+        "dir=x/y=z.txt": ("dir", ("x/y=z.txt", 1.0)),
+        "dir/x=y.txt": ("x=y", ("dir/x=y.txt", 1.0)),
+    }
+    for argument, (name, value) in cases.items():
+        assert parse_sources([argument]) == {name: value}
+    assert list(parse_sources(["b=1.txt", "a=2.txt"])) == ["b", "a"]
+    for arguments, message in (
+        (["=a.txt"], "'=a.txt' has no name before '='"),
+        (["a="], "'a=' is not a source of text"),
+        (["a=b.txt:-1"], "is not a source of text; valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"),
+        (["a=b.txt:inf"], "is not a source of text"),
+        (["x/a.txt", "y/a.txt"], "two sources are named 'a'; name them apart, such as other=y/a.txt"),
+    ):
+        with pytest.raises(ValueError, match=f"data: .*{message}"):
+            parse_sources(arguments)

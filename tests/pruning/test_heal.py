@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -23,8 +24,10 @@ import oracles
 import tiny
 from hf_lnscale import draft_model, plan_pruning
 from hf_lnscale.core.families import UnsupportedArchitectureError
+from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
+from hf_lnscale.pruning import heal_fit
 from hf_lnscale.pruning.heal import Healer, HealReport, heal, healed
 from hf_lnscale.pruning.layers import drop_layers
 
@@ -126,7 +129,7 @@ def same(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def quietly(model: nn.Module, layers, data, **options) -> HealReport:
+def quietly(model: nn.Module, layers, data=None, **options) -> HealReport:
     return heal(model, layers, data, progress=False, **({"method": "linear"} | options))
 
 
@@ -303,7 +306,7 @@ def test_a_heal_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
     model = speaker()
     weights, ids = copy.deepcopy(model.state_dict()), text_of(model)
     calls = []
-    plain_losses = heal_module._Stream.losses
+    plain_losses = heal_fit.Stream.losses
 
     def failing(stream):
         calls.append(same(model, weights))
@@ -311,7 +314,7 @@ def test_a_heal_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("out of memory")
         return plain_losses(stream)
 
-    monkeypatch.setattr(heal_module._Stream, "losses", failing)
+    monkeypatch.setattr(heal_fit.Stream, "losses", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         quietly(model, [1], ids, held_out=ids)
     assert calls[-1] is False
@@ -498,6 +501,58 @@ def test_a_fit_that_makes_a_source_worse_is_moved_back():
     (target, _), (out, u) = states(third, ids, 2), states(third, ids, 0, removed)
     change = ridge_regression(u, target - out, step.ridge).T @ old
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight.data, old + step.blend * change)
+
+
+def test_one_source_is_judged_beside_the_default_ones(monkeypatch, caplog):
+    model, removed = speaker(), [1, 2]
+    ids, weights = text_of(model, 48), copy.deepcopy(model.state_dict())
+    words = models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer), "windows": Windows(None, 12)}
+
+    def text(ids_BT):
+        return [" ".join(f"w{token}" for token in ids_BT.flatten().tolist())]
+
+    assert quietly(model, removed, ids).never_fitted == {}
+    assert "judged on one kind of text alone" in caplog.text
+    alone = copy.deepcopy(model)
+    # What the model writes when it is moved a tenth of the way, and what it writes as it is.
+    down = model.model.layers[0].mlp.down_proj.weight.data
+    old = weights["model.layers.0.mlp.down_proj.weight"]
+    down.copy_(old + 0.1 * (down - old))
+    other = text_of(model, 48, removed=removed)
+    down.copy_(old)
+    default = {"other": text(other), "same": text(text_of(model, 48, seed=1))}
+    monkeypatch.setattr(sample, "default_sources", lambda: default)
+    before = perplexity(model, other[:6], removed)
+    assert perplexity(alone, other[:6], removed) > before
+
+    caplog.clear()
+    found = []
+    for data, options in (
+        (text(ids), {}),
+        ({"a": text(ids)}, {}),
+        (ids, {}),
+        (ids[:36], {"held_out": ids[36:]}),
+        (Dataset.from_dict({"text": text(ids)}), {}),
+    ):
+        with healed(model, removed, data, method="linear", progress=False, **known, **options) as report:
+            assert [source.weight for source in report.sources.values()] == [1, 0, 0]
+            after = report.sources["other"].perplexity_after
+            assert after == pytest.approx(perplexity(model, other[:6], removed))
+            assert after <= before
+            never = [report.sources[name].perplexity_after for name in ("other", "same")]
+            assert report.never_fitted["after"] == pytest.approx(math.prod(never) ** 0.5)
+            assert report.kept
+            found.append(down.clone())
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert not caplog.text
+    # More than one source, and none: nothing is added.
+    assert list(quietly(copy.deepcopy(model), removed, {"a": ids, "b": ids[:24]}, **known).sources) == ["a", "b"]
+    monkeypatch.setattr(heal_module, "default_sources", lambda: default)
+    report = quietly(model, removed, **known)
+    assert [(name, source.weight) for name, source in report.sources.items()] == [("other", 1), ("same", 1)]
 
 
 def test_the_largest_penalty_within_a_standard_error_is_taken():

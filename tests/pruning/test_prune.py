@@ -19,9 +19,8 @@ import tiny
 from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning
 from hf_lnscale.evaluation import evaluate
 from hf_lnscale.measuring.text import Windows, token_batches
-from hf_lnscale.pruning import heal as heal_module
+from hf_lnscale.pruning import heal_fit, search
 from hf_lnscale.pruning import prune as prune_module
-from hf_lnscale.pruning import search
 
 L = 6
 
@@ -123,7 +122,7 @@ def test_prune_given_layers(checkpoint, text, tmp_path):
 def test_prune_heals_where_it_can(checkpoint, text, tmp_path, monkeypatch):
     run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--out", tmp_path / "llama")
     assert PruningPlan.load(tmp_path / "llama").heal["method"] == "refit"
-    monkeypatch.setattr(heal_module, "_OUTPUT_WEIGHTS", ("mlp.other",))
+    monkeypatch.setattr(heal_fit, "OUTPUT_WEIGHTS", ("mlp.other",))
     in_process(checkpoint, text, tmp_path / "out", drop=[2])
     assert PruningPlan.load(tmp_path / "out").heal is None
     with pytest.raises(ValueError, match="healing is not possible"):
@@ -134,6 +133,27 @@ def in_process(checkpoint, text, out, **options):
     return prune_module.prune(
         str(checkpoint), str(text), out=out, progress=False, **{"windows": Windows(seq_len=16), **options}
     )
+
+
+def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text, tmp_path):
+    run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "a")
+    heal = PruningPlan.load(tmp_path / "a").heal
+    assert [source["weight"] for source in heal["sources"].values()] == [1, 0, 0]
+    english, python = (heal["sources"][name] for name in ("english", "python"))
+    assert max(one["change"] for one in heal["sources"].values()) <= 0
+    expected = math.sqrt(english["perplexity_after"] * python["perplexity_after"])
+    assert heal["never_fitted"]["after"] == pytest.approx(expected)
+    card = (tmp_path / "a/README.md").read_text()
+    assert f"{expected:.2f}" in next(line for line in card.splitlines() if "never fitted, healed" in line)
+    assert f"never fitted before {heal['never_fitted']['full']:.2f}, healed {expected:.2f}" in str(
+        PruningPlan.load(tmp_path / "a")
+    )
+
+    run(checkpoint, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "b")  # English and Python
+    heal = PruningPlan.load(tmp_path / "b").heal
+    assert {name: source["weight"] for name, source in heal["sources"].items()} == {"english": 1, "python": 1}
+    expected = math.sqrt(math.prod(source["perplexity_left_out"] for source in heal["sources"].values()))
+    assert heal["never_fitted"]["after"] == pytest.approx(expected)
 
 
 def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tmp_path):
@@ -303,7 +323,7 @@ def test_prune_writes_what_plan_pruning_plans(checkpoint, text, tmp_path):
 def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "_OUTPUT_WEIGHTS", ("mlp.other",))
+        patch.setattr(heal_fit, "OUTPUT_WEIGHTS", ("mlp.other",))
         for options in ({"heal": "linear"}, {"method": "greedy_healed"}):
             with pytest.raises(ValueError, match="healing is not possible for model_type 'llama'"):
                 in_process(checkpoint, text, tmp_path / "out", num_layers=1, **options)

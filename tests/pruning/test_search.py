@@ -12,8 +12,7 @@ import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
 from hf_lnscale.measuring.losses import loss_without
 from hf_lnscale.measuring.text import token_batches
-from hf_lnscale.pruning import heal as heal_module
-from hf_lnscale.pruning import search
+from hf_lnscale.pruning import heal_fit, search
 from hf_lnscale.pruning.layers import text_stack
 from hf_lnscale.pruning.scores import LayerScores, score_layers
 from hf_lnscale.pruning.search import SEARCH_METHODS, cache_bytes
@@ -160,7 +159,7 @@ def test_a_budget_looks_two_numbers_further(tmp_path, monkeypatch):
 def test_what_cannot_be_healed_is_refused_before_the_search(method, monkeypatch):
     monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module, "_OUTPUT_WEIGHTS", ("mlp.other",))
+        patch.setattr(heal_fit, "OUTPUT_WEIGHTS", ("mlp.other",))
         with pytest.raises(ValueError, match=r"heal 'linear' is not possible: .* model_type 'llama'"):
             plan(model(), num_layers=1, method=method, heal="linear")
     with pytest.raises(ValueError, match="data: 1 sequence of calibration data is too little for heal=linear"):

@@ -1,0 +1,450 @@
+"""One step of healing: the weights of one kept layer are fitted, judged, and written or left as they are.
+
+Shapes: B sequences, T tokens, N tokens of a batch that are real, D hidden size, I width of the MLP, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..core.families import UnsupportedArchitectureError, family_of, submodule
+from ..core.stack import Stack
+from ..measuring.losses import SourceLosses
+from ..measuring.split_model import SplitModel
+from ..measuring.stream import hidden_states, layer_output
+from ..measuring.text import TokenBatches
+from .heal_report import Copy, HealedLayer, copies, restore
+
+# The MLP, and the weights whose output it adds up, from a decoder layer. All that a layer has are changed: dense layers
+# have the first, mixtures of experts the others. Every one is (..., D, I), output channels first.
+_MLP = "mlp"
+OUTPUT_WEIGHTS = (
+    "mlp.down_proj",
+    "mlp.experts.down_proj",
+    "mlp.shared_expert.down_proj",
+    "mlp.shared_experts.down_proj",
+)
+# A norm on the MLP's output, from a decoder layer (Gemma 2 and 3).
+_OUTPUT_NORM = "post_feedforward_layernorm"
+# Ridge penalties, in units of the median of the features' second moments, largest first; tried until one does worse.
+_RIDGES = (3.0, 0.3, 0.03, 0.003)
+# Fractions of the change that are tried while a source of text is worse off with the fit than without.
+_BLENDS = (1.0, 0.5, 0.25, 0.125)
+# Relative; how far the changed weights' output may be from what was fitted.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Tokens in double precision at a time, as a fraction of the features: few beside a matrix of (F, F).
+_TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 64, 64
+
+
+def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that give a layer's MLP output, each with its path: weights (..., D, I) and biases (..., D)."""
+    found: list[tuple[str, nn.Parameter]] = []
+    for path in OUTPUT_WEIGHTS:
+        holder = submodule(stack.layers[layer], path)
+        names = ["weight", "bias"]
+        if holder is None:  # the experts' weights are parameters, not modules
+            parent, _, name = path.rpartition(".")
+            holder, names = submodule(stack.layers[layer], parent), [name]
+            if not hasattr(holder, name):
+                continue
+        if holder._parameters.get(names[0]) is None:
+            raise ValueError(
+                f"model: {path} of layer {layer} ({type(holder).__name__}) holds no plain weight; merge or unload what "
+                "wraps it (an adapter, a parametrization) before healing"
+            )
+        parameters = [(path, holder._parameters.get(name)) for name in names]
+        found += [(path, parameter) for path, parameter in parameters if parameter is not None]
+    return found
+
+
+def require_changeable(model: nn.Module, stack: Stack, layer: int) -> None:
+    model_type = stack.model.config.model_type
+    family_of(stack.model.config, "healing")
+    weights = output_weights(stack, layer)
+    if not weights or submodule(stack.layers[layer], _MLP) is None:
+        raise UnsupportedArchitectureError(
+            f"healing is not possible for model_type {model_type!r}: layer {layer} has none of {OUTPUT_WEIGHTS}"
+        )
+    if norm := submodule(stack.layers[layer], _OUTPUT_NORM):
+        weights = [*weights, (_OUTPUT_NORM, norm.get_parameter("weight"))]
+    users: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            users.setdefault(parameter.data_ptr(), set()).add(name)
+    for path, weight in weights:
+        where = f"model: {path} of layer {layer}"
+        if weight.is_meta:
+            raise ValueError(f"{where} is not in memory (offloaded, or on the meta device); load the model whole")
+        if type(weight) is not nn.Parameter or weight.dtype not in TOLERANCE:
+            raise ValueError(
+                f"{where} is quantized or sharded ({type(weight).__name__}, {weight.dtype}); heal the model in "
+                "floating point, in one process, and quantize or shard it afterwards"
+            )
+        if weight.numel() and len(names := users[weight.data_ptr()]) > 1:
+            raise ValueError(f"{where} is shared by {sorted(names)}: changing it would change more than this layer")
+
+
+# --- the residual stream ----------------------------------------------------------------------------
+
+
+class _Reached(Exception):
+    """Ends a pass over the model in a layer after which nothing is needed."""
+
+
+class Stream:
+    """The states of some data before one layer, kept on the CPU, so that going on from there runs no layer twice."""
+
+    def __init__(
+        self,
+        halves: SplitModel,
+        batches: TokenBatches,
+        removed: Iterable[int] = (),
+        place: int = 0,
+        states: list[tuple[torch.Tensor, torch.device]] | None = None,
+    ) -> None:
+        self.halves, self.batches, self.removed = halves, batches, frozenset(removed)
+        self.place, self.states = place, states
+
+    def without(self, removed: Iterable[int]) -> Stream:
+        """The same states, to go on without some of the layers that follow."""
+        return Stream(self.halves, self.batches, removed, self.place, self.states)
+
+    def state(self, index: int) -> torch.Tensor:
+        assert self.states is not None
+        state_BTD, device = self.states[index]
+        return state_BTD.to(device)
+
+    def _pass(self, index: int) -> torch.Tensor:
+        start = None if self.states is None else (self.place - 1, self.state(index))
+        return self.halves.hidden(self.batches.batches[index], self.removed, start)
+
+    def at(self, place: int) -> Stream:
+        """The states before layer `place`, which is not removed, or after the last layer."""
+        if place == self.place:
+            return self
+        layers = self.halves.stack.layers
+        states: list[tuple[torch.Tensor, torch.device]] = []
+
+        def stop(state_BTD: torch.Tensor) -> None:
+            states.append((state_BTD.cpu(), state_BTD.device))
+            raise _Reached
+
+        if place < len(layers):
+            hook = layers[place].register_forward_pre_hook(
+                lambda layer, args, kwargs: stop(hidden_states(args, kwargs)), with_kwargs=True
+            )
+        else:
+            hook = layers[-1].register_forward_hook(lambda layer, args, output: stop(layer_output(output)))
+        with hook:
+            for index in range(len(self.batches)):
+                with suppress(_Reached):
+                    self._pass(index)
+        return Stream(self.halves, self.batches, self.removed, place, states)
+
+    def observe(
+        self, index: int, layer: nn.Module, paths: Collection[str]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Runs the layer in this place alone on a batch: path in the layer -> input and output; "" is the layer."""
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def note(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                seen[path] = hidden_states(args, kwargs), layer_output(output)
+                if not path:
+                    raise _Reached
+
+            return hook
+
+        with ExitStack() as hooks:
+            for path in (*paths, ""):
+                hook = layer.get_submodule(path).register_forward_hook(note(path), with_kwargs=True)
+                hooks.enter_context(hook)
+            with suppress(_Reached):
+                self._pass(index)
+        return seen
+
+    def losses(self, only: str | None = None) -> SourceLosses:
+        """Cross-entropy of the next token, going on from this place to the end; of all sources of text, or one."""
+        return SourceLosses(self.halves, self.batches, self._pass, only)
+
+
+# --- least squares ----------------------------------------------------------------------------------
+
+
+class _Moments:
+    """Second moments of features x, and of x with what they are to explain, z, summed over tokens."""
+
+    def __init__(self, xx_FF: torch.Tensor, xz_FD: torch.Tensor) -> None:
+        self.xx_FF, self.xz_FD = xx_FF, xz_FD
+
+    def add(self, x_NF: torch.Tensor, z_ND: torch.Tensor, weight: float) -> None:
+        self.xx_FF.addmm_(x_NF.T, x_NF, alpha=weight)
+        self.xz_FD.addmm_(x_NF.T, z_ND, alpha=weight)
+
+    def copy(self) -> _Moments:
+        return _Moments(self.xx_FF.clone(), self.xz_FD.clone())
+
+    def solve_in_place(self, ridge: float) -> torch.Tensor:
+        """The coefficients that explain z best, shape (F, D), |coefficients|^2 penalized. The moments are lost."""
+        diagonal_F = self.xx_FF.diagonal()
+        diagonal_F += ridge * (diagonal_F.median().item() or diagonal_F.mean().item() or 1.0)
+        # The transpose of a symmetric matrix is itself, in the column-major order that LAPACK factorizes in place.
+        factor_FF = torch.linalg.cholesky(self.xx_FF.mT, out=self.xx_FF.mT)
+        half_FD = torch.linalg.solve_triangular(factor_FF, self.xz_FD, upper=False)
+        change_FD: torch.Tensor = torch.linalg.solve_triangular(factor_FF.mT, half_FD, upper=True)
+        return change_FD
+
+
+class _Tokens(NamedTuple):
+    """Real tokens of one source of text at one layer, in double precision.
+
+    Attributes:
+        name: the source.
+        u_ND: the MLP's output, as it is added to the stream unless a norm follows.
+        x_NF: the features that explain it.
+        target_ND: what should be added: the full model's state less the stream.
+        gap_ND: the full model's state less the layer's output.
+        y_ND: the full model's state.
+    """
+
+    name: str
+    u_ND: torch.Tensor
+    x_NF: torch.Tensor
+    target_ND: torch.Tensor
+    gap_ND: torch.Tensor
+    y_ND: torch.Tensor
+
+
+class _Fit(NamedTuple):
+    """Changes the MLP's output from u to u + x @ change, and the gain of the norm that follows, if there is one."""
+
+    ridge: float
+    change_FD: torch.Tensor
+    gain_D: torch.Tensor | None
+
+
+class Cut:
+    """The kept layer before a cut, with the states it reads in the pruned model and those of the full model after."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        position: int,
+        method: str,
+        weights: dict[str, float],
+        full: list[Stream],
+        pruned: list[Stream],
+    ) -> None:
+        self.stack, self.position, self.layer = stack, position, stack.layers[position]
+        parameters = output_weights(stack, position)
+        self.paths = [path for path, _ in parameters]
+        self.method = method if all(path.startswith(OUTPUT_WEIGHTS[0]) for path in self.paths) else "linear"
+        self.old = copies(weight for _, weight in parameters)
+        self.norm = submodule(self.layer, _OUTPUT_NORM)
+        self.old_norm: list[Copy] = []
+        if self.norm is not None:
+            self.old_norm = copies([self.norm.get_parameter("weight")])
+            self.gain_D = _double(self.old_norm[0][0]) + float(stack.family.one_plus_weight)
+        self.fitted, self.judged = zip(full, pruned, strict=True)
+        # Tokens are weighted so that sources count by their weights, whatever their number of tokens.
+        counts = {name: self.fitted[1].batches.only(name).num_tokens for name in weights}
+        scale = sum(counts.values()) / sum(weights.values())
+        self.token_weights = {name: scale * weight / counts[name] for name, weight in weights.items()}
+
+    def heal(
+        self,
+        gone: tuple[int, ...],
+        before: SourceLosses,
+        originals: list[tuple[nn.Parameter, torch.Tensor]],
+        cross_validate: bool,
+    ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
+        """One step: its record, the losses after it, and how each source's would change by a fit to the others."""
+        originals.extend(self.old + self.old_norm)
+        error_before = self._error()
+        moments = self._moments()
+        tried: list[tuple[_Fit, SourceLosses]] = []
+        for ridge in _RIDGES:
+            self.restore()
+            tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
+            if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
+                break
+        best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
+        fit, after = next(  # the largest penalty comes first
+            (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
+        )
+        blend, reason = 1.0, "the loss on held-out data would not be lower"
+        if best.mean < before.mean:
+            blend, after, reason = self._blended(fit, after, before)
+        changes = {}
+        if cross_validate and len(self.token_weights) > 1:
+            for name in self.token_weights.keys() & before.of.keys():
+                changes[name] = 0.0 if reason else self._left_out(name, moments, fit.ridge, blend, before)
+        if reason:
+            self.restore()
+            del originals[len(originals) - len(self.old + self.old_norm) :]
+            after = before
+        else:
+            self._write(fit, blend)
+        step = HealedLayer(
+            layer=self.position,
+            dropped=gone,
+            method=self.method,
+            ridge=math.inf if reason else fit.ridge,
+            blend=blend,
+            error_before=error_before,
+            error_after=error_before if reason else self._error(),
+            loss_before=before.mean,
+            loss_after=after.mean,
+            kept=not reason,
+            reason=reason,
+        )
+        return step, after, changes
+
+    def _blended(self, fit: _Fit, after: SourceLosses, before: SourceLosses) -> tuple[float, SourceLosses, str]:
+        """The largest blend that makes no source worse, with its losses, or the reason why there is none."""
+        worse: list[str] = []
+        for blend in _BLENDS:
+            if blend < 1.0:
+                self._write(fit, blend)
+                after = self.judged[1].losses()
+            worse = [name for name in before.of if after.of[name].mean > before.of[name].mean]
+            if not worse and after.mean < before.mean:
+                return blend, after, ""
+        of = f" of {', '.join(worse)}" if len(before.of) > 1 else ""
+        return 1.0, before, f"the loss on held-out data{of} would not be lower"
+
+    def _left_out(self, name: str, moments: _Moments, ridge: float, blend: float, before: SourceLosses) -> float:
+        """How a source's loss changes by a fit to the others."""
+        self.restore()
+        others = self.token_weights.keys() - {name}
+        part = moments.copy()
+        self._add_moments(part, [name], -1.0)
+        self._write(self._fit(part.solve_in_place(ridge), ridge, others), blend)
+        return self.judged[1].losses(only=name).mean - before.of[name].mean
+
+    def _moments(self) -> _Moments:
+        self.probe = next(self._tokens(self.fitted))
+        features, channels = self.probe.x_NF.shape[1], self.probe.u_ND.shape[1]
+        moments = _Moments(*(self.probe.u_ND.new_zeros(features, size) for size in (features, channels)))
+        self._add_moments(moments, self.token_weights)
+        return moments
+
+    def _add_moments(self, moments: _Moments, names: Collection[str], sign: float = 1.0) -> None:
+        for tokens in self._tokens(self.fitted, names):
+            x_NF, z_ND = tokens.x_NF, tokens.gap_ND
+            if self.norm is not None:  # directions alone
+                scale_N1 = _inverse_rms(tokens.u_ND)
+                direction_ND = tokens.target_ND / torch.where(self.gain_D == 0, 1.0, self.gain_D)
+                z_ND = direction_ND * _inverse_rms(direction_ND) - tokens.u_ND * scale_N1
+                x_NF = x_NF * scale_N1
+            moments.add(x_NF, z_ND, sign * self.token_weights[tokens.name])
+
+    def _fit(self, change_FD: torch.Tensor, ridge: float, names: Collection[str] | None = None) -> _Fit:
+        """Writes the weights, checks that they do as they should, and fits the norm that follows to their output."""
+        fit = _Fit(ridge, change_FD.cpu(), None)
+        self._write(fit)
+        self._require_exact(change_FD)
+        if self.norm is None:
+            return fit
+        nn_D, nz_D = torch.zeros_like(self.gain_D), torch.zeros_like(self.gain_D)
+        for tokens in self._tokens(self.fitted, names):
+            normed_ND = tokens.u_ND * _inverse_rms(tokens.u_ND, self.norm)
+            nn_D += self.token_weights[tokens.name] * normed_ND.square().sum(0)
+            nz_D += self.token_weights[tokens.name] * (normed_ND * tokens.target_ND).sum(0)
+        fit = fit._replace(gain_D=torch.where(nn_D > 0, nz_D / nn_D, self.gain_D))
+        self._write(fit)
+        return fit
+
+    @torch.no_grad()
+    def _write(self, fit: _Fit, blend: float = 1.0) -> None:
+        """Changes the weights by a fraction of the fit. Computed in double precision, rounded once."""
+        for parameter, original in self.old:
+            # An expert at a time: all of them in double precision would be four times their memory.
+            expert = parameter.dim() == 3
+            parts = zip(parameter.unbind(0), original.unbind(0), strict=True) if expert else [(parameter, original)]
+            for part, old in parts:
+                new = _double(old.to(part.device))
+                change_DF = fit.change_FD.to(new.device).T
+                if self.method == "linear":
+                    new = new + blend * (change_DF @ new)
+                elif part.dim() == 2:  # a bias stays as it is
+                    new = new + blend * change_DF
+                part.copy_(new)
+        if fit.gain_D is not None:
+            for parameter, original in self.old_norm:
+                parameter.copy_(_double(original.to(parameter.device)) + blend * (fit.gain_D - self.gain_D))
+
+    def restore(self) -> None:
+        restore(self.old + self.old_norm)
+
+    def _error(self) -> float:
+        """The relative error of the layer's output on held-out data, each token weighing the same."""
+        total, count = 0.0, 0
+        for tokens in self._tokens(self.judged):
+            norm_N = tokens.y_ND.norm(dim=-1).clamp_min(1e-30)
+            total += (tokens.gap_ND.norm(dim=-1) / norm_N).square().sum().item()
+            count += len(norm_N)
+        return math.sqrt(total / count)
+
+    def _tokens(self, streams: tuple[Stream, Stream], names: Collection[str] | None = None) -> Iterator[_Tokens]:
+        """The real tokens of some sources, or all, some at a time."""
+        full, pruned = streams
+        # Granite multiplies what it adds to the stream.
+        factor = float(getattr(self.layer, "residual_multiplier", 1.0))
+
+        norm, down = self.stack.family.mlp_norm, OUTPUT_WEIGHTS[0]
+        paths = [norm, _MLP, *([down] if self.method == "refit" else []), *([_OUTPUT_NORM] if self.norm else [])]
+        for index, batch in enumerate(pruned.batches):
+            if names is not None and batch.name not in names:
+                continue
+            seen = pruned.observe(index, self.layer, paths)
+            residual_BTD, u, output_BTD = seen[norm][0], seen[_MLP][1], seen[""][1]
+            x = seen[down][0] if down in seen else u
+            added_BTD = factor * (seen[_OUTPUT_NORM][1] if self.norm else u).view_as(output_BTD)
+            size = _double(output_BTD).norm().clamp_min(1e-30)
+            off = _double(output_BTD - (residual_BTD + added_BTD)).norm() / size
+            if not off <= 16 * torch.finfo(output_BTD.dtype).eps:
+                raise UnsupportedArchitectureError(
+                    f"healing is not possible for {type(self.layer).__name__}: its output is not its residual stream "
+                    f"plus the output of {_MLP!r} (off by {off:.1e})"
+                )
+            states = (u, x, residual_BTD, output_BTD, full.state(index))
+            flat = [state.to(output_BTD.device).reshape(batch.attention_mask.numel(), -1) for state in states]
+            tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(output_BTD.device)
+            for part in tokens.split(max(_LEAST_TOKENS, int(x.shape[-1] * _TOKENS_PER_FEATURE))):
+                u_ND, x_NF, residual_ND, output_ND, y_ND = (_double(state[part]) for state in flat)
+                yield _Tokens(
+                    batch.name, u_ND.mul_(factor), x_NF.mul_(factor), y_ND - residual_ND, y_ND - output_ND, y_ND
+                )
+
+    def _require_exact(self, change_FD: torch.Tensor) -> None:
+        """Measures on some tokens whether the changed weights give what was fitted.
+
+        Raises:
+            UnsupportedArchitectureError: if not: then the MLP's output is not linear in them.
+        """
+        expected_ND = self.probe.u_ND + self.probe.x_NF @ change_FD
+        found_ND = next(self._tokens(self.fitted)).u_ND
+        off = ((found_ND - expected_ND).norm() / expected_ND.norm().clamp_min(1e-30)).item()
+        if not off <= TOLERANCE[next(self.layer.parameters()).dtype]:
+            raise UnsupportedArchitectureError(
+                f"healing is not possible for {type(self.layer).__name__}: the output of {_MLP!r} does not follow its "
+                f"weights {self.paths} linearly (off by {off:.1e})"
+            )
+
+
+def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+    """1 over the root mean square of each token, shape (N, 1), with the epsilon of a norm."""
+    epsilon = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+    square_N1: torch.Tensor = x_ND.square().mean(-1, keepdim=True)
+    return (square_N1 + epsilon).clamp_min(1e-60).rsqrt()
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()
