@@ -135,7 +135,7 @@ HOOKS = (
     # accelerate's modules have taken the function from one another.
     *(
         Hook(
-            ACCELERATE, f"{module}:", "load_checkpoint_in_model", "deferred:load_checkpoint_in_model",
+            ACCELERATE, f"{module}:", "load_checkpoint_in_model", "accelerate:load_checkpoint_in_model",
             ("model", "checkpoint"),
         )
         for module in (
@@ -157,7 +157,7 @@ GUARDS = (
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
-    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "deferred:refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "accelerate:refuse"),
     Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
 )
 

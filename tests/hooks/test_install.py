@@ -207,7 +207,10 @@ SIGNATURES = {
     (peft.tuners.xlora.model, "_load_adapter_into_lora_model"): ["lora_model", "adapter_name", "model_id"],
     (peft.tuners.lora.model, "replicate_layers"): ["model", "layer_map"],
     (peft.utils.loftq_utils._SafetensorLoader, "__init__"): ["self", "peft_model", "model_path"],
-    **{(module, name): ["model", "checkpoint", "device_map"] for module, name in IN_ACCELERATE},
+    **{
+        (module, name): ["model", "checkpoint", "device_map"]
+        for module, name in sorted(IN_ACCELERATE, key=lambda one: one[0].__name__)  # one order for all workers
+    },
 }
 
 
