@@ -164,7 +164,7 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
             weight_map = read_object(index, weight_map=dict)["weight_map"]
             for file in weight_map.values():
                 if not isinstance(file, str) or ".." in Path(file).parts or Path(file).is_absolute():
-                    raise ValueError(f"it names {brief(file)}, which is no file in its folder")
+                    raise ValueError(f"it names {brief(file)}, which is not a file in its folder")
             files = {file: {name for name in weight_map if weight_map[name] == file} for file in weight_map.values()}
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{str(index)!r} is not an index of safetensors files: {error}") from None

@@ -348,7 +348,7 @@ def register_family(
                 )
             if known[name] not in RULES:
                 raise ValueError(
-                    f"register_family: depth_fields: {name}: {known[name]!r} is no rule; valid are {', '.join(RULES)}"
+                    f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; valid are {', '.join(RULES)}"
                 )
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)

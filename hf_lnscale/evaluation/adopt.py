@@ -125,7 +125,7 @@ def why_not(plain: Perplexity, scaled: Perplexity) -> str:
     """Why a model is not taken for one that was trained with the scale; "" if it is."""
     change = scaled.minus(plain)["loss"]
     if change.stderr is None or abs(change.value) <= 2 * change.stderr:
-        return "that is no difference that can be told from chance: measure on more text, or on what it was trained on"
+        return "the difference is within chance: measure on more text, or on text like that of its training"
     if change.value > 0:
         return "the scale makes it worse, so it was not trained with it"
     return ""

@@ -429,7 +429,7 @@ def _file_rows(path: Path) -> Iterator[Any]:
     try:
         return iter([path.read_text(encoding="utf-8")])
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
+        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -442,12 +442,12 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 try:
                     row = parse(line)
                 except ValueError as error:
-                    raise ValueError(f"data: line {number} of {path.name} is no JSON: {error}; {wanted}") from None
+                    raise ValueError(f"data: line {number} of {path.name} is not JSON: {error}; {wanted}") from None
                 if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
                     raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")
                 yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is no text in UTF-8: {error}") from None
+        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
 
 
 def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:

@@ -139,11 +139,11 @@ ROWS = [{"text": words(3)}, {"text": words(4)}]
 FILES = {
     "pretty.json": (
         json.dumps(ROWS, indent=1).encode(),
-        r"line 1 of pretty.json is no JSON: .*; JSON lines are wanted",
+        r"line 1 of pretty.json is not JSON: .*; JSON lines are wanted",
     ),
     "array.json": (json.dumps(ROWS).encode(), "line 1 of array.json holds a list of rows; JSON lines are wanted"),
-    "latin.txt": ("w3 é".encode("latin-1"), "latin.txt is no text in UTF-8: .*byte 0xe9"),
-    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl is no text in UTF-8: .*byte 0xe9"),
+    "latin.txt": ("w3 é".encode("latin-1"), "latin.txt is not UTF-8 text: .*byte 0xe9"),
+    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl is not UTF-8 text: .*byte 0xe9"),
     "none.jsonl": (
         b'{"text": "w3"}\n{"text": null}',
         r"column 'text' must hold strings; row 1 \(from 0\) has None",
