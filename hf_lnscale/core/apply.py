@@ -157,7 +157,9 @@ def ln_scales(model: nn.Module) -> list[float]:
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    return [max(scales) for scales in _applied(text_stack(model))]
+    stack = text_stack(model)
+    family_of(stack.model.config)
+    return [max(scales) for scales in _applied(stack)]
 
 
 def _applied(stack: Stack) -> list[set[float]]:

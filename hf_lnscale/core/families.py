@@ -348,7 +348,7 @@ def register_family(
                 )
             if known[name] not in RULES:
                 raise ValueError(
-                    f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; valid are {', '.join(RULES)}"
+                    f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; use {', '.join(RULES)}"
                 )
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)
@@ -380,12 +380,10 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
             return family
     else:
         reason = KNOWN_UNSUPPORTED.get(model_type, "")
-    why = f": {reason}" if reason else ", as its pre-norms are not known"
     raise UnsupportedArchitectureError(
-        f"{argument} is not supported for model_type {model_type!r}{why}. Supported: {', '.join(sorted(FAMILIES))}. "
-        "If the family does have a norm in front of attention and one in front of the MLP, add it with "
-        "hf_lnscale.register_family(model_type, layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as "
-        "hf_lnscale.propose_family(model) says."
+        f"{argument} is not supported for model_type {model_type!r}: {reason or 'its pre-norms are not known'}. If it "
+        "does have a norm before attention and one before the MLP, add it with hf_lnscale.register_family(model_type, "
+        "layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as hf_lnscale.propose_family(model) says"
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..core.record import ACTIVE, DROPPED, FOLDED, Record, record, set_ln_scaling
+from ..core.record import ACTIVE, DROPPED, FOLDED, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
 from ..pruning import layers
 
@@ -108,7 +108,8 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
     layers.set_drop_layers(restored, found.get("drop_layers"))
     try:
         set_ln_scaling(restored, found.get("ln_scaling"))
-    except ValueError:  # depths of another number of layers
+        require_valid(restored)
+    except ValueError:  # depths of another number of layers, a scale of zero
         return None
     return found if _same(wanted, base_state(restored)) else None
 

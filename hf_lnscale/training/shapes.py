@@ -53,9 +53,11 @@ def new_config(
         return config
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    if family not in FAMILIES or family not in CONFIG_MAPPING:
-        raise ValueError(f"family must be one of {', '.join(name for name in FAMILIES if name in CONFIG_MAPPING)}, "
-                         f"got {family!r}; for models inside others, give --config_name")  # fmt: skip
+    if family not in FAMILIES or FAMILIES[family].no_scaling or family not in CONFIG_MAPPING:
+        raise ValueError(
+            "family must be the model_type of one that can be scaled (docs/families.md), such as llama, qwen3 or "
+            f"gemma3_text, got {family!r}; for models inside others, give --config_name"
+        )
     numbers = SHAPES[shape]._asdict()
     del numbers["learning_rate"]
     numbers |= given
@@ -68,6 +70,11 @@ def new_config(
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     end = tokenizer.eos_token_id
     family_config: Any = CONFIG_MAPPING[family]
+    # A configuration takes any keyword, and ignores those that its family does not have.
+    implied = {"head_dim": hidden // heads, "num_key_value_heads": heads}
+    known = family_config()
+    if unknown := [name for name in numbers if not hasattr(known, name) and numbers[name] != implied.get(name)]:
+        raise ValueError(f"family {family!r} has no {unknown[0]} in its configuration; give --config_name instead")
     made: PreTrainedConfig = family_config(
         vocab_size=len(tokenizer),
         # The training length, since perplexity is measured on windows of at most as many tokens as positions.

@@ -263,7 +263,8 @@ def test_values_show_on_hover(show, diagnoses):
     assert point(browser, "angular", LEFT + 11.5 * step, TOP + 5) == ""
     text = point(browser, "ratio", LEFT + 2.5 * step, 100)
     layer = diagnoses[0].layers[2]
-    expected = [f"attention {layer['attention_ratio']:.3g}", f"MLP {layer['mlp_ratio']:.3g}"]
+    ratios = {"attention": "attention_ratio", "MLP": "mlp_ratio"}
+    expected = [f"{what} {layer[name]:.3g} ± {layer[f'{name}_error']:.3g}" for what, name in ratios.items()]
     assert text.split("\n") == ["layer 2", *expected]
     text = point(browser, "jacobian", LEFT + 4.5 * step, 100)
     assert re.fullmatch(r"layer 4\ndistance [\d.]+ ± [\d.]+", text)

@@ -43,7 +43,7 @@ def test_lists_that_nobody_named(own_table):
     hf_lnscale.register_family("llama", depth_fields={"widths": "each"}, overwrite=True)
     config.drop_layers = [1]
     assert config.widths == [1, 3, 4]
-    with pytest.raises(ValueError, match="'every' is not a rule; valid are each"):
+    with pytest.raises(ValueError, match="'every' is not a rule; use each"):
         hf_lnscale.register_family("llama", depth_fields={"widths": "every"}, overwrite=True)
 
 

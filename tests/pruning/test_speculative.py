@@ -100,7 +100,7 @@ def test_linear_attention_has_no_assisted_generation(family):
 
 
 class Allocated(TorchDispatchMode):
-    """Counts what tensor operations allocate."""
+    """Counts the numbers that tensor operations put into memory."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numbers += out.numel() if isinstance(out, torch.Tensor) else 0
+        self.numbers += out.numel() if isinstance(out, torch.Tensor) and not out.is_meta else 0
         return out
 
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 import recipe
 import tiny
@@ -270,8 +270,9 @@ def wrong(here):
     recipe.write_rows(here / "other.jsonl", [{"content": "some text"}] * 9)
     (here / "empty.jsonl").write_text("")
     (here / "empty.txt").write_text("")
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)).save_pretrained(here / "gpt2")
-    recipe.tokenizer().save_pretrained(here / "gpt2")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "attention_hidden_size": 8}
+    RwkvForCausalLM(RwkvConfig(**sizes, vocab_size=300)).save_pretrained(here / "rwkv")
+    recipe.tokenizer().save_pretrained(here / "rwkv")
     recipe.save_model(here / "wide", hidden_size=64)
     other = recipe.tokenizer()
     other.add_tokens(["<more>"])
@@ -299,7 +300,7 @@ BAD = {
         r"36 of 36 rows have",
     ),
     "text for sft": ("sft", "--dataset_name text.jsonl", r"columns text; sft\.py reads 'messages'.*continue_pretrain"),
-    "family": ("continue_pretrain", "--model_name_or_path gpt2", r"gpt2"),
+    "family": ("continue_pretrain", "--model_name_or_path rwkv", r"model_type 'rwkv': its layers do not all have"),
     "no checkpoint": ("continue_pretrain", "--model_name_or_path /nowhere/x", r"there is no folder '/nowhere/x'"),
     "no such name": (
         "continue_pretrain",
@@ -337,7 +338,9 @@ BAD = {
     "config": ("sft", "--config nowhere", r"no file 'nowhere'; those that come with sft are .*qwen3-8b"),
     "checkpoint": ("continue_pretrain", "--resume_from_checkpoint /nowhere", r"there is no folder '/nowhere'"),
     "shape": ("pretrain", "--hidden_size 30", r"hidden_size 30 is not a multiple of num_attention_heads 4"),
-    "new family": ("pretrain", "--family gpt2", r"family must be one of llama,"),
+    "no family": ("pretrain", "--family xlnet", r"family must be the model_type of one that can be scaled .* 'xlnet'"),
+    "post-norm": ("pretrain", "--family olmo2", r"family must be .*, got 'olmo2'"),
+    "other sizes": ("pretrain", "--family gpt2", r"family 'gpt2' has no intermediate_size in its configuration"),
     "eval_samples": ("continue_pretrain", "--eval_samples 0", r"eval_samples must be at least 1"),
 }
 
