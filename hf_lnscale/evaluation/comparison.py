@@ -272,6 +272,8 @@ def evaluate(
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
     device = placement.main_device
     configs = [read_config(name) for name in names]
+    # All that can be wrong is found before anything is measured.
+    tokenizers = [load_tokenizer(name) if data is not None or tasks else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
     if data is not None:
@@ -279,7 +281,7 @@ def evaluate(
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-        texts = first_bytes(documents(data, load_tokenizer(names[0])), max_bytes)
+        texts = first_bytes(documents(data, tokenizers[0]), max_bytes)
         if not any(text.strip() for text in texts):
             raise ArgumentError("data", source, problem="holds no text")
 
@@ -291,9 +293,8 @@ def evaluate(
             *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
         )
     figures = []
-    for name, config, label, cost in zip(names, configs, labels, costs, strict=True):
+    for name, config, tokenizer, label, cost in zip(names, configs, tokenizers, labels, costs, strict=True):
         model: Any = placement.load(name)
-        tokenizer = load_tokenizer(name) if texts is not None or tasks else None
         text_figures = None
         if texts is not None:
             text_figures = perplexity(

@@ -428,6 +428,11 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate(plain, folder / "text.txt", seq_len=100)
     with pytest.raises(OSError, match="'no-such/model'"):
         evaluate([plain, "no-such/model"], folder / "text.txt")
+    tiny.model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare' has no tokenizer"):
+        evaluate([plain, tmp_path / "bare"], folder / "text.txt")
+    with pytest.raises(ValueError, match="bare' has no tokenizer"):
+        evaluate([plain, tmp_path / "bare"], tasks=[str(folder / "choice.yaml")])
 
 
 def test_a_mean_of_other_things_is_not_paired():
