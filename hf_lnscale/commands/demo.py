@@ -238,8 +238,9 @@ class Demo:
         figure = Figure(figsize=(11, 7.5), layout="constrained")
         for axis, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             for label, values in lines.items():
-                axis.plot(values, "o-", ms=4, label=label)
+                axis.plot(values, "o-", ms=4, label=label.replace("variance_without_first", "without the first token"))
             axis.set_title(title, loc="left")
+            axis.locator_params(axis="x", integer=True)
             axis.set_yscale("log" if "variance" in title else "linear")
             axis.legend(handles=axis.lines, frameon=False)
         figure.savefig(path, dpi=150)
