@@ -52,7 +52,8 @@ faults: $(STAMP)
 	$(BIN)/python tests/faults/kills.py $(ARGS)
 
 docs: $(STAMP)
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale hf_lnscale.diagnosis hf_lnscale.training
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hf_lnscale hf_lnscale.diagnosis \
+		hf_lnscale.training.warmup hf_lnscale.training.depth_stats
 
 compat-versions: $(STAMP)
 	$(BIN)/python tests/compat/versions.py $(ARGS)
