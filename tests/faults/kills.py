@@ -40,6 +40,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(ROOT / "wheel")]
 import gguf  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import hf_lnscale  # noqa: E402, F401
@@ -66,12 +67,25 @@ with out.open("wb") as file:
 """
 
 
+def content(file: Path) -> str:
+    """A hash of a file. Of tensors and metadata for safetensors, which writes the metadata in any order."""
+    if file.suffix != ".safetensors":
+        return sha256(file.read_bytes()).hexdigest()
+    with safe_open(file, "pt") as opened:
+        found = sha256(json.dumps(opened.metadata(), sort_keys=True).encode())
+        for name in sorted(opened.keys()):
+            tensor = opened.get_tensor(name)
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def hashes(path: Path, *left_out: str) -> Any:
     """The content of a file, or of the files in a folder, but for names that end in one of `left_out`."""
     if path.is_file():
-        return sha256(path.read_bytes()).hexdigest()
+        return content(path)
     return {
-        one.relative_to(path).as_posix(): sha256(one.read_bytes()).hexdigest()
+        one.relative_to(path).as_posix(): content(one)
         for one in sorted(path.rglob("*"))
         if one.is_file() and not one.name.endswith(left_out)
     }
@@ -95,13 +109,12 @@ def evaluation(path: Path) -> Any:
 
 
 def trained(path: Path) -> Any:
-    """A run of a recipe that is finished; the losses of its steps are those of one that was never stopped."""
+    """A run of a recipe that is finished; the losses of its steps are those of one that was never stopped.
+
+    Which checkpoints lie beside the model depends on where it was stopped: SIGTERM saves one more.
+    """
     metrics = json.loads((path / "metrics.json").read_text())
-    return (
-        metrics["eval_loss"],
-        recipe.losses(path),
-        hashes(path, ".json", ".md", ".bin", ".png", ".pt", ".pth", ".jsonl"),
-    )
+    return metrics["eval_loss"], recipe.losses(path), content(path / "model.safetensors")
 
 
 @dataclass
