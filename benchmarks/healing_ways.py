@@ -1,0 +1,305 @@
+"""Ways of training a pruned model, at equal cost: which of them win back what the whole model could do?
+
+    python benchmarks/healing_ways.py MODEL --text wiki.txt --layers 12 13 14 17   # a run: 1 to 2 minutes on a core
+    python benchmarks/healing_ways.py MODEL --text wiki.txt --layers 12 13 14 17 --only-tables
+
+Training on text teaches the text, to a whole model as well as to a pruned one. So each way is told against its control:
+the whole model trained in the same way on the same tokens, or, where the whole model itself is the target, the whole
+model as it is. The gap to it, in nats a token, is what the cut still costs. It is measured on held-out text of the
+training kind and on kinds that are never trained on: Python's documentation and the source of its standard library.
+
+Every run may spend as much: `--budget` forward passes of the pruned model over a batch, of which a step takes one, as
+many again for the gradients of activations and of weights, as far as it needs them, and the whole model's share where
+it teaches. Each way runs from the cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut,
+at each learning rate of its grid, and then, at the one with the least mean gap, with the other seeds. A finished run is
+a line of `--out` and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_lnscale
+from hf_lnscale.core.display import markdown
+from hf_lnscale.measuring.sample import default_sources, own_text
+from hf_lnscale.measuring.text import Windows, token_batches
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STARTS = ("closed form", "bare cut")
+FULL, LORA, HEAD = (1e-4, 3e-4), (1e-3, 3e-3), (3e-4, 1e-3)
+
+
+class Way(NamedTuple):
+    """What is trained, on which text, for which loss.
+
+    Attributes:
+        trained: "all", "lora" (on the MLPs, rank 16), or "last" (the output head and the last three layers).
+        loss: "text" (cross entropy), or the divergence from the whole model: "forward" KL, "reverse" KL, or "hidden"
+            (forward KL, and the squared difference of the last hidden states, by their mean square).
+        own: whether the whole model wrote the text that is trained on.
+        rates: peak learning rates.
+    """
+
+    trained: str
+    loss: str
+    own: bool
+    rates: tuple[float, ...]
+
+    def cost(self, model: Any, whole: Any) -> float:
+        """Forward passes of the pruned model that a step costs, by the parameters that it touches."""
+        size = model.num_parameters()
+        layers = model.config.num_hidden_layers
+        back = 3 / layers if self.trained == "last" else 1.0
+        changed = sum(part.numel() for part in trained_parameters(model, self)) / size
+        teacher = whole.num_parameters() / size if self.loss != "text" else 0.0
+        return 1 + back + changed + teacher
+
+
+WAYS = {
+    "text, in full": Way("all", "text", False, FULL),
+    "text, LoRA": Way("lora", "text", False, LORA),
+    "text, head and last 3 layers": Way("last", "text", False, HEAD),
+    "the whole model's own text, in full": Way("all", "text", True, FULL),
+    "forward KL, in full": Way("all", "forward", False, FULL),
+    "forward KL, LoRA": Way("lora", "forward", False, LORA),
+    "reverse KL, in full": Way("all", "reverse", False, FULL),
+    "forward KL and hidden states, in full": Way("all", "hidden", False, FULL),
+    "forward KL on its own text, in full": Way("all", "forward", True, FULL),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; equal ones are not repeated. `start` "whole": the control, for as many steps."""
+
+    model: str
+    layers: str
+    way: str
+    start: str
+    rate: float
+    seed: int
+    budget: int
+
+
+Records = dict[Run, dict[str, Any]]
+
+
+def trained_parameters(model: Any, way: Way) -> list[torch.nn.Parameter]:
+    if way.trained != "last":
+        return [part for part in model.parameters() if part.requires_grad]
+    modules = [model.get_output_embeddings(), model.base_model.norm, *model.base_model.layers[-3:]]
+    return list({id(part): part for module in modules for part in module.parameters()}.values())
+
+
+def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean over all predicted tokens, in nats."""
+    with torch.no_grad():
+        target = whole(input_ids=ids_BT, output_hidden_states=kind == "hidden")
+        target_log_p = target.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+    found = model(input_ids=ids_BT, output_hidden_states=kind == "hidden")
+    log_p = found.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+    pair = (target_log_p, log_p) if kind == "reverse" else (log_p, target_log_p)
+    loss = functional.kl_div(*pair, reduction="batchmean", log_target=True)
+    if kind == "hidden":
+        wanted = target.hidden_states[-1].float()
+        loss = loss + (found.hidden_states[-1].float() - wanted).square().mean() / wanted.square().mean()
+    return loss
+
+
+class Bench:
+    """The models, the text, and what has been found."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.name, self.layers = Path(args.model).name, " ".join(map(str, args.layers))
+        out = Path(args.out)
+        self.records: Records = {}
+        for line in out.read_text().splitlines() if out.exists() else []:
+            found = json.loads(line)
+            self.records[Run(**found.pop("run"))] = found
+
+    def load(self) -> None:
+        args = self.args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.whole = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval()
+        text = Path(args.text).read_text(encoding="utf-8").replace("<unk>", "unk")
+        cut = text.index("\n", len(text) * 4 // 5)
+        self.train_text = [text[:cut]]
+        seq_len, count = args.seq_len, args.budget * args.batch_size
+
+        def windows(texts: Any, number: int) -> torch.Tensor:
+            size = Windows(number * seq_len, seq_len)
+            found = token_batches(texts, tokenizer=self.tokenizer, windows=size)
+            return torch.cat([batch.input_ids for batch in found])[:number].to(DEVICE)
+
+        judged = {"text": [text[cut:]], **default_sources()}
+        self.judged = {name: windows(texts, args.judged) for name, texts in judged.items()}
+        own = Path(args.out).with_suffix(f".{self.name}.own.pt")
+        if not own.exists():
+            torch.save(torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len)), own)
+        self.train = {False: windows(self.train_text, count), True: torch.load(own).to(DEVICE)}
+        self.starts = {"whole": self.whole}
+        bare = copy.deepcopy(self.whole)
+        self.starts["bare cut"] = hf_lnscale.drop_layers(bare, args.layers)
+        healed = copy.deepcopy(self.whole)
+        size = Windows(args.heal_tokens, seq_len)
+        hf_lnscale.heal(healed, args.layers, {"text": self.train_text}, tokenizer=self.tokenizer, windows=size)
+        self.starts["closed form"] = hf_lnscale.drop_layers(healed, args.layers)
+
+    def run(self, way: str, start: str, rate: float = 0.0, seed: int = 0) -> Run:
+        return Run(self.name, self.layers, way, start, rate, seed, self.args.budget)
+
+    def controlled(self, run: Run) -> Run:
+        """The run whose model is what this one should be like."""
+        if WAYS[run.way].loss == "text":
+            return self.run(run.way, "whole", run.rate, run.seed)
+        return self.run("none", "whole")
+
+    def queue(self) -> Iterator[Run]:
+        for start in ("whole", *STARTS):
+            yield self.run("none", start)
+        for seed in range(self.args.seeds):
+            for start, way in itertools.product(STARTS, WAYS):
+                rates = WAYS[way].rates if seed == 0 else [self.best(way, start)]
+                for run in (self.run(way, start, rate, seed) for rate in rates):
+                    yield from dict.fromkeys((self.controlled(run), run))
+
+    @torch.no_grad()
+    def losses(self, model: Any) -> dict[str, list[float]]:
+        """Of each judged window, in nats a token."""
+        model.eval()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return {
+                name: [model(input_ids=one[None], labels=one[None]).loss.item() for one in windows]
+                for name, windows in self.judged.items()
+            }
+
+    def train_one(self, run: Run) -> dict[str, Any]:
+        model = copy.deepcopy(self.starts[run.start])
+        if run.way == "none":
+            return {"losses": self.losses(model)}
+        way, args = WAYS[run.way], self.args
+        torch.manual_seed(run.seed)
+        if way.trained == "lora":
+            targets = ["gate_proj", "up_proj", "down_proj"]
+            model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+        trained = trained_parameters(model, way)
+        model.requires_grad_(False)
+        for part in trained:
+            part.requires_grad_()
+        # The control takes the steps that the pruned model takes.
+        reference = model if way.trained == "lora" else self.starts["bare cut"]
+        steps = int(args.budget // way.cost(reference, self.whole))
+        rows = self.train[way.own]
+        order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * args.batch_size // len(rows)))])
+        optimizer = torch.optim.AdamW(trained, lr=run.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        model.train()
+        started = time.process_time()
+        for step in range(steps):
+            done = (step + 0.5) / steps
+            warmup = min(1.0, done / 0.1)
+            optimizer.param_groups[0]["lr"] = run.rate * warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+            ids_BT = rows[order[step * args.batch_size : (step + 1) * args.batch_size]]
+            with torch.autocast(DEVICE, torch.bfloat16):
+                if way.loss == "text":
+                    loss = model(input_ids=ids_BT, labels=ids_BT).loss
+                else:
+                    loss = divergence(model, self.whole, ids_BT, way.loss)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.process_time() - started
+        return {"losses": self.losses(model), "steps": steps, "core_seconds": round(seconds, 1)}
+
+    def gaps(self, run: Run) -> dict[str, tuple[float, float]]:
+        """For each kind of text the gap to the control in nats a token, and its standard error over windows."""
+        found = {}
+        control = self.records[self.controlled(run) if run.way != "none" else self.run("none", "whole")]["losses"]
+        for name, losses in self.records[run]["losses"].items():
+            pairs = [a - b for a, b in zip(losses, control[name], strict=True)]
+            found[name] = statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+        return found
+
+    def best(self, way: str, start: str) -> float:
+        """The learning rate with the least mean gap of seed 0, of those that have been run."""
+        there = [rate for rate in WAYS[way].rates if self.run(way, start, rate) in self.records]
+        gap = lambda rate: statistics.fmean(one for one, _ in self.gaps(self.run(way, start, rate)).values())  # noqa: E731
+        return min(there, key=gap, default=math.nan)
+
+    def tables(self) -> Iterator[str]:
+        for start in STARTS:
+            if self.run("none", start) not in self.records:
+                continue
+            rows = [["not trained", "", "", "", *self.cells([self.run("none", start)])]]
+            for way in WAYS:
+                rate = self.best(way, start)
+                runs = [self.run(way, start, rate, seed) for seed in range(self.args.seeds)]
+                if runs := [run for run in runs if run in self.records]:
+                    steps = str(self.records[runs[0]]["steps"])
+                    rows.append([way, f"{rate:g}", steps, str(len(runs)), *self.cells(runs)])
+            kinds = self.records[self.run("none", start)]["losses"]
+            head = [name for kind in kinds for name in (f"{kind}: loss", "gap")]
+            yield f"\nFrom the {start}, {self.name} without layers {self.layers}, {self.args.budget} passes\n"
+            yield markdown(["way", "rate", "steps", "seeds", *head], rows)
+
+    def cells(self, runs: list[Run]) -> list[str]:
+        """Loss and gap on each kind, mean over seeds; its error is that over windows, or over seeds if larger."""
+        cells = []
+        for kind in self.records[runs[0]]["losses"]:
+            loss = statistics.fmean(statistics.fmean(self.records[run]["losses"][kind]) for run in runs)
+            gaps = [self.gaps(run)[kind] for run in runs]
+            over_seeds = statistics.stdev(gap for gap, _ in gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+            error = max(statistics.fmean(error for _, error in gaps), over_seeds)
+            cells += [f"{loss:.3f}", f"{statistics.fmean(gap for gap, _ in gaps):+.3f} ± {error:.3f}"]
+        return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a whole model, Llama-like")
+    parser.add_argument("--text", required=True, help="a text file; the last fifth is held out")
+    parser.add_argument("--layers", type=int, nargs="+", required=True, help="to drop")
+    parser.add_argument("--budget", type=int, default=192, help="forward passes of the pruned model over a batch")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--heal-tokens", type=int, default=16_384, help="for the closed form")
+    parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", default="build/healing_ways.jsonl")
+    parser.add_argument("--only-tables", action="store_true", help="print what has been found so far")
+    args = parser.parse_args()
+    bench = Bench(args)
+    if not args.only_tables:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        bench.load()
+        for run in bench.queue():
+            if run in bench.records:
+                continue
+            found = bench.train_one(run)
+            bench.records[run] = found
+            with Path(args.out).open("a") as file:
+                file.write(json.dumps({"run": asdict(run), **found}) + "\n")
+            means = {kind: round(statistics.fmean(losses), 3) for kind, losses in found["losses"].items()}
+            print(f"{run.start}, {run.way}, {run.rate:g}, seed {run.seed}: {means}", flush=True)
+    for table in bench.tables():
+        print(table)
+
+
+if __name__ == "__main__":
+    main()
