@@ -1,158 +1,324 @@
-"""What dropping layers costs, by the rule that chose them: perplexity before and after healing, without any training.
+"""What dropping layers costs without any training: every rule on the same data, judged on its text and on others.
 
-    python benchmarks/pruning_quality.py CHECKPOINT TEXT_FILE --dtype bfloat16
+    python benchmarks/pruning_quality.py MODEL --given wiki.txt --never licences.txt cpp.txt --layers 2 4 6  # resumes
+    python benchmarks/pruning_quality.py FOLDER --gguf FILE ...  # of a GGUF file
+    python benchmarks/pruning_quality.py MODEL ... --only-tables  # what is there so far
 
-Layers are chosen and healing is fitted on the first part of the text; perplexity is on its last windows, which neither
-has seen. Peers are run by their rule, on the same data: "deepest" and "angular" of Gromov et al. (arXiv 2403.17887),
-"block_influence" of ShortGPT (2403.03853), "angular" healed by "replaceme" as that is published (2505.02819, section 3:
-plain least squares over all tokens), and by our "linear", the same map with a penalty that held-out loss chooses.
+Layers are chosen and cuts repaired on the start of `--given`; its end, and the start of each of `--never`, are judged.
+A figure is the increase in perplexity over the whole model, with its standard error over windows; of the kinds never
+given it is that of the geometric mean. Peers are written anew from their papers:
+
+- deepest: the last layers but the very last, as Gromov et al. find simplest (arXiv 2403.17887).
+- Block Influence: one pass, lowest first (ShortGPT, arXiv 2403.03853).
+- Prune&Comp (arXiv 2507.18212): the same layer by layer, measured anew after each; a factor after each cut gives the
+  residual stream the size, a mean of absolute values, that it had there.
+- SLEB (arXiv 2402.09025): layer by layer, the one without which the loss is least; on a quarter of the tokens.
+- angular block: the contiguous block of least angular distance (Gromov et al.).
+- LinearPatch (arXiv 2505.24680) on that block: a factor for each channel of the stream, in a Hadamard basis (blocks of
+  the largest power of two that divides the hidden size).
+- ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares, or by cosine
+  distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens a batch).
+- prune: `hf_lnscale.prune` as it comes, given that text; and without it (`data=None`), on Python's English and code.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
+import functools
+import itertools
+import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lnscale.measuring.losses import loss_without
+import hf_lnscale
+from hf_lnscale.core.display import markdown
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
-from hf_lnscale.pruning.heal import healed
 from hf_lnscale.pruning.prune import plan_pruning
-from hf_lnscale.pruning.scores import METHODS as ONE_SHOT
 from hf_lnscale.pruning.scores import score_layers
 
-PEERS = ("deepest", "block_influence", "angular")
-STEPWISE = ("greedy", "greedy_healed")
-# They measure the model without each layer, and those above at every step.
-COSTLY = ("perplexity", "kl", *STEPWISE)
-OURS = (*COSTLY, "best_of")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parts(
-    text: Path, model: torch.nn.Module, calibration: int, test: int, seq_len: int
-) -> tuple[TokenBatches, TokenBatches]:
-    """The first windows of the text, and the last ones."""
-    batches = token_batches(text, model, windows=Windows(num_tokens=None, seq_len=seq_len))
-    rest, last = batches.split(test / batches.num_tokens)
-    first, _ = rest.split(1 - calibration / rest.num_tokens)
-    return first, last
+@dataclass(frozen=True)
+class Row:
+    """One cut; equal ones are not made again."""
+
+    model: str
+    rule: str
+    layers: int
+    tokens: int
 
 
-def choose(model: torch.nn.Module, method: str, counts: list[int], data: TokenBatches, cache: Path | None) -> dict:
-    """The layers that a rule drops, for each number of layers."""
-    total = model.config.num_hidden_layers
-    if method == "deepest":
-        return {n: list(range(total - 1 - n, total - 1)) for n in counts}
-    if method in STEPWISE:  # step by step: the longest one has them all
-        file = cache / f"{method}.json" if cache else None
-        plan = plan_pruning(model, data, num_layers=max(counts), method=method, resume=file)
-        return {n: plan.steps[n - 1]["layers"] for n in counts}
-    calibration, _ = data.split(0.25)  # as plan_pruning does
-    if method in ONE_SHOT:
-        scores = score_layers(model, calibration, method)
-        return {n: scores.lowest(n) for n in counts}
-    return {n: list(plan_pruning(model, data, num_layers=n, method=method).layers) for n in counts}
+class Data:
+    """What every rule is given.
 
-
-@contextmanager
-def replaceme(model: torch.nn.Module, gone: list[int], data: TokenBatches) -> Iterator[None]:
-    """ReplaceMe's closed form, T = (M^T M)^-1 M^T (L - Y), folded into `down_proj`; written anew from the paper.
-
-    M is the MLP's output in front of the cut, Y what it is added to, L the state behind the cut. No penalty, nothing
-    held out.
+    Attributes:
+        text: the documents to choose and to repair by.
+        batches: the same as token ids; `quarter`: the start of it.
+        windows: their sizes.
+        most: layers that will go at most.
     """
-    layers, seen = model.model.layers, {}
-    before, after = layers[gone[0] - 1], layers[gone[-1]]
-    mm, ml = 0.0, 0.0
-    watched = {"m": before.mlp, "y": before, "l": after}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, name=name: seen.__setitem__(name, output.double().flatten(0, 1))
+
+    def __init__(self, path: Path, tokenizer: Any, tokens: int, seq_len: int, most: int) -> None:
+        self.most = most
+        text = path.read_text(encoding="utf-8").replace("<unk>", "unk")
+        cut = text.index("\n", len(text) * 4 // 5)
+        self.text, self.judged = [text[:cut]], [text[cut:]]
+        self.tokenizer, self.windows = tokenizer, Windows(tokens, seq_len)
+        self.batches = token_batches(self.text, tokenizer=tokenizer, windows=self.windows)
+        self.quarter = token_batches(self.text, tokenizer=tokenizer, windows=Windows(tokens // 4, seq_len))
+
+
+def cut(model: nn.Module, gone: list[int]) -> nn.Module:
+    return hf_lnscale.drop_layers(copy.deepcopy(model), sorted(gone))
+
+
+@torch.no_grad()
+def inputs_of(modules: dict[str, nn.Module], model: Any, batches: TokenBatches, use: Callable[[dict], None]) -> None:
+    """Runs a model and calls `use` for each batch with the inputs of modules, in double precision, shape (N, D)."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, given, keywords: seen.__setitem__(
+            name, (given[0] if given else keywords["hidden_states"]).double().flatten(0, 1)
         )
-        for name, module in watched.items()
-    ]
-    with torch.no_grad():
-        for batch in data:
-            model.model(**batch.to(model.device).model_inputs(), use_cache=False)
-            mm, ml = mm + seen["m"].T @ seen["m"], ml + seen["m"].T @ (seen["l"] - (seen["y"] - seen["m"]))
-        for hook in hooks:
-            hook.remove()
-        weight = before.mlp.down_proj.weight
-        saved = weight.clone()
-        weight.copy_(torch.linalg.solve(mm, ml).T @ weight.double())
-        yield
-        weight.copy_(saved)
+
+    handles = [one.register_forward_pre_hook(keep(name), with_kwargs=True) for name, one in modules.items()]
+    for batch in batches:
+        model.model(**batch.to(model.device).model_inputs(), use_cache=False)
+        use(seen)
+    for handle in handles:
+        handle.remove()
 
 
-def main(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a folder or a name on the Hub.")],
-    text: Annotated[Path, typer.Argument(help="A UTF-8 text file.")],
-    layers: Annotated[str, typer.Option(help="Numbers of layers to drop.")] = "2,4,6,8",
-    methods: Annotated[str, typer.Option(help="Rules to run.")] = ",".join((*PEERS, *OURS)),
-    heals: Annotated[
-        str, typer.Option(help="Healings to run after each; an empty string for none.")
-    ] = "replaceme,linear,refit",
-    calibration: Annotated[int, typer.Option(help="Tokens to choose and to fit by; a quarter judges.")] = 32_768,
-    search: Annotated[
-        int | None,
-        typer.Option(help=f"Fewer tokens to choose by for {', '.join(COSTLY)}, which measure without each layer."),
-    ] = None,
-    test: Annotated[int, typer.Option(help="Tokens at the end of the text to measure on.")] = 8_192,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
-    cache: Annotated[Path | None, typer.Option(help="Folder for what searches have found, to go on from.")] = None,
-) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-    data, last = parts(text, model, calibration, test, seq_len)
-    fewer, _ = parts(text, model, search or calibration, test, seq_len)
-    counts = [int(n) for n in layers.split(",")]
-    full = math.exp(loss_without(model, last))
-    table = Table(
-        "rule",
-        "healing",
-        *(f"{n} layers" for n in counts),
-        title=f"{os.path.basename(checkpoint)}, {dtype}: perplexity {full:.2f} with all layers; "
-        f"{data.num_tokens:,} tokens to choose by, {last.num_tokens:,} others to measure on",
-    )
-    notes = []
-    for method in methods.split(","):
-        chosen = choose(model, method, counts, fewer if method in COSTLY else data, cache)
-        notes += [f"{method}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
-        for heal in (None, *filter(None, heals.split(","))):
-            if heal == "replaceme" and method not in ("deepest", "angular"):
-                continue  # it is for one contiguous block
-            if method == "best_of" and heal:  # it chooses by what healing makes of the proposals
-                chosen = {n: list(plan_pruning(model, data, num_layers=n, heal=heal).layers) for n in counts}
-                notes += [f"{method} with {heal}, {n}: {sorted(gone)}" for n, gone in chosen.items()]
-            cells = []
-            for gone in chosen.values():
-                if heal is None:
-                    loss = loss_without(model, last, gone)
-                else:
-                    block = heal == "replaceme"
-                    with (
-                        replaceme(model, gone, data)
-                        if block
-                        else healed(model, gone, data, method=heal, progress=False)
-                    ):
-                        loss = loss_without(model, last, gone)
-                cells.append(f"{math.exp(loss):,.1f}")
-            table.add_row(method, heal or "none", *cells)
-            print(method, heal, *cells, flush=True)
-        table.add_section()
-    Console().print(table)
-    print(*notes, sep="\n")
+def after(model: Any, position: int) -> nn.Module:
+    """The module whose input is the residual stream after a layer."""
+    layers = model.model.layers
+    return layers[position + 1] if position + 1 < len(layers) else model.model.norm
+
+
+def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0].float()).to(output[0].dtype), *output[1:])
+        return change(output.float()).to(output.dtype)
+
+    module.register_forward_hook(hook)
+
+
+def block(model: Any, data: Data, count: int) -> list[int]:
+    return score_layers(model, data.batches, "angular").lowest(count)
+
+
+def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
+    model = copy.deepcopy(model)
+    for _ in range(count):
+        layers = list(range(len(model.model.layers)))
+        modules = {str(index): layer for index, layer in enumerate(model.model.layers)} | {"end": model.model.norm}
+        cosines, sizes = [0.0] * len(layers), [[0.0, 0.0] for _ in layers]
+
+        def add(seen: dict[str, torch.Tensor], cosines: list = cosines, sizes: list = sizes) -> None:
+            states = list(seen.values())
+            for index, (x_ND, y_ND) in enumerate(itertools.pairwise(states)):
+                cosines[index] += functional.cosine_similarity(x_ND, y_ND).sum().item()
+                sizes[index][0] += x_ND.abs().mean(-1).sum().item()
+                sizes[index][1] += y_ND.abs().mean(-1).sum().item()
+
+        inputs_of(modules, model, data.batches, add)
+        # What comes before the first layer has no output of a layer to be made larger.
+        gone = max(layers[1:], key=cosines.__getitem__)
+        factor = sizes[gone][1] / sizes[gone][0]
+        apply_to_output(model.model.layers[gone - 1], lambda x, factor=factor: x * factor)
+        hf_lnscale.drop_layers(model, [gone])
+    return model
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """An orthogonal matrix: blocks of Sylvester's, of the largest power of two that divides the size."""
+    part = torch.ones(1, 1, dtype=torch.float64)
+    while size % (2 * len(part)) == 0:
+        part = torch.cat([torch.cat([part, part], 1), torch.cat([part, -part], 1)])
+    return torch.block_diag(*[part / math.sqrt(len(part))] * (size // len(part)))
+
+
+def linear_patch(model: Any, data: Data, count: int) -> nn.Module:
+    gone = block(model, data, count)
+    h_DD = hadamard(model.config.hidden_size).to(model.device)
+    ratios: list[torch.Tensor] = []
+
+    def add(seen: dict[str, torch.Tensor]) -> None:
+        ratios.append(((seen["end"] @ h_DD).abs().mean(0)) / ((seen["start"] @ h_DD).abs().mean(0)))
+
+    inputs_of({"start": model.model.layers[gone[0]], "end": after(model, gone[-1])}, model, data.batches, add)
+    map_DD = (h_DD * torch.stack(ratios).mean(0) @ h_DD.T).float()
+    found: Any = cut(model, gone)
+    apply_to_output(found.model.layers[gone[0] - 1], lambda x: x @ map_DD)
+    return found
+
+
+def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
+    def repaired(model: Any, data: Data, count: int) -> nn.Module:
+        gone = block(model, data, count)
+        before = model.model.layers[gone[0] - 1]
+        # A norm on the branch's output, as in Gemma, belongs to it.
+        name = "post_feedforward_layernorm" if hasattr(before, "post_feedforward_layernorm") else "mlp"
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        outputs: list[torch.Tensor] = []
+        handle = before.get_submodule(name).register_forward_hook(
+            lambda _, __, output: outputs.append(output.double().flatten(0, 1))
+        )
+        inputs_of(
+            {"start": model.model.layers[gone[0]], "end": after(model, gone[-1])},
+            model,
+            data.batches,
+            lambda seen: pairs.append(((m := outputs.pop()), seen["end"] - (seen["start"] - m))),
+        )
+        handle.remove()
+        m_ND, target_ND = (torch.cat(part) for part in zip(*pairs, strict=True))
+        map_DD = torch.linalg.lstsq(m_ND, target_ND).solution if by == "least squares" else by_cosine(m_ND, target_ND)
+        found: Any = cut(model, gone)
+        apply_to_output(found.model.layers[gone[0] - 1].get_submodule(name), lambda x: x @ map_DD.float())
+        return found
+
+    return repaired
+
+
+def by_cosine(m_ND: torch.Tensor, target_ND: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)
+    m_ND, target_ND = m_ND.float(), target_ND.float()
+    map_DD = nn.Parameter(torch.eye(m_ND.shape[1], device=m_ND.device))
+    optimizer = torch.optim.Adam([map_DD], lr=1e-4)
+    for _ in range(10):
+        for rows in torch.randperm(len(m_ND)).split(1024):
+            optimizer.zero_grad()
+            (1 - functional.cosine_similarity(m_ND[rows] @ map_DD, target_ND[rows]).mean()).backward()
+            optimizer.step()
+    return map_DD.detach()
+
+
+def pruned(model: Any, text: Any, data: Data, count: int) -> nn.Module:
+    return hf_lnscale.prune(
+        copy.deepcopy(model), text, num_layers=count, tokenizer=data.tokenizer, windows=data.windows, progress=False
+    ).model
+
+
+@functools.cache
+def sleb_steps(model: Any, data: Data, most: int) -> list[list[int]]:
+    plan = plan_pruning(model, data.quarter, num_layers=most, method="greedy", progress=False)
+    return [step["layers"] for step in plan.steps]
+
+
+def sleb(model: Any, data: Data, count: int) -> nn.Module:
+    return cut(model, sleb_steps(model, data, data.most)[count - 1])
+
+
+def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
+    return lambda model, data, count: cut(model, score_layers(model, data.batches, method).lowest(count))
+
+
+RULES: dict[str, Callable[[Any, Data, int], nn.Module]] = {
+    "deepest": lambda model, data, count: cut(model, list(range(-1 - count, -1))),
+    "Block Influence": one_pass("block_influence"),
+    "Prune&Comp": prune_and_compensate,
+    "SLEB": sleb,
+    "angular block": one_pass("angular"),
+    "LinearPatch": linear_patch,
+    "ReplaceMe, least squares": replace_me("least squares"),
+    "ReplaceMe, cosine": replace_me("cosine"),
+    "prune": lambda model, data, count: pruned(model, data.text, data, count),
+    "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
+}
+
+
+@torch.no_grad()
+def losses(model: Any, judged: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Of each window, in nats a token."""
+    return {
+        name: [model(input_ids=one[None].to(DEVICE), labels=one[None].to(DEVICE)).loss.item() for one in windows]
+        for name, windows in judged.items()
+    }
+
+
+def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> str:
+    """Of the geometric mean of perplexities, with its standard error over windows."""
+    differences = [[a - b for a, b in zip(found[kind], whole[kind], strict=True)] for kind in kinds]
+    mean = statistics.fmean(statistics.fmean(one) for one in differences)
+    error = math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
+    if mean > math.log(11):
+        return f"x {math.exp(mean):,.0f}"
+    return f"+{math.expm1(mean):.1%} ± {math.exp(mean) * error:.1%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a whole model, Llama-like")
+    parser.add_argument("--gguf", help="name of a GGUF file in the folder")
+    parser.add_argument("--given", type=Path, required=True, help="a text file; the last fifth is judged")
+    parser.add_argument("--never", type=Path, nargs="+", required=True, help="text files of other kinds")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--tokens", type=int, default=16_384, help="to choose and to repair by")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--judged", type=int, default=16, help="windows of each kind")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument("--out", type=Path, default=Path("build/pruning_quality.jsonl"))
+    parser.add_argument("--only-tables", action="store_true")
+    args = parser.parse_args()
+    name = Path(args.model).name
+    found: dict[Row, dict[str, Any]] = {}
+    for line in args.out.read_text().splitlines() if args.out.exists() else []:
+        record = json.loads(line)
+        found[Row(**record.pop("row"))] = record
+    whole = Row(name, "whole", 0, args.tokens)
+    wanted = [whole, *(Row(name, rule, count, args.tokens) for count in args.layers for rule in args.rules)]
+    if not args.only_tables and not set(wanted) <= set(found):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf, dtype=args.dtype)
+        model = model.to(DEVICE).eval()
+        data = Data(args.given, tokenizer, args.tokens, args.seq_len, max(args.layers))
+        texts = {args.given.stem: data.judged} | {one.stem: [one.read_text(encoding="utf-8")] for one in args.never}
+        windows = Windows(args.judged * args.seq_len, args.seq_len)
+        judged = {
+            kind: torch.cat([b.input_ids for b in token_batches(text, tokenizer=tokenizer, windows=windows)])
+            for kind, text in texts.items()
+        }
+        for row in wanted:
+            if row in found:
+                continue
+            started = time.process_time()
+            smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
+            seconds = time.process_time() - started
+            found[row] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
+            with args.out.open("a") as file:
+                file.write(json.dumps({"row": asdict(row), **found[row]}) + "\n")
+            print(row.rule, row.layers, {k: round(statistics.fmean(v), 3) for k, v in found[row]["losses"].items()})
+    if whole not in found:
+        return
+    base = found[whole]["losses"]
+    shown = ", ".join(f"{kind} {math.exp(statistics.fmean(one)):.2f}" for kind, one in base.items())
+    print(f"\n{name}: perplexity of the whole model: {shown}\n")
+    kinds = [kind for kind in base if kind != args.given.stem]
+    table = []
+    for rule in args.rules:
+        cells = []
+        for count in args.layers:
+            row = found.get(Row(name, rule, count, args.tokens))
+            cells += [increase(row["losses"], base, one) if row else "" for one in ([args.given.stem], kinds)]
+        table.append([rule, *cells])
+    print(markdown(["rule", *(f"{n} layers, {kind}" for n in args.layers for kind in ("given", "never given"))], table))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
