@@ -63,7 +63,14 @@ class Cost:
 
 
 def work_of_search(
-    num_layers: int, target: Target, method: str, heal: str | None, calibration: int, judged: int, features: int
+    num_layers: int,
+    target: Target,
+    method: str,
+    heal: str | None,
+    calibration: int,
+    judged: int,
+    features: int,
+    more: int = 1,
 ) -> Work:
     """Work of one number of layers: of the smallest that can reach the target.
 
@@ -72,6 +79,7 @@ def work_of_search(
         target, method, heal: see `search_layers`.
         calibration, judged: tokens.
         features: input features of the weights that are fitted.
+        more: how many times as many tokens healing is fitted on and judged by.
     """
     dropped, total = target.least, float(num_layers)
     kept, held_out = total - dropped, 0.25 * calibration
@@ -100,10 +108,11 @@ def work_of_search(
         layers, head = layers + passes * calibration * total, head + (passes - 1) * 1.5 * calibration
     if fits:
         # The full model's states once for the first set, and for each other one from the places not passed before; of
-        # each fit the loss before, and with each penalty, from the cut on.
-        layers += calibration * total * (1 + (fits - 1) / 2) + fits * held_out * (1 + _PENALTIES) * kept / 2
-        head += held_out * (1 + fits * (1 + _PENALTIES))
-    return Work(layers, head, fits * 2.0 * calibration * features**2)
+        # each fit the loss before, with each penalty and, of several sources, without each of them, from the cut on.
+        passes = fits * (1 + _PENALTIES + (more > 1))
+        layers += more * (calibration * total * (1 + (fits - 1) / 2) + held_out * passes * kept / 2)
+        head += more * held_out * (1 + passes)
+    return Work(layers, head, fits * 2.0 * more * calibration * features**2)
 
 
 def estimate_cost(
@@ -120,14 +129,16 @@ def estimate_cost(
     width: int = config.hidden_size
     inner = getattr(config, "intermediate_size", None)
     features = inner if heal == "refit" and isinstance(inner, int) else width
-    work = work_of_search(total, target, method, heal, calibration.num_tokens, judged.num_tokens, features)
+    # Beside a single source the default ones are fitted and judged, with as many tokens together.
+    more = 2 if len(calibration.weights) == 1 and calibration.tokenizer else 1
+    work = work_of_search(total, target, method, heal, calibration.num_tokens, judged.num_tokens, features, more)
     per_layer, per_head, per_product = _unit_times(model, calibration.batches[0], min(features, 1024))
     parameters = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     fits = 8 * (2 * features**2 + 3 * features * width) if heal else 0
     # At both ends of each cut, and of the pruned model.
     places = 2 * (HEALED if method == "best_of" and "drop" not in target.words else 1) + 1
-    states = places * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
+    states = places * more * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
     batch = max(one.input_ids.numel() for one in calibration)
     at_once = min(batch, next(logit_slices(batch, config.vocab_size)).stop)
     # Of a layer, the states around it and about four matrices of its MLP's width; logits, log-probabilities and a copy.

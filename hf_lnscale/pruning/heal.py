@@ -92,7 +92,7 @@ def heal(
         method: one of `METHODS`.
         held_out: data to choose the penalty by and to measure on, whose sources are all judged; None holds a quarter of
             the sequences of each source out, and all of those of weight 0. Either way, English and Python code are
-            judged beside a single source, see `measuring.sample.with_default_sources`.
+            fitted, with little weight, and judged beside a single source, see `measuring.sample.with_default_sources`.
         tokenizer, windows: see `token_batches`. With token ids, a tokenizer serves to judge on other text.
         cross_validate: also fit without each source in turn, at the chosen penalty, to estimate the perplexity on text
             that was never fitted. Costs about as much as one more penalty.
@@ -173,13 +173,13 @@ class Healer:
             self.fitted = batches.only(*fitted)
             self.judged = token_batches(held_out, self.stack.model, tokenizer=tokenizer, windows=windows)
         self.given = self.judged  # by which layers are chosen
-        if len(self.given.weights) == 1:
+        if len(self.fitted.weights) == len(self.given.weights) == 1:
             if tokenizer := self.given.tokenizer or batches.tokenizer or tokenizer:
-                self.judged = with_default_sources(self.given, tokenizer)
+                self.fitted, self.judged = with_default_sources(self.fitted, self.given, tokenizer)
             else:
                 logger.warning(
                     "healing is fitted to and judged on one kind of text alone, and may do harm on others: `tokenizer` "
-                    "is not given, which these token ids could be judged beside other text with"
+                    "is not given, which other text could be put beside these token ids with"
                 )
         self._halves = SplitModel(model)
         self._changed: list[Copy] = []

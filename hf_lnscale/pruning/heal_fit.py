@@ -190,6 +190,9 @@ class _Moments:
     def copy(self) -> _Moments:
         return _Moments(self.xx_FF.clone(), self.xz_FD.clone())
 
+    def zeros(self) -> _Moments:
+        return _Moments(torch.zeros_like(self.xx_FF), torch.zeros_like(self.xz_FD))
+
     def solve_in_place(self, ridge: float) -> torch.Tensor:
         """The coefficients that explain z best, shape (F, D), |coefficients|^2 penalized. The moments are lost."""
         diagonal_F = self.xx_FF.diagonal()
@@ -323,8 +326,13 @@ class Cut:
         """How a source's loss changes by a fit to the others."""
         self.restore()
         others = self.token_weights.keys() - {name}
-        part = moments.copy()
-        self._add_moments(part, [name], -1.0)
+        tokens = {one: self.fitted[1].batches.only(one).num_tokens for one in self.token_weights}
+        if 2 * tokens[name] < sum(tokens.values()):
+            part = moments.copy()
+            self._add_moments(part, [name], -1.0)
+        else:  # no more work, and a difference of large numbers would be less exact
+            part = moments.zeros()
+            self._add_moments(part, others)
         self._write(self._fit(part.solve_in_place(ridge), ridge, others), blend)
         return self.judged[1].losses(only=name).mean - before.of[name].mean
 

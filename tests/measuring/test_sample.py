@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from hf_lnscale.measuring.sample import default_sources, own_text, with_default_sources
+from hf_lnscale.measuring.sample import default_sources, documents, own_text, train_tokenizer, with_default_sources
 from hf_lnscale.measuring.text import Windows, token_batches
 
 
@@ -59,15 +59,28 @@ def test_own_text_is_sampled_from_the_model():
 
 def test_default_sources_are_put_beside_another():
     text = [" ".join(["w5"] * 2000)]
-    for count, expected in ((64, 8), (9, 4), (2, 2)):
-        judged = token_batches(text, tokenizer=tokenizer(), windows=Windows(count * 16, 16, 5))
-        found = with_default_sources(judged, tokenizer())
-        assert found.weights == {"list": 1.0, "english": 0.0, "python": 0.0}
-        assert [found.only(name).num_sequences for name in found.weights] == [count, expected, expected]
-        assert {batch.input_ids.shape[1] for batch in found} == {16}
-        assert torch.equal(found.batches[0].input_ids, judged.batches[0].input_ids)
-    named = token_batches({"python": text}, tokenizer=tokenizer(), windows=Windows(64, 16))
-    assert list(with_default_sources(named, tokenizer()).weights) == ["python", "english", "default python"]
+    reader = train_tokenizer(documents()[:20], 300)
+    # Sequences of the data to judge and to fit, and those of each default source to fit and to judge.
+    for count, fitted_count, expected in ((64, 40, (20, 8)), (9, 11, (5, 4)), (2, 1, (1, 2))):
+        given = [
+            token_batches(text, tokenizer=reader, windows=Windows(number * 16, 16, 5))
+            for number in (fitted_count, count)
+        ]
+        found = with_default_sources(*given, reader)
+        for part, data, number in zip(found, given, expected, strict=True):
+            assert [part.only(name).num_sequences for name in part.weights][1:] == [number, number]
+            assert part.only("list").num_sequences == data.num_sequences
+            assert {batch.input_ids.shape[1] for batch in part} == {16}
+            assert torch.equal(part.batches[0].input_ids, data.batches[0].input_ids)
+        assert found[0].weights == {"list": 1.0, "english": 0.25, "python": 0.25}
+        rows = [
+            {tuple(row) for batch in part if batch.name != "list" for row in batch.input_ids.tolist()} for part in found
+        ]
+        assert not rows[0] & rows[1]
+    named = token_batches({"python": (text, 2.0)}, tokenizer=tokenizer(), windows=Windows(64, 16))
+    fitted, judged = with_default_sources(named, named, tokenizer())
+    assert fitted.weights == {"python": 2.0, "english": 0.5, "default python": 0.5}
+    assert list(judged.weights) == ["python", "english", "default python"]
 
 
 def test_batches_remember_their_tokenizer():

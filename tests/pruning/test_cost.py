@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from hf_lnscale import plan_pruning
+from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning import cost
 from hf_lnscale.pruning.cost import Cost, estimate_cost, work_of_search
@@ -17,13 +18,19 @@ DATA = token_batches([tiny.tokens(16, 16, seed=seed) for seed in range(4)])
 CALIBRATION, JUDGED = DATA.split(0.25)
 
 
-@pytest.mark.parametrize("heal", [None, "linear"])
-@pytest.mark.parametrize("method", SEARCH_METHODS)
-def test_the_work_of_a_search(method, heal):
+RUNS = [(method, heal, 1) for method in SEARCH_METHODS for heal in (None, "linear")]
+
+
+# Beside the default sources twice as much is fitted and judged.
+@pytest.mark.parametrize(("method", "heal", "more"), [*RUNS, ("best_of", "linear", 2)])
+def test_the_work_of_a_search(method, heal, more):
     """Tokens through decoder layers and through the head, counted by hooks."""
+    calibration, judged = DATA.split(0.25)
+    if more == 2:
+        calibration.tokenizer = train_tokenizer(documents()[:20], 300)
     if method == "greedy_healed":
         heal = "linear"
-    model = tiny.model(num_hidden_layers=L)
+    model = tiny.model(num_hidden_layers=L, vocab_size=300)
     run = {"layers": 0, "head": 0}
 
     def count(name, tokens):
@@ -33,8 +40,8 @@ def test_the_work_of_a_search(method, heal):
         layer.register_forward_hook(lambda _, args, __: count("layers", args[0].shape[0] * args[0].shape[1]))
     model.lm_head.register_forward_hook(lambda _, args, __: count("head", args[0].shape[0] * args[0].shape[1]))
     target = search_target(model, ("num_layers", 3))
-    search_layers(model, target, method, heal, CALIBRATION, JUDGED, progress=False)
-    said = work_of_search(L, target, method, heal, CALIBRATION.num_tokens, JUDGED.num_tokens, features=32)
+    search_layers(model, target, method, heal, calibration, judged, progress=False)
+    said = work_of_search(L, target, method, heal, calibration.num_tokens, judged.num_tokens, features=32, more=more)
     # Backward passes are not run by hooks, and penalties are not all tried.
     backward = 2 * CALIBRATION.num_tokens if method == "taylor" else 0
     assert 0.7 < said.layers / (run["layers"] + backward * L) < 1.5

@@ -503,7 +503,7 @@ def test_a_fit_that_makes_a_source_worse_is_moved_back():
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight.data, old + step.blend * change)
 
 
-def test_one_source_is_judged_beside_the_default_ones(monkeypatch, caplog):
+def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, caplog):
     model, removed = speaker(), [1, 2]
     ids, weights = text_of(model, 48), copy.deepcopy(model.state_dict())
     words = models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0")
@@ -515,18 +515,18 @@ def test_one_source_is_judged_beside_the_default_ones(monkeypatch, caplog):
         return [" ".join(f"w{token}" for token in ids_BT.flatten().tolist())]
 
     assert quietly(model, removed, ids).never_fitted == {}
-    assert "judged on one kind of text alone" in caplog.text
+    assert "fitted to and judged on one kind of text alone" in caplog.text
     alone = copy.deepcopy(model)
-    # What the model writes when it is moved a tenth of the way, and what it writes as it is.
+    # What the model writes when it is moved a fifth of the way, and what it writes as it is.
     down = model.model.layers[0].mlp.down_proj.weight.data
     old = weights["model.layers.0.mlp.down_proj.weight"]
-    down.copy_(old + 0.1 * (down - old))
-    other = text_of(model, 48, removed=removed)
+    down.copy_(old + 0.2 * (down - old))
+    other = text_of(model, 48, removed=removed, seed=1)
     down.copy_(old)
-    default = {"other": text(other), "same": text(text_of(model, 48, seed=1))}
+    default = {"other": text(other), "same": text(text_of(model, 48, seed=2))}
     monkeypatch.setattr(sample, "default_sources", lambda: default)
-    before = perplexity(model, other[:6], removed)
-    assert perplexity(alone, other[:6], removed) > before
+    before = perplexity(model, other[18:24], removed)
+    assert perplexity(alone, other[18:24], removed) > before
 
     caplog.clear()
     found = []
@@ -538,15 +538,23 @@ def test_one_source_is_judged_beside_the_default_ones(monkeypatch, caplog):
         (Dataset.from_dict({"text": text(ids)}), {}),
     ):
         with healed(model, removed, data, method="linear", progress=False, **known, **options) as report:
-            assert [source.weight for source in report.sources.values()] == [1, 0, 0]
+            assert [source.weight for source in report.sources.values()] == [1, 0.25, 0.25]
             after = report.sources["other"].perplexity_after
-            assert after == pytest.approx(perplexity(model, other[:6], removed))
+            assert after == pytest.approx(perplexity(model, other[18:24], removed))
             assert after <= before
-            never = [report.sources[name].perplexity_after for name in ("other", "same")]
-            assert report.never_fitted["after"] == pytest.approx(math.prod(never) ** 0.5)
+            never = [source.perplexity_left_out for source in report.sources.values()]
+            assert report.never_fitted["after"] == pytest.approx(math.prod(never) ** (1 / 3))
             assert report.kept
             found.append(down.clone())
     assert all(torch.equal(one, found[0]) for one in found)
+    # As if they had been given: 36 sequences are fitted and 12 judged, of each other source half as many.
+    sources = {"mine": ids, "other": other, "same": text_of(model, 48, seed=2)}
+    counts = {"mine": (36, 12), "other": (18, 6), "same": (18, 6)}
+    weights = {"mine": 1.0, "other": 0.25, "same": 0.25}
+    fitted = {name: (sources[name][: counts[name][0]], weights[name]) for name in sources}
+    judged = {name: sources[name][counts[name][0] :][: counts[name][1]] for name in sources}
+    with healed(model, removed, fitted, method="linear", progress=False, held_out=judged) as report:
+        assert torch.equal(down, found[0])
     assert not caplog.text
     # More than one source, and none: nothing is added.
     assert list(quietly(copy.deepcopy(model), removed, {"a": ids, "b": ids[:24]}, **known).sources) == ["a", "b"]
