@@ -118,7 +118,10 @@ def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
 
 
 def block(model: Any, data: Data, count: int) -> list[int]:
-    return score_layers(model, data.batches, "angular").lowest(count)
+    gone = score_layers(model, data.batches, "angular").lowest(count)
+    if not gone[0]:
+        raise ValueError("the angular block begins with the first layer, and none before it could be repaired")
+    return gone
 
 
 def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
