@@ -175,7 +175,7 @@ class Bench:
             yield self.run("none", start)
         for seed in range(self.args.seeds):
             for start, way in itertools.product(STARTS, WAYS):
-                rates = WAYS[way].rates if seed == 0 else [self.best(way, start)]
+                rates = WAYS[way].rates[: self.args.rates] if seed == 0 else [self.best(way, start)]
                 for run in (self.run(way, start, rate, seed) for rate in rates):
                     yield from dict.fromkeys((self.controlled(run), run))
 
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--heal-tokens", type=int, default=16_384, help="for the closed form")
     parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text")
+    parser.add_argument("--rates", type=int, default=2, help="learning rates of each grid to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="build/healing_ways.jsonl")
     parser.add_argument("--only-tables", action="store_true", help="print what has been found so far")
