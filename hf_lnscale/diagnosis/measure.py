@@ -43,21 +43,18 @@ class Streamed:
     Attributes:
         first, rest: moments at each place of the stream.
         typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
-        attention_L, mlp_L: norm of the sub-layer's output divided by that of the state it is added to; mean over all
-            tokens and over the rest, shape (L, 2).
-        influence_L: 1 - mean cosine of input and output, over all tokens and over the rest, shape (L, 2).
+        means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp", the norm of the
+            sub-layer's output divided by that of the state it is added to, and of "influence", 1 - the cosine of the
+            layer's input and output.
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
-        errors: standard errors over sequences of "attention", "mlp" and "influence", shape (L, 2), and of the
-            logarithm of "typical" and of "growth", which is that of a place minus that after the first layer, shape
-            (P,); NaN for one sequence.
+        errors: standard errors over sequences of the `means`, and of the logarithm of "typical" and of "growth", which
+            is that of a place minus that after the first layer, shape (P,); NaN for one sequence.
     """
 
     first: list[Moments]
     rest: list[Moments]
     typical_P: torch.Tensor
-    attention_L: torch.Tensor
-    mlp_L: torch.Tensor
-    influence_L: torch.Tensor
+    means: dict[str, torch.Tensor]
     angles_LL: torch.Tensor
     errors: dict[str, torch.Tensor]
 
@@ -90,8 +87,7 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     logs_PS, rest_S = torch.cat(pass_.logs, dim=-1), counts_2S[1]
     errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
     typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
-    return Streamed(pass_.first, pass_.rest, typical_P, **{f"{name}_L": mean for name, mean in means.items()},
-                    angles_LL=pass_.angles.mean(), errors=errors)  # fmt: skip
+    return Streamed(pass_.first, pass_.rest, typical_P, means, pass_.angles.mean(), errors)
 
 
 def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:

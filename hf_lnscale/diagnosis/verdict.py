@@ -127,8 +127,10 @@ def judge(
         "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
     }
     idle, inside = None, None
+    known: list[dict[str, Any]] = []
     if baseline:
-        idle = [one["layer"] for one in layers if one["loss_added"] < math.log1p(IDLE)]
+        known = [one for one in layers if one["loss_added"] is not None]
+        idle = [one["layer"] for one in known if one["loss_added"] < math.log1p(IDLE)]
         inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
@@ -150,7 +152,7 @@ def judge(
             *_on_growth(grown),
             *_on_massive(spikes),
             *_on_signs(signs),
-            *(_on_layers(idle or [], layers, baseline) if baseline else ()),
+            *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
     }
