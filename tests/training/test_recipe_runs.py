@@ -11,10 +11,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
+from hf_lnscale.commands.train import start
 from hf_lnscale.core.record import add_known_text
 from hf_lnscale.measuring.known_text import sketch
 from hf_lnscale.measuring.text import Windows, token_batches
-from hf_lnscale.training.start import start
+from hf_lnscale.training.scripts import import_recipe
 from recipe import SMALL
 
 pytestmark = pytest.mark.xdist_group("recipes")
