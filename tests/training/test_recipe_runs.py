@@ -178,6 +178,15 @@ def test_the_card_of_a_mixture(tmp_path, here):
     assert str(here) not in card
 
 
+def test_an_error_of_several_lines_is_told_whole_in_one(tmp_path, here, monkeypatch, capsys):
+    def fail(*told):
+        raise OSError("cannot read it:\n  the disk\n  is full")
+
+    monkeypatch.setattr(import_recipe("continue_pretrain"), "load_tokenizer", fail)
+    assert recipe.run("continue_pretrain", *words(here, tmp_path / "out")) == 1
+    assert capsys.readouterr().err.endswith("continue_pretrain: cannot read it: the disk is full\n")
+
+
 @pytest.mark.slow
 def test_every_way_to_start_a_recipe(tmp_path, here, capsys):
     """As a script, by `hf-lnscale train`, and from Python."""
