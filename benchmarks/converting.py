@@ -53,7 +53,6 @@ from transformers.utils import logging
 
 import hf_lnscale
 from hf_lnscale.core.stack import text_stack
-from hf_lnscale.diagnosis import loss_added_by_removing_each_layer, residual_variance
 from hf_lnscale.training import LNScalingWarmupCallback
 
 
@@ -246,10 +245,11 @@ def loss(model: LlamaForCausalLM, windows_NT: torch.Tensor, batch: int) -> float
 
 def figures(model: LlamaForCausalLM, held_out_NT: torch.Tensor, settings: Settings) -> dict[str, Any]:
     measured = measured_windows(held_out_NT, settings)
+    found = hf_lnscale.diagnose(model, measured, gradients=False, jacobian=False, progress=False)
     return {
         "evaluation_loss": loss(model, held_out_NT, settings.batch),
-        "residual_variance": residual_variance(model, measured, skip_tokens=1),
-        "loss_added_by_removing_each_layer": loss_added_by_removing_each_layer(model, measured),
+        "residual_variance": [place["variance_without_first"] for place in found.residual],
+        "loss_added_by_removing_each_layer": found.values("loss_added"),
         "scales": hf_lnscale.ln_scales(model),
     }
 

@@ -4,6 +4,7 @@ The source is read, not run. Type-checking imports count: a reader follows them 
 """
 
 import ast
+import functools
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,6 +20,23 @@ OTHERS = ("transformers", "peft", "trl", "accelerate", "datasets")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "startup")
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def own_names():
+    """What the package defines, or sets on an object."""
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.name
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        or (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    }
+
+
 def module_of(path):
     parts = ("hf_lnscale", *path.relative_to(PACKAGE).with_suffix("").parts)
     return parts[:-1] if parts[-1] == "__init__" else parts
@@ -31,7 +49,7 @@ def room_of(module):
 def imports_of(path):
     """(module, name) of everything that a file imports, absolute, wherever in the file the import stands."""
     package = module_of(path) if path.name == "__init__.py" else module_of(path)[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((tuple(alias.name.split(".")), None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,21 +117,14 @@ def test_private_parts_of_other_libraries_are_touched_in_hooks_alone(path):
         for module, name in imports_of(path)
         if module[0] in OTHERS and any(part.startswith("_") for part in (*module[1:], name or ""))
     ]
-    own = {
-        node.attr if isinstance(node, ast.Attribute) else node.name
-        for file in FILES
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        or (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
-    }
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     fields = {
         node.target.id
         for node in ast.walk(tree)
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     # Tensors and children of a torch module, and documented names of the standard library.
-    known = own | fields | {"_parameters", "_modules", "_buffers", "_getframe", "_exit", "_asdict", "_replace"}
+    known = own_names() | fields | {"_parameters", "_modules", "_buffers", "_getframe", "_exit", "_asdict", "_replace"}
     wrong += [
         f"line {node.lineno}: .{node.attr}"
         for node in ast.walk(tree)
@@ -133,7 +144,7 @@ def test_only_the_record_reads_and_writes_our_keys():
         f"{shown(path)}, line {node.lineno}: {node.value!r}"
         for path in FILES
         if shown(path) != "core/record.py"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Constant) and node.value in keys
     ]
     assert wrong == []

@@ -95,7 +95,7 @@ class Demo:
         from ..measuring.text import Windows
 
         if not (folder := smollm2_folder()).is_dir():
-            self.say("SmolLM2-135M is made a transformers checkpoint once, by hf-lnscale demo, in about half a minute.")
+            self.say("hf-lnscale demo converts SmolLM2-135M to a transformers checkpoint once, in about half a minute.")
             if self.fast:
                 return {"skipped": True}
             try:
@@ -134,28 +134,22 @@ class Demo:
                 "evaluation_losses": losses,
                 "residual_variance": [place["variance"] for place in found.residual],
                 "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
-                "loss_added": [layer["loss_added"] for layer in found.layers],
-                "loss_added_error": [layer["loss_added_error"] for layer in found.layers],
+                "loss_added": found.values("loss_added"),
+                "loss_added_error": found.values("loss_added_error"),
             }
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
-        both, layers = figures.values(), range(self.shape["num_hidden_layers"])
-        rows = [
-            (
-                "evaluation loss, nats per token",
-                *(with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in both),
-            ),
-            ("residual variance after layer 0", *(f"{one['residual_variance'][1]:.3g}" for one in both)),
-            (f"residual variance after layer {layers[-1]}", *(f"{one['residual_variance'][-1]:.3g}" for one in both)),
-            *(
-                (
-                    f"loss added without layer {i}",
-                    *(with_error(one["loss_added"][i], one["loss_added_error"][i], sign="+") for one in both),
-                )
-                for i in layers
-            ),
-        ]
-        self.console.print(terminal(("", *figures), rows))
+        columns = []
+        for one in figures.values():
+            added = zip(one["loss_added"], one["loss_added_error"], strict=True)
+            loss = one["evaluation_losses"][-1], one["evaluation_loss_error"]
+            columns.append({
+                "evaluation loss, nats per token": with_error(*loss),
+                "residual variance after layer 0": f"{one['residual_variance'][1]:.3g}",
+                f"residual variance after layer {len(found.layers) - 1}": f"{one['residual_variance'][-1]:.3g}",
+                **{f"loss added without layer {i}": with_error(*pair, sign="+") for i, pair in enumerate(added)},
+            })  # fmt: skip
+        self.console.print(terminal(("", *figures), [(name, *(one[name] for one in columns)) for name in columns[0]]))
         return figures
 
     def new_model(self, end: int, ln_scaling: bool) -> Any:

@@ -7,14 +7,13 @@ transformers: a verb imports what it runs when it runs.
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -63,11 +62,6 @@ app = typer.Typer(
 )
 
 
-@dataclass
-class _Options:
-    debug: bool = False
-
-
 def _version(show: bool) -> None:
     if show:
         print(__version__)
@@ -85,31 +79,17 @@ def _options(
     context.obj.debug = debug
 
 
-def _with_quiet_transformers(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with no hints from transformers on stderr while it runs."""
-
-    @functools.wraps(verb)
-    def quiet(*args: Any, **kwargs: Any) -> None:
-        with quiet_transformers():
-            verb(*args, **kwargs)
-
-    return quiet
-
-
-def _add(verb: Callable[..., None], **settings: Any) -> None:
-    app.command(**settings)(_with_quiet_transformers(verb))
-
-
+_quiet = quiet_transformers()  # a decorator too
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-_add(demo)
-_add(info)
-_add(diagnose)
-_add(train, context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_help=False)
-_add(evaluate)
-_add(prune)
-_add(export)
-_add(adopt)
-_add(push)
+app.command()(_quiet(demo))
+app.command()(_quiet(info))
+app.command()(_quiet(diagnose))
+app.command(context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_help=False)(_quiet(train))
+app.command()(_quiet(evaluate))
+app.command()(_quiet(prune))
+app.command()(_quiet(export))
+app.command()(_quiet(adopt))
+app.command()(_quiet(push))
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
 app.command(hidden=True, context_settings=_PASS_ON)(fold)
@@ -117,7 +97,7 @@ app.command(hidden=True, context_settings=_PASS_ON)(fold)
 
 def main() -> None:
     """Runs the command line; a failure is a line on stderr, with a hint where there is one, and exit code 1."""
-    options = _Options()
+    options = SimpleNamespace(debug=False)
     try:
         with leaving_on_sigterm("hf-lnscale"), _messages_on_stderr():
             app(prog_name="hf-lnscale", obj=options)

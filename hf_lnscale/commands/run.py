@@ -1,12 +1,61 @@
-"""`hf-lnscale run`."""
+"""`hf-lnscale run`: starts any Python program, unchanged, with the flags on in all its processes."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .program import become
+from ..core.processes import environment_with_flags
+
+# Programs, by the first part of their names, that take the configuration from transformers and read the weights by
+# themselves: they would lose the scale of a scaled checkpoint without an error.
+_READ_WEIGHTS = (
+    "convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "ctranslate2", "mlx_lm", "sglang",
+)  # fmt: skip
+
+
+def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
+    """The command line that runs a program.
+
+    Args:
+        program: a script, a command of this Python environment or of PATH, or with `module` the name of a module.
+        arguments: its arguments.
+        module: run `python -m program`.
+
+    Raises:
+        FileNotFoundError: if there is no such program; the message says where it was looked for.
+        ValueError: if the program is known to read weights without transformers, and would lose the scale.
+    """
+    named = program
+    if Path(program).name.startswith("python") and not module:  # python -m name, or python file
+        named = next((word for word in arguments if not word.startswith("-")), program)
+    name = Path(named).name.partition(".")[0]
+    if name in _READ_WEIGHTS:
+        raise ValueError(
+            f"{named!r} reads weights by itself and would lose the scale of a checkpoint without an error; write a "
+            f"plain one with hf-lnscale export, and run {name} on that without hf-lnscale run"
+        )
+    if module:
+        return [sys.executable, "-m", program, *arguments]
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise FileNotFoundError(f"there is no script {program!r}")
+        return [sys.executable, program, *arguments]
+    # Not resolved: in a virtual environment the interpreter is a link, and the commands are next to the link.
+    commands = Path(sys.executable).parent
+    found = shutil.which(program, path=str(commands)) or shutil.which(program)
+    if found is None:
+        raise FileNotFoundError(
+            f"there is no program {program!r} in {commands} or on PATH; -m {program} runs a module of that name"
+        )
+    return [found, *arguments]
 
 
 def run(
@@ -25,4 +74,9 @@ def run(
     hf-lnscale run trl sft --config sft.yaml
     hf-lnscale run accelerate launch train.py
     """
-    become(program, context.args, module=module)
+    command = command_line(program, context.args, module=module)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":  # exec there starts another process and leaves
+        raise SystemExit(subprocess.call(command, env=environment_with_flags()))
+    os.execve(command[0], command, environment_with_flags())  # replaces this process, and does not return

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..core.errors import require_packages
+
 
 def train(
     context: typer.Context,
@@ -16,7 +18,6 @@ def train(
     `hf-lnscale train sft --help` lists all options.
     """
     from ..training.scripts import RECIPES, recipes_folder
-    from ..training.start import start
 
     if recipe in ("", "--help"):
         print(
@@ -27,3 +28,16 @@ def train(
         )
         return
     start(recipe, context.args)
+
+
+def start(recipe: str, words: list[str]) -> None:
+    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does."""
+    from ..training.scripts import RECIPES, import_recipe
+
+    if recipe not in RECIPES:
+        raise ValueError(f"train: there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    require_packages("training", "train", "trl", "peft", "accelerate", "datasets")
+    from ..training.recipe_run import launch
+
+    module = import_recipe(RECIPES[recipe])
+    launch(module.make_parser(f"hf-lnscale train {recipe}"), module.main, words)

@@ -6,6 +6,5 @@ was: same mode, no hooks, no gradients, no cache.
 
 from .diagnosis import Diagnosis
 from .examine import diagnose
-from .measure import loss_added_by_removing_each_layer, residual_variance
 
-__all__ = ["Diagnosis", "diagnose", "loss_added_by_removing_each_layer", "residual_variance"]
+__all__ = ["Diagnosis", "diagnose"]

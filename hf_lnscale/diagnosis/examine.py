@@ -137,7 +137,7 @@ def diagnose(
         baseline=baseline,
         residual=residual,
         layers=layers,
-        angular=[[None if math.isnan(x) else x for x in row] for row in streamed.angles_LL.tolist()],
+        angular=[_listed(row) for row in streamed.angles_LL],
         cuts=cuts,
         verdict=judged,
         cost=bar.found(),
@@ -227,7 +227,7 @@ def _nested_cuts(
 
     Layers cost more together than the sum of what they cost alone, so each cut is measured.
     """
-    added = [one.mean - full.mean for one in without.values()]
+    added = _losses_added(full, without)
     order = sorted(range(len(added)), key=added.__getitem__)
     cuts: list[dict[str, Any]] = []
     for count in range(1, len(order)):
@@ -235,6 +235,8 @@ def _nested_cuts(
         # The first is known from the sweep.
         one = without[removed[0]] if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
         found, error = one.mean, one.error(full)
+        if not found < MOST_NATS:  # or not a number
+            break
         cuts.append(
             {
                 "layers": removed,
@@ -248,6 +250,12 @@ def _nested_cuts(
         if found > full.mean + math.log1p(max(verdict.BUDGETS)):
             break
     return cuts
+
+
+def _losses_added(full: MeanLoss, without: dict[int, MeanLoss]) -> list[float]:
+    """The loss added by removing each layer; infinite where the model without it overflows."""
+    added = [one.mean - full.mean for one in without.values()]
+    return [one if math.isfinite(one) else math.inf for one in added]
 
 
 # --- the results, in the form of diagnosis.json -----------------------------------------------------------------------
@@ -286,8 +294,12 @@ def _baseline(full: MeanLoss) -> dict[str, float | None]:
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
+    typical_P, errors = streamed.typical_P, streamed.errors
+    # Delta method: d exp(x) = exp(x) dx.
+    typical_error, growth_error = map(
+        _listed, (typical_P * errors["typical"], typical_P / typical_P[1] * errors["growth"])
+    )
     places = []
-    growth_error = (streamed.typical_P / streamed.typical_P[1] * streamed.errors["growth"]).tolist()
     for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
         whole = first.merged(rest)
         places.append(
@@ -295,10 +307,9 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
                 "place": place,
                 "variance": whole.variance,
                 "variance_without_first": rest.variance,
-                "typical": streamed.typical_P[place].item(),
-                # Delta method: d exp(x) = exp(x) dx.
-                "typical_error": _or_none((streamed.typical_P * streamed.errors["typical"]).tolist(), place),
-                "growth_error": _or_none(growth_error, place),
+                "typical": typical_P[place].item(),
+                "typical_error": typical_error[place],
+                "growth_error": growth_error[place],
                 "largest_channel": int(whole.channels_D.argmax()),
                 "largest_channel_variance": whole.channels_D.max().item(),
                 "largest_channel_variance_without_first": rest.channels_D.max().item(),
@@ -315,68 +326,60 @@ def _layers(
     states_L: torch.Tensor | None,
     distances_SL: torch.Tensor | None,
 ) -> list[dict[str, Any]]:
-    gradient, gradient_error = _mean_and_error(weights_NL)
+    """A dict for each layer, made of a column for each measure: L values, or None if it was not taken."""
+    means, errors = streamed.means, streamed.errors
+    columns: dict[str, Any] = {}
+    for name in ("attention", "mlp"):
+        columns[f"{name}_ratio"], columns[f"{name}_ratio_error"] = means[name][:, 1], errors[name][:, 1]
+        columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
+    columns["block_influence"], columns["block_influence_error"] = means["influence"][:, 0], errors["influence"][:, 0]
+    columns["angular_distance"] = streamed.angles_LL[:, 0]
+    columns |= dict.fromkeys(("loss_added", "loss_added_error", "perplexity_without"))
+    if full is not None and without is not None:
+        added = columns["loss_added"] = _losses_added(full, without)
+        columns["loss_added_error"] = [one.error(full) for one in without.values()]
+        perplexities = [math.exp(min(full.mean + one, MOST_NATS)) for one in added]
+        columns["perplexity_without"] = [one if math.isfinite(added[i]) else None for i, one in enumerate(perplexities)]
+    columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
+    columns["state_gradient_norm"] = states_L
     square, square_error = _mean_and_error(distances_SL)
-    states = None if states_L is None else states_L.tolist()
-    found = []
-    for layer in range(len(streamed.attention_L)):
-        added, error, perplexity = None, None, None
-        if full is not None and without is not None:
-            added, error = without[layer].mean - full.mean, without[layer].error(full)
-            perplexity = math.exp(min(full.mean + added, MOST_NATS))  # JSON has no infinity
-        distance = None if square is None else math.sqrt(square[layer])
-        found.append(
-            {
-                "layer": layer,
-                "attention_ratio": streamed.attention_L[layer, 1].item(),
-                "attention_ratio_error": _or_none(streamed.errors["attention"][:, 1].tolist(), layer),
-                "attention_ratio_all_tokens": streamed.attention_L[layer, 0].item(),
-                "mlp_ratio": streamed.mlp_L[layer, 1].item(),
-                "mlp_ratio_error": _or_none(streamed.errors["mlp"][:, 1].tolist(), layer),
-                "mlp_ratio_all_tokens": streamed.mlp_L[layer, 0].item(),
-                "block_influence": streamed.influence_L[layer, 0].item(),
-                "block_influence_error": _or_none(streamed.errors["influence"][:, 0].tolist(), layer),
-                "angular_distance": streamed.angles_LL[layer, 0].item(),
-                "loss_added": added,
-                "loss_added_error": error,
-                "perplexity_without": perplexity,
-                "gradient_norm": _or_none(gradient, layer),
-                "gradient_norm_error": _or_none(gradient_error, layer),
-                "state_gradient_norm": _or_none(states, layer),
-                "jacobian_distance": distance,
-                # The error of a root: half of the square's, over the root.
-                "jacobian_distance_error": None
-                if not distance or square_error is None
-                else square_error[layer] / (2 * distance),
-            }
-        )
-    return found
+    distance: Any = None if square is None else square.sqrt()
+    columns["jacobian_distance"] = distance
+    # The error of a root: half of the square's, over the root.
+    columns["jacobian_distance_error"] = None if square_error is None else square_error / (2 * distance)
+    found = {name: _listed(values) for name, values in columns.items() if values is not None}
+    return [
+        {"layer": layer} | {name: found[name][layer] if name in found else None for name in columns}
+        for layer in range(len(streamed.angles_LL))
+    ]
 
 
 def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]:
-    """Sets gradients that are not finite to None, as JSON cannot hold them; returns a note for each measure."""
+    """Sets values that are not finite to None, as JSON cannot hold them; returns a note for each measure."""
     notes = []
-    for name in [name for name, value in layers[0].items() if "gradient" in name or "jacobian" in name]:
+    for name in layers[0]:
         bad = [one for one in layers if one[name] is not None and not math.isfinite(one[name])]
+        if not bad:
+            continue
+        # A padding token has an embedding of zeros in some models.
+        reason = "a token's state before it is zero" if "ratio" in name else _remedy(stack)
+        notes.append(f"{name}: not finite in layers {', '.join(str(one['layer']) for one in bad)}; {reason}")
         for one in bad:
             one[name] = None
-        if bad:
-            notes.append(
-                f"{name}: not finite in layers {', '.join(str(one['layer']) for one in bad)}; {_remedy(stack)}"
-            )
     return notes
 
 
-def _mean_and_error(samples_NL: torch.Tensor | None) -> tuple[list[float] | None, list[float] | None]:
-    """The mean over samples and its standard error; None with a single sample."""
+def _mean_and_error(samples_NL: torch.Tensor | None) -> tuple[Any, Any]:
+    """The mean over samples, shape (L,), and its standard error; None without samples, or with one for the error."""
     if samples_NL is None or not len(samples_NL):
         return None, None
-    error_L = samples_NL.std(0) / len(samples_NL) ** 0.5 if len(samples_NL) > 1 else None
-    return samples_NL.mean(0).tolist(), None if error_L is None else error_L.tolist()
+    return samples_NL.mean(0), samples_NL.std(0) / len(samples_NL) ** 0.5 if len(samples_NL) > 1 else None
 
 
-def _or_none(values: list[float] | None, at: int) -> float | None:
-    return None if values is None or math.isnan(values[at]) else values[at]
+def _listed(values: Any) -> list[Any]:
+    """A tensor, or a list, as a list with None in place of NaN."""
+    values = values.tolist() if isinstance(values, torch.Tensor) else values
+    return [None if value is None or math.isnan(value) else value for value in values]
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ FIGURES = (
         "How the residual stream grows",
         "A typical token is the geometric mean over tokens of the mean square, which the norm before a layer divides "
         "by, with its standard error. Where the other curves leave it, a few tokens or channels carry massive "
-        "activations.",
+        "activations; they are single measurements on this text, without a standard error.",
         "variance after the layer",
         (
             Line("residual.typical", "typical token", "accent solid dots"),
@@ -86,7 +86,7 @@ FIGURES = (
         "Which blocks of layers could go together",
         "Angular distance between a block's input and output at the last token of each sequence, as a fraction of pi. "
         "Every cell is a block: its first layer on the horizontal axis, its size on the vertical. Dots: the least of "
-        "each size.",
+        "each size. These are single measurements on this text, without a standard error.",
         "layers in the block",
         kind="blocks",
         picture="angular",
@@ -125,7 +125,8 @@ FIGURES = (
     Figure(
         "state_gradient",
         "The gradient that comes back through the stream",
-        "Norm of the gradient of a sequence's loss with respect to a token's state before the layer.",
+        "Norm of the gradient of a sequence's loss with respect to a token's state before the layer: a single "
+        "measurement on this text.",
         "gradient norm of a state",
         (Line("state_gradient_norm", "gradient norm", "accent solid dots"),),
     ),

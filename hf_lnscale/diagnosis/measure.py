@@ -21,7 +21,7 @@ from torch import nn
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
 from ..measuring.angles import BlockAngles, cosine_distance
-from ..measuring.losses import loss_gradient, sweep
+from ..measuring.losses import loss_gradient
 from ..measuring.moments import Moments, channel_moments
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
 from ..measuring.stream import (
@@ -33,7 +33,7 @@ from ..measuring.stream import (
     layer_output,
     upcast,
 )
-from ..measuring.text import Batch, TokenBatches, token_batches
+from ..measuring.text import Batch, TokenBatches
 
 
 @dataclass
@@ -43,21 +43,18 @@ class Streamed:
     Attributes:
         first, rest: moments at each place of the stream.
         typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
-        attention_L, mlp_L: norm of the sub-layer's output divided by that of the state it is added to; mean over all
-            tokens and over the rest, shape (L, 2).
-        influence_L: 1 - mean cosine of input and output, over all tokens and over the rest, shape (L, 2).
+        means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp", the norm of the
+            sub-layer's output divided by that of the state it is added to, and of "influence", 1 - the cosine of the
+            layer's input and output.
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
-        errors: standard errors over sequences of "attention", "mlp" and "influence", shape (L, 2), and of the
-            logarithm of "typical" and of "growth", which is that of a place minus that after the first layer, shape
-            (P,); NaN for one sequence.
+        errors: standard errors over sequences of the `means`, and of the logarithm of "typical" and of "growth", which
+            is that of a place minus that after the first layer, shape (P,); NaN for one sequence.
     """
 
     first: list[Moments]
     rest: list[Moments]
     typical_P: torch.Tensor
-    attention_L: torch.Tensor
-    mlp_L: torch.Tensor
-    influence_L: torch.Tensor
+    means: dict[str, torch.Tensor]
     angles_LL: torch.Tensor
     errors: dict[str, torch.Tensor]
 
@@ -90,8 +87,7 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     logs_PS, rest_S = torch.cat(pass_.logs, dim=-1), counts_2S[1]
     errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
     typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
-    return Streamed(pass_.first, pass_.rest, typical_P, **{f"{name}_L": mean for name, mean in means.items()},
-                    angles_LL=pass_.angles.mean(), errors=errors)  # fmt: skip
+    return Streamed(pass_.first, pass_.rest, typical_P, means, pass_.angles.mean(), errors)
 
 
 def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
@@ -379,64 +375,3 @@ def jacobian_distances(
         real_B = entries_B > 0
         samples.append((squares_LB / probes / entries_B)[:, real_B].T)
     return torch.cat(samples)
-
-
-# --- single measures --------------------------------------------------------------------------------------------------
-
-
-def residual_variance(model: nn.Module, input_ids: Any, skip_tokens: int = 0) -> list[float]:
-    """Variance of the residual stream before the first layer and after each layer (arXiv 2502.05795, section 3).
-
-    One number per layer, over all sequences, positions and channels, around their common mean, in squared units of the
-    hidden states. A single token can dominate it: trained models put massive activations on the first token of a
-    sequence (arXiv 2402.17762), so measure with `skip_tokens=1` too before you interpret a jump.
-
-    Args:
-        model: a causal language model of a known family; any head or wrapper.
-        input_ids: token ids without padding, shape (B, T), or several such batches; the shapes may differ.
-        skip_tokens: number of tokens at the start of each sequence to leave out; they are still attended to.
-
-    Returns:
-        L + 1 floats: [0] after the embedding, [i] after i layers, before the final norm.
-
-    Raises:
-        ValueError: if there is no token to measure on.
-        UnsupportedArchitectureError: if the model's family is not in the table.
-    """
-    stack = text_stack(model)
-    moments = [Moments(1) for _ in range(len(stack.layers) + 1)]
-
-    def visit(place: int, x_BTD: torch.Tensor) -> None:
-        x_BTD = upcast(x_BTD[:, skip_tokens:])
-        if x_BTD.numel():
-            variance, mean = torch.var_mean(x_BTD, correction=0)
-            moments[place].add(x_BTD.numel(), mean.cpu().double()[None], variance.cpu().double()[None])
-
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in token_batches(input_ids):
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-    if not moments[0].count:
-        raise ArgumentError("input_ids", problem=f"holds no token past the first {skip_tokens} of each sequence")
-    return [one.variance for one in moments]
-
-
-def loss_added_by_removing_each_layer(model: nn.Module, batches: Any) -> list[float]:
-    """The loss without each layer, minus the loss with all of them. It costs about L / 2 passes over the batches.
-
-    Each layer in turn returns its input unchanged, without any training afterwards. A number near 0 means that the
-    model does as well without the layer, a negative one that it does better. (arXiv 2502.05795, section 2, measures
-    this effectiveness of a layer by the performance on a benchmark.)
-
-    Args:
-        model: a causal language model of a known family, with its head.
-        batches: token ids, shape (B, T) with T >= 2, or several such batches, or as `token_batches` takes it.
-
-    Returns:
-        L floats, first layer first, in nats per token: mean cross-entropy of the next token over all batches.
-
-    Raises:
-        ValueError: if there is no token to predict.
-        UnsupportedArchitectureError: if the model's family is not in the table.
-    """
-    full, without = sweep(model, token_batches(batches, text_stack(model).model), (), None, "loss", False)
-    return [one.mean - full.mean for one in without.values()]

@@ -7,7 +7,6 @@ measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -26,7 +25,6 @@ BUDGETS = (0.05, 0.10)
 MASSIVE = 3.0
 # One kind of growth fits better than another if the other misses by more than this many times as much, plus 1 %.
 TIE = 1.1
-_PERPLEXITY = ("perplexity", "perplexity_error")
 
 
 def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
@@ -127,8 +125,10 @@ def judge(
         "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
     }
     idle, inside = None, None
+    known: list[dict[str, Any]] = []
     if baseline:
-        idle = [one["layer"] for one in layers if one["loss_added"] < math.log1p(IDLE)]
+        known = [one for one in layers if one["loss_added"] is not None]
+        idle = [one["layer"] for one in known if one["loss_added"] < math.log1p(IDLE)]
         inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
@@ -150,7 +150,7 @@ def judge(
             *_on_growth(grown),
             *_on_massive(spikes),
             *_on_signs(signs),
-            *(_on_layers(idle or [], layers, baseline) if baseline else ()),
+            *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
     }
@@ -244,9 +244,10 @@ def _on_signs(signs: dict[str, Any]) -> list[str]:
 
 def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
     if idle:
+        does, it = ("does", "it") if len(idle) == 1 else ("do", "them")
         return [
-            f"{_layers(idle)} {'does' if len(idle) == 1 else 'do'} almost nothing: without "
-            f"{'it' if len(idle) == 1 else 'them'}, one at a time, perplexity rises by less than {100 * IDLE:.0f} %."
+            f"{_layers(idle).capitalize()} {does} almost nothing: without {it}, one at a time, perplexity rises by "
+            f"less than {100 * IDLE:.0f} %."
         ]
     least = min(layers, key=lambda one: float(one["loss_added"]))
     rise = f"{100 * math.expm1(least['loss_added']):+.1f} %"
@@ -276,13 +277,11 @@ def _could_go(part: dict[str, Any]) -> str:
     shown = f"perplexity {number(part['perplexity'])}, {100 * part['increase']:+.1f} %"
     if error := part["increase_error"]:
         shown += f", standard error {100 * error:.1f}"
-    return f"{_layers(part['layers'], small=True)} could go ({shown})"
+    return f"{_layers(part['layers'])} could go ({shown})"
 
 
-def _layers(layers: list[int], small: bool = False) -> str:
-    word = "layer" if len(layers) == 1 else f"{len(layers)} layers"
-    text = f"{word} {layers[0]}" if len(layers) == 1 else f"{word} ({ranges(layers)})"
-    return text if small else text[0].upper() + text[1:]
+def _layers(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers ({ranges(layers)})"
 
 
 def ranges(layers: list[int]) -> str:
@@ -307,33 +306,31 @@ def _percent(fit: dict[str, float]) -> str:
 
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
     """Rows of the differences between two diagnoses: name, value in the first, value in the second."""
-    rows: list[tuple[str, str, str]] = []
+    first, second = _figures(before), _figures(after)
+    shown = [(name, first[name], second[name]) for name in first if first[name] or second[name]]
+    return [(name, one or "not measured", other or "not measured") for name, one, other in shown]
 
-    def row(name: str, find: Callable[[Any, Any], Any], show: Callable[[Any], str] = number) -> None:
-        """`find` takes a diagnosis and its verdict."""
-        values = [find(one, one.verdict) for one in (before, after)]
-        if any(value is not None for value in values):
-            first, second = ("not measured" if value is None else show(value) for value in values)
-            rows.append((name, first, second))
 
-    def median_of(sign: str, half: str) -> Callable[[Any, Any], Any]:
-        return lambda _, verdict: (verdict["signs"][sign] or {}).get(half)
-
-    def could_go(budget: str) -> Callable[[Any, Any], Any]:
-        return lambda _, verdict: (verdict["removable"] or {}).get(budget)
-
-    row("layers", lambda one, _: one.model["num_layers"], str)
-    row("perplexity", lambda one, _: one.baseline, lambda found: with_error(*map(found.get, _PERPLEXITY)))
-    grown = ("factor", "factor_error")
-    row("growth of a typical token, first to last layer, times", lambda _, verdict: verdict["growth"],
-        lambda found: with_error(*map(found.get, grown)))  # fmt: skip
-    row("kind of growth", lambda _, verdict: verdict["growth"]["kind"] or "undecided", str)
+def _figures(one: Any) -> dict[str, str | None]:
+    """The figures of a diagnosis that are compared, as text; None if not measured."""
+    judged, base, grown = one.verdict, one.baseline, one.verdict["growth"]
+    found: dict[str, str | None] = {
+        "layers": str(one.model["num_layers"]),
+        "perplexity": with_error(base["perplexity"], base.get("perplexity_error")) if base else None,
+        "growth of a typical token, first to last layer, times": with_error(grown["factor"], grown.get("factor_error")),
+        "kind of growth": grown["kind"] or "undecided",
+    }
+    signs = {
+        "near_identity": "distance of the Jacobian from the identity",
+        "deep_layers_worth_little": "loss added by removing a layer, nats",
+    }
     for half in ("first_half", "deeper_half"):
-        of = f"median of the {half.replace('_', ' ')}"
-        row(f"distance of the Jacobian from the identity, {of}", median_of("near_identity", half))
-        row(f"loss added by removing a layer, nats, {of}", median_of("deep_layers_worth_little", half))
-    row("layers that do almost nothing", lambda _, verdict: verdict["idle_layers"], lambda idle: str(len(idle)))
-    for key in (f"{budget:.0%}" for budget in BUDGETS):
-        name = f"layers that could go within {key.replace('%', ' %')} of perplexity"
-        row(name, could_go(key), lambda part: str(part["count"]))
-    return rows
+        for sign, name in signs.items():
+            values = judged["signs"][sign]
+            found[f"{name}, median of the {half.replace('_', ' ')}"] = number(values[half]) if values else None
+    idle, removable = judged["idle_layers"], judged["removable"]
+    found["layers that do almost nothing"] = None if idle is None else str(len(idle))
+    for budget in BUDGETS:
+        name = f"layers that could go within {100 * budget:.0f} % of perplexity"
+        found[name] = str(removable[f"{budget:.0%}"]["count"]) if removable else None
+    return found

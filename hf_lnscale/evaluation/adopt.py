@@ -17,23 +17,24 @@ from ..checkpoints.export import NOT_COMPANIONS, copy_companions
 from ..checkpoints.folders import atomic_directory, require_free
 from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, locate, read_config
 from ..core.apply import apply_ln_scaling
+from ..core.display import with_error
 from ..core.errors import ArgumentError
 from ..core.record import record, set_ln_scaling
 from ..measuring import sample
 from ..measuring.text import documents, window_length
 from .perplexity import Perplexity, check_windows, first_bytes, perplexity
 
-SEQ_LEN = 256  # of the paper's own training; a model can be no good at longer ones
+SEQ_LEN = 256  # as in the paper's training; such a model may be poor at longer windows
 
 
 @dataclass(frozen=True, eq=False)
 class Adopted:
-    """A checkpoint that was marked as scaled; printed, what was measured.
+    """A checkpoint that was marked as scaled. As a string it is the measurements.
 
     Attributes:
         path: the folder that was written.
-        plain: how the model predicts the text without the scale.
-        scaled: how it does with it.
+        plain: perplexity without the scale.
+        scaled: perplexity with the scale.
     """
 
     path: Path
@@ -79,9 +80,9 @@ def adopt(
         progress: show progress bars.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
-        ValueError: if the scale makes the model worse, or no difference can be told, with both perplexities; for a
-            checkpoint that says already that it is scaled, and for wrong arguments.
+        FileExistsError: if `out` is not empty, without `force`, or holds anything but a checkpoint.
+        ValueError: if the scale makes the model worse or the difference is within two standard errors; the message
+            has both perplexities. Also for a checkpoint that is marked already, and for invalid arguments.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     name, gguf = locate(model)
@@ -122,7 +123,7 @@ def adopt(
 
 
 def why_not(plain: Perplexity, scaled: Perplexity) -> str:
-    """Why a model is not taken for one that was trained with the scale; "" if it is."""
+    """The reason not to mark a model as trained with the scale, or ""."""
     change = scaled.minus(plain)["loss"]
     if change.stderr is None or abs(change.value) <= 2 * change.stderr:
         return "the difference is within chance: measure on more text, or on text like that of its training"
@@ -132,9 +133,6 @@ def why_not(plain: Perplexity, scaled: Perplexity) -> str:
 
 
 def _figures(plain: Perplexity, scaled: Perplexity) -> str:
-    without, with_it, change = plain.perplexity, scaled.perplexity, scaled.minus(plain)["loss"]
-    shown = [
-        f"{one.value:.4g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}")
-        for one in (without, with_it, change)
-    ]
-    return f"perplexity {shown[0]} without the scale, {shown[1]} with it (nats per token: {shown[2]})"
+    estimates = (plain.perplexity, scaled.perplexity, scaled.minus(plain)["loss"])
+    without, with_it, change = (with_error(one.value, one.stderr) for one in estimates)
+    return f"perplexity {without} without the scale, {with_it} with it (nats per token: {change})"

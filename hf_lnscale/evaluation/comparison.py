@@ -7,8 +7,11 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 # The standard error of a standard error from K blocks is about 1 / sqrt(2 (K - 1)) of it: a quarter with nine.
 LEAST_BLOCKS = 9
-_SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +40,11 @@ class ModelFigures:
     """The measurements of one model.
 
     Attributes:
-        name: what was asked for.
-        label: what the table calls it.
-        parameters: number of them, tied ones once.
+        name: as the caller named it.
+        label: its name in the table.
+        parameters: their number, tied ones counted once.
         num_layers: decoder layers.
-        size_on_disk: bytes of its weight files, if they are at hand.
+        size_on_disk: bytes of its weight files, if they are on this machine.
         dtype: of its weights as measured.
         perplexity: on the text, if there was one.
         speed: if it was measured.
@@ -66,14 +68,14 @@ class Evaluation:
 
     Attributes:
         models: the first is the reference.
-        settings: all that the figures depend on: text, windows, dtype, device, tasks' options, versions.
+        settings: everything that the figures depend on: text, windows, dtype, device, options of tasks, versions.
     """
 
     models: list[ModelFigures]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it; each model but the first with `differences` to it."""
+        """Everything in JSON types; each model but the first with its `differences` to the first."""
         return {
             "format": 1,
             "reference": public_name(self.models[0].name),
@@ -101,65 +103,51 @@ class Evaluation:
         """The table for a terminal, to be followed by `notes`."""
         return terminal(self._header(), self._rows())
 
-    @property
-    def notes(self) -> str:
-        """The data and settings of the measurement, and how to read the table."""
-        return " ".join(self._notes())
-
     def _header(self) -> list[str]:
         return ["", *(one.label for one in self.models)]
 
     def _rows(self) -> list[list[str]]:
-        first = self.models[0]
+        first, others = self.models[0], self.models[1:]
         rows: list[list[str]] = []
 
-        def add(name: str, value: Callable[[ModelFigures], Any], show: Callable[[Any], str]) -> None:
-            """A row of figures, with the change of each to the first in percent."""
-            values = [value(one) for one in self.models]
-            cells = [show(one) for one in values]
-            for at in range(1, len(values)):
-                change = relative_change(values[at], values[0])
-                cells[at] += "" if change is None else f"\n{change:+.1%}"
-            rows.append([name, *cells])
+        def add(name: str, cells: Iterable[str], changes: Iterable[str] = ()) -> None:
+            """A row of figures; below that of each model but the first its difference to the first's, if known."""
+            pairs = zip_longest(cells, ("", *changes), fillvalue="")
+            rows.append([name, *("\n".join(filter(None, pair)) for pair in pairs)])
+
+        def relative(name: str, attribute: str, show: Callable[[Any], str] = str) -> None:
+            """A row of figures with changes in percent."""
+            values = [attrgetter(attribute)(one) for one in self.models]
+            changes = [relative_change(one, values[0]) for one in values[1:]]
+            add(name, map(show, values), ["" if change is None else f"{change:+.1%}" for change in changes])
 
         if any(one.num_layers for one in self.models):
-            add("layers", lambda one: one.num_layers, lambda value: "-" if value is None else str(value))
-        add("parameters", lambda one: one.parameters, lambda value: f"{value / 1e6:,.1f} M")
-        add("size on disk", lambda one: one.size_on_disk, show_bytes)
+            relative("layers", "num_layers", lambda value: "-" if value is None else str(value))
+        relative("parameters", "parameters", lambda value: f"{value / 1e6:,.1f} M")
+        relative("size on disk", "size_on_disk", show_bytes)
         if len({one.dtype for one in self.models}) > 1:
-            rows.append(["weights", *(one.dtype for one in self.models)])
+            add("weights", [one.dtype for one in self.models])
         if first.perplexity:
             measured = [one.perplexity for one in self.models if one.perplexity]
-            changes = [{}, *(one.minus(measured[0]) for one in measured[1:])]
+            changes = [one.minus(first.perplexity) for one in measured[1:]]
             for name in ("perplexity", "bits_per_byte"):
                 estimates = [getattr(one, name) for one in measured]
-                cells = [with_error(one.value, one.stderr) for one in estimates]
-                for at, found in enumerate(changes[1:], start=1):
-                    cells[at] += f"\n{_change(found[name])}" if name in found else "\nother tokens"
-                rows.append([name.replace("_", " "), *cells])
+                differences = [_change(one[name]) if name in one else "other tokens" for one in changes]
+                add(name.replace("_", " "), [with_error(one.value, one.stderr) for one in estimates], differences)
         if first.speed:
-            for name in _SPEEDS:
-                what = name.removesuffix("_tokens_per_second")
-                add(f"{what}, tokens/s", lambda one, name=name: getattr(one.speed, name), str)  # type: ignore[misc]
-            add(
-                "first token, ms",
-                lambda one: one.speed and one.speed.first_token_seconds,
-                lambda value: str(value.times(1000)),
-            )
-            add("peak memory", lambda one: one.speed and one.speed.peak_bytes, show_bytes)
+            relative("prefill, tokens/s", "speed.prefill_tokens_per_second")
+            relative("decode, tokens/s", "speed.decode_tokens_per_second")
+            relative("first token, ms", "speed.first_token_seconds", lambda value: str(value.times(1000)))
+            relative("peak memory", "speed.peak_bytes", show_bytes)
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
-            cells = []
-            for one in self.models:
-                result, reference = one.tasks.get(name), first.tasks.get(name)
-                cell = "-" if result is None else with_error(result.value, result.stderr)
-                if result and reference and one is not first:
-                    difference, paired = result.minus(reference)
-                    cell += f"\n{_change(difference)}{'' if paired else ' (not paired)'}"
-                cells.append(cell)
-            rows.append([name, *cells])
+            results = [one.tasks.get(name) for one in self.models]
+            cells = ["-" if one is None else with_error(one.value, one.stderr) for one in results]
+            add(name, cells, [_task_change(one.tasks.get(name), first.tasks.get(name)) for one in others])
         return rows
 
-    def _notes(self) -> list[str]:
+    @property
+    def notes(self) -> str:
+        """The data and settings of the measurement, and how to read the table."""
         notes = ["±: standard error."]
         if len(self.models) > 1:
             notes.append("The second figure of a model is its difference to the first model's.")
@@ -183,17 +171,17 @@ class Evaluation:
                 if one.perplexity and one.perplexity.unknown_tokens:
                     notes.append(
                         f"{one.perplexity.unknown_tokens:,} tokens of the text are unknown to {one.label}: its figures "
-                        "are too low by what they hide."
+                        "are too low."
                     )
         if first.speed:
             speed = self.settings["speed"]
             together = first.speed.decode_tokens_per_second.in_turn
             how = "in turn" if together else "one after the other, as they do not fit into memory together"
+            dtype = f", {first.dtype}" if len({one.dtype for one in self.models}) == 1 else ""
             notes.append(
                 f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
                 f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, {how}, "
-                f"on {self.settings['device']}"
-                + (f", {first.dtype}." if len({one.dtype for one in self.models}) == 1 else ".")
+                f"on {self.settings['device']}{dtype}. Peak memory is a single measurement."
             )
             if len(self.models) > 1:
                 notes.append(
@@ -201,11 +189,9 @@ class Evaluation:
                 )
         if first.tasks:
             limit = self.settings["tasks"]["limit"]
-            notes.append(
-                f"Tasks: lm-evaluation-harness {self.settings['versions']['lm_eval']}"
-                + (f", the first {limit} documents of each." if limit else ".")
-            )
-        return notes
+            first_ones = f", the first {limit} documents of each" if limit else ""
+            notes.append(f"Tasks: lm-evaluation-harness {self.settings['versions']['lm_eval']}{first_ones}.")
+        return " ".join(notes)
 
 
 def report_path(out: str | os.PathLike[str]) -> Path:
@@ -241,7 +227,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures models in the same way and compares them with the first: quality, speed, memory, size.
 
-    One model is in memory at a time. What can be wrong with the arguments is found before anything is measured.
+    One model is in memory at a time. Arguments are checked before anything is measured.
 
     Args:
         models: a folder, name on the Hub or GGUF file; or several. The first is what the others are compared with.
@@ -249,9 +235,9 @@ def evaluate(
             model's chat template, so that the text is the same for all.
         tasks: tasks of lm-evaluation-harness by name, or paths of task files.
         include_path: a folder of task files.
-        limit: only so many documents of each task.
-        num_fewshot: in place of the tasks' own.
-        max_bytes: only the first of the text's bytes.
+        limit: use only this many documents of each task.
+        num_fewshot: overrides the tasks' own number of examples.
+        max_bytes: use only this many bytes of the text, from its start.
         seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that
             one of the models was made for.
         batch_size: windows, or requests of tasks, at a time.
@@ -272,7 +258,6 @@ def evaluate(
         raise ValueError("nothing to measure: give data, tasks, or speed=True")
     device = placement.main_device
     configs = [read_config(name) for name in names]
-    # All that can be wrong is found before anything is measured.
     tokenizers = [load_tokenizer(name) if data is not None or tasks else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
@@ -331,27 +316,19 @@ def evaluate(
             "dtype": placement.dtype,
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "threads": torch.get_num_threads(),
-            "versions": _versions(bool(tasks)),
+            "versions": {
+                "hf_lnscale": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                **({"lm_eval": version("lm_eval")} if tasks else {}),
+            },
         },
     )
 
 
-def _versions(tasks: bool) -> dict[str, str]:
-    versions = {
-        "hf_lnscale": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if tasks:
-        from importlib.metadata import version
-
-        versions["lm_eval"] = version("lm_eval")
-    return versions
-
-
 def _labels(names: list[str]) -> list[str]:
-    """The last parts of each name: as many as tell them apart, if any do."""
+    """The last parts of each name, as many as it takes to tell the names apart."""
     parts = [(Path(name).resolve() if Path(name).exists() else Path(name)).parts for name in names]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-count:]) for one in parts]
@@ -361,7 +338,7 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _weights(model: Any) -> str:
-    """The type of a model's weights, and the method that they are quantized by."""
+    """The dtype of a model's weights, and their quantization method if they are quantized."""
     dtype, quantization = str(model.dtype).removeprefix("torch."), getattr(model.config, "quantization_config", None)
     if quantization is None:
         return dtype
@@ -371,6 +348,13 @@ def _weights(model: Any) -> str:
 
 def _change(difference: Estimate) -> str:
     return with_error(difference.value, difference.stderr, sign="+")
+
+
+def _task_change(result: TaskResult | None, reference: TaskResult | None) -> str:
+    if result is None or reference is None:
+        return ""
+    difference, paired = result.minus(reference)
+    return _change(difference) + ("" if paired else " (not paired)")
 
 
 def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:

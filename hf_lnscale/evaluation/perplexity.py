@@ -1,21 +1,21 @@
 """How well a model predicts a text: perplexity over strided windows, bits per byte, and their standard errors.
 
-Which tokens count. A document is a sequence of tokens t_1 ... t_N, and every one of them is predicted exactly once; t_1
+Tokens. A document is a sequence of tokens t_1 ... t_N, and every one of them is predicted exactly once; t_1
 from the token that begins a text (`bos_token`, or `eos_token` without one, as in lm-evaluation-harness).
 Windows hold `seq_len` tokens of input. The first predicts `seq_len` tokens; each further one moves on by `stride` and
 predicts these alone, from at least `seq_len - stride` preceding tokens; the last window reaches back as far as it needs
 to be full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window begins with it,
 in place of its oldest token: these models degrade without a BOS token.
 
-Bits per byte. Perplexity is of a model's own tokens; two tokenizers cannot be compared by it. All nats of a text over
-ln 2 and over the bytes of that text in UTF-8 can: the tokens predicted are the whole text, so the bytes are too.
+Bits per byte. Perplexity refers to a model's own tokens, so it cannot compare models with different tokenizers. Bits
+per byte can: all nats of the text divided by ln 2 and by its bytes in UTF-8, as the whole text is predicted.
 
 Standard errors. Tokens of one passage are not independent, so the text is cut into blocks (a document, or about 2 kB of
 a long one, at a space), and a mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
 the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are places in the text, the same for
-every model, so two models are compared in pairs of blocks, which takes out how hard the text is (the clustered and the
-paired standard errors of arXiv 2411.00640). They say how much another text of the kind could differ, and nothing about
-another training seed.
+every model, so two models are compared in pairs of blocks, which removes the difficulty of the text (the clustered and
+the paired standard errors of arXiv 2411.00640). They say how much another text of the kind could differ, and nothing
+about another training seed.
 
 Shapes: B windows, T tokens of input, V vocabulary, K blocks.
 """
@@ -63,8 +63,8 @@ class Perplexity:
         num_tokens: tokens that were predicted.
         num_bytes: bytes of UTF-8 that these tokens stand for.
         num_documents: documents they are from.
-        unknown_tokens: tokens of the text that the tokenizer does not know; what they hide is not predicted, and bits
-            per byte are too low by as much.
+        unknown_tokens: tokens that the tokenizer replaced by its `unk_token`; what they stand for is not predicted, so
+            bits per byte are too low.
         text: digest of the text.
         tokenization: digest of the token ids; models are compared by the token where it is the same.
         block_nats: shape (K,), float64; None if the tokenizer does not say where in the text a token is.
@@ -87,7 +87,7 @@ class Perplexity:
 
     @property
     def loss(self) -> Estimate:
-        """Nats a token."""
+        """Nats per token."""
         return Estimate(self.nats / self.num_tokens, self._stderr(self.block_tokens, 1.0))
 
     @property
@@ -98,14 +98,14 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> Estimate:
-        """Bits a byte of the text."""
+        """Bits per byte of the text."""
         return Estimate(self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2)))
 
     def minus(self, reference: Perplexity) -> dict[str, Estimate]:
         """Differences to a reference on the same text, with the standard errors of the pairs of blocks.
 
         Returns:
-            `bits_per_byte`; and, if the tokens are the same, `loss` (nats a token) and `perplexity`.
+            `bits_per_byte`; and, if the tokens are the same, `loss` (nats per token) and `perplexity`.
 
         Raises:
             ValueError: if the texts are not the same.
@@ -155,7 +155,7 @@ def perplexity(
 
     Args:
         model: any causal language model.
-        data: texts, a path, or rows, as for `token_batches`; each text, or row, is a document of its own.
+        data: texts, a path, or rows, as for `token_batches`; each text or row is one document.
         tokenizer: loaded by the model's name if none is given.
         seq_len: tokens of input in a window; None is 1024, or as many as the model has positions for.
         stride: tokens that each window but the first predicts, at most `seq_len`; None is half of it.
@@ -164,8 +164,8 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for sizes that are not positive or do not go together, for text without a token to predict, and for
-            a model whose outputs are not numbers, or so wrong that exp(loss) is none.
+        ValueError: for sizes that are not positive or do not fit together, for text without a token to predict, and
+            for a model whose outputs are not finite or whose exp(loss) overflows.
     """
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
@@ -177,13 +177,13 @@ def perplexity(
     for one in encoded:
         require_known_ids(one.ids, model.config)
     windows = sorted(
-        (window for i, ids in enumerate(encoded) for window in _windows(i, len(ids), seq_len, stride)),
+        (window for i, one in enumerate(encoded) for window in _windows(i, len(one.ids), seq_len, stride)),
         key=lambda window: window.end - window.start,
         reverse=True,
     )
     if not windows:
         raise ValueError("data: there is no token to predict in the text")
-    nats = [torch.zeros(max(0, len(ids.ids) - 1), dtype=torch.float64) for ids in encoded]
+    nats = [torch.zeros(max(0, len(one.ids) - 1), dtype=torch.float64) for one in encoded]
     bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
     with eval_mode(model), bar:
         for at in range(0, len(windows), batch_size):
@@ -199,7 +199,7 @@ def perplexity(
 
 
 def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int) -> int:
-    """Raises a ValueError for sizes that cannot be; returns the stride."""
+    """Raises a ValueError for invalid sizes; returns the stride."""
     stride = max(1, seq_len // 2) if stride is None else stride
     for name, value in {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}.items():
         if value < 1:
@@ -211,7 +211,7 @@ def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int
 
 
 def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
-    """The texts up to so many bytes of UTF-8; the last one is cut between two characters."""
+    """The first `max_bytes` bytes of the texts in UTF-8; the last text is cut between two characters."""
     if max_bytes is None:
         return list(texts)
     if max_bytes < 1:
@@ -228,19 +228,16 @@ def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A document: `ids` with what it begins with at [0], and where in the text each token starts, if that is known."""
+    """A document: `ids` with the beginning token at [0], and where in the text each token starts, if known."""
 
     ids: torch.Tensor
     starts: list[int] | None
     prefixed: bool
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 @dataclass(frozen=True)
 class _Window:
-    """Inputs [start, end) of a document's ids; predicts the tokens first ... end, counted as in these ids."""
+    """The inputs ids[start:end] of a document; they predict ids[first] to ids[end]."""
 
     document: int
     start: int

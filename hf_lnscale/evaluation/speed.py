@@ -13,24 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from ..checkpoints.names import Placement, load, size_on_disk
 from ..core.processes import command_of
 
-# The ranges of n runs each of two equally fast models are apart by chance in 2 of (2n over n) cases: 33 % with two,
-# 10 % with three, 3 % with four.
+# The ranges of n runs each of two equally fast models are disjoint by chance in 2 of C(2n, n) cases: 33 % for two runs,
+# 10 % for three, 3 % for four.
 LEAST_RUNS = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Several runs of the same thing.
+    """The timings of several runs.
 
     Attributes:
         median, lowest, highest: over the runs; the first, which warms up, is not among them.
@@ -57,10 +57,10 @@ class Timing:
 
 
 def relative_change(value: Timing | float | None, reference: Timing | float | None) -> float | None:
-    """Relative change from a reference; None where it is unknown, or could be noise.
+    """Relative change from a reference; None if it is unknown or could be noise.
 
-    Of timings it could be where the ranges overlap, where there are fewer than `LEAST_RUNS`, and where the runs did not
-    take turns, so that the machine may have changed in between.
+    A change of timings could be noise if their ranges overlap, if there are fewer runs than `LEAST_RUNS`, or if the
+    runs did not take turns, so that the machine may have changed in between.
     """
     if isinstance(value, Timing) and isinstance(reference, Timing):
         if value.lowest <= reference.highest and reference.lowest <= value.highest:
@@ -81,7 +81,7 @@ class Speed:
         parameters: as the model counts them, tied ones once.
         load_seconds: until the model can run.
         load_peak_bytes, peak_bytes: peak memory after loading, and after running: of the device on a GPU, else of the
-            whole process, interpreter and libraries included.
+            whole process, interpreter and libraries included. Each is a single measurement.
         prefill_tokens_per_second: tokens of the prompt over the time to the first token.
         decode_tokens_per_second: tokens after the first.
         first_token_seconds: from the prompt to the first new token.
@@ -118,7 +118,7 @@ def measure(
         repeats: runs of each checkpoint, after one that warms up.
 
     Returns:
-        One `Speed` a checkpoint.
+        One `Speed` per checkpoint.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -155,13 +155,13 @@ def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) ->
 
 def _in_turn(jobs: list[dict[str, Any]], repeats: int, compared: bool = True) -> list[Speed]:
     with contextlib.ExitStack() as opened:
-        processes = [opened.enter_context(_Process.started(job)) for job in jobs]
-        loaded = [process.answer() for process in processes]
+        processes = [opened.enter_context(_started(job)) for job in jobs]
+        loaded = [answer() for answer in processes]
         runs: list[list[dict[str, float]]] = [[] for _ in jobs]
         for turn in range(repeats + 1):
             order = list(range(len(jobs)))
             for which in order if turn % 2 else reversed(order):
-                runs[which].append(processes[which].answer("run"))
+                runs[which].append(processes[which]("run"))
     return [_speed(job, load, seconds[1:], compared) for job, load, seconds in zip(jobs, loaded, runs, strict=True)]
 
 
@@ -176,41 +176,35 @@ def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, flo
     )
 
 
-@dataclass
-class _Process:
-    """A process that runs `serve`. It ends when its standard input closes, so also when this process is killed."""
+@contextlib.contextmanager
+def _started(job: dict[str, Any]) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A process that runs `serve`, as a function that sends a request, if one is given, and returns the next answer.
 
-    job: dict[str, Any]
-    process: subprocess.Popen[str]
-    errors: IO[str]
+    The process ends when its standard input closes, so also when this process is killed.
+    """
+    command = [*command_of("hf_lnscale.evaluation.speed:serve"), json.dumps(job)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
 
-    @classmethod
-    @contextlib.contextmanager
-    def started(cls, job: dict[str, Any]) -> Iterator[_Process]:
-        command = command_of("hf_lnscale.evaluation.speed:serve")
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-            process = subprocess.Popen(
-                [*command, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-            try:
-                yield cls(job, process, errors)
-            finally:
-                process.kill()
-                process.communicate()
+        def answer(request: str = "") -> dict[str, Any]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                if request:
+                    print(request, file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                found: dict[str, Any] = json.loads(line)
+                return found
+            process.wait()
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or ["no message"]
+            raise RuntimeError(f"measuring {job['checkpoint']!r} failed: {last[0]}")
 
-    def answer(self, request: str | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            if request is not None:
-                print(request, file=self.process.stdin, flush=True)
-        if line := self.process.stdout.readline():
-            found: dict[str, Any] = json.loads(line)
-            return found
-        self.process.wait()
-        self.errors.seek(0)
-        last = self.errors.read().strip().splitlines()[-1:] or ["no message"]
-        raise RuntimeError(f"measuring {self.job['checkpoint']!r} failed: {last[0]}")
+        try:
+            yield answer
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def peak_memory(device: str = "cpu") -> int:

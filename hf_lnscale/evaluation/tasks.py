@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run by it on a model that is loaded already."""
+"""Tasks of lm-evaluation-harness, on a model in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TaskResult:
         higher_is_better: as the task defines it; None if it does not.
         version: version of the task.
         num_fewshot: examples before each question.
-        samples: the metric of each document by its number, if the reported value is their mean; None else.
+        samples: the metric of each document by its number; None if the reported value is not their mean.
     """
 
     task: str
@@ -47,10 +47,10 @@ class TaskResult:
         return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
 
     def minus(self, reference: TaskResult) -> tuple[Estimate, bool]:
-        """The difference to a reference, and whether its standard error is of pairs.
+        """The difference to a reference, and whether its standard error is paired.
 
-        It is where both have the metric of the same documents (arXiv 2411.00640). Else, as for groups of
-        tasks, the two are taken for independent: for models that err on the same documents that is too large.
+        It is paired if both have the metric of the same documents (arXiv 2411.00640). If not, as for groups of tasks,
+        the two are treated as independent, which overestimates the error for models that err on the same documents.
         """
         difference = self.value - reference.value
         ours, theirs = self.samples, reference.samples
@@ -67,11 +67,11 @@ class TaskResult:
 
 
 def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> Any:
-    """lm-evaluation-harness's `TaskManager`, after a look whether it knows the tasks.
+    """lm-evaluation-harness's `TaskManager`, after checking that it knows the tasks.
 
     Args:
         tasks: names of tasks, groups or tags, or paths of task files.
-        include_path: a folder with task files, to be called by their names.
+        include_path: a folder of task files, which `tasks` then names like any other.
 
     Raises:
         ImportError: if lm-evaluation-harness is missing; the message names the extra.
@@ -108,17 +108,17 @@ def run_tasks(
         model, tokenizer: a causal language model, on its device.
         tasks, manager: see `task_manager`.
         batch_size: requests at a time.
-        limit: only so many documents of each task.
-        num_fewshot: in place of the tasks' own.
+        limit: use only this many documents of each task.
+        num_fewshot: overrides the tasks' own number of examples.
 
     Raises:
-        any error that a task raises, such as an OSError if its data cannot be downloaded.
+        Any error that a task raises, such as an OSError if its data cannot be downloaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints, and what is printed here may be JSON
+    with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be JSON
         found: Any = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
@@ -152,7 +152,7 @@ def run_tasks(
 
 
 def _samples(rows: Any, metric: str, which: str, value: float) -> dict[int, float] | None:
-    """The metric of each document; None where the reported value is something else than their mean."""
+    """The metric of each document; None if the reported value is not their mean."""
     found: dict[int, list[float]] = defaultdict(list)
     for row in rows or []:
         if row.get("filter", "none") == which:

@@ -23,9 +23,7 @@ if Version(trl.__version__) < Version("1.9"):
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its help text; a dict or list is copied for each instance."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=default.copy, metadata={"help": help, **metadata})
+    """A field with its help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 

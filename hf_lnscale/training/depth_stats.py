@@ -49,7 +49,7 @@ class DepthStatsCallback(TrainerCallback):
     For layer i, counted from 0, it logs
 
     - `depth/residual_variance/layer_i`: the variance of the residual stream after the layer, over all entries of the
-      hidden states, as `hf_lnscale.diagnosis.residual_variance` (arXiv 2502.05795, section 3);
+      hidden states, as `diagnose` measures it (arXiv 2502.05795, section 3);
     - `depth/angular_distance/layer_i`: arccos(cos(input, output)) / pi, mean over tokens, as
       `score_layers(..., "angular", tokens="all")` (arXiv 2403.17887, equation 7);
     - `depth/gradient_norm/layer_i`: the 2-norm of the gradient of the layer's parameters, as the optimizer gets it:

@@ -7,7 +7,6 @@ import gzip
 import io
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from datasets import (
     load_from_disk,
 )  # fmt: skip
 from trl.scripts.utils import DatasetConfig
+from trl.trainer.utils import remove_none_values
 
 from .._version import __version__
 from ..core.json_file import parse
@@ -171,7 +171,10 @@ def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | No
         convert, features = prepare(first, f"row 1 of {name}", part.columns)
         data = raw.map(
             _convert_batch, batched=True, with_indices=True, remove_columns=list(first), features=features,
-            fn_kwargs={"convert": convert, "name": name, "columns": list(features), "version": __version__},
+            fn_kwargs={
+                "convert": convert, "name": name, "columns": list(features), "version": __version__,
+                "typed": "Json(" not in repr(raw.features),
+            },
         )  # fmt: skip
     if next(iter(data), None) is None:
         raise ValueError(f"dataset_name: {name} has no row with text")
@@ -179,11 +182,18 @@ def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | No
 
 
 def _convert_batch(batch: dict[str, list[Any]], indices: list[int], convert: Convert, name: str, columns: list[str],
-                   version: str) -> dict[str, list[Any]]:  # fmt: skip
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+                   version: str, typed: bool) -> dict[str, list[Any]]:  # fmt: skip
+    rows: Iterable[Row] = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    rows = map(_without_nulls, rows) if typed else rows
     found = (convert(row, f"row {index + 1} of {name}") for index, row in zip(indices, rows, strict=True))
     kept = [row for row in found if row is not None]
     return {column: [row[column] for row in kept] for column in columns}
+
+
+def _without_nulls(row: Row) -> Row:
+    """A row of a typed table, where each call of a tool has the arguments of all others, null if it is without them."""
+    clean: Any = remove_none_values
+    return {key: clean(one) if isinstance(one, (dict, list)) else one for key, one in row.items()}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -259,12 +269,13 @@ def _read(file: _File) -> Iterator[tuple[str, Row]]:
     try:
         if kind == "parquet":
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-            yield from _numbered(name, itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from _numbered(name, map(_without_nulls, rows))
             return
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as lines:
             if kind == "csv":
-                csv.field_size_limit(sys.maxsize)
+                csv.field_size_limit(2**31 - 1)  # the most on every system
                 yield from _numbered(name, csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ","))
             elif kind == "json":
                 for where, row in _read_json(lines, name, ".json" in path.suffixes):

@@ -39,8 +39,8 @@ from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
-# Two runs with equal values of these and of the recipe's own arguments are the same run. How, where and how often it
-# computes and writes, and how long it goes on, may change when it is resumed.
+# Runs with equal values of these and of the recipe's own arguments are the same run. Hardware, logging, saving and the
+# length of the training may change when a run is resumed.
 _IDENTITY = (
     "seed", "max_length", "packing", "packing_strategy", "dataset_text_field", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "loss_type", "assistant_only_loss",
@@ -69,10 +69,10 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
         if training is not None and training.begun:
             raise
         shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+        message = " ".join(str(shown).split()) or type(error).__name__
         # The error may concern a single machine.
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
-        print(f"{rank}{parser.recipe}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        print(f"{rank}{parser.recipe}: {message}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -111,8 +111,8 @@ class Run(TrainerCallback):
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to resume, after checking that the folder holds nothing but this run."""
-        wanted = self.training.resume_from_checkpoint
-        wanted = None if str(wanted).lower() in ("none", "false", "") else wanted
+        wanted = str(self.training.resume_from_checkpoint or "false")
+        resuming = wanted.lower() != "false"
         shown = f"output_dir {str(self.folder)!r}"
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             there = _read(self.folder / RUN_FILE).get("identity")
@@ -124,23 +124,23 @@ class Run(TrainerCallback):
                         f"{shown} holds another run: its {key} is {brief(there.get(key))}, that of this one "
                         f"{self.identity.get(key)!r}; choose another --output_dir"
                     )
-            if wanted is None:
+            if not resuming:
                 raise FileExistsError(
                     f"{shown} holds this run already; continue it with --resume_from_checkpoint true, or choose "
                     "another --output_dir"
                 )
-        if wanted is None:
+        if not resuming:
             return None
-        if str(wanted).lower() in ("true", "1", "latest", "auto"):
+        if wanted.lower() == "true":
             self._leave_if_finished()
             return self._last_checkpoint()
-        if not Path(str(wanted)).is_dir():
+        if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
-        if not _read(Path(str(wanted)) / "trainer_state.json"):
+        if not _read(Path(wanted) / "trainer_state.json"):
             raise FileNotFoundError(
                 f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: not a checkpoint, or not complete"
             )
-        return str(wanted)
+        return wanted
 
     def _leave_if_finished(self) -> None:
         metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
@@ -175,11 +175,8 @@ class Run(TrainerCallback):
         if self.trained:
             raise _AlreadyTrained
 
-    def train(self, trainer: RecipeTrainer) -> dict[str, Any]:
+    def train(self, trainer: RecipeTrainer) -> None:
         """Trains to the end and writes the model, its card, `metrics.json` and the plots.
-
-        Returns:
-            The contents of `metrics.json`.
 
         Raises:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
@@ -228,7 +225,7 @@ class Run(TrainerCallback):
             self._leave(trainer, stop.signal)
         command = public_command(self.training.command)
         before = since, state.get("num_input_tokens_seen", 0)
-        return write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
+        write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from .._version import __version__
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
-from ..core.display import Markdown, one_line
+from ..core.display import Markdown, one_line, show_bytes, with_error
 from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
@@ -42,7 +42,7 @@ def write_report(
     resumed: str | None,
     since: tuple[int, int],
     seconds: float,
-) -> dict[str, Any]:
+) -> None:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
 
     Args:
@@ -61,17 +61,22 @@ def write_report(
         # Intermediate checkpoints may be sharded; the final one loads like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()  # first, so that no later error loses the model
-    loss = trainer.evaluate()["eval_loss"]
+    found = trainer.evaluate()
+    loss, error = found["eval_loss"], found.get("eval_loss_stderr")
     state = trainer.state
     step_before, tokens_before = since
     evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > step_before]
-    before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0]
+    before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": recipe,
-        "eval_loss_before": before[0] if before else None,
+        "eval_loss_before": before.get("eval_loss"),
+        "eval_loss_before_stderr": before.get("eval_loss_stderr"),
         "eval_loss": loss,
+        "eval_loss_stderr": error,
         "perplexity": perplexity_of(loss),
+        # Delta method: d exp(x) = exp(x) dx.
+        "perplexity_stderr": None if error is None else perplexity_of(loss) * error,
         "steps": state.global_step,
         "best_step": state.best_global_step if arguments.load_best_model_at_end else None,
         "train_rows": trainer.num_rows[0],
@@ -91,7 +96,7 @@ def write_report(
         "versions": {"hf_lnscale": __version__} | {name: version(name) for name in _LIBRARIES},
     }
     trainer.save_state()
-    trainer.log_metrics(recipe, {key: value for key, value in metrics.items() if isinstance(value, (int, float, str))})
+    trainer.log_metrics(recipe, dict(_rows(metrics)))
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir or "")
         learned = "divergence from the teacher, training" if given.get("teacher") else "training"
@@ -103,7 +108,6 @@ def write_report(
         shown = "".join(f", {one}" for one in pictures)
         print(f"wrote {one_line(folder)}: the model, README.md, metrics.json{shown}")
     trainer.accelerator.wait_for_everyone()
-    return metrics
 
 
 def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -129,13 +133,21 @@ def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
 
 
 def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The figures as text, those that have one with their standard error."""
     for key, value in metrics.items():
+        name = key.replace("_", " ")
         if key == "peak_memory_bytes":
-            yield f"peak memory, {metrics['peak_memory_of']}", f"{value / 2**30:.2f} GiB"
+            yield f"peak memory, {metrics['peak_memory_of']}", show_bytes(value)
+        elif (error := metrics.get(f"{key}_stderr")) is not None:
+            yield name, with_error(value, error)
+        elif key in ("recipe", "peak_memory_of") or key.endswith("_stderr"):
+            continue
         elif isinstance(value, float):
-            yield key.replace("_", " "), f"{value:.4f}" if value < 100 else f"{value:,.0f}"
-        elif isinstance(value, (int, str)) and key not in ("recipe", "peak_memory_of"):
-            yield key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
+            yield name, f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        elif isinstance(value, (int, str)):
+            yield name, f"{value:,}" if isinstance(value, int) else value
+    if metrics["eval_loss_stderr"] is not None:
+        yield "±", "standard error over the rows evaluated on"
     if metrics["resumed_from"]:
         yield "measured", "speed and time since then"
 
@@ -192,9 +204,11 @@ def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[s
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation", "o")):
-        if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
-            axis.plot(*zip(*points, strict=True), marker=marker, ms=4, label=label)
+    for key, label, marker in (("loss", learned, ""), ("eval_loss", "evaluation ± standard error", "o")):
+        points = [(one["step"], one[key], one.get(f"{key}_stderr", 0.0)) for one in history if key in one]
+        if points:
+            steps, losses, errors = zip(*points, strict=True)
+            axis.errorbar(steps, losses, errors if any(errors) else None, marker=marker, ms=4, label=label)
     axis.set(xlabel="step", ylabel="loss, nats per token")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)

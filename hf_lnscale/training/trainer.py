@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from ..measuring.uncertainty import ratio_residuals, standard_error
+
 # Since trl 1.16 the model's forward returns the log-probability of each token, and there is a kernel for divergences.
 if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -28,6 +30,9 @@ class RecipeTrainer(SFTTrainer):
 
     Trainer averages the means of the batches: a token of a short answer counts more than one of a long answer, and
     samples that fill up the last batch of several processes count twice.
+
+    `eval_loss_stderr` is the standard error of that mean over the rows evaluated on, windows or documents (over
+    batches, where TRL joins their rows to one). It is missing if there is one row only.
 
     Attributes:
         num_rows: rows of the training data (None for a stream) and of the evaluation data.
@@ -65,19 +70,23 @@ class RecipeTrainer(SFTTrainer):
                 rows = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(labels_BT))]
                 losses = [model(**row, use_cache=False, num_items_in_batch=1).loss for row in rows]
                 sums_B = torch.stack(losses), (labels_BT[:, 1:] != -100).sum(-1)
-        loss_B, count_B = self.accelerator.gather_for_metrics(sums_B)
-        self._loss_sum += loss_B.double().sum().item()
-        self._token_count += int(count_B.sum())
+        self._evaluated.append([part_B.cpu().double() for part_B in self.accelerator.gather_for_metrics(sums_B)])
         return sums_B[0].sum() / sums_B[1].sum().clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._loss_sum, self._token_count = 0.0, 0
+        self._evaluated: list[list[torch.Tensor]] = []  # for each batch, loss and number of tokens of each row
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if not self._token_count:
+        if not any(tokens_B.any() for _, tokens_B in self._evaluated):
             raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
-        exact = {f"{prefix}_loss": self._loss_sum / self._token_count, f"{prefix}_tokens": self._token_count}
-        output.metrics.update(exact)
+        losses_S, tokens_S = (torch.cat(parts) for parts in zip(*self._evaluated, strict=True))
+        tokens = int(tokens_S.sum())
+        loss = sum(loss_B.sum().item() for loss_B, _ in self._evaluated) / tokens
+        output.metrics.update({f"{prefix}_loss": loss, f"{prefix}_tokens": tokens})
+        used_S = tokens_S > 0
+        error = standard_error(ratio_residuals(losses_S[used_S], tokens_S[used_S], loss))
+        if error is not None:
+            output.metrics[f"{prefix}_loss_stderr"] = error
         return output
 
 

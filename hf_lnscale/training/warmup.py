@@ -44,7 +44,7 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        scaling = _scaling(model)
+        scaling = LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))
         if scaling is None or not scaling.warmup_steps:
             has = "no ln_scaling" if scaling is None else f"ln_scaling={scaling.to_dict()}"
             raise ValueError(
@@ -83,7 +83,3 @@ class LNScalingWarmupCallback(TrainerCallback, ExportableState):
         if self.ln_scaling is None or min(step, self.ln_scaling["warmup_steps"]) != self.ln_scaling["step"]:
             set_ln_scaling_step(model, step)
             self.ln_scaling = get_ln_scaling(text_stack(model).model.config)
-
-
-def _scaling(model: Any) -> LNScalingConfig | None:
-    return LNScalingConfig.of(get_ln_scaling(text_stack(model).model.config))

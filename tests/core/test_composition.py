@@ -56,6 +56,7 @@ def test_compile_without_graph_breaks(family):
     assert_close(gradients(compiled), {f"_orig_mod.{name}": grad for name, grad in expected.items()})
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     layer = decoder_layers(tiny.model(ln_scaling=True))[1]

@@ -654,6 +654,33 @@ def test_gradients_that_overflow_are_left_out_with_a_note(ids, monkeypatch):
     json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
 
 
+def test_a_token_without_an_embedding_leaves_out_what_is_infinite(ids):
+    """As a padding token in some models: the norm of attention's output is divided by that of a state of zeros."""
+    model = tiny.loud()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ids[0, 3]] = 0.0
+    found = diagnose(model, ids, loss=False, gradients=False, jacobian=False, progress=False)
+    assert "attention_ratio: not finite in layers 0; a token's state before it is zero" in found.notes
+    assert [one["attention_ratio"] is None for one in found.layers] == [True, False, False, False]
+    json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_layer_without_which_the_stream_overflows_is_left_out_with_a_note(ids):
+    """In float16: layer 1 takes back most of what layer 0 adds, and layer 2 adds as much again."""
+    model = tiny.loud(dtype=torch.float16, mlp_bias=True)
+    with torch.no_grad():
+        for layer, added in zip(model.model.layers, (4e4, -3.9e4, 4e4, 0.0), strict=True):
+            layer.mlp.down_proj.bias.fill_(added)
+    found = diagnose(model, ids, gradients=False, jacobian=False, progress=False)
+    assert "loss_added: not finite in layers 1; load the model in bfloat16 or float32" in found.notes
+    assert [one["loss_added"] is None for one in found.layers] == [False, True, False, False]
+    assert [one["perplexity_without"] is None for one in found.layers] == [False, True, False, False]
+    assert all(1 not in cut["layers"] for cut in found.cuts)
+    assert found.verdict["signs"]["deep_layers_worth_little"] is None
+    json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert "-" in str(found)
+
+
 def test_weights_that_are_not_finite_are_named(ids):
     model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():

@@ -307,6 +307,7 @@ def answers(model, tokenizer, row):
     return values
 
 
+@pytest.mark.slow
 def test_tasks_against_the_models_themselves(folder, found):
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     right: dict[str, list[float]] = {}
@@ -376,6 +377,7 @@ def test_json_and_markdown(found, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["found.md", "new"]
 
 
+@pytest.mark.slow
 def test_models_of_other_types_and_equal_names(folder, tmp_path):
     """What the weights are is told of each; names are as long as it takes, and where they lie is not told."""
     for name, dtype in (("one", torch.float32), ("other", torch.bfloat16)):
@@ -392,6 +394,7 @@ def test_models_of_other_types_and_equal_names(folder, tmp_path):
     assert str(tmp_path) not in found.save(tmp_path / "found.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_packed_weights_are_counted_as_what_they_are(folder, tmp_path):
     model = tiny.model(hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
@@ -408,6 +411,7 @@ def test_packed_weights_are_counted_as_what_they_are(folder, tmp_path):
     assert [one.dtype for one in found] == ["float32", "float32, bitsandbytes"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_lnscale.evaluation.comparison.measure", None)  # would fail if it were called
     monkeypatch.setattr("hf_lnscale.evaluation.comparison.Placement.load", None)

@@ -49,6 +49,7 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     assert whole.peak_bytes >= whole.load_peak_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
@@ -76,6 +77,7 @@ def test_few_runs_and_runs_that_took_no_turns_are_no_change():
     assert relative_change(fast, Timing.of([10.0] * 5, in_turn=False)) is None
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_together_say_so(checkpoint, monkeypatch):
     monkeypatch.setattr(speed, "_fit", lambda *_: False)
     for found in measure(checkpoint, checkpoint, placement=CPU, prompt_tokens=4, new_tokens=2, repeats=1):

@@ -143,6 +143,7 @@ def test_a_cold_scale_is_warned_of(whole, recwarn):
     assert sum("switched on for" in str(warning.message) for warning in recwarn) == 1
 
 
+@pytest.mark.slow
 def test_an_accelerate_that_is_not_as_the_hook_knows_it(run_python, whole):
     code = """
     import sys, accelerate, accelerate.big_modeling

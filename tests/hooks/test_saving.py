@@ -116,6 +116,7 @@ def test_checkpoints_without_the_mark_load(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_saved_as_without_the_plugin(tmp_path, run_python):
     tiny.model().save_pretrained(tmp_path / "with")
     code = """

@@ -135,6 +135,7 @@ def in_process(checkpoint, text, out, **options):
     )
 
 
+@pytest.mark.slow
 def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text, tmp_path):
     run(checkpoint, "--data", text, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "a")
     heal = PruningPlan.load(tmp_path / "a").heal
@@ -156,6 +157,7 @@ def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text
     assert heal["never_fitted"]["after"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tmp_path):
     """By every way to a pruned model; and told by every measurement on that text, and on no other."""
     given = {"num_layers": 2, "heal": None, "method": "block_influence", "windows": Windows(seq_len=32)}
@@ -208,6 +210,7 @@ def test_the_text_that_a_model_was_healed_on_is_known_to_it():
     assert not hasattr(full.config, "calibration_text")
 
 
+@pytest.mark.slow
 def test_perplexities_have_standard_errors(checkpoint, text, tmp_path):
     """Against the spread between the sequences of the held-out text, computed from the two models' own losses."""
     found = in_process(checkpoint, text, tmp_path / "out", drop=[1, 4], heal=None)
@@ -309,6 +312,7 @@ def test_no_set_is_healed_twice(goal, monkeypatch):
         assert torch.equal(full.state_dict()[name], weight)
 
 
+@pytest.mark.slow
 def test_prune_writes_what_plan_pruning_plans(checkpoint, text, tmp_path):
     found = in_process(checkpoint, text, tmp_path / "out", num_layers=2, heal="linear")
     whole = AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -176,6 +176,7 @@ def test_one_pass_without_the_head(method, ids):
     assert calls == ["layer"] * LAYERS * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_does_not_grow_with_the_batches(method, ids):
     model = tiny.loud()

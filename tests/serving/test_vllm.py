@@ -65,6 +65,7 @@ def make_vllm(folder, parameter):
     (package / "config.py").write_text(PARSER.format(model=parameter))
 
 
+@pytest.mark.slow
 def test_vllm_is_told_of_the_scale_and_transformers_is_not(tmp_path, run_python):
     make_vllm(tmp_path, "model")
     tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
@@ -76,6 +77,7 @@ def test_vllm_is_told_of_the_scale_and_transformers_is_not(tmp_path, run_python)
     ]
 
 
+@pytest.mark.slow
 def test_another_vllm_gets_no_scaled_checkpoint(tmp_path, run_python):
     make_vllm(tmp_path, "source")
     tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")

@@ -154,14 +154,23 @@ def test_a_template_of_the_tokenizer_s_own(folder):
     assert said(stretches, "<|im_end|>\n") == [expected[0], "\n" + expected[1]]
 
 
-def test_calls_with_other_arguments_in_other_rows_stay_as_they_are(folder):
-    """A table with one type for all rows would add the keys of every call to each."""
-    rows = [{"messages": [turn("user", "?"), turn("assistant", "", tool_calls=call({f"x{i}": i}))]} for i in range(12)]
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "disk"])
+def test_calls_with_other_arguments_in_other_rows_stay_as_they_are(kind, folder):
+    """A table with one type for all rows adds the keys of every call to each, null where it has none; so in tools."""
+    rows = []
+    for i in range(12):
+        tool = {
+            "type": "function",
+            "function": {"name": "weather", "parameters": {"properties": {f"x{i}": {"type": "t"}}}},
+        }
+        messages = [turn("user", "?"), turn("assistant", "", tool_calls=call({f"x{i}": i}))]
+        rows.append({"messages": messages, "tools": [tool]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    trainer = prepared(recipe.write_rows(folder / "rows.jsonl", rows), folder, tokenizer)
-    found = [said(learned(row, tokenizer), tokenizer.eos_token) for row in trainer.train_dataset]
-    found += [said(learned(row, tokenizer), tokenizer.eos_token) for row in trainer.eval_dataset]
-    assert sorted(found, key=str) == sorted(([("weather", {f"x{i}": i})] for i in range(12)), key=str)
+    trainer = prepared(write(kind, folder, rows), folder, tokenizer)
+    found = [*trainer.train_dataset, *trainer.eval_dataset]
+    calls = [said(learned(row, tokenizer), tokenizer.eos_token) for row in found]
+    assert sorted(calls, key=str) == sorted(([("weather", {f"x{i}": i})] for i in range(12)), key=str)
+    assert not any("null" in tokenizer.decode(row["input_ids"]) for row in found)
 
 
 def test_chatml_opens_an_answer_as_it_is_trained(folder):

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import processes
 import tiny
-from hf_lnscale.diagnosis import residual_variance
+from hf_lnscale import diagnose
 from hf_lnscale.pruning.scores import score_layers
 from hf_lnscale.training import DepthStatsCallback, plot_depth_stats, read_depth_stats
 from oracles import decoder_layers
@@ -160,9 +160,9 @@ def test_small_angles_keep_their_digits(tmp_path):
 def test_the_definitions_are_those_of_the_other_measurements(tmp_path):
     model, data = tiny.model(), examples()
     ids = torch.tensor(data["input_ids"])
-    variance = residual_variance(model, ids)[1:]
+    found = diagnose(model, ids, loss=False, gradients=False, jacobian=False, progress=False)
+    variance, skipped = (found.values(f"residual.{name}") for name in ("variance", "variance_without_first"))
     angle = score_layers(model, ids, "angular", tokens="all", progress=False).layers.tolist()
-    skipped = residual_variance(model, ids, skip_tokens=1)[1:]
     run = trainer(copy.deepcopy(model), data, tmp_path, skip_tokens=0)
     run.train()
     assert logged(run)["residual_variance"] == pytest.approx(variance, rel=1e-4)

@@ -11,10 +11,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
+from hf_lnscale.commands.train import start
 from hf_lnscale.core.record import add_known_text
 from hf_lnscale.measuring.known_text import sketch
 from hf_lnscale.measuring.text import Windows, token_batches
-from hf_lnscale.training.start import start
+from hf_lnscale.training.scripts import import_recipe
 from recipe import SMALL
 
 pytestmark = pytest.mark.xdist_group("recipes")
@@ -175,6 +176,15 @@ def test_the_card_of_a_mixture(tmp_path, here):
     assert "It was trained on text.jsonl, old.jsonl." in card
     assert "| `fractions` | `[0.9, 0.1]` |" in card
     assert str(here) not in card
+
+
+def test_an_error_of_several_lines_is_told_whole_in_one(tmp_path, here, monkeypatch, capsys):
+    def fail(*told):
+        raise OSError("cannot read it:\n  the disk\n  is full")
+
+    monkeypatch.setattr(import_recipe("continue_pretrain"), "load_tokenizer", fail)
+    assert recipe.run("continue_pretrain", *words(here, tmp_path / "out")) == 1
+    assert capsys.readouterr().err.endswith("continue_pretrain: cannot read it: the disk is full\n")
 
 
 @pytest.mark.slow

@@ -57,8 +57,16 @@ def test_evaluation_loss_is_the_mean_over_tokens(settings, tmp_path):
     assert found["eval_loss"] == pytest.approx(expected.mean().item(), rel=3e-3 if settings.get("bf16") else 1e-5)
     assert found["eval_tokens"] == len(expected)
     if not settings:
-        means = [token_losses(hooked(), row["input_ids"]).mean() for row in data]
-        assert abs(sum(means) / 5 - expected.mean()) > 1e-3  # what it must not be
+        by_row = [token_losses(hooked(), row["input_ids"]) for row in data]
+        # Cochran, Sampling Techniques, chapter 6: the ratio of two sums over rows.
+        squares = sum((row.sum() - len(row) * expected.mean()).item() ** 2 for row in by_row)
+        error = math.sqrt(5 / 4 * squares) / len(expected)
+        assert found["eval_loss_stderr"] == pytest.approx(error, rel=1e-5)
+        assert abs(sum(row.mean() for row in by_row) / 5 - expected.mean()) > 1e-3  # what it must not be
+
+
+def test_one_row_has_no_standard_error(tmp_path):
+    assert "eval_loss_stderr" not in trainer(tmp_path, tiny.model(), rows([9])).evaluate()
 
 
 def test_completions_alone_are_learned(tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig, RwkvFo
 import recipe
 import tiny
 from hf_lnscale import ln_scales
+from hf_lnscale.core.display import with_error
 from hf_lnscale.training.arguments import TeacherArguments
 from hf_lnscale.training.scripts import import_recipe
 from hf_lnscale.training.trainer import RecipeTrainer
@@ -50,7 +51,9 @@ def complete(folder: Path, plots: bool = True) -> None:
     assert figures["steps"] == 6
     assert min(figures[name] for name in ("tokens_per_second", "wall_seconds", "peak_memory_bytes")) > 0
     card = (folder / "README.md").read_text()
-    assert f"{figures['eval_loss']:.4f}" in card
+    assert figures["perplexity_stderr"] == pytest.approx(figures["perplexity"] * figures["eval_loss_stderr"])
+    for name in ("eval_loss", "perplexity"):
+        assert f"| {name.replace('_', ' ')} | {with_error(figures[name], figures[f'{name}_stderr'])} |" in card
     assert ".py " in card
     assert figures["versions"]["trl"] in card
     if (folder / "config.json").is_file():  # of an adapter, PEFT notes where its base lies

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
 import tiny
-from hf_lnscale.commands.program import command_line
+from hf_lnscale.commands.run import command_line
 from hf_lnscale.core.processes import STARTUP, environment_with_flags
 from oracles import with_hooked_norms
 
