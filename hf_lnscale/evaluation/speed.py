@@ -22,6 +22,7 @@ import torch
 
 from ..checkpoints.names import Placement, load, size_on_disk
 from ..core.processes import command_of
+from ..measuring.stream import kv_cache
 
 # The ranges of n runs each of two equally fast models are apart by chance in 2 of (2n over n) cases: 33 % with two,
 # 10 % with three, 3 % with four.
@@ -248,7 +249,7 @@ def serve() -> None:
             prefill = time.perf_counter() - started
             started = time.perf_counter()
             for _ in range(job["new_tokens"]):
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                output = model(token, **kv_cache(output), use_cache=True)
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()
             decode = time.perf_counter() - started

@@ -34,6 +34,7 @@ from ..core.families import (
     PARALLEL,
     POST_LN,
     POST_NORM,
+    SHARED,
     UNEQUAL,
     Family,
     UnsupportedArchitectureError,
@@ -41,9 +42,11 @@ from ..core.families import (
 )
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
+from ..measuring.stream import kv_cache
 from .layers import kept_layers, prune_config
 
 _LAYERS, _WIDTH = 4, 32
+_MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
 # Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
 _SIZES: tuple[tuple[int | float, str], ...] = (
     (
@@ -150,7 +153,12 @@ def propose_family(model: nn.Module) -> Proposal:
     text = text_config(modules[0].config)
     inner = next((module for module in modules if module.config.model_type == text.model_type), modules[0])
     try:
-        return propose_from(type(inner), tiny_config(type(text)))
+        config = tiny_config(type(text))
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in type(inner)(config).parameters())
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"it has {count:,} parameters, so its configuration has names of its own for its sizes")
+        return propose_from(type(inner), config)
     except Exception as error:
         raise UnsupportedArchitectureError(
             f"propose_family: no tiny {type(inner).__name__} could be run: {type(error).__name__}: {error}. Give "
@@ -209,6 +217,9 @@ def probe(model: PreTrainedModel) -> Proposal:
         return Proposal(config.model_type, None, found, found)
     base, path, calls = found
     layers = _layers(base, path)
+    parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    if len(set(parameters)) < len(parameters):
+        return Proposal(config.model_type, None, SHARED, SHARED)
     family, no_scaling = Family(layers=path), ""
     rows = [_pre_norms(*call) for call in calls]
     if isinstance(rows[0], str) or any(row != rows[0] for row in rows):
@@ -474,8 +485,7 @@ def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, 
 def _cache_error(model: PreTrainedModel, ids_BT: torch.Tensor) -> float | None:
     """The largest relative difference that a cache makes to the output at the last token; None without a cache."""
     whole = model(input_ids=ids_BT, use_cache=False)[0][:, -1]
-    first = model(input_ids=ids_BT[:, :-1], use_cache=True)
-    cache = {name: first[name] for name in ("past_key_values", "cache_params", "state") if name in first}
+    cache = kv_cache(model(input_ids=ids_BT[:, :-1], use_cache=True))
     if not cache:
         return None
     last = model(input_ids=ids_BT[:, -1:], use_cache=True, **cache)[0][:, -1]
