@@ -74,7 +74,7 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_heads "
         "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
         "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num sliding_window window_size "
-        "sliding_window_size attention_chunk_size local_attention attention_window_size",
+        "sliding_window_size attention_chunk_size local_attention attention_window_size loop_layer_index_end",
     ),
     (
         2,
@@ -82,7 +82,8 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
         "num_experts_per_tok num_experts_per_token moe_k moe_topk first_k_dense_replace max_window_layers "
         "num_dense_layers no_rope_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period "
         "mamba_expand n_groups mamba_n_groups layer_group_size global_attn_every_n_layers "
-        "sliding_window_pattern moe_layer_end_index eos_token_id",
+        "sliding_window_pattern moe_layer_end_index eos_token_id n_layers_per_attn_res_block loop_layer_index_start "
+        "loop_num_passes",
     ),
     (
         1,
@@ -239,7 +240,11 @@ def probe(model: PreTrainedModel) -> Proposal:
     said = config.to_dict()
     fields = tuple(name for name in DEPTH_FIELDS if said.get(name) is not None)
     family = replace(family, depth_fields=fields, no_scaling=no_scaling)
-    if no_dropping := _no_dropping(model, base, family, ids_BT):
+    if len(layers) != config.num_hidden_layers:
+        no_dropping = "its configuration counts sub-layers as layers"
+    else:
+        no_dropping = _no_dropping(model, base, family, ids_BT)
+    if no_dropping:
         family = replace(family, depth_fields=None)
     return Proposal(config.model_type, None if no_scaling and no_dropping else family, no_scaling, no_dropping)
 
@@ -281,10 +286,11 @@ def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[PreTrain
         and [call[0] for call in made] == list(lists[name])
         and all(torch.equal(before[4], after[3]) for before, after in itertools.pairwise(made))
     ]
-    if not chained:
+    width = getattr(text_config(model.config), "hidden_size", None)  # missing where several stacks have their own
+    if not chained or width is None:
         return NO_STACK
     name = max(chained, key=lambda one: len(calls[one]))
-    if calls[name][0][3].dim() != 3 or calls[name][0][3].shape[-1] != text_config(model.config).hidden_size:
+    if calls[name][0][3].dim() != 3 or calls[name][0][3].shape[-1] != width:
         return HYPER
     holder, base = "", model
     for prefix, module in model.named_modules():
