@@ -112,6 +112,7 @@ ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not cou
 UNEQUAL = "its layers do not all have the same pre-norms"
 NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
 NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
+RENAMED = "its checkpoints call the pre-norms otherwise than its model, so that layers in files are not recognized"
 SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
 
 # Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
@@ -119,7 +120,7 @@ SHARED = "its layers share the weights of one Transformer block, so that a layer
 _ROWS: tuple[tuple[Family, str], ...] = (
     (
         Family(depth_fields=()),
-        "arcee aria_text bitnet emu3_text_model ernie4_5 exaone glm glm4 gpt_neox_japanese granite granitemoe "
+        "arcee aria_text bitnet emu3_text_model ernie4_5 glm glm4 gpt_neox_japanese granite granitemoe "
         "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 "
         "jetmoe llama minimax_m2 ministral3 mistral mixtral olmoe persimmon phi3 phi4_multimodal phimoe "
         "qwen3_vl_text seed_oss solar_open starcoder2 youtu",
@@ -176,6 +177,7 @@ _ROWS: tuple[tuple[Family, str], ...] = (
     (Family(depth_fields=("layer_types", "first_k_dense_replace", "max_window_layers")), "dots1"),
     (Family(depth_fields=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")), "ernie4_5_moe"),
     (Family(mlp_norm="pre_ff_layernorm", depth_fields=()), "falcon_h1"),
+    (Family(no_dropping=RENAMED), "exaone"),
     (Family(depth_fields=("layer_types", "mlp_only_layers")), "flint"),
     (
         Family(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.families import (
     DEPTH_FIELDS,
@@ -34,6 +35,7 @@ from ..core.families import (
     PARALLEL,
     POST_LN,
     POST_NORM,
+    RENAMED,
     SHARED,
     UNEQUAL,
     Family,
@@ -445,6 +447,10 @@ def _path(model: PreTrainedModel, base: PreTrainedModel, family: Family) -> str:
 
 def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, ids_BT: torch.Tensor) -> str:
     """Why no layers can be dropped; "" if a smaller configuration gives the outputs of the model without them."""
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    pre_norms = [name for name in on_disk if name.endswith(".weight") and family.layer_of_pre_norm(name) is not None]
+    if not family.no_scaling and len(pre_norms) < 2 * _LAYERS:
+        return RENAMED
     path, refusals = _path(model, base, family), []
     cuts = [[0], [1], [2], [3], [0, 2], [1, 2]]
     try:
