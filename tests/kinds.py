@@ -128,7 +128,7 @@ _OPEN = {
 }
 # The experiment gives no encoder's output, without which cross-attention does not run: the reason is read in the code.
 UNTRIED = ("musicgen_decoder",)
-# Whole models of these, too, transformers loads in two dtypes when it is asked for float64.
+# transformers loads these in two dtypes when it is asked for float64, with or without dropping.
 FLOAT32 = ("xlnet",)
 
 

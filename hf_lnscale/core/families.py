@@ -112,7 +112,7 @@ ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not cou
 UNEQUAL = "its layers do not all have the same pre-norms"
 NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
 NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
-RENAMED = "its checkpoints call the pre-norms otherwise than its model, so that layers in files are not recognized"
+RENAMED = "its checkpoints name the pre-norms differently from its model, so that layers in files are not recognized"
 SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
 
 # Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
