@@ -27,7 +27,9 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Not in Qwen3-MoE: vLLM would make it a shared expert of which the checkpoint has no weights.
+_SHARED = _MOE | {"shared_expert_intermediate_size": 16}
 _MLA = {
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
@@ -76,11 +78,11 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], tuple[str, str
     "ministral": (tf.MinistralConfig, {}, LLAMA_NORMS),
     "qwen2": (tf.Qwen2Config, {}, LLAMA_NORMS),
     "qwen3": (tf.Qwen3Config, {}, LLAMA_NORMS),
-    "qwen2_moe": (tf.Qwen2MoeConfig, _MOE, LLAMA_NORMS),
+    "qwen2_moe": (tf.Qwen2MoeConfig, _SHARED, LLAMA_NORMS),
     "qwen3_moe": (tf.Qwen3MoeConfig, _MOE, LLAMA_NORMS),
-    "qwen3_next": (tf.Qwen3NextConfig, _MOE | _LINEAR, LLAMA_NORMS),
+    "qwen3_next": (tf.Qwen3NextConfig, _SHARED | _LINEAR, LLAMA_NORMS),
     "qwen3_5_text": (tf.Qwen3_5TextConfig, _LINEAR, LLAMA_NORMS),
-    "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, _MOE | _LINEAR, LLAMA_NORMS),
+    "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, _SHARED | _LINEAR, LLAMA_NORMS),
     "deepseek_v2": (tf.DeepseekV2Config, _MLA, LLAMA_NORMS),
     "deepseek_v3": (tf.DeepseekV3Config, _MLA, LLAMA_NORMS),
     "phi3": (tf.Phi3Config, {}, LLAMA_NORMS),

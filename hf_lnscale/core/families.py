@@ -112,8 +112,8 @@ ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not cou
 UNEQUAL = "its layers do not all have the same pre-norms"
 NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
 NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
+RENAMED = "its checkpoints name the pre-norms differently from its model, so that layers in files are not recognized"
 SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
-UNTRIED = "no tiny model of it could be built to find out"
 
 # Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
 # Llama and a norm on the output of attention in Gemma 2.
@@ -125,27 +125,36 @@ _ROWS: tuple[tuple[Family, str], ...] = (
         "jetmoe llama minimax_m2 ministral3 mistral mixtral olmoe persimmon phi3 phi4_multimodal phimoe "
         "qwen3_vl_text seed_oss solar_open starcoder2 youtu",
     ),
-    (Family(depth_fields=("layer_types",)), "cwm gpt_oss granitemoehybrid kolibri1 ministral"),
-    (Family(depth_fields=("layer_types", "mlp_layer_types")), "inkling_text kimi_linear mellum mimo_v2_flash"),
+    (Family(depth_fields=("layer_types",)), "cwm gpt_oss granitemoehybrid kolibri1 lara_mini ministral"),
+    (
+        Family(depth_fields=("layer_types", "mlp_layer_types")),
+        "dots3_note_text inkling_text kimi_linear mellum mimo_v2_flash",
+    ),
     (Family(depth_fields=("layer_types", "max_window_layers")), "qwen2 qwen2_5_vl_text qwen2_vl_text qwen3"),
     (Family(depth_fields=("mlp_layer_types",)), "axk1 glm4_moe_lite hy_v3"),
     (
         Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace")),
         "bailing_hybrid deepseek_v32 exaone_moe",
     ),
-    (Family(depth_fields=("first_k_dense_replace",)), "deepseek_v2 deepseek_v3 glm4_moe"),
+    (Family(depth_fields=("first_k_dense_replace",)), "deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe"),
     (
         Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",)),
         "gemma2 gemma3_text vaultgemma",
     ),
-    (Family(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", depth_fields=()), "biogpt xglm"),
+    (
+        Family(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", depth_fields=()),
+        "biogpt musicgen_melody_decoder xglm",
+    ),
     (Family(one_plus_weight=True, depth_fields=()), "gemma nemotron"),
     (Family(depth_fields=("layer_types", "layer_rope_theta")), "granite_swa granitemoe_swa"),
     (Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types",)), "lfm2 lfm3"),
     (Family(one_plus_weight=True, depth_fields=("layer_types",)), "qwen3_5_moe_text qwen3_5_text"),
     (Family(depth_fields=("mlp_only_layers",)), "qwen3_moe qwen3_vl_moe_text"),
     (Family(mlp_norm="pre_mlp_layernorm", depth_fields=("layer_types", "num_dense_layers")), "afmoe"),
-    (Family(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", depth_fields=()), "apertus"),
+    (
+        Family(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", depth_fields=()),
+        "apertus apertus1p5_text",
+    ),
     (Family(mlp_norm="pre_ff_layernorm", no_dropping=NO_CHECK), "bamba"),
     (Family(layers="h", requires=(("apply_residual_connection_post_layernorm", False),), depth_fields=()), "bloom"),
     (
@@ -168,6 +177,7 @@ _ROWS: tuple[tuple[Family, str], ...] = (
     (Family(depth_fields=("layer_types", "first_k_dense_replace", "max_window_layers")), "dots1"),
     (Family(depth_fields=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")), "ernie4_5_moe"),
     (Family(mlp_norm="pre_ff_layernorm", depth_fields=()), "falcon_h1"),
+    (Family(no_dropping=RENAMED), "exaone"),
     (Family(depth_fields=("layer_types", "mlp_only_layers")), "flint"),
     (
         Family(
@@ -260,6 +270,7 @@ _ROWS: tuple[tuple[Family, str], ...] = (
     (Family(no_scaling=ONE_SUBLAYER, depth_fields=("layers_block_type",)), "nemotron_h"),
     (Family(layers="h", no_scaling=POST_LN, depth_fields=()), "openai-gpt"),
     (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
+    (Family(layers="layer", no_scaling=POST_LN, depth_fields=()), "xlnet"),
 )
 FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
 
@@ -269,17 +280,16 @@ KNOWN_UNSUPPORTED: dict[str, str] = {
     for reason, names in (
         (
             ENCODER_DECODER,
-            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus "
-            "plbart prophetnet whisper",
+            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_decoder musicgen_melody "
+            "mvp pegasus plbart prophetnet whisper",
         ),
         (MULTIPLIED, "beam zaya"),
         (HYPER, "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text"),
-        (NO_STACK, "blt hrm_text mllama_text_model reformer xlm"),
-        (POST_LN, "distilbert minimax xlnet"),
+        (NO_STACK, "blt dory hrm_text inkling2_loop_text mllama_text_model reformer xlm"),
+        (POST_LN, "distilbert minimax"),
         (MORE_NORMS, "longcat_flash"),
         (MORE_READERS, "inkling2_text"),
         (UNEQUAL, "rwkv"),
-        (UNTRIED, "dots3_note_text"),
         (SHARED, "zamba zamba2"),
     )
     for name in names.split()

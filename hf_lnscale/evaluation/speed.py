@@ -22,6 +22,7 @@ import torch
 
 from ..checkpoints.names import Placement, load, size_on_disk
 from ..core.processes import command_of
+from ..measuring.stream import kv_cache
 
 # The ranges of n runs each of two equally fast models are disjoint by chance in 2 of C(2n, n) cases: 33 % for two runs,
 # 10 % for three, 3 % for four.
@@ -242,7 +243,7 @@ def serve() -> None:
             prefill = time.perf_counter() - started
             started = time.perf_counter()
             for _ in range(job["new_tokens"]):
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                output = model(token, **kv_cache(output), use_cache=True)
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()
             decode = time.perf_counter() - started

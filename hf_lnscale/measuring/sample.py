@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from .stream import kv_cache
 from .text import TokenBatches, Windows, token_batches
 
 END_OF_TEXT = "<|endoftext|>"
@@ -131,10 +132,10 @@ def own_text(
     batches = []
     for size in torch.arange(max(1, num_tokens // seq_len)).split(batch_size):
         ids_BT = torch.full((len(size), 1), first)
-        cache = None
+        cache: dict[str, Any] = {}
         while ids_BT.shape[1] < seq_len:
-            output = model(input_ids=ids_BT[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=ids_BT[:, -1:].to(device), **cache, use_cache=True)
+            cache = kv_cache(output)
             p_BV = output.logits[:, -1].float().softmax(-1).cpu()
             ids_BT = torch.cat([ids_BT, torch.multinomial(p_BV, 1, generator=generator)], dim=1)
         batches.append(ids_BT)

@@ -84,6 +84,12 @@ def layer_output(output: Any) -> torch.Tensor:
     return found
 
 
+def kv_cache(output: Any) -> dict[str, Any]:
+    """The cache in a model's output, by the keyword that takes it in the next call; transformers 5.24 renamed it."""
+    names = ("cache", "past_key_values", "cache_params", "state")
+    return {name: value for name, value in output.items() if name in names}
+
+
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """Converted to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

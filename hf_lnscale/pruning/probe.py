@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.families import (
     DEPTH_FIELDS,
@@ -34,6 +35,8 @@ from ..core.families import (
     PARALLEL,
     POST_LN,
     POST_NORM,
+    RENAMED,
+    SHARED,
     UNEQUAL,
     Family,
     UnsupportedArchitectureError,
@@ -41,9 +44,11 @@ from ..core.families import (
 )
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
+from ..measuring.stream import kv_cache
 from .layers import kept_layers, prune_config
 
 _LAYERS, _WIDTH = 4, 32
+_MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
 # Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
 _SIZES: tuple[tuple[int | float, str], ...] = (
     (
@@ -71,7 +76,7 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_heads "
         "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
         "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num sliding_window window_size "
-        "sliding_window_size attention_chunk_size local_attention attention_window_size",
+        "sliding_window_size attention_chunk_size local_attention attention_window_size loop_layer_index_end",
     ),
     (
         2,
@@ -79,7 +84,8 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
         "num_experts_per_tok num_experts_per_token moe_k moe_topk first_k_dense_replace max_window_layers "
         "num_dense_layers no_rope_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period "
         "mamba_expand n_groups mamba_n_groups layer_group_size global_attn_every_n_layers "
-        "sliding_window_pattern moe_layer_end_index eos_token_id",
+        "sliding_window_pattern moe_layer_end_index eos_token_id n_layers_per_attn_res_block loop_layer_index_start "
+        "loop_num_passes",
     ),
     (
         1,
@@ -150,7 +156,12 @@ def propose_family(model: nn.Module) -> Proposal:
     text = text_config(modules[0].config)
     inner = next((module for module in modules if module.config.model_type == text.model_type), modules[0])
     try:
-        return propose_from(type(inner), tiny_config(type(text)))
+        config = tiny_config(type(text))
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in type(inner)(config).parameters())
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"it has {count:,} parameters, so its configuration has names of its own for its sizes")
+        return propose_from(type(inner), config)
     except Exception as error:
         raise UnsupportedArchitectureError(
             f"propose_family: no tiny {type(inner).__name__} could be run: {type(error).__name__}: {error}. Give "
@@ -209,6 +220,9 @@ def probe(model: PreTrainedModel) -> Proposal:
         return Proposal(config.model_type, None, found, found)
     base, path, calls = found
     layers = _layers(base, path)
+    parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    if len(set(parameters)) < len(parameters):
+        return Proposal(config.model_type, None, SHARED, SHARED)
     family, no_scaling = Family(layers=path), ""
     rows = [_pre_norms(*call) for call in calls]
     if isinstance(rows[0], str) or any(row != rows[0] for row in rows):
@@ -228,7 +242,11 @@ def probe(model: PreTrainedModel) -> Proposal:
     said = config.to_dict()
     fields = tuple(name for name in DEPTH_FIELDS if said.get(name) is not None)
     family = replace(family, depth_fields=fields, no_scaling=no_scaling)
-    if no_dropping := _no_dropping(model, base, family, ids_BT):
+    if len(layers) != config.num_hidden_layers:
+        no_dropping = "its configuration counts sub-layers as layers"
+    else:
+        no_dropping = _no_dropping(model, base, family, ids_BT)
+    if no_dropping:
         family = replace(family, depth_fields=None)
     return Proposal(config.model_type, None if no_scaling and no_dropping else family, no_scaling, no_dropping)
 
@@ -270,10 +288,11 @@ def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[PreTrain
         and [call[0] for call in made] == list(lists[name])
         and all(torch.equal(before[4], after[3]) for before, after in itertools.pairwise(made))
     ]
-    if not chained:
+    width = getattr(text_config(model.config), "hidden_size", None)  # missing where several stacks have their own
+    if not chained or width is None:
         return NO_STACK
     name = max(chained, key=lambda one: len(calls[one]))
-    if calls[name][0][3].dim() != 3 or calls[name][0][3].shape[-1] != text_config(model.config).hidden_size:
+    if calls[name][0][3].dim() != 3 or calls[name][0][3].shape[-1] != width:
         return HYPER
     holder, base = "", model
     for prefix, module in model.named_modules():
@@ -428,6 +447,10 @@ def _path(model: PreTrainedModel, base: PreTrainedModel, family: Family) -> str:
 
 def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, ids_BT: torch.Tensor) -> str:
     """Why no layers can be dropped; "" if a smaller configuration gives the outputs of the model without them."""
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    pre_norms = [name for name in on_disk if name.endswith(".weight") and family.layer_of_pre_norm(name) is not None]
+    if not family.no_scaling and len(pre_norms) < 2 * _LAYERS:
+        return RENAMED
     path, refusals = _path(model, base, family), []
     cuts = [[0], [1], [2], [3], [0, 2], [1, 2]]
     try:
@@ -474,8 +497,7 @@ def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, 
 def _cache_error(model: PreTrainedModel, ids_BT: torch.Tensor) -> float | None:
     """The largest relative difference that a cache makes to the output at the last token; None without a cache."""
     whole = model(input_ids=ids_BT, use_cache=False)[0][:, -1]
-    first = model(input_ids=ids_BT[:, :-1], use_cache=True)
-    cache = {name: first[name] for name in ("past_key_values", "cache_params", "state") if name in first}
+    cache = kv_cache(model(input_ids=ids_BT[:, :-1], use_cache=True))
     if not cache:
         return None
     last = model(input_ids=ids_BT[:, -1:], use_cache=True, **cache)[0][:, -1]

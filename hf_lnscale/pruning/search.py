@@ -25,7 +25,7 @@ from ..core.stack import Stack, text_stack
 from ..measuring.known_text import sketch
 from ..measuring.losses import SourceLosses, losses_by_source, perplexity_of, sweep_losses, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode
+from ..measuring.stream import capture_residual_stream, eval_mode, kv_cache
 from ..measuring.text import TokenBatches
 from .heal import Healer, HealReport
 from .layers import counting_layers, normalize_layers
@@ -158,7 +158,7 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     ids = torch.zeros(1, probe, dtype=torch.long, device=device)
     with torch.no_grad():
-        cache = stack.model(input_ids=ids, use_cache=True).past_key_values
+        (cache,) = kv_cache(stack.model(input_ids=ids, use_cache=True)).values()
     found = []
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None

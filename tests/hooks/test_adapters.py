@@ -17,7 +17,7 @@ from peft import (
     XLoraConfig,
     get_peft_model,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils import hotswap
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -300,7 +300,7 @@ def with_experts(model, adapter):
 
 def hotswapped(model, adapter):
     model = lora(model, seed=1)
-    hotswap_adapter(model, str(adapter), adapter_name="default")
+    hotswap.hotswap_adapter(model, str(adapter), adapter_name="default")
     return model
 
 

@@ -9,10 +9,11 @@ import pickle
 import accelerate
 import accelerate.utils.modeling
 import bitsandbytes
+import peft
 import pytest
 import torch
 from datasets import Dataset
-from peft import LNTuningConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model, replace_lora_weights_loftq
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from safetensors.torch import load_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -280,22 +281,24 @@ def test_norms_that_an_adapter_trains(tmp_path):
 SCALED, DROPPED = {"ln_scaling": True}, {"drop_layers": [1]}
 
 
+@pytest.mark.skipif(not hasattr(peft, "ShadowConfig"), reason="PEFT has it from 0.21 on")
 @pytest.mark.parametrize("flags", [SCALED, DROPPED])
 def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
     """PEFT builds it from a copy of the base's configuration, with num_hidden_layers=1."""
     AutoModelForCausalLM.from_config(tiny.config(), **flags).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    tuned = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM")).eval()
+    tuned = get_peft_model(base, peft.ShadowConfig(task_type="CAUSAL_LM")).eval()
     expected = tuned(input_ids=tiny.tokens()).logits
     tuned.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(again.eval()(input_ids=tiny.tokens()).logits, expected)
 
 
+@pytest.mark.skipif(not hasattr(peft, "ShadowConfig"), reason="PEFT has it from 0.21 on")
 def test_a_shadow_of_a_base_with_depths_of_its_own_is_refused():
     base = AutoModelForCausalLM.from_config(tiny.config(), **SCALED, **DROPPED)
     with pytest.raises(ValueError, match=r"depths must have one entry a layer, 1 for this model.*\[1, 3, 4\]"):
-        get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM"))
+        get_peft_model(base, peft.ShadowConfig(task_type="CAUSAL_LM"))
 
 
 # --- multi-token prediction ------------------------------------------------------------------------------------------

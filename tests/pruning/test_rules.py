@@ -107,6 +107,10 @@ def test_propose_family_gives_the_row_or_the_reason():
     assert str(found).endswith("layers can be dropped")
     with pytest.raises(UnsupportedArchitectureError, match="Linear holds no model of transformers"):
         propose_family(torch.nn.Linear(2, 2))
+    with torch.device("meta"):
+        blt = tf.BltForCausalLM(kinds.config("blt"))
+    with pytest.raises(UnsupportedArchitectureError, match=r"it has [\d,]{13,} parameters"):
+        propose_family(blt)  # the tiny one would have the twelve gigabytes of the default configuration
 
 
 class MovedNorm(tf.LlamaForCausalLM):
