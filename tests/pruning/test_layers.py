@@ -260,6 +260,19 @@ def test_a_missing_or_broken_plan(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
 
 
+def test_a_plan_for_a_model_that_was_cut_elsewhere_is_refused():
+    """All have four layers of one shape; layer 1 is another one in each."""
+
+    def cut(gone):
+        return drop_layers(tiny.model(num_hidden_layers=5), [gone])
+
+    made = PruningPlan(layers=(1,), model=fingerprint(cut(1).config))
+    assert len(drop_layers(cut(1), made).model.layers) == 3
+    for other in (cut(3), tiny.model()):
+        with pytest.raises(ValueError, match=r"made for another model.*dropped_before \[1\]"):
+            drop_layers(other, made)
+
+
 def test_plan_survives_its_file(tmp_path):
     full = plan(method={"search": "greedy"}, perplexity={"before": 10.0, "after": 12.0}, steps=[{"layers": [1]}])
     assert PruningPlan.load(full.save(tmp_path / "a" / "folder")) == full
