@@ -146,7 +146,7 @@ HOOKS = (
     ),
     # Every load of torch.distributed.checkpoint is planned by it.
     Hook(
-        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "readers:set_up_planner",
+        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "distributed:set_up_planner",
         ("self", "state_dict", "metadata"),
     ),
     # Private: the only place where both checkpoints are named. Its parameters are looked up by name.

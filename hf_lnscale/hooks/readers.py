@@ -89,18 +89,7 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
     )
 
 
-def set_up_planner(original: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.distributed.checkpoint's planner, which reads tensors into those of a state dict by their names."""
-
-    def set_up_planner(self: Any, state_dict: Any, metadata: Any = None, *args: Any, **kwargs: Any) -> None:
-        original(self, state_dict, metadata, *args, **kwargs)
-        if metadata is not None:
-            _require_all_layers(self.state_dict, metadata.state_dict_metadata)
-
-    return set_up_planner
-
-
-def _require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
+def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
     """Refuses to read fewer layers than are stored for a cut model. A state dict does not say whose it is; a model of
     that many layers, cut from another, must be in memory."""
     here, there = _highest_numbers(wanted), _highest_numbers(stored)
