@@ -150,7 +150,7 @@ HOOKS = (
         ("self", "state_dict", "metadata"),
     ),
     # Private: the only place where both checkpoints are named. Its parameters are looked up by name.
-    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "readers:create_model"),
+    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "lm_eval:create_model"),
     # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", ("self", "model")),
 )  # fmt: skip

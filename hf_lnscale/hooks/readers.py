@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -113,28 +112,21 @@ def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def create_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """lm-eval's `delta`, a second checkpoint whose tensors are added to those of the first by their names."""
-    signature = inspect.signature(original)
+def require_same_layers(name: str, delta: str, **where: Any) -> None:
+    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
 
-    def create_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        if delta := given.get("delta"):
-            where = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
-            names = given["pretrained"], delta
-            first, second = (record(AutoConfig.from_pretrained(name, **where)) for name in names)
-            layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
-            if layers_of[0] != layers_of[1] or first.folded != second.folded:
-                raise ArgumentError(
-                    "delta",
-                    delta,
-                    problem=f"has {second.to_dict()} and the model {first.to_dict()}: their tensors of one name are "
-                    "not of the same layer, or not of the same scale. Add the delta to the original model, and cut or "
-                    "fold the sum",
-                )
-        return original(self, *args, **kwargs)
-
-    return create_model
+    Raises:
+        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way.
+    """
+    first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
+    layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
+    if layers_of[0] != layers_of[1] or first.folded != second.folded:
+        raise ArgumentError(
+            "delta",
+            delta,
+            problem=f"has {second.to_dict()} and the model {first.to_dict()}: their tensors of one name are not of the "
+            "same layer, or not of the same scale. Add the delta to the original model, and cut or fold the sum",
+        )
 
 
 def init_loftq_loader(original: Callable[..., Any]) -> Callable[..., Any]:
