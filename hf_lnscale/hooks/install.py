@@ -27,7 +27,8 @@ SUPPORTED = "5.16.1 to 5.24"
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
 VLLM = "vllm.transformers_utils.config"
-GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM)
+DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ HOOKS = (
             "accelerate.utils.modeling",
         )
     ),
+    # Every load of torch.distributed.checkpoint is planned by it.
+    Hook(
+        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "distributed:set_up_planner",
+        ("self", "state_dict", "metadata"),
+    ),
+    # Private: the only place where both checkpoints are named. Its parameters are looked up by name.
+    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "lm_eval:create_model"),
     # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", ("self", "model")),
 )  # fmt: skip

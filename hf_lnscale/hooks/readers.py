@@ -6,6 +6,7 @@ The names in a checkpoint number its own layers. In a model without some of them
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
 from ..core.apply import set_ln_scaling_step
@@ -52,10 +53,10 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
         CheckpointError: if its layers have other numbers than the model's.
     """
     base = next(iter(pretrained_modules(model)), None)
-    if base is None or not is_flagged(base.config):
-        return
     path = Path(checkpoint)
     folder, files = (path, []) if path.is_dir() else (path.parent, [path])
+    if base is None or not (is_flagged(base.config) or (folder / "config.json").is_file()):
+        return
     if path.suffix == ".json" or not files:
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if _positions(base, folder, files) is not None:
@@ -85,6 +86,47 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
         f"{dropped.num_hidden_layers} of the original. Read by their numbers, weights would go to other layers. "
         f"Load it with from_pretrained(..., drop_layers={list(dropped.layers)})"
     )
+
+
+def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
+    """Refuses to read fewer layers than are stored for a cut model. A state dict does not say whose it is; a model of
+    that many layers, cut from another, must be in memory."""
+    here, there = _highest_numbers(wanted), _highest_numbers(stored)
+    fewer = {prefix: number for prefix, number in here.items() if number < there.get(prefix, 0)}
+    for model in gc.get_objects() if fewer else ():
+        if not issubclass(type(model), PreTrainedModel) or not is_flagged(getattr(model, "config", None)):
+            continue
+        if record(model.config).dropped and (stack := own_stack(model)):
+            for prefix, number in fewer.items():
+                if prefix.endswith(stack.family.layers) and number == len(stack.layers) - 1:
+                    raise _of_another_model(model, f"the checkpoint holds a layer {there[prefix]}")
+
+
+def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The highest number that follows each prefix in names such as `model.layers.3.mlp`."""
+    found: dict[str, int] = {}
+    for name in names:
+        for match in re.finditer(r"\.(\d+)\.", name):
+            prefix = name[: match.start()]
+            found[prefix] = max(int(match[1]), found.get(prefix, 0))
+    return found
+
+
+def require_same_layers(name: str, delta: str, **where: Any) -> None:
+    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
+
+    Raises:
+        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way.
+    """
+    first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
+    layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
+    if layers_of[0] != layers_of[1] or first.folded != second.folded:
+        raise ArgumentError(
+            "delta",
+            delta,
+            problem=f"has {second.to_dict()} and the model {first.to_dict()}: their tensors of one name are not of the "
+            "same layer, or not of the same scale. Add the delta to the original model, and cut or fold the sum",
+        )
 
 
 def init_loftq_loader(original: Callable[..., Any]) -> Callable[..., Any]:

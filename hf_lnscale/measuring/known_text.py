@@ -64,12 +64,17 @@ def share_known(text: KnownText, sequences: Iterable[torch.Tensor]) -> float:
     return share if met > 1 or share >= 0.1 else 0.0
 
 
+def percent(share: float) -> str:
+    """A share that is estimated from a sample, with two digits."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
 def caution(config: PreTrainedConfig, sequences: Iterable[torch.Tensor]) -> str | None:
     """A sentence for who measures a model on text that it was chosen or healed on; None where it was not."""
     text = known_text(config)
     if text is None or not (share := share_known(text, sequences)):
         return None
     return (
-        f"About {100 * share:.2g} % of this text is what the model's layers were chosen or healed on ({text.source}): "
+        f"About {percent(share)} of this text is what the model's layers were chosen or healed on ({text.source}): "
         "it does better here than on text that it does not know."
     )

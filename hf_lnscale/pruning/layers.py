@@ -6,6 +6,7 @@ numbering of the model that it was once cut from, so that layers can be found ag
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -317,9 +318,9 @@ def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | 
     text = text_config(config)
     family = family or family_of(config, "drop_layers")
     rules = _rules(config, family)
-    _refuse_other_mentions(config)
     num_layers = text.num_hidden_layers
     kept = kept_layers(num_layers, dropped)
+    _refuse_other_mentions(config, family, kept)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
         raise ValueError(
             f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
@@ -356,16 +357,59 @@ def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> N
         text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
 
 
-def _refuse_other_mentions(config: PreTrainedConfig) -> None:
+def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[int]) -> None:
+    """Refuses a quantization_config by which layers would be quantized otherwise under their new numbers."""
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        found = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        # Names, or patterns, in which dots are escaped.
-        if named := re.search(r"layers\\*\.\d+[\w.\\]*", json.dumps(found, default=str)):
-            raise ValueError(
-                f"drop_layers: the quantization_config speaks of single layers ({named[0]!r}), which would be others "
-                "afterwards; prune the checkpoint before it is quantized"
-            )
+    if quantization is None:
+        return
+    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    modules = _modules_of_a_layer(text_config(config), family)
+    for pattern in _strings(json.loads(json.dumps(said, default=str))):
+        for new, old in enumerate(kept):
+            if new != old and _meant(pattern, family, new, modules) != _meant(pattern, family, old, modules):
+                raise ValueError(
+                    f"drop_layers: the quantization_config speaks of single layers ({pattern!r}), which would be "
+                    "others afterwards; prune the checkpoint before it is quantized"
+                )
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Every string in a JSON value, keys too, without the prefixes by which libraries mark regular expressions."""
+    if isinstance(value, str):
+        yield re.sub(r"^(re:|[+-]:)", "", value)
+    elif isinstance(value, (dict, list)):
+        for one in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+# What stands before the text decoder's layers in the names of whole models.
+_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
+def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
+    """The names of all modules in any decoder layer, from the layer on, each with a dot in front; "" is the layer."""
+    model_class = MODEL_MAPPING.get(type(text), None)
+    names = (
+        _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]
+    )
+    pattern = re.compile(rf"(?:.*?\.)?{re.escape(family.layers)}\.\d+((?:\.\w+)+)\.\w+$")
+    found = {match[1] for name in names if (match := pattern.match(name))}
+    return {name[:end] for name in found for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}
+
+
+def _meant(pattern: str, family: Family, layer: int, modules: set[str]) -> set[tuple[int, str]]:
+    """The modules of a layer that a pattern means, in each of the ways in which libraries read one."""
+    ways: list[Callable[[str], Any]] = [lambda name: pattern in name]
+    with contextlib.suppress(re.error):
+        expression = re.compile(pattern)
+        ways += [expression.search, expression.match, expression.fullmatch]
+    return {
+        (way, before + module)
+        for before in _BEFORE_LAYERS
+        for module in modules
+        for way, means in enumerate(ways)
+        if means(f"{before}{family.layers}.{layer}{module}")
+    }
 
 
 def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:

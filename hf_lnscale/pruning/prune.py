@@ -29,7 +29,7 @@ from ..core.record import get_ln_scaling
 from ..core.stack import text_stack
 from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
-from ..measuring.known_text import caution, sequences_of, share_known, sketch
+from ..measuring.known_text import caution, percent, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.sample import default_sources
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
@@ -392,7 +392,7 @@ def _split(
     if known := caution(config, sequences_of(judged)):
         cautions.append(f"held-out data: {known}")
     if held_out is not None and (share := share_known(sketch(calibration), sequences_of(judged))):
-        cautions.append(f"held-out data: about {100 * share:.2g} % of it is calibration data, too: choose other text.")
+        cautions.append(f"held-out data: about {percent(share)} of it is calibration data, too: choose other text.")
     for one in cautions:
         warn(one)
     return calibration, judged, cautions
@@ -423,8 +423,6 @@ def _rows(
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
     ]
-    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
-        figures.append(("never fitted, healed", [never["full"], never["after"]], "{:.2f}".format))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))
@@ -435,7 +433,11 @@ def _rows(
         for name, (old, new), show in figures
     ]
     judged = (("held out", "after"), ("healed", "healed"))
-    rows[3:3] = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
+        # An estimate without a standard error, hence without a percentage.
+        found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
+    rows[3:3] = found
     return rows
 
 

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -84,3 +86,18 @@ def test_what_was_written_is_read_again(sharded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was not written as folded"):
         export(sharded, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_for_multi_token_prediction_is_left_alone(tmp_path):
+    """DeepSeek stores it behind the last one, under the next number."""
+    tiny.model("deepseek_v3", ln_scaling=True).save_pretrained(tmp_path / "scaled")
+    file = tmp_path / "scaled/model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    behind = "model.layers.4.input_layernorm.weight"
+    before = load_file(file) | {behind: torch.rand(tiny.HIDDEN)}
+    save_file(before, file, metadata)
+    after = load_file(export(tmp_path / "scaled", tmp_path / "out", progress=False) / "model.safetensors")
+    assert torch.equal(after[behind], before[behind])
+    last = behind.replace("4", "3")
+    assert torch.equal(after[last], before[last] * 0.5)

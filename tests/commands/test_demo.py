@@ -156,6 +156,8 @@ def test_both_models_start_from_the_same_weights(tmp_path):
     assert hf_lnscale.ln_scales(plain) != hf_lnscale.ln_scales(scaled)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, scaled.state_dict()[name]), name
+    other = demo.Demo(tmp_path, fast=True, seed=4).new_model(0, False)
+    assert not torch.equal(plain.lm_head.weight, other.lm_head.weight)
 
 
 @pytest.mark.slow

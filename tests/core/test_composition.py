@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 
 import tiny
 from hf_lnscale import apply_ln_scaling, fold_ln_scaling, ln_scales
+from hf_lnscale.core.norm import ScaledNorm, _ScaledView, scale_parameter
 from oracles import decoder_layers, with_hooked_norms
 
 SCALES = [1.0, 2**-0.5, 3**-0.5, 0.5]
@@ -54,6 +55,12 @@ def test_compile_without_graph_breaks(family):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tiny.tokens(), use_cache=False).logits, before)
     assert_close(gradients(compiled), {f"_orig_mod.{name}": grad for name, grad in expected.items()})
+
+
+def test_compiled_code_calls_nothing_that_torch_2_6_cannot_trace():
+    """`vars(self)` is a graph break there; `self.__dict__` is none."""
+    for function in (ScaledNorm.__call__, ScaledNorm.forward, _ScaledView.__getattr__, scale_parameter):
+        assert "vars" not in function.__code__.co_names
 
 
 @pytest.mark.slow

@@ -37,6 +37,13 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
     (tmp_path / "json.py").write_text("raise SystemExit('code of the current folder was run')")
     monkeypatch.chdir(tmp_path)
+    answer, turns = speed._Process.answer, []
+
+    def noting(process, *request):
+        turns.extend(["cut" if process.job["drop_layers"] else "whole"] if request else [])
+        return answer(process, *request)
+
+    monkeypatch.setattr(speed._Process, "answer", noting)
     whole, cut = measure(
         checkpoint, checkpoint, drop_layers=[None, [1]], placement=CPU, prompt_tokens=8, new_tokens=4, repeats=3
     )
@@ -47,6 +54,21 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     # Tokens over seconds: the same run gives both figures.
     assert whole.prefill_tokens_per_second.highest == pytest.approx(8 / whole.first_token_seconds.lowest)
     assert whole.peak_bytes >= whole.load_peak_bytes > 0
+    # The first of them in a turn, which may find the machine in another state, is not always the same.
+    assert turns == ["cut", "whole", "whole", "cut"] * 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="compares with /proc/self/statm")
+def test_peak_memory_is_in_bytes(run_python):
+    """What is in use at the moment is counted by the kernel in pages; the peak is no less, and here little more."""
+    code = """
+    import os
+    from hf_lnscale.evaluation.speed import peak_memory
+    held = b"x" * 2**29
+    now = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert 0.995 * now < peak_memory() < 1.01 * now, (now, peak_memory())
+    """
+    run_python(code, plugin=True)
 
 
 @pytest.mark.slow

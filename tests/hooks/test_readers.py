@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from safetensors.torch import load_model
+from torch.distributed import checkpoint as distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.trainer_utils import load_sharded_checkpoint
@@ -169,6 +170,98 @@ def test_an_accelerate_that_is_not_as_the_hook_knows_it(run_python, whole):
 def test_accelerate_without_transformers_stays_without(run_python):
     code = "import sys, hf_lnscale, accelerate; print('transformers.modeling_utils' in sys.modules)"
     assert run_python(code, plugin=True).strip() == "False"
+
+
+def test_a_scaled_checkpoint_read_by_a_plain_model_is_warned_of(tmp_path, recwarn):
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path)
+    with_map(tiny.model(), tmp_path)
+    assert sum("switched off for" in str(warning.message) for warning in recwarn) == 1
+
+
+# --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [lambda model: {"model": model.state_dict()}, lambda model: model.model.state_dict()])
+def test_a_distributed_checkpoint_of_the_whole_model_is_refused_by_a_cut_one(state, whole, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(whole)
+    named = state(original)
+    distributed.save(named, checkpoint_id=tmp_path / "stored")
+    model = cut(whole)
+    before = weights(model)
+    with pytest.raises(distributed.CheckpointException, match=rf"holds a layer 3, .*{CUT}.*drop_layers=\[1\]"):
+        distributed.load(state(model), checkpoint_id=tmp_path / "stored")
+    assert equal(weights(model), before)
+    # Whoever reads another model meanwhile may.
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole))
+    distributed.load(state(other), checkpoint_id=tmp_path / "stored")
+    assert equal(weights(other.model), weights(original.model))
+
+
+def test_a_distributed_checkpoint_of_a_cut_model_is_loaded(whole, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1])
+    distributed.save({"model": expected.state_dict()}, checkpoint_id=tmp_path / "stored")
+    model = cut(whole)
+    distributed.load({"model": model.state_dict()}, checkpoint_id=tmp_path / "stored")
+    assert equal(weights(model), weights(cut_by_hand(whole)))
+
+
+def test_a_plain_model_reads_the_first_layers_of_a_distributed_checkpoint(whole, tmp_path):
+    """Promise 1, as for load_state_dict."""
+    original = AutoModelForCausalLM.from_pretrained(whole)
+    distributed.save(original.state_dict(), checkpoint_id=tmp_path / "stored")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, num_hidden_layers=2))
+    distributed.load(model.state_dict(), checkpoint_id=tmp_path / "stored")
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, original.model.layers[1].mlp.up_proj.weight)
+
+
+# --- lm-eval ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deltas(tmp_path_factory):
+    """A model and the difference to another, each whole and without a layer, scaled and folded."""
+    folder = tmp_path_factory.mktemp("deltas")
+    tokenizer = train_tokenizer(documents(standard_library=False), 300)
+    for seed, name in enumerate(("base", "delta")):
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        model = tiny.model(seed=seed, **size)
+        model.save_pretrained(folder / name)
+        hf_lnscale.drop_layers(model, [1]).save_pretrained(folder / f"cut {name}")
+        scaled = tiny.model(seed=seed, ln_scaling=True, **size)
+        scaled.save_pretrained(folder / f"scaled {name}")
+        hf_lnscale.fold_ln_scaling(scaled).save_pretrained(folder / f"folded {name}")
+    for path in folder.iterdir():
+        tokenizer.save_pretrained(path)
+    return folder
+
+
+def with_delta(folder, base, delta, **flags):
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
+    names = {"pretrained": str(folder / base), "delta": str(folder / delta)}
+    return lm_eval.HFLM(**names, device="cpu", dtype="float32", **flags).model
+
+
+@pytest.mark.parametrize(
+    ("base", "delta", "flags"),
+    [("base", "delta", {"drop_layers": [1]}), ("cut base", "cut delta", {}), ("scaled base", "scaled delta", {})],
+)
+def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas):
+    found = with_delta(deltas, base, delta, **flags)
+    both = [AutoModelForCausalLM.from_pretrained(deltas / name).state_dict() for name in (base, delta)]
+    wanted = AutoModelForCausalLM.from_pretrained(deltas / base)
+    wanted.load_state_dict({name: both[0][name] + both[1][name] for name in both[0]})
+    if flags:
+        del wanted.model.layers[1]
+    assert equal(weights(found), weights(wanted))
+
+
+@pytest.mark.parametrize(
+    ("base", "delta"),
+    [("cut base", "delta"), ("base", "cut delta"), ("folded base", "scaled delta"), ("folded base", "delta")],
+)
+def test_a_delta_of_other_layers_or_scale_is_refused(base, delta, deltas):
+    with pytest.raises(ValueError, match=r"delta .* not of the same layer, or not of the same scale"):
+        with_delta(deltas, base, delta)
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,13 @@ from trl import (
     RLOOTrainer,
     create_reference_model,
 )
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 import hf_lnscale
 import tiny
 from hf_lnscale.measuring.sample import documents, train_tokenizer
+from hf_lnscale.training import LNScalingWarmupCallback
 
 PLAIN, SCALED = {}, {"ln_scaling": True}
 MAKE = {
@@ -109,3 +112,44 @@ def test_the_first_divergence_of_grpo_and_rloo_is_0(config, cls, policy, tokeniz
     trainer.train()
     divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert divergences == pytest.approx([0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["cut on loading", "cut in memory", "scaled and cut"], indirect=True)
+def test_the_first_loss_of_sdft_is_0_for_a_teacher_that_is_told_no_more(policy, tokenizer, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a b"] * 4, "privileged_context": [""] * 4})
+    template = {"teacher_prompt_template": "{prompt}{privileged_context}"}
+    arguments = settings(SDFTConfig, tmp_path, max_completion_length=4, num_generations=2, **template)
+    trainer = SDFTTrainer(policy, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    assert len(trainer.teacher_model.model.layers) == len(policy.model.layers)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["base", "ema"])
+@pytest.mark.parametrize("policy", ["cut in memory", "scaled and cut"], indirect=True)
+def test_the_teacher_of_sdpo_is_the_model(policy, kind, tokenizer, tmp_path):
+    arguments = settings(SDPOConfig, tmp_path, num_generations=2, teacher_model_kind=kind)
+    trainer = SDPOTrainer(
+        policy,
+        reward_funcs=lambda completions, **_: [1.0 for _ in completions],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 4}),
+        processing_class=tokenizer,
+    )
+    assert trainer.teacher_model is not policy
+    assert torch.equal(trainer.teacher_model(tiny.tokens()).logits, policy.eval()(tiny.tokens()).logits)
+
+
+def test_an_averaged_teacher_is_refused_in_a_warmup(tokenizer, tmp_path):
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    tiny.model(**size, ln_scaling={"warmup_steps": 10}).save_pretrained(tmp_path / "model")
+    trainer = SDFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        args=settings(SDFTConfig, tmp_path, max_completion_length=4, num_generations=2, teacher_model_kind="ema"),
+        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 4, "privileged_context": ["c"] * 4}),
+        processing_class=tokenizer,
+        callbacks=[LNScalingWarmupCallback()],
+    )
+    with pytest.raises(ValueError, match=r"SyncTeacherModelCallback averages the model's weights.*step 0 of the 10"):
+        trainer.train()

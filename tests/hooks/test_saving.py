@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_lnscale
@@ -58,7 +58,8 @@ def test_a_killed_save_leaves_the_old_model_the_new_one_or_an_error(change, shar
         for parameter in new.parameters():
             parameter.add_(0.01)
     known = [logits(old), logits(new)]
-    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and stays locked if one of them is killed
+    # That of transformers' bars is shared by forks, and stays locked if one of them is killed.
+    tqdm.set_lock(threading.RLock())
     for _ in range(2):  # the first imports what saving needs, and would put most kills behind the end
         started = time.perf_counter()
         new.save_pretrained(tmp_path / "timed", max_shard_size=SHARDS[shards])

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from hf_lnscale.core.record import KnownText, add_known_text, known_text
-from hf_lnscale.measuring.known_text import PASSAGE, caution, passages, sequences_of, share_known, sketch
+from hf_lnscale.measuring.known_text import PASSAGE, caution, passages, percent, sequences_of, share_known, sketch
 from hf_lnscale.measuring.sample import documents, source_code, train_tokenizer
 from hf_lnscale.measuring.text import Batch, TokenBatches, Windows, token_batches
 
@@ -71,6 +71,11 @@ def test_misses_and_false_alarms(english, tokenizer):
     # The other half of the reference shares some tables and sentences with the first.
     shared = len(sets(known) & sets(other)) / len(sets(other))
     assert share_known(text, other) == pytest.approx(shared, abs=0.02)
+
+
+def test_a_share_in_words():
+    shown = {1.0: "100 %", 0.997: "100 %", 0.0629: "6.3 %", 0.5: "50 %", 0.000512: "0.051 %"}
+    assert {share: percent(share) for share in shown} == shown
 
 
 def test_windows_of_another_length_and_place(tokenizer):

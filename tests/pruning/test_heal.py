@@ -427,6 +427,13 @@ def sequence_losses(model: nn.Module, ids_BT: torch.Tensor, removed=()) -> torch
     return F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none").sum(1)
 
 
+def test_a_quarter_of_each_source_is_held_out():
+    ids = {"a": tiny.tokens(8, 12), "b": tiny.tokens(4, 12, seed=1)}
+    data = quietly(tiny.model(), [1], ids).data
+    sequences = {part: data[part]["num_sequences"] for part in data}
+    assert sequences == {"calibration": 6 + 3, "held_out": 2 + 1}
+
+
 def test_sources_count_by_their_weights_and_one_is_left_out():
     model = speaker()
     plain, removed = copy.deepcopy(model), [1, 2]

@@ -260,6 +260,19 @@ def test_a_missing_or_broken_plan(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=str(tmp_path))
 
 
+def test_a_plan_for_a_model_that_was_cut_elsewhere_is_refused():
+    """All have four layers of one shape; layer 1 is another one in each."""
+
+    def cut(gone):
+        return drop_layers(tiny.model(num_hidden_layers=5), [gone])
+
+    made = PruningPlan(layers=(1,), model=fingerprint(cut(1).config))
+    assert len(drop_layers(cut(1), made).model.layers) == 3
+    for other in (cut(3), tiny.model()):
+        with pytest.raises(ValueError, match=r"made for another model.*dropped_before \[1\]"):
+            drop_layers(other, made)
+
+
 def test_plan_survives_its_file(tmp_path):
     full = plan(method={"search": "greedy"}, perplexity={"before": 10.0, "after": 12.0}, steps=[{"layers": [1]}])
     assert PruningPlan.load(full.save(tmp_path / "a" / "folder")) == full
@@ -513,14 +526,49 @@ def test_a_hybrid_without_full_attention_is_refused(family):
         assert pruned.generate(tiny.tokens(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
-def test_quantization_that_names_layers_is_refused():
-    config = tiny.config()
-    config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"]}
-    with pytest.raises(ValueError, match=r"speaks of single layers \('layers.3.mlp'\)"):
-        AutoModelForCausalLM.from_config(config, drop_layers=[1])
-    config.quantization_config = {"quant_method": "compressed-tensors", "ignore": [r"re:.*layers\.3\.mlp.*"]}
+# Each with layers of 16 that it treats in another way than the others, by the documentation of its library.
+NAMING_LAYERS = [
+    {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"]},
+    {"quant_method": "compressed-tensors", "ignore": [r"re:.*layers\.3\.mlp.*"]},
+    {"quant_method": "compressed-tensors", "ignore": [r"re:.*layers\.(0|7)\..*"]},
+    {"quant_method": "compressed-tensors", "ignore": ["re:.*layers[.]7[.].*"]},
+    {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": [r"re:.*\.1\d\.mlp\..*"]}}},
+    {"quant_method": "gptq", "dynamic": {r"-:model\.layers\.([2-9]\d*|[1-9]\d+)\..*": {}}},
+    {"quant_method": "gptq", "dynamic": {r".*\.5\..*": {"bits": 8}}},
+    {"quant_method": "gptq", "dynamic": {r"+:.*\.(?:6|7)\..*": {"bits": 8}}},
+    {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["7.mlp"]},
+    {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["model.layers.[2-3]"]},
+    {"quant_method": "torchao", "modules_to_not_convert": [r"re:model\.layers\.[0-3]\..*"]},
+    {"quant_method": "auto-round", "extra_config": {"model.layers.15.self_attn.q_proj": {"bits": 16}}},
+]
+
+
+@pytest.mark.parametrize("quantization", NAMING_LAYERS, ids=str)
+def test_quantization_that_names_layers_is_refused(quantization):
+    config = tiny.config(num_hidden_layers=16)
+    config.quantization_config = quantization
     with pytest.raises(ValueError, match="speaks of single layers"):
-        AutoModelForCausalLM.from_config(config, drop_layers=[1])
+        config.drop_layers = [1]
+    assert config.num_hidden_layers == 16
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {r"-:.*\.mlp\..*": {}}},
+        {"quant_method": "compressed-tensors", "ignore": ["lm_head", r"re:.*self_attn.*", "re:(unbalanced"]},
+        {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["down_proj"], "bnb_4bit_quant_type": "nf4"},
+        # Layer 0 stays layer 0.
+        {"quant_method": "compressed-tensors", "ignore": [r"re:model\.layers\.0\..*", "model.layers.0.mlp.down_proj"]},
+    ],
+    ids=str,
+)
+def test_quantization_that_treats_what_is_left_as_before(quantization):
+    config = tiny.config(num_hidden_layers=16)
+    config.quantization_config = quantization
+    config.drop_layers = [1, 9]
+    assert config.num_hidden_layers == 14
+    assert config.quantization_config == quantization
 
 
 def test_quantized(tmp_path):

@@ -128,6 +128,18 @@ def test_a_budget_that_no_layer_meets_gives_an_empty_plan(tmp_path):
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=found).model.layers) == L
 
 
+def test_a_budget_that_is_met_exactly_is_met():
+    full = model()
+    with torch.no_grad():
+        full.lm_head.weight.mul_(50)
+    said = full.generate(tiny.tokens(8, 1), max_new_tokens=15, do_sample=False, eos_token_id=None)
+    curve = plan(full, num_layers=2, held_out=said)
+    costs = [step["perplexity"] / curve.perplexity["before"] - 1.0 for step in curve.steps]
+    assert 0 < costs[0] < costs[1]
+    assert len(plan(full, max_perplexity_increase=costs[1], held_out=said).layers) >= 2
+    assert len(plan(full, max_perplexity_increase=math.nextafter(costs[1], 0), held_out=said).layers) == 1
+
+
 def test_a_budget_looks_two_numbers_further(tmp_path, monkeypatch):
     """Sets of several sizes are found without each other: one layer more can cost less."""
     full = model()
