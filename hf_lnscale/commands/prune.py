@@ -84,7 +84,7 @@ def prune(
     """
     from ..checkpoints.folders import public_command
     from ..checkpoints.names import Placement
-    from ..core.record import get_ln_scaling
+    from ..core.record import record
     from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
@@ -105,7 +105,11 @@ def prune(
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if get_ln_scaling(found.model.config):
+    if record(found.model.config).sublayers:
+        state = (
+            "layers lack attention or MLP, as before: needs hf_lnscale; hf-lnscale export --format zeros removes that"
+        )
+    elif record(found.model.config).active:
         state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
     else:
         state = "a plain checkpoint, loads without hf_lnscale"

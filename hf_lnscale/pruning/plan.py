@@ -40,7 +40,12 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "model_type": text.model_type,
         **{name: getattr(text, name, None) for name in _FINGERPRINT},
-        "dropped_before": list(dropped.layers) if dropped else [],
+        "dropped_before": [
+            *dropped.layers,
+            *(f"{kind} {layer}" for kind in dropped.sublayers for layer in getattr(dropped, kind)),
+        ]
+        if dropped
+        else [],
     }
 
 

@@ -25,7 +25,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
-from ..core.record import get_ln_scaling
+from ..core.record import record as record_of
 from ..core.stack import text_stack
 from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
@@ -37,7 +37,7 @@ from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
+from .layers import Cut, counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
@@ -179,7 +179,7 @@ def prune(
             tokenizer = load_tokenizer(stack.model.config.name_or_path)
         _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
         calibration, judged, cautions = _split(data, held_out, tokenizer, windows, stack.model.config, stack.model)
-    require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
+    require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
 
     search = (model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch)
     try:
@@ -467,7 +467,8 @@ def _card(
     notes = [
         Markdown(f"Layers {', '.join(map(str, plan.layers))} (counted from 0) were dropped, {how}."),
         healing,
-        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if get_ln_scaling(config) else []),
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record_of(config).active else []),
+        *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record_of(config).sublayers else []),
         Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
     ]
     note = (
