@@ -107,12 +107,14 @@ def push(
         raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no weights")
     config = read_config(path)
     if record(config).needs_plugin and not allow_scaled:
-        what = "layers without attention or MLP" if record(config).sublayers else "an active scale"
+        what, first = "an active scale", "fold it first with hf-lnscale export"
+        if record(config).sublayers:
+            what, first = "layers without attention or MLP", "fill them first with hf-lnscale export --format zeros"
         raise ArgumentError(
             "folder",
             str(folder),
             problem=f"has {what}: loading it needs hf_lnscale",
-            hint="make it a plain checkpoint with hf-lnscale export, or use `allow_scaled=True`",
+            hint=f"{first}, or use `allow_scaled=True`",
         )
     upload = Upload(
         repo_id, private, files, _card(path, repo_id, config, base_model, _evaluated(path, evaluation)), path

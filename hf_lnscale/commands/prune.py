@@ -61,7 +61,12 @@ def prune(
         Any,
         typer.Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "best_of",
+    method: Annotated[
+        str | None, typer.Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")
+    ] = None,
+    units: Annotated[
+        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves. Not healed.")
+    ] = "layers",
     heal: Annotated[
         str,
         typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
@@ -94,7 +99,7 @@ def prune(
     found = run(
         model, sources, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,
-        drop=drop, method=method, heal=None if heal == "none" else heal, held_out=held_out,
+        drop=drop, method=method, units=units, heal=None if heal == "none" else heal, held_out=held_out,
         windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device), out=out, force=force,
         command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip

@@ -64,9 +64,14 @@ def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None
                 f"drop_{kind}: layer {position} ({type(layer).__name__}) has no {name!r}; whole layers can go: "
                 "drop_layers"
             )
-    put(layer, path, AbsentMLP() if kind == "mlp" else AbsentAttention(position))
+    put(layer, path, absent(kind, position))
     for name in norms:
         put(layer, name, AbsentNorm())
+
+
+def absent(kind: str, position: int) -> nn.Module:
+    """What takes the place of the attention or the MLP of the layer at a position."""
+    return AbsentMLP() if kind == "mlp" else AbsentAttention(position)
 
 
 def missing(layer: nn.Module, family: Family) -> list[str]:

@@ -14,6 +14,7 @@ import numbers
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -327,6 +328,8 @@ class Cut:
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
         whole = set(layers_to_drop(layers, config))
+        if isinstance(layers, PruningPlan):
+            attention, mlp = attention or layers.attention or None, mlp or layers.mlp or None
         gone: dict[str, set[int]] = {}
         for kind, value in (("attention", attention), ("mlp", mlp)):
             before = set(record(config).sublayers.get(kind, ()))
@@ -336,6 +339,22 @@ class Cut:
         whole |= gone["attention"] & gone["mlp"]
         normalize_layers(whole, text_config(config).num_hidden_layers) if whole else None
         return cls(*(tuple(sorted(part)) for part in (whole, *(gone[f"new {kind}"] - whole for kind in SUBLAYERS))))
+
+
+def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
+    """The attention and the MLPs, as units, that a model can lose alone.
+
+    Raises:
+        UnsupportedArchitectureError: if its family can lose neither; the message says why.
+    """
+    found: list[tuple[str, int]] = []
+    for kind in SUBLAYERS:
+        for layer in range(text_config(config).num_hidden_layers):
+            with suppress(ValueError):
+                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
+    if not found:
+        require_sublayer(config, "attention")
+    return [unit for unit in found if unit[1] not in record(config).sublayers.get(unit[0], ())]
 
 
 def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:

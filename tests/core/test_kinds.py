@@ -131,13 +131,11 @@ def test_without_a_sublayer_equals_one_that_adds_nothing(text, kind, tmp_path):
     if kind == "attention" and (kinds_of := getattr(whole.config, "layer_types", None)):
         removable = [at for at in removable if "attention" in kinds_of[at] and "linear" not in kinds_of[at]]
     whole.save_pretrained(tmp_path)
+    settings = {"dtype": whole.dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
+    whole = type(whole).from_pretrained(tmp_path, **settings).eval()
+    layers = layers_of(whole, text)
     cut, info = type(whole).from_pretrained(
-        tmp_path,
-        **{f"drop_{kind}": removable},
-        dtype=whole.dtype,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
+        tmp_path, **{f"drop_{kind}": removable}, **settings, output_loading_info=True
     )
     assert removable
     assert not info["missing_keys"]
@@ -147,7 +145,8 @@ def test_without_a_sublayer_equals_one_that_adds_nothing(text, kind, tmp_path):
         assert not [name for name in left if name.startswith(f"{path}.")]
         other, others = FAMILIES[text].sublayer({"attention": "mlp", "mlp": "attention"}[kind])
         shared = set(FAMILIES[text].pre_norms) - {*norms, *others}
-        assert not other or not [name for name in left if not name.startswith(tuple([other, *others, *shared]))]
+        if other and hasattr(layers[at], other):  # hybrids have another mixer in some layers
+            assert not [name for name in left if not name.startswith(tuple([other, *others, *shared]))]
         layers[at].get_submodule(path).register_forward_hook(adds_nothing)
     assert torch.equal(logits(cut.eval()), logits(whole))
     with torch.no_grad():

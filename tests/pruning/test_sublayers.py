@@ -11,7 +11,7 @@ import transformers as tf
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tiny
-from hf_lnscale import diagnose, drop_layers, fold_ln_scaling, heal, ln_scales, plan_pruning, score_layers
+from hf_lnscale import diagnose, drop_layers, fold_ln_scaling, heal, ln_scales, plan_pruning, prune, score_layers
 from hf_lnscale.checkpoints.export import export, read_info
 from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
@@ -134,7 +134,7 @@ def test_with_dropped_layers_all_three_count_the_model_that_is_loaded(tmp_path):
     dropped = {"layers": [1, 2], "num_hidden_layers": 6, "base": "full", "attention": [3], "mlp": [4]}
     assert cut.config.dropped_layers == dropped | {"base": cut.config.dropped_layers["base"]}
     cut.save_pretrained(tmp_path / "cut")
-    # Of the four layers 0, 3, 4, 5 now the first goes, and attention of the one behind the MLP-less.
+    # Counted in what is left, layers 0, 3, 4 and 5 of the original.
     more = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", drop_layers=[0], drop_attention=[3])
     assert record(more.config).dropped.sublayers == {"attention": [0, 2], "mlp": [1]}
     assert torch.equal(
@@ -341,7 +341,7 @@ def test_what_other_commands_say(tmp_path):
         push(tmp_path / "cut", "user/model", dry_run=True)
     card = push(tmp_path / "cut", "user/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale" in card
-    assert "attention of layers 1" in card
+    assert "Attention of layers 1; mlp of layers 2 of the original's 4" in card
     with pytest.raises(ValueError, match="without attention or MLP"):
         export_gguf(tmp_path / "cut", tmp_path / "cut.gguf", converter=__file__)
     with pytest.raises(ValueError, match="drop_layers: layers cannot be left out of a GGUF file"):
@@ -424,3 +424,93 @@ def test_what_measures_and_prunes_works_on_it():
     with pytest.raises(ValueError, match="healing is not possible"):
         heal(drop_layers(tiny.model(), mlp=[1]), [2], ids)
     assert diagnose(drop_layers(tiny.model(), attention=[1], mlp=[0]), ids, progress=False)
+
+
+def loss_of(model, ids):
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def weight(model, cache_tokens):
+    """Parameters, or bytes with keys and values, of 2 heads of 8 numbers, of each layer with attention."""
+    params = sum(parameter.numel() for parameter in model.parameters())
+    attending = sum(hasattr(layer.self_attn, "q_proj") for layer in decoder_layers(model))
+    return params if not cache_tokens else 4 * (params + cache_tokens * attending * 2 * 2 * 8)
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 4096])
+def test_chosen_one_by_one_by_loss_for_what_is_saved(cache_tokens):
+    """Against models from which the parts are really taken out."""
+    model, ids = tiny.loud(dtype=torch.float32), tiny.tokens(8, 16)
+    goal = {"target_params": 1} if not cache_tokens else {"target_memory": 1, "cache_tokens": cache_tokens}
+    name = next(iter(goal))
+    chosen, losses = model, loss_of(model, ids)
+    units = [unit for layer in range(4) for unit in (layer, ("attention", layer), ("mlp", layer))]
+    expected = []
+    for _ in range(3):
+        taken = {unit for unit in expected if isinstance(unit, int)}
+        ratio = {}
+        for unit in units:
+            layer = unit if isinstance(unit, int) else unit[1]
+            parts = {one for one in expected if not isinstance(one, int) and one[1] == layer}
+            if layer in taken or unit in expected or (parts and not isinstance(unit, int)):
+                continue
+            kept = [one for one in expected if one not in parts or not isinstance(unit, int)] + [unit]
+            cut = drop_layers(
+                copy.deepcopy(model),
+                [one for one in kept if isinstance(one, int)],
+                attention=[one[1] for one in kept if not isinstance(one, int) and one[0] == "attention"],
+                mlp=[one[1] for one in kept if not isinstance(one, int) and one[0] == "mlp"],
+            )
+            saved = weight(chosen, cache_tokens) - weight(cut, cache_tokens)
+            ratio[unit] = (loss_of(cut, ids) - losses) / saved, cut, kept
+        best = min(ratio, key=lambda unit: ratio[unit][0])
+        chosen, expected = ratio[best][1:]
+        losses = loss_of(chosen, ids)
+    goal[name] = weight(chosen, cache_tokens)
+    plan = plan_pruning(model, ids, held_out=ids, units="sublayers", progress=False, **goal)
+    assert set(plan.units) == set(expected)
+    assert plan.method["search"] == "greedy"
+    assert plan.perplexity["after"] == pytest.approx(torch.tensor(losses).exp().item(), rel=1e-5)
+    assert plan.notes["params"][1] == sum(parameter.numel() for parameter in chosen.parameters())
+    assert len(plan.steps) == 3
+
+
+def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
+    model, ids = tiny.loud(dtype=torch.float32), tiny.tokens(8, 16)
+    goal = {"target_memory": weight(model, 4096) - 1, "cache_tokens": 4096}
+    found = prune(copy.deepcopy(model), ids, units="sublayers", held_out=ids, progress=False, **goal)
+    plan = found.plan
+    assert plan.attention or plan.mlp
+    path = plan.save(tmp_path / "plan.json")
+    for given in (plan, path):
+        again = drop_layers(copy.deepcopy(model), given)
+        assert torch.equal(again(ids).logits, found.model(ids).logits)
+    assert torch.tensor(loss_of(found.model, ids)).exp().item() == pytest.approx(plan.perplexity["after"], rel=1e-5)
+    assert "attention of layers" in str(found) or "MLPs of layers" in str(found)
+    broken = json.loads(path.read_text()) | {"mlp": [-1]}
+    path.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="its mlp must be different integers from 0, got"):
+        drop_layers(model, path)
+
+
+NOT_TOGETHER = {
+    "units": ({"units": "heads", "num_layers": 1}, "units must be one of layers, sublayers, got 'heads'"),
+    "num_layers": ({"units": "sublayers", "num_layers": 1}, "num_layers 1 counts layers; with units=sublayers"),
+    "heal": ({"units": "sublayers", "target_params": 9, "heal": "refit"}, "heal 'refit' heals behind whole layers"),
+    "method": ({"units": "sublayers", "target_params": 9, "method": "angular"}, "'angular' chooses whole layers"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TOGETHER)
+def test_what_does_not_go_together(case):
+    keywords, message = NOT_TOGETHER[case]
+    with pytest.raises(ValueError, match=message):
+        plan_pruning(tiny.model(), tiny.tokens(8, 16), progress=False, **keywords)
+
+
+def test_a_family_without_sublayers_is_refused_when_they_are_to_be_chosen():
+    model = AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
+    with pytest.raises(ValueError, match="drop_attention is not supported for model_type 'bloom'"):
+        plan_pruning(model, tiny.tokens(8, 16), target_params=1000, units="sublayers", progress=False)
