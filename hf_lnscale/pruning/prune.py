@@ -512,7 +512,7 @@ def _card(
     search, held_out = plan.method["search"], plan.data["held_out"]
     how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
     notes = [
-        Markdown(f"{_gone(plan).capitalize()} (counted from 0) were dropped, {how}."),
+        Markdown(f"{_gone(plan)[0].upper()}{_gone(plan)[1:]} (counted from 0) were dropped, {how}."),
         healing,
         *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record_of(config).active else []),
         *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record_of(config).sublayers else []),
