@@ -68,7 +68,8 @@ def require_applied(model: Any) -> None:
             require_consistent(part)
         except ValueError:
             raise UnsupportedTransformersError(
-                f"{type(part).__name__} was constructed without calling post_init, so its ln_scaling was not applied. "
+                f"{type(part).__name__} was constructed without calling post_init, so what its configuration says of "
+                "scaling and missing sub-layers was not applied. "
                 "If it is a class of your own, call self.post_init() at the end of its __init__; if it is one of "
                 "transformers, this release is not supported."
             ) from None
