@@ -327,18 +327,19 @@ class Cut:
             ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
-        whole = set(layers_to_drop(layers, config))
         if isinstance(layers, PruningPlan):
-            attention, mlp = attention or layers.attention or None, mlp or layers.mlp or None
-        gone: dict[str, set[int]] = {}
-        for kind, value in (("attention", attention), ("mlp", mlp)):
-            before = set(record(config).sublayers.get(kind, ()))
-            given = set() if value is None else set(_sublayers_to_drop(value, kind, config, before))
-            gone[kind] = (given | before) - whole
-            gone[f"new {kind}"] = given
-        whole |= gone["attention"] & gone["mlp"]
-        normalize_layers(whole, text_config(config).num_hidden_layers) if whole else None
-        return cls(*(tuple(sorted(part)) for part in (whole, *(gone[f"new {kind}"] - whole for kind in SUBLAYERS))))
+            attention = attention if attention is not None else layers.attention or None
+            mlp = mlp if mlp is not None else layers.mlp or None
+        whole = set(layers_to_drop(layers, config))
+        before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
+        given = {
+            kind: set() if value is None else set(_sublayers_to_drop(value, kind, config, before[kind]))
+            for kind, value in (("attention", attention), ("mlp", mlp))
+        }
+        whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
+        if whole:  # perhaps all of them
+            normalize_layers(whole, text_config(config).num_hidden_layers)
+        return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:

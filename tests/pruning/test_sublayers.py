@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tiny
-from hf_lnscale import diagnose, drop_layers, fold_ln_scaling, heal, ln_scales, plan_pruning, prune, score_layers
+from hf_lnscale import (
+    diagnose,
+    draft_model,
+    drop_layers,
+    fold_ln_scaling,
+    heal,
+    ln_scales,
+    plan_pruning,
+    prune,
+    score_layers,
+)
 from hf_lnscale.checkpoints.export import export, read_info
 from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
@@ -425,6 +435,9 @@ def test_what_measures_and_prunes_works_on_it():
     smaller = drop_layers(cut, plan)
     assert record(smaller.config).dropped.layers == plan.layers
     assert set(record(smaller.config).dropped.attention) == {1} - gone
+    partial = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
+    draft, expected = draft_model(partial, [2]), drop_layers(copy.deepcopy(partial), [2])
+    assert torch.equal(generated(draft), generated(expected))
     with pytest.raises(ValueError, match="healing is not possible"):
         heal(drop_layers(tiny.model(), mlp=[1]), [2], ids)
     assert diagnose(drop_layers(tiny.model(), attention=[1], mlp=[0]), ids, progress=False)
