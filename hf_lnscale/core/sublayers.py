@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache
 
 from .families import Family, UnsupportedArchitectureError, submodule
 
+# A layer, or the attention or the MLP of one: ("attention", 3).
+Unit = int | tuple[str, int]
+
 
 class AbsentNorm(nn.Identity):
     """In place of a norm of a sub-layer that is missing."""

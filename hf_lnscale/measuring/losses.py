@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from ..core.errors import ArgumentError
 from ..core.stack import text_stack
-from .split_model import SplitModel, Unit, logit_slices, pick_tokens, predictions
+from ..core.sublayers import Unit
+from .split_model import SplitModel, logit_slices, pick_tokens, predictions
 from .stream import eval_mode, hidden_states, upcast
 from .text import TokenBatches, token_batches
 from .uncertainty import ratio_residuals, standard_error

@@ -19,12 +19,9 @@ from transformers import PreTrainedModel
 
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
-from ..core.sublayers import absent
+from ..core.sublayers import Unit, absent
 from .stream import hidden_states, upcast
 from .text import Batch
-
-# A layer, or the attention or the MLP of one: ("attention", 3).
-Unit = int | tuple[str, int]
 
 # Logits in memory at a time, B x T x V being too many for small machines: 64 MiB in float32.
 _MAX_LOGITS = 2**24

@@ -16,7 +16,7 @@ from ..core.display import brief, with_error
 from ..core.families import text_config
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS, KnownText, record
-from ..measuring.split_model import Unit
+from ..core.sublayers import Unit
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1

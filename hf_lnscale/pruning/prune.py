@@ -466,10 +466,11 @@ def _rows(
     parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
     figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("layers", [total, total - len(plan.layers)], str),
-        *([("KV cache", plan.notes["cache_bytes"], show_bytes)] if plan.attention or plan.mlp else []),
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
     ]
+    if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
+        figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
         figures.append(("never fitted, healed", [never["full"], never["after"]], "{:.2f}".format))
     for name in ("prefill", "decode") if costs else ():

@@ -24,7 +24,7 @@ from ..core.errors import ArgumentError
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS
 from ..core.stack import Stack, text_stack
-from ..core.sublayers import parts
+from ..core.sublayers import Unit, parts
 from ..measuring.known_text import sketch
 from ..measuring.losses import (
     SourceLosses,
@@ -35,7 +35,7 @@ from ..measuring.losses import (
     sweep_losses,
     token_losses,
 )
-from ..measuring.split_model import SplitModel, Unit, pick_tokens, predictions
+from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode
 from ..measuring.text import TokenBatches
 from .heal import Healer, HealReport
