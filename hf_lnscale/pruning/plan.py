@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..checkpoints.folders import write_atomically
 from ..core.display import brief, with_error
+from ..core.errors import ArgumentError
 from ..core.families import text_config
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS, KnownText, record
@@ -105,6 +106,12 @@ class PruningPlan:
         """
         stored = self.data.get("calibration")
         return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
+
+    def require_whole_layers(self, argument: str) -> None:
+        """Raises an error about an argument that takes whole layers only if the plan drops attention or MLPs alone."""
+        if self.attention or self.mlp:
+            problem = "the plan drops attention or MLPs alone; this takes whole layers only"
+            raise ArgumentError(argument, problem=problem)
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
         """Raises a ValueError that names the difference if the plan is for another model."""

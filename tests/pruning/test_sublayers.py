@@ -506,6 +506,9 @@ def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
         assert torch.equal(again(ids).logits, found.model(ids).logits)
     assert torch.tensor(loss_of(found.model, ids)).exp().item() == pytest.approx(plan.perplexity["after"], rel=1e-5)
     assert "attention of layers" in str(found) or "MLPs of layers" in str(found)
+    for whole_only in (lambda: draft_model(model, plan), lambda: heal(model, plan, ids)):
+        with pytest.raises(ValueError, match="the plan drops attention or MLPs alone"):
+            whole_only()
     broken = json.loads(path.read_text()) | {"mlp": [-1]}
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match="its mlp must be different integers from 0, got"):
