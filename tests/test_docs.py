@@ -27,6 +27,8 @@ IN_PLACE_OF = {
     "HuggingFaceTB/SmolLM2-135M": "qwen3",
     "path/of/a/scaled/checkpoint": "scaled",
     "[12, 14]": "[1, 2]",
+    "[7, 26]": "[0]",
+    "mlp=[9]": "mlp=[3]",
 }
 
 

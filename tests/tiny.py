@@ -98,6 +98,22 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], tuple[str, str
 }
 COMPOSITE = [name for name, (cls, _, _) in FAMILIES.items() if "text_config" in cls.sub_configs]
 
+# What the tiny configurations leave at values with which a mistake would not show.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
+    "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2_moe windows": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+    "ministral windows": (
+        "ministral",
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "qwen3_moe sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "qwen3_moe mlp only": ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
+    "qwen3_next sparse step": ("qwen3_next", {"decoder_sparse_step": 3}),
+    "deepseek_v3 dense": ("deepseek_v3", {"first_k_dense_replace": 2}),
+    "smollm3 interval": ("smollm3", {"no_rope_layer_interval": 2}),
+}
+
 
 def config(family: str = "llama", **changes: Any) -> PreTrainedConfig:
     """The configuration of a tiny model of a family; `changes` go to the outermost configuration."""

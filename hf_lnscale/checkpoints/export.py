@@ -56,7 +56,8 @@ class CheckpointInfo:
         active: the scaling that is applied on loading, or None.
         folded: the scaling that is part of the norm weights, or None.
         scales: L factors that are applied on loading; all 1.0 without an active scaling.
-        dropped: the dropped `layers`, the original's `num_hidden_layers` and name (`base`); None for a whole model.
+        dropped: the dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the
+            layers that are there without `attention` or `mlp`, all in the original's numbering; None for a whole model.
     """
 
     path: str
@@ -135,7 +136,7 @@ def export(
     plain, scales, family = _folded_config(source, str(src))
     patches = {file: _pre_norms(source / file, read, family, len(scales)) for file, read in files.items()}
     names = [name for found in patches.values() for name, _ in found]
-    expected = len(scales) * len(family.pre_norms)
+    expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
@@ -183,6 +184,8 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     found = record(config)
     if found.active is None:
         state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
+        if found.sublayers:
+            state += "; for its layers without attention or MLP there is hf-lnscale export --format zeros"
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
     scaling = found.active.for_layers(num_layers)

@@ -84,6 +84,11 @@ def export_gguf(
     if where:
         raise ValueError(f"{str(checkpoint)!r} is a GGUF file already")
     config = read_config(name)
+    if record(config).sublayers:
+        raise ValueError(
+            f"{str(checkpoint)!r} has layers without attention or MLP, which llama.cpp's converter does not know; fill "
+            "them with zeros first: hf-lnscale export --format zeros"
+        )
     _require_no_pattern(config, str(checkpoint))
     with scratch_folder(target) as scratch:
         if get_ln_scaling(config):

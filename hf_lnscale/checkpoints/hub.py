@@ -17,7 +17,7 @@ from ..core.display import Markdown, one_line, show_bytes
 from ..core.errors import ArgumentError, PathNotFoundError
 from ..core.families import text_config
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, record
+from ..core.record import record
 from .card import Table, model_card
 from .folders import EVALUATION_FILE
 from .names import locate, read_config
@@ -81,7 +81,8 @@ def push(
         repo_id: name of a repository on the Hub; created if it does not exist.
         evaluation: a JSON file that `hf-lnscale evaluate --out` wrote; by default `evaluation.json` in the folder.
         base_model: name on the Hub of the model that this one was made from, for the card.
-        allow_scaled: upload a checkpoint with an active scale, which needs hf_lnscale to load.
+        allow_scaled: upload a checkpoint with an active scale, or with layers without attention or MLP, which needs
+            hf_lnscale to load.
         private: make a new repository private.
         message: the commit message.
         dry_run: only return what would be uploaded; needs no network.
@@ -105,12 +106,15 @@ def push(
     if not any(file.endswith((".safetensors", ".bin", ".gguf")) for file in files):
         raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no weights")
     config = read_config(path)
-    if get_ln_scaling(config) and not allow_scaled:
+    if record(config).needs_plugin and not allow_scaled:
+        what, first = "an active scale", "fold it first with hf-lnscale export"
+        if record(config).sublayers:
+            what, first = "layers without attention or MLP", "fill them first with hf-lnscale export --format zeros"
         raise ArgumentError(
             "folder",
             str(folder),
-            problem="has an active scale: loading it needs hf_lnscale",
-            hint="fold it first with hf-lnscale export, or use `allow_scaled=True`",
+            problem=f"has {what}: loading it needs hf_lnscale",
+            hint=f"{first}, or use `allow_scaled=True`",
         )
     upload = Upload(
         repo_id, private, files, _card(path, repo_id, config, base_model, _evaluated(path, evaluation)), path
@@ -183,12 +187,16 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
             "like any other model."
         )
     if found.dropped:
-        layers = ", ".join(map(str, found.dropped.layers))
+        gone = [("layers", found.dropped.layers)]
+        gone += [(f"{kind} of layers", getattr(found.dropped, kind)) for kind in found.dropped.sublayers]
+        named = "; ".join(f"{what} {', '.join(map(str, layers))}" for what, layers in gone if layers)
         notes.append(
-            f"Layers {layers} of the original's {found.dropped.num_hidden_layers}, counted from 0, were dropped. That "
-            "keeps classification better than generation (arXiv 2602.01997)."
+            f"{named[0].upper()}{named[1:]} of the original's {found.dropped.num_hidden_layers}, counted from 0, were "
+            "dropped. That keeps classification better than generation (arXiv 2602.01997)."
         )
-    code = "import hf_lnscale\n" if found.active else ""
+    if found.sublayers:
+        notes.append("Install hf_lnscale and import it before loading. Without it, loading fails.")
+    code = "import hf_lnscale\n" if found.needs_plugin else ""
     code += "from transformers import AutoModelForCausalLM\n\n"
     code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'
     measured = Markdown(_section(evaluated)) if evaluated else _trained(path)

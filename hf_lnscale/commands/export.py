@@ -16,7 +16,8 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
     format: Annotated[
-        Literal["safetensors", "gguf"], typer.Option(help="gguf: by llama.cpp's converter.")
+        Literal["safetensors", "zeros", "gguf"],
+        typer.Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
     ] = "safetensors",
     converter: Annotated[
         Path | None,
@@ -27,6 +28,8 @@ def export(
 ) -> None:
     """Fold the scale into the weights, for any runtime; or GGUF.
 
+    With --format zeros, layers that lack attention or MLP get them back, with
+    all weights zero: the same outputs, the size and speed of whole layers.
     With --format gguf the result is one file for llama.cpp; the checkpoint
     may then be one without a scale.
     """
@@ -35,10 +38,22 @@ def export(
 
         print(f"wrote {one_line(export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force))}")
         return
-    from ..checkpoints.export import export as write
+    from ..checkpoints.names import read_config
+    from ..core.record import record
 
-    path = write(checkpoint, out, force=force)
-    print(f"wrote {one_line(path)}: a plain checkpoint, loads without hf_lnscale")
+    if format == "zeros":
+        from ..checkpoints.zeros import export_zeros
+
+        path = export_zeros(checkpoint, out, force=force)
+    else:
+        from ..checkpoints.export import export as write
+
+        path = write(checkpoint, out, force=force)
+    if record(read_config(path)).sublayers:
+        state = "folded, but layers lack attention or MLP: needs hf_lnscale to load; --format zeros does not"
+    else:
+        state = "a plain checkpoint, loads without hf_lnscale"
+    print(f"wrote {one_line(path)}: {state}")
 
 
 def fold() -> None:

@@ -18,6 +18,7 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 
     from ..checkpoints.export import read_info
     from ..core.config import LNScalingConfig
+    from ..core.record import SUBLAYERS
 
     found = read_info(checkpoint)
     if as_json:
@@ -33,9 +34,15 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     print(f"  family   {one_line(family)}{'' if found.supported else ' (not supported)'}")
     print(f"  layers   {found.num_layers or 'not counted in its configuration'}")
     if found.dropped:
-        gone = ", ".join(map(str, found.dropped["layers"]))
+        gone = "; ".join(
+            f"{what}{', '.join(map(str, layers))}"
+            for what, kind in (("", "layers"), ("attention of ", "attention"), ("MLP of ", "mlp"))
+            if (layers := found.dropped.get(kind))
+        )
         base = f" of {one_line(found.dropped['base'])}" if found.dropped["base"] else ""
         print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}")
+    if found.dropped and any(found.dropped.get(kind) for kind in SUBLAYERS):
+        print("  loading  layers without attention or MLP: needs hf_lnscale to run")
     print(f"  scaling  {state}")
     if scaling and found.num_layers:
         scaling = scaling.for_layers(found.num_layers)

@@ -61,7 +61,12 @@ def prune(
         Any,
         typer.Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How layers are chosen; see docs/pruning.md.")] = "best_of",
+    method: Annotated[
+        str | None, typer.Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")
+    ] = None,
+    units: Annotated[
+        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves. Not healed.")
+    ] = "layers",
     heal: Annotated[
         str,
         typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
@@ -84,7 +89,7 @@ def prune(
     """
     from ..checkpoints.folders import public_command
     from ..checkpoints.names import Placement
-    from ..core.record import get_ln_scaling
+    from ..core.record import record
     from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
@@ -94,7 +99,7 @@ def prune(
     found = run(
         model, sources, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,
-        drop=drop, method=method, heal=None if heal == "none" else heal, held_out=held_out,
+        drop=drop, method=method, units=units, heal=None if heal == "none" else heal, held_out=held_out,
         windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device), out=out, force=force,
         command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip
@@ -105,7 +110,11 @@ def prune(
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if get_ln_scaling(found.model.config):
+    if record(found.model.config).sublayers:
+        state = (
+            "layers lack attention or MLP, as before: needs hf_lnscale; hf-lnscale export --format zeros removes that"
+        )
+    elif record(found.model.config).active:
         state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
     else:
         state = "a plain checkpoint, loads without hf_lnscale"

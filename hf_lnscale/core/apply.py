@@ -11,32 +11,38 @@ from torch import nn
 from .config import LNScalingConfig, is_integer
 from .families import UnsupportedArchitectureError, family_of, text_config
 from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
-from .record import FOLDED, get_ln_scaling, record, set_ln_scaling, write
+from .record import FOLDED, SUBLAYERS, get_ln_scaling, record, set_ln_scaling, write
 from .stack import Stack, own_stack, pretrained_modules, text_stack
+from .sublayers import missing, take_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def apply_from_config(model: PreTrainedModel) -> None:
-    """Scales the norms that `model` itself holds as its configuration says; called once a model is constructed."""
-    scaling = record(model.config).active
-    if scaling is None:
+    """Makes the layers that `model` itself holds what its configuration says; called once a model is constructed.
+
+    Sub-layers that it lacks are taken out, and norms are scaled.
+    """
+    found = record(model.config)
+    if not found.needs_plugin:
         return
-    stack = own_stack(model)
-    if stack is None:
-        # A head or a vision model. The decoder inside was scaled when it was constructed; once more does no harm, and
-        # reaches layers that the head has put in since.
-        inside = [stack for module in pretrained_modules(model) if (stack := own_stack(module))]
-        for stack in inside:
-            if own := record(stack.model.config).active:
-                _apply(stack, own)
-        if text_config(model.config) is model.config and not inside:
-            raise UnsupportedArchitectureError(
-                f"ln_scaling: {type(model).__name__} has no decoder layers at {family_of(model.config).layers!r}"
-            )
-        return
-    _apply(stack, scaling)
+    # The decoder inside a head or a vision model was dealt with when it was constructed; once more does no harm, and
+    # reaches layers that the head has put in since.
+    stacks = [stack for module in pretrained_modules(model) if (stack := own_stack(module))]
+    for stack in stacks:
+        own = record(stack.model.config)
+        for kind, positions in own.sublayers.items():
+            for position in positions:
+                if kind not in missing(stack.layers[position], stack.family):
+                    take_out(stack.layers[position], stack.family, kind, position)
+        if own.active:
+            _apply(stack, own.active)
+    if text_config(model.config) is model.config and not stacks:
+        flag = "ln_scaling" if found.active else "drop_layers"
+        raise UnsupportedArchitectureError(
+            f"{flag}: {type(model).__name__} has no decoder layers at {family_of(model.config, flag).layers!r}"
+        )
 
 
 def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
@@ -242,6 +248,16 @@ def require_consistent(model: nn.Module) -> None:
                 f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
                 f"{list(found.dropped.layers)} dropped: drop_layers was assigned to the configuration of a model that "
                 "is built already (use hf_lnscale.drop_layers(model, layers))"
+            )
+        lacking = {
+            kind: [at for at, layer in enumerate(stack.layers) if kind in missing(layer, stack.family)]
+            for kind in SUBLAYERS
+        }
+        if lacking != {kind: found.sublayers.get(kind, []) for kind in SUBLAYERS}:
+            raise ValueError(
+                f"this {type(module).__name__} lacks sub-layers of layers {lacking}, its config says "
+                f"{found.sublayers}: the configuration of a model that is built already was changed (use "
+                "hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two models share one config object"
             )
         said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
         applied = _applied(stack)

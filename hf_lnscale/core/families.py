@@ -6,7 +6,7 @@ A family is a row of data, found by the `model_type` of the text configuration. 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -70,6 +70,10 @@ class Family:
         requires: configuration fields with the value without which the family has no two pre-norms a layer.
         no_scaling: why the family cannot be scaled, though its layers can be dropped.
         no_dropping: why its layers cannot be dropped, though it can be scaled.
+        attention: the module of a layer that computes attention and nothing else, and returns a pair of it and the
+            attention weights; "" if there is none, so that attention cannot be dropped alone.
+        mlp: that of the MLP or the experts, which returns a tensor.
+        output_norms: the norms behind attention and behind the MLP, before their output is added to the stream.
     """
 
     layers: str = "layers"
@@ -80,10 +84,19 @@ class Family:
     requires: tuple[tuple[str, Any], ...] = ()
     no_scaling: str = ""
     no_dropping: str = ""
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    output_norms: tuple[str, str] = ("", "")
 
     @property
     def pre_norms(self) -> tuple[str, str]:
         return self.attention_norm, self.mlp_norm
+
+    def sublayer(self, kind: str) -> tuple[str, list[str]]:
+        """The paths, from a layer, of the module of "attention" or "mlp" and of the norms that serve it alone."""
+        first = kind == "attention"
+        norms, others = ({self.pre_norms[at], self.output_norms[at]} - {""} for at in ((0, 1) if first else (1, 0)))
+        return self.attention if first else self.mlp, sorted(norms - others)
 
     def layer_of_pre_norm(self, name: str) -> int | None:
         """The number of the layer whose pre-norm a checkpoint's tensor belongs to, by its name; None for any other."""
@@ -272,7 +285,38 @@ _ROWS: tuple[tuple[Family, str], ...] = (
     (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
     (Family(layers="layer", no_scaling=POST_LN, depth_fields=()), "xlnet"),
 )
+# What the rows above leave out: where a layer's attention and MLP are, if not at `self_attn` and `mlp`, and the norms
+# behind them. Families without any of the two modules are named last.
+_SUBLAYERS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"attention": "attn"}, "codegen gpt2 gpt_bigcode gpt_neo gptj mpt"),
+    ({"attention": "attention"}, "gpt_neox"),
+    ({"attention": ""}, "falcon_h1 glm_moe_dsa gpt_neox_japanese jetmoe recurrent_gemma"),
+    ({"mlp": "feed_forward"}, "falcon_h1 jamba lfm2 lfm2_moe lfm3"),
+    ({"mlp": "block_sparse_moe"}, "granitemoe"),
+    ({"mlp": "mlp_block"}, "recurrent_gemma"),
+    ({"mlp": ""}, "biogpt gpt_oss granitemoe_swa granitemoehybrid granitemoeshared llama4_text mpt opt xglm"),
+    ({"mlp_norm": "input_layernorm"}, "cohere cohere2 cohere2_moe cohere_compass_text phi"),  # one norm for both
+    ({"attention_norm": "ln_1", "mlp_norm": "ln_1"}, "codegen gptj"),
+    ({"attention_norm": "", "mlp_norm": ""}, "exaone4 flex_olmo olmo2 olmo3"),
+    (
+        {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")},
+        "exaone4 flex_olmo gemma2 gemma3_text olmo2 olmo3",
+    ),
+    ({"output_norms": ("post_attention_layernorm", "post_mlp_layernorm")}, "afmoe"),
+    ({"output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}, "glm4 kolibri1"),
+    ({"output_norms": ("post_norm1", "post_norm2")}, "hyperclovax"),
+    ({"output_norms": ("post_operator_norm", "post_ffn_norm")}, "lfm3"),
+    (
+        {"attention": "", "mlp": ""},
+        "bert bert-generation big_bird bloom camembert ctrl data2vec-text dbrx doge electra ernie falcon falcon_mamba "
+        "gemma4_text gemma4_unified_text git inkling_text mamba mamba2 megatron-bert modernbert-decoder nemotron_h "
+        "olmo_hybrid openai-gpt rembert roberta roberta-prelayernorm roc_bert roformer trocr xlm-roberta "
+        "xlm-roberta-xl xmod",
+    ),
+)
 FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
+for _changes, _names in _SUBLAYERS:
+    FAMILIES |= {name: replace(FAMILIES[name], **_changes) for name in _names.split()}
 
 # Families that can be neither scaled nor cut, by the reason.
 KNOWN_UNSUPPORTED: dict[str, str] = {
@@ -361,7 +405,10 @@ def register_family(
                     f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; use {', '.join(RULES)}"
                 )
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
-    FAMILIES[model_type] = Family(**paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields)
+    # Sub-layers are dropped in the families of the table alone: what a module returns is not known of others.
+    FAMILIES[model_type] = Family(
+        **paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields, attention="", mlp=""
+    )
     return FAMILIES[model_type]
 
 
@@ -395,6 +442,31 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
         "does have a norm before attention and one before the MLP, add it with hf_lnscale.register_family(model_type, "
         "layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as hf_lnscale.propose_family(model) says"
     )
+
+
+def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
+    """The row of a model's text decoder, if it can lose its attention or its MLP alone.
+
+    Args:
+        config: of the model.
+        kind: "attention" or "mlp".
+
+    Raises:
+        UnsupportedArchitectureError: if it cannot; the message says why.
+    """
+    family, text = family_of(config, "drop_layers"), text_config(config)
+    reason = _unmet(family, text)
+    if not reason and not family.sublayer(kind)[0]:
+        reason = (
+            f"no module of its layers is known that computes {kind} and nothing else, and whose output is all that is "
+            "added to the residual stream"
+        )
+    if reason:
+        raise UnsupportedArchitectureError(
+            f"drop_{kind} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
+            "drop_layers"
+        )
+    return family
 
 
 def _unmet(family: Family, text: PreTrainedConfig) -> str:

@@ -21,6 +21,7 @@ ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
+SUBLAYERS = ("attention", "mlp")
 _MOST_LAYERS = 1_000_000  # lists of layers are made
 # No part of `Record`: it says how the layers were chosen, and changes no output. A text is known by at most so many
 # hashes of its passages.
@@ -35,25 +36,39 @@ class Stored(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which layers of the original model are missing.
+    """Which layers and sub-layers of the original model are missing.
 
     Attributes:
         layers: their sorted numbers in the original model, counted from 0.
         num_hidden_layers: number of layers of the original model.
         base: name of the original model, empty if it has none that others can use.
+        attention: sorted numbers, in the original model, of layers that are there without their attention.
+        mlp: of those that are there without their MLP. A layer without both is one of `layers`.
     """
 
     layers: tuple[int, ...]
     num_hidden_layers: int
     base: str = ""
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
 
     @property
     def kept(self) -> list[int]:
         """The numbers, in the original model, of the layers that are left."""
         return [layer for layer in range(self.num_hidden_layers) if layer not in self.layers]
 
+    @property
+    def sublayers(self) -> dict[str, list[int]]:
+        """Positions, in the model itself, of the layers that lack a sub-layer, by its kind; no empty lists."""
+        at = {layer: position for position, layer in enumerate(self.kept)}
+        found = {kind: [at[layer] for layer in getattr(self, kind)] for kind in SUBLAYERS}
+        return {kind: positions for kind, positions in found.items() if positions}
+
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": list(self.layers), "num_hidden_layers": self.num_hidden_layers, "base": self.base}
+        sublayers = {kind: list(getattr(self, kind)) for kind in self.sublayers}
+        return {
+            "layers": list(self.layers), "num_hidden_layers": self.num_hidden_layers, "base": self.base, **sublayers
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,21 @@ class Record:
     folded: LNScalingConfig | None = None
     dropped: Dropped | None = None
     on_disk: LNScalingConfig | None = None
+
+    @property
+    def sublayers(self) -> dict[str, list[int]]:
+        """See `Dropped.sublayers`; empty for a model of whole layers."""
+        return self.dropped.sublayers if self.dropped else {}
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether a program without this package would compute something else: its checkpoint is protected."""
+        return bool(self.active or self.sublayers)
+
+    @property
+    def architecture_prefix(self) -> str:
+        """Marks the names in `architectures` of a protected checkpoint."""
+        return (PARTIAL_PREFIX if self.sublayers else "") + (ARCHITECTURE_PREFIX if self.active else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that belong into a config.json and their values; empty for a plain model."""
@@ -362,22 +392,27 @@ def _dropped(stored: Any) -> Dropped | None:
         return None
     try:
         layers, number, base = stored["layers"], stored["num_hidden_layers"], stored.get("base") or ""
-        valid = isinstance(layers, list | tuple) and is_integer(number) and isinstance(base, str)
-        valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in layers)
-        valid = valid and len(set(layers)) == len(layers) < number <= _MOST_LAYERS
+        parts = [layers, *(stored.get(kind) or [] for kind in SUBLAYERS)]
+        valid = all(isinstance(part, list | tuple) for part in parts) and is_integer(number) and isinstance(base, str)
+        named = [layer for part in parts for layer in part] if valid else []  # a layer without both is a dropped one
+        valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in named)
+        valid = valid and len(set(named)) == len(named) and len(layers) < number <= _MOST_LAYERS
     except (TypeError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
         raise ValueError(
             f'{DROPPED} in the model\'s config must be like {{"layers": [1, 2], "num_hidden_layers": 6}}, with '
-            f"different integers from 0 to num_hidden_layers - 1 and not all of them, got {brief(stored)}"
+            "different integers from 0 to num_hidden_layers - 1 and not all of them; attention and mlp, if there, are "
+            f"lists of other such layers, got {brief(stored)}"
         )
-    return Dropped(tuple(sorted(layers)), number, base) if layers else None
+    return Dropped(tuple(sorted(layers)), number, base, *(tuple(sorted(part)) for part in parts[1:])) if named else None
 
 
 MODEL_TYPE_PREFIX = "hf_lnscale_"
-ARCHITECTURE_PREFIX = "LNS"
+ARCHITECTURE_PREFIX, PARTIAL_PREFIX = "LNS", "Partial"
+# Keys that stop the configuration classes of transformers, by what the checkpoint has.
 TRIPWIRE = "This checkpoint uses LayerNorm Scaling: install hf_lnscale and import it before loading"
+PARTIAL_TRIPWIRE = "This checkpoint lacks attention or MLP in layers: install hf_lnscale and import it before loading"
 
 
 def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -392,18 +427,19 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
     """Turns the dict of a configuration into what is written to `config.json`, in place.
 
     Returns:
-        The same dict, unchanged but for private state if no scale is active in it.
+        The same dict, unchanged but for private state if nothing in it needs this package.
     """
-    scaled = False
+    prefix = ""
     for part in list(parts(config)):
         part.pop(ON_DISK, None)
-        if part.get(ACTIVE):
-            scaled = True
-            part["id2label"] = {**(part.get("id2label") or {}), TRIPWIRE: ""}
-    if scaled:
+        found = protected_part(part)
+        for tripwire in _tripwires(found):
+            part["id2label"] = {**(part.get("id2label") or {}), tripwire: ""}
+        prefix = prefix or found.architecture_prefix
+    if prefix:
         config["model_type"] = MODEL_TYPE_PREFIX + config["model_type"]
         if config.get("architectures"):
-            config["architectures"] = [ARCHITECTURE_PREFIX + name for name in config["architectures"]]
+            config["architectures"] = [prefix + name for name in config["architectures"]]
     return config
 
 
@@ -416,19 +452,33 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the file has an `ln_scaling` that is not valid.
     """
-    scaled = False
+    prefix = ""
     for part in list(parts(config)):
         part.pop(ON_DISK, None)
-        active, _, _ = _scaling(part, ACTIVE, None), _scaling(part, FOLDED, None), _dropped(part.get(DROPPED))
-        if active is None:
-            continue
-        scaled = True
-        part[ACTIVE], part[ON_DISK] = Stored(active.to_dict()), active.to_dict()
-        labels = {key: label for key, label in (part.pop("id2label", None) or {}).items() if key != TRIPWIRE}
-        if labels:
-            part["id2label"] = labels
-    if scaled:
+        found = protected_part(part)
+        _scaling(part, FOLDED, None)
+        if found.active is not None:
+            part[ACTIVE], part[ON_DISK] = Stored(found.active.to_dict()), found.active.to_dict()
+        if tripwires := _tripwires(found):
+            labels = {key: label for key, label in (part.pop("id2label", None) or {}).items() if key not in tripwires}
+            if labels:
+                part["id2label"] = labels
+        prefix = prefix or found.architecture_prefix
+    if prefix:
         config["model_type"] = config.get("model_type", "").removeprefix(MODEL_TYPE_PREFIX)
         if config.get("architectures"):
-            config["architectures"] = [name.removeprefix(ARCHITECTURE_PREFIX) for name in config["architectures"]]
+            config["architectures"] = [name.removeprefix(prefix) for name in config["architectures"]]
     return config
+
+
+def protected_part(part: dict[str, Any]) -> Record:
+    """What in the dict of one configuration, not in those inside it, may need this package.
+
+    Raises:
+        ValueError: for a value that is not valid.
+    """
+    return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
+
+
+def _tripwires(found: Record) -> list[str]:
+    return [PARTIAL_TRIPWIRE] * bool(found.sublayers) + [TRIPWIRE] * bool(found.active)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .families import FAMILIES, Family, UnsupportedArchitectureError, family_of, submodule
+from .sublayers import AbsentNorm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ class Stack:
 
     @property
     def norms(self) -> list[tuple[int, nn.Module]]:
-        """Every pre-norm with the position of its layer.
+        """Every pre-norm with the position of its layer; those of missing sub-layers are missing.
 
         Raises:
             UnsupportedArchitectureError: if the family has none, a layer lacks one, or one has no weight or is wrapped
@@ -34,6 +35,8 @@ class Stack:
         for position, layer in enumerate(self.layers):
             for path in self.family.pre_norms:
                 norm = submodule(layer, path)
+                if isinstance(norm, AbsentNorm):
+                    continue
                 if norm is None or norm._parameters.get("weight") is None:
                     if type(norm).__module__.partition(".")[0] == "peft":
                         raise UnsupportedArchitectureError(

@@ -19,9 +19,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..core.record import ACTIVE, DROPPED, FOLDED, Record, record, require_valid, set_ln_scaling
+from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
 from ..pruning import layers
+from .configuration import set_drops
 
 NOTE = "hf_lnscale"
 TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnscale and import it before loading"
@@ -61,7 +62,7 @@ def add_note(path: Path, base: PreTrainedConfig) -> None:
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
         mapping[NOTE] = found.to_dict()
-        if found.active or not _on_disk_as(base, adapter):
+        if found.needs_plugin or not _on_disk_as(base, adapter):
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
@@ -105,7 +106,7 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
     if found is None:
         return None
     restored = copy.deepcopy(base)
-    layers.set_drop_layers(restored, found.get("drop_layers"))
+    set_drops(restored, found)
     try:
         set_ln_scaling(restored, found.get("ln_scaling"))
         require_valid(restored)
@@ -134,7 +135,7 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
         there = _config_on_disk(adapter, local=plain)
         if there is None and plain:
             return
-        if there is None and here.active is None:
+        if there is None and not here.needs_plugin:
             warn(
                 f"whether the adapter {name!r} was trained on this base, which has {_describe(here)}, cannot be "
                 f"known: it has no note, and its base {adapter.get('base_model_name_or_path')!r} cannot be read"
@@ -165,6 +166,11 @@ def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None
     found: dict[str, Any] = {}
     if kept != held:
         found["drop_layers"] = [position for position, layer in enumerate(held) if layer not in kept]
+    there = record(base).dropped
+    for kind in SUBLAYERS:
+        gone, before = (getattr(dropped, kind, ()) for dropped in (wanted.dropped, there))
+        if absent := [position for position, layer in enumerate(held) if layer in gone and layer not in before]:
+            found[f"drop_{kind}"] = absent
     if wanted.active != base_state(base).active:
         found["ln_scaling"] = wanted.active.to_dict() if wanted.active else False
     return found
@@ -184,6 +190,7 @@ def _describe(state: Record) -> str:
     which = "all its layers"
     if dropped := state.dropped:
         which = f"layers {dropped.kept} of {dropped.num_hidden_layers} (dropped: {list(dropped.layers)})"
+        which += "".join(f", without {kind} in {list(getattr(dropped, kind))}" for kind in dropped.sublayers)
     if state.folded:
         return f"ln_scaling={state.folded.to_dict()!r} folded into its weights and {which}"
     return f"ln_scaling={state.active and state.active.to_dict()!r} and {which}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..core import record
 from ..core.errors import ArgumentError
 from .deferred import config_file
-from .install import require_supported
+from .install import DROPS, require_supported
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
@@ -20,33 +20,52 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
     record.set_ln_scaling(config, value)
 
 
-def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
-    if value is None:
+def set_drops(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Takes out what the keywords of `DROPS` say."""
+    if all(value is None for value in values.values()):
         return
     require_supported()
     from ..pruning import layers  # imports the models of transformers
 
-    layers.set_drop_layers(config, value)
+    layers.set_drop_layers(config, *(values.get(name) for name in DROPS))
+
+
+def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `DROPS`, which are taken out of `kwargs`."""
+    return {name: kwargs.pop(name, None) for name in DROPS}
 
 
 def ln_scaling_property() -> property:
     return property(record.get_ln_scaling, set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None.")
 
 
-def drop_layers_property() -> property:
+def _drop_property(name: str, what: str) -> property:
     return property(
         lambda config: None,
-        set_drop_layers,
-        doc="Drops the layers assigned to it from the configuration. `dropped_layers` says which are missing.",
+        lambda config, value: set_drops(config, {name: value}),
+        doc=f"Drops {what} assigned to it from the configuration. `dropped_layers` says what is missing.",
     )
 
 
+def drop_layers_property() -> property:
+    return _drop_property("drop_layers", "the layers")
+
+
+def drop_attention_property() -> property:
+    return _drop_property("drop_attention", "the attention of the layers")
+
+
+def drop_mlp_property() -> property:
+    return _drop_property("drop_mlp", "the MLP of the layers")
+
+
 def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_dict(cls: Any, *args: Any, ln_scaling: Any = None, drop_layers: Any = None, **kwargs: Any) -> Any:
+    def from_dict(cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
+        drops = pop_drops(kwargs)
         made = original(cls, *args, **kwargs)
         # After every other keyword: what is valid depends on the number of layers.
         config = made[0] if isinstance(made, tuple) else made
-        set_drop_layers(config, drop_layers)
+        set_drops(config, drops)
         set_ln_scaling(config, ln_scaling)
         if record.is_flagged(config):
             record.require_valid(config)

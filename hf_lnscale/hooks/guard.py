@@ -1,12 +1,12 @@
-"""Refuses `ln_scaling` and `drop_layers` where transformers, PEFT or vLLM is not as the hooks need it."""
+"""Refuses the flags where transformers, PEFT or vLLM is not as the hooks need it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ..core.record import ACTIVE, get_ln_scaling, is_flagged, parts
-from .install import CONFIGURATION, GROUPS, MODELS, VLLM, require_supported
+from ..core.record import get_ln_scaling, is_flagged, parts, protected_part
+from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, require_supported
 
 
 def _refuse_value(config: Any, value: Any) -> None:
@@ -18,7 +18,7 @@ def ln_scaling_property() -> property:
     return property(get_ln_scaling, _refuse_value)
 
 
-def drop_layers_property() -> property:
+def drop_property() -> property:
     return property(lambda config: None, _refuse_value)
 
 
@@ -29,7 +29,7 @@ def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
         for value in (*args, *kwargs.values()):
             if is_flagged(getattr(value, "config", value)):
                 require_supported(*(group for group in GROUPS if group != VLLM))
-        for name in ("ln_scaling", "drop_layers"):
+        for name in ("ln_scaling", *DROPS):
             _refuse_value(None, kwargs.pop(name, None))
         return original(*args, **kwargs)
 
@@ -39,7 +39,7 @@ def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_scaled_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_config_dict(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
-        if any(part.get(ACTIVE) for part in parts(found[0])):
+        if any(protected_part(part).needs_plugin for part in parts(found[0])):
             require_supported(CONFIGURATION, MODELS, VLLM)
         return found
 

@@ -31,6 +31,10 @@ DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.
 GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
 
 
+# Keywords of from_pretrained and fields of a configuration that take parts out; all count layers as they were before.
+DROPS = ("drop_layers", "drop_attention", "drop_mlp")
+
+
 @dataclass(frozen=True)
 class Hook:
     """One attribute that is replaced.
@@ -61,7 +65,7 @@ _PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
 
 HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
-    Hook(CONFIGURATION, _CONFIG, "drop_layers", "configuration:drop_layers_property"),
+    *(Hook(CONFIGURATION, _CONFIG, name, f"configuration:{name}_property") for name in DROPS),
     Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", ("cls", "config_dict")),
     Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", ("self",)),
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
@@ -158,7 +162,7 @@ HOOKS = (
 # Refuse flags in a group in which transformers differs from the table.
 GUARDS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "guard:ln_scaling_property"),
-    Hook(CONFIGURATION, _CONFIG, "drop_layers", "guard:drop_layers_property"),
+    *(Hook(CONFIGURATION, _CONFIG, name, "guard:drop_property") for name in DROPS),
     Hook(CONFIGURATION, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
     Hook(MODELS, _MODEL, "__init__", "guard:refuse"),
     Hook(MODELS, _MODEL, "from_pretrained", "guard:refuse"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from ..core.record import SourceName, is_flagged, record, remember_source, train
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
-from .configuration import set_drop_layers, set_ln_scaling
-from .install import require_supported
+from .configuration import pop_drops, set_drops, set_ln_scaling
+from .install import DROPS, require_supported
 from .peft import adapter_to_load, noting
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
 
@@ -67,7 +68,8 @@ def require_applied(model: Any) -> None:
             require_consistent(part)
         except ValueError:
             raise UnsupportedTransformersError(
-                f"{type(part).__name__} was constructed without calling post_init, so its ln_scaling was not applied. "
+                f"{type(part).__name__} was constructed without calling post_init, so what its configuration says of "
+                "scaling and missing sub-layers was not applied. "
                 "If it is a class of your own, call self.post_init() at the end of its __init__; if it is one of "
                 "transformers, this release is not supported."
             ) from None
@@ -109,7 +111,7 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(config, PreTrainedConfig):
             kwargs["config"] = config = copy.deepcopy(config)
             # With a configuration object, keywords would go on to the model's `__init__`.
-            set_drop_layers(config, kwargs.pop("drop_layers", None))
+            set_drops(config, pop_drops(kwargs))
             set_ln_scaling(config, kwargs.pop("ln_scaling", None))
             own = record(config)
             # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
@@ -159,7 +161,7 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
     pruned = isinstance(config, PreTrainedConfig) and record(config).dropped is not None
-    if kwargs.get("gguf_file") and (pruned or kwargs.get("drop_layers") is not None):
+    if kwargs.get("gguf_file") and (pruned or any(kwargs.get(name) is not None for name in DROPS)):
         raise ValueError(
             "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
             "hf_lnscale.drop_layers(model, layers)"
@@ -200,10 +202,10 @@ def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
 
 def from_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_config(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        dropped = kwargs.pop("drop_layers", None)
-        if dropped is not None:
+        drops = pop_drops(kwargs)
+        if any(value is not None for value in drops.values()):
             config = copy.deepcopy(config)
-            set_drop_layers(config, dropped)
+            set_drops(config, drops)
         if "ln_scaling" in kwargs:
             config = copy.deepcopy(config)
             # The weights are new: nothing is folded into them, even if the configuration says so.
@@ -227,7 +229,9 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
         name = load_config.pretrained_model_name_or_path
         if given["expected_keys"] is None and name is not None:
-            require_same_checkpoint(given["checkpoint_files"] or [], lambda: _saved_config(model, name, load_config))
+            saved = functools.cache(lambda: _saved_config(model, name, load_config))
+            if require_same_checkpoint(given["checkpoint_files"] or [], saved):
+                layers.require_sublayers(model.config, saved())
         if not is_flagged(model.config) or record(model.config).dropped is None:
             return original(*args, **kwargs)
         positions = None
@@ -238,7 +242,9 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
             elif state_dict is not None:
                 positions = layers.positions_in_state_dict(model.config, model, state_dict)
         if positions is None:
-            return original(*args, **kwargs)
+            found, offloaded = original(*args, **kwargs)
+            _forget_sublayers(model, found)
+            return found, offloaded
         with contextlib.ExitStack() as opened:
             if state_dict is None:
                 state_dict = _checkpoint_tensors(given["checkpoint_files"] or [], load_config, opened)
@@ -250,6 +256,7 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
             # Without the files: offloading to disk would read tensors from them by their new names.
             given.update(state_dict=kept, checkpoint_files=None)
             found, offloaded = original(*bound.args, **bound.kwargs)
+            _forget_sublayers(model, found)
         # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if offloaded and source in offloaded:
@@ -257,6 +264,12 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return found, offloaded
 
     return load_pretrained_model
+
+
+def _forget_sublayers(model: PreTrainedModel, loaded: Any) -> None:
+    """Takes the tensors of missing sub-layers, which were not read, out of the report of a loading."""
+    names = layers.names_of_sublayers(model)
+    loaded.unexpected_keys = {key for key in loaded.unexpected_keys if not names.match(key)}
 
 
 def load_distributed(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -78,12 +78,15 @@ def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_file
 
 
-def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> None:
+def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
     """Refuses weights that were saved by a model with another scale or other layers than in their config.json.
 
     Args:
         files: the weight files; only safetensors files are checked.
         saved: reads the config.json that belongs to them; called only if a file is marked.
+
+    Returns:
+        Whether a file is marked.
 
     Raises:
         CheckpointError: if the record in a file differs from the configuration; the message names both.
@@ -106,6 +109,7 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
                 "the folder holds the weights of one model and the configuration of another. Save the model again, or "
                 "restore the file that belongs to the other"
             )
+    return expected is not None
 
 
 def _read(file: Path) -> dict[str, Any]:

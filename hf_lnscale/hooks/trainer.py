@@ -82,11 +82,13 @@ def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     saved, _ = type(config).get_config_dict(folder)
     both = (type(config).from_dict(dict(saved)), config)
     if any(record(one).dropped for one in both):  # others need not count their layers
-        there, here = map(layers.original_layers, both)
+        there, here = ((*layers.original_layers(one), record(one).sublayers) for one in both)
         if there != here:
+            lacking = ["".join(f" without {kind} in {gone}" for kind, gone in one[2].items()) for one in (there, here)]
             raise ValueError(
-                f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}, the model has "
-                f"layers {here[0]} of {here[1]}; load the model with the same drop_layers to resume"
+                f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}{lacking[0]}, the "
+                f"model has layers {here[0]} of {here[1]}{lacking[1]}; load the model with the same drop_layers, "
+                "drop_attention and drop_mlp to resume"
             )
     own, trained = record(config).active, record(saved).active
     resumed = copy.deepcopy(config)

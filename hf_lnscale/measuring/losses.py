@@ -1,4 +1,4 @@
-"""The loss of a model with layers left out.
+"""The loss of a model with layers, or sub-layers, left out.
 
 Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, V vocabulary, L layers.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from ..core.errors import ArgumentError
 from ..core.stack import text_stack
+from ..core.sublayers import Unit
 from .split_model import SplitModel, logit_slices, pick_tokens, predictions
 from .stream import eval_mode, hidden_states, upcast
 from .text import TokenBatches, token_batches
@@ -141,7 +143,7 @@ class SourceLosses:
         return math.hypot(*errors) / len(self.of)
 
 
-def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[int] = ()) -> SourceLosses:
+def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[Unit] = ()) -> SourceLosses:
     """The loss of a model from which layers are removed, for each source of text.
 
     Raises:
@@ -169,12 +171,12 @@ def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) ->
 def sweep_losses(
     model: nn.Module,
     batches: Any,
-    removed: Iterable[int] = (),
-    candidates: Iterable[int] | None = None,
+    removed: Iterable[Unit] = (),
+    candidates: Iterable[Unit] | None = None,
     measure: str = "loss",
     progress: bool = True,
-) -> dict[int, float]:
-    """The loss after removing one more layer, for each candidate.
+) -> dict[Any, float]:
+    """The loss after removing one more layer, or the attention or the MLP of one, for each candidate.
 
     The states before every candidate are kept from one pass, and a candidate runs only the layers after it: half the
     layers on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
@@ -182,8 +184,9 @@ def sweep_losses(
     Args:
         model: a causal language model of a known family.
         batches: as `token_batches` takes it.
-        removed: positions of layers that are removed already.
-        candidates: positions to try, each by itself on top of `removed`; None tries all that are left.
+        removed: positions of layers that are removed already, and pairs such as ("attention", 3).
+        candidates: positions, or such pairs, to try, each by itself on top of `removed`; None tries all layers that are
+            left.
         measure: "loss", the mean cross-entropy of the next token, or "kl", the mean of KL(full || without) over all
             tokens, where full is the model with nothing removed.
         progress: show a progress bar.
@@ -202,11 +205,11 @@ def sweep_losses(
 def sweep(
     model: nn.Module,
     batches: TokenBatches,
-    removed: Iterable[int],
-    candidates: Iterable[int] | None,
+    removed: Iterable[Unit],
+    candidates: Iterable[Unit] | None,
     measure: str,
     progress: bool | Callable[[float], object],
-) -> tuple[MeanLoss, dict[int, MeanLoss]]:
+) -> tuple[MeanLoss, dict[Any, MeanLoss]]:
     """`sweep_losses` with the loss of the model without `removed` (for "loss" only), and with losses by sequence.
 
     `progress` shows a bar, or is called with the fraction of the work done since the last call.
@@ -220,7 +223,7 @@ def sweep(
         candidates = [i for i in range(len(layers)) if i not in gone]
     candidates = _positions("candidates", candidates, len(layers))
     if twice := gone.intersection(candidates):
-        problem = f"layer {min(twice)} is removed already; removed is {sorted(gone)}"
+        problem = f"layer {next(iter(twice))} is removed already; removed is {sorted(gone, key=str)}"
         raise ArgumentError("candidates", problem=problem)
 
     picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
@@ -237,14 +240,21 @@ def sweep(
         for batch, picked_BT in zip(batches, picked, strict=True):
             targets_N = predictions(batch)[1]
             states: dict[int, torch.Tensor] = {}
-            with _keeping(layers, candidates, states):
+            with _keeping(layers, set(map(layer_of, candidates)), states):
                 current_ND = pick_tokens(halves.hidden(batch, gone), picked_BT)
             full_ND = pick_tokens(halves.hidden(batch), picked_BT) if measure == "kl" and gone else current_ND
-            finals: dict[int, torch.Tensor] = {}
+            finals: dict[Unit, torch.Tensor] = {}
+            left = Counter(map(layer_of, candidates))
             for candidate in totals:
-                # A state is needed once; the state that follows from it takes its place in memory.
-                start = (candidate, states.pop(candidate))
-                finals[candidate] = pick_tokens(halves.hidden(batch, gone, start), picked_BT)
+                layer = layer_of(candidate)
+                left[layer] -= 1
+                # After its last use, the state that follows from it takes its place in memory.
+                x_BTD = states[layer] if left[layer] else states.pop(layer)
+                if layer == candidate:
+                    final_BTD = halves.hidden(batch, gone, (layer, x_BTD))
+                else:
+                    final_BTD = halves.hidden(batch, [*gone, candidate], (layer - 1, x_BTD) if layer else None)
+                finals[candidate] = pick_tokens(final_BTD, picked_BT)
                 advance(share / len(candidates))
             sequences_N = sequences + picked_BT.nonzero()[:, 0]
             for part in halves.parts(len(full_ND)):
@@ -283,9 +293,14 @@ def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Te
     return lambda logits_NV: (p_NV * (log_p_NV - logits_NV.log_softmax(-1))).sum(-1)
 
 
-def _positions(argument: str, positions: Iterable[int], num_layers: int) -> list[int]:
-    positions = list(positions)
-    for position in positions:
+def layer_of(unit: Unit) -> int:
+    """The layer that a unit is, or is a part of."""
+    return unit[1] if isinstance(unit, tuple) else unit
+
+
+def _positions(argument: str, units: Iterable[Unit], num_layers: int) -> list[Unit]:
+    units = list(units)
+    for position in map(layer_of, units):
         if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < num_layers:
             raise ArgumentError(argument, problem=f"layers are 0 to {num_layers - 1}, got {position!r}")
-    return positions
+    return units

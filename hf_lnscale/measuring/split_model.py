@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
+from ..core.sublayers import Unit, absent
 from .stream import hidden_states, upcast
 from .text import Batch
 
@@ -46,7 +47,7 @@ class StandIn(nn.Module):
 
 
 @contextmanager
-def replaced(parent: nn.Module, children: dict[str, StandIn]) -> Iterator[None]:
+def replaced(parent: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within it, stand-ins take the place of some children of a module."""
     saved = {name: parent._modules[name] for name in children}
     parent._modules.update(children)
@@ -89,18 +90,25 @@ class SplitModel:
         self.tuples: list[bool] | None = None
 
     def hidden(
-        self, batch: Batch, removed: Iterable[int] = (), start: tuple[int, torch.Tensor] | None = None
+        self, batch: Batch, removed: Iterable[Unit] = (), start: tuple[int, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """The decoder's output after the final norm, shape (B, T, D).
 
         Args:
             batch: token ids.
-            removed: layers that do not run.
+            removed: layers, and attention or MLPs of layers, that do not run.
             start: (position, x_BTD): the stream after that layer is x_BTD; no layer up to it runs.
         """
         position, x_BTD = start if start else (-1, None)
-        stand_ins = {i: self._skip(i, x_BTD if i == position else None) for i in {*removed, *range(position + 1)}}
-        with replaced(self.stack.layers, {str(i): stand_in for i, stand_in in stand_ins.items()}):
+        removed = list(removed)
+        layers = {*(unit for unit in removed if isinstance(unit, int)), *range(position + 1)}
+        stand_ins = {i: self._skip(i, x_BTD if i == position else None) for i in layers}
+        with ExitStack() as parts:
+            for kind, layer in (unit for unit in removed if not isinstance(unit, int)):
+                parent, _, name = self.stack.family.sublayer(kind)[0].rpartition(".")
+                holder = self.stack.layers[layer].get_submodule(parent)
+                parts.enter_context(replaced(holder, {name: absent(kind, layer)}))
+            parts.enter_context(replaced(self.stack.layers, {str(i): one for i, one in stand_ins.items()}))
             output = self.stack.model(**model_inputs(self.stack, batch), **PLAIN_FORWARD)
         self.output = copy.copy(output)
         self.output["last_hidden_state"] = None

@@ -210,6 +210,7 @@ class Healer:
             raise ValueError("model: it is still healed for another set of layers; call undo() on that report first")
         stack = self.stack
         if isinstance(layers, PruningPlan):
+            layers.require_whole_layers("layers")
             layers.require_made_for(stack.model.config)
             layers = layers.layers
         dropped = normalize_layers(layers, len(stack.layers), "layers")

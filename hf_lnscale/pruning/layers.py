@@ -6,7 +6,6 @@ numbering of the model that it was once cut from, so that layers can be found ag
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -14,7 +13,8 @@ import json
 import numbers
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import public_name
-from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
-from ..core.record import Dropped, KnownText, Record, add_known_text, record, write
+from ..core.families import Family, UnsupportedArchitectureError, family_of, require_sublayer, text_config
+from ..core.record import SUBLAYERS, Dropped, KnownText, Record, add_known_text, record, write
 from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
+from ..core.sublayers import parts, take_out
 from ..core.warnings import warn
 from .plan import PruningPlan, read_plan
 
@@ -301,25 +302,101 @@ def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | None = None) -> None:
-    """Takes layers out of a model's configuration, in place: every field that runs over depth follows.
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What is taken out of a model: positions in it before any is taken out, sorted.
+
+    Attributes:
+        layers: whole layers, those that lose both sub-layers, or lose one and had lost the other before, among them.
+        attention: layers that lose their attention alone.
+        mlp: layers that lose their MLP alone.
+    """
+
+    layers: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.attention or self.mlp)
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, layers: Any = None, attention: Any = None, mlp: Any = None) -> Cut:
+        """Reads values of the arguments `drop_layers`, see `layers_to_drop`, `drop_attention` and `drop_mlp`.
+
+        Raises:
+            ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
+            UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
+        """
+        if isinstance(layers, PruningPlan):
+            attention = attention if attention is not None else layers.attention or None
+            mlp = mlp if mlp is not None else layers.mlp or None
+        whole = set(layers_to_drop(layers, config))
+        before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
+        given = {
+            kind: set() if value is None else set(_sublayers_to_drop(value, kind, config, before[kind]))
+            for kind, value in (("attention", attention), ("mlp", mlp))
+        }
+        whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
+        if whole:  # perhaps all of them
+            normalize_layers(whole, text_config(config).num_hidden_layers)
+        return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
+
+
+def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
+    """The attention and the MLPs, as units, that a model can lose alone.
+
+    Raises:
+        UnsupportedArchitectureError: if its family can lose neither; the message says why.
+    """
+    found: list[tuple[str, int]] = []
+    for kind in SUBLAYERS:
+        for layer in range(text_config(config).num_hidden_layers):
+            with suppress(ValueError):
+                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
+    if not found:
+        require_sublayer(config, "attention")
+    return [unit for unit in found if unit[1] not in record(config).sublayers.get(unit[0], ())]
+
+
+def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:
+    argument = f"drop_{kind}"
+    require_sublayer(config, kind)
+    text = text_config(config)
+    found = normalize_layers(value, text.num_hidden_layers, argument)
+    if absent := before.intersection(found):
+        raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
+    if kind == "attention":
+        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+        if other := [layer for layer in found if types and types[layer] in _WITHOUT_TOKENS]:
+            raise ValueError(
+                f"{argument}: layers {other} have no attention with a KV cache, but {types[other[0]]}; the whole layer "
+                "can go: drop_layers"
+            )
+        if getattr(text, "num_kv_shared_layers", None):
+            raise ValueError(f"{argument}: with num_kv_shared_layers, other layers attend to a layer's keys and values")
+    return found
+
+
+def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Family | None = None) -> None:
+    """Takes layers and sub-layers out of a model's configuration, in place: fields that run over depth follow.
 
     Args:
         config: of the whole model; its text decoder is meant.
-        dropped: sorted positions, as `normalize_layers` returns them.
+        cut: what to take out, or layers, as `normalize_layers` returns them.
         family: the row of the text decoder, if it is not in the table.
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
         ValueError: if the configuration names layers in a place that cannot be followed.
     """
-    if not dropped:
+    cut = cut if isinstance(cut, Cut) else Cut(tuple(cut))
+    if not cut:
         return
     text = text_config(config)
     family = family or family_of(config, "drop_layers")
     rules = _rules(config, family)
     num_layers = text.num_hidden_layers
-    kept = kept_layers(num_layers, dropped)
+    kept = kept_layers(num_layers, cut.layers)
     _refuse_other_mentions(config, family, kept)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
         raise ValueError(
@@ -329,6 +406,10 @@ def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | 
     before, original = original_layers(config)
     gone = sorted(set(range(original)) - {before[layer] for layer in kept})
     found = record(config)
+    lacking = [
+        tuple(sorted({*(getattr(found.dropped, kind, ())), *(before[at] for at in getattr(cut, kind))} - set(gone)))
+        for kind in SUBLAYERS
+    ]
     base = (found.dropped.base if found.dropped else "") or public_name(config.name_or_path or "")
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
@@ -337,13 +418,14 @@ def prune_config(config: PreTrainedConfig, dropped: list[int], family: Family | 
     }
     whole = copy.deepcopy(text)
     try:
-        _follow(text, rules, kept)
-        _require_describable(whole, text, family.layers, kept)
+        if cut.layers:
+            _follow(text, rules, kept)
+            _require_describable(whole, text, family.layers, kept)
     except BaseException:
         vars(text).clear()
         vars(text).update(vars(whole))
         raise
-    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base)))
+    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base, *lacking)))
 
 
 def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
@@ -400,7 +482,7 @@ def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
 def _meant(pattern: str, family: Family, layer: int, modules: set[str]) -> set[tuple[int, str]]:
     """The modules of a layer that a pattern means, in each of the ways in which libraries read one."""
     ways: list[Callable[[str], Any]] = [lambda name: pattern in name]
-    with contextlib.suppress(re.error):
+    with suppress(re.error):
         expression = re.compile(pattern)
         ways += [expression.search, expression.match, expression.fullmatch]
     return {
@@ -412,18 +494,19 @@ def _meant(pattern: str, family: Family, layer: int, modules: set[str]) -> set[t
     }
 
 
-def set_drop_layers(config: PreTrainedConfig, value: Any) -> None:
-    """Writes a value of the `drop_layers` argument into a configuration; a model built from it lacks the layers."""
-    if value is not None:
+def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None, mlp: Any = None) -> None:
+    """Writes values of `drop_layers`, `drop_attention` and `drop_mlp` into a configuration; a model built from it lacks
+    what they name. All three count layers as they are in the configuration before."""
+    if any(one is not None for one in (value, attention, mlp)):
         value = _plan_at(value)
-        prune_config(config, layers_to_drop(value, config))
+        prune_config(config, Cut.of(config, value, attention, mlp))
         _note_text(config, value)
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
 
 
-def delete_layers(stack: Stack, dropped: list[int]) -> None:
+def delete_layers(stack: Stack, dropped: Sequence[int]) -> None:
     """Takes decoder layers out of a stack and numbers the others anew; configurations are left alone."""
     for gone in reversed(dropped):
         del stack.layers[gone]
@@ -433,16 +516,19 @@ def delete_layers(stack: Stack, dropped: list[int]) -> None:
                 vars(module)["layer_idx"] = position
 
 
-def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
-    """Takes decoder layers out of a model in memory, in place.
+def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, mlp: Any = None) -> nn.Module:
+    """Takes decoder layers, or the attention or the MLP of some, out of a model in memory, in place.
 
-    The result is the model that `from_pretrained(..., drop_layers=layers)` loads. With LayerNorm Scaling, each layer
-    that stays keeps the scale of its own depth.
+    The result is the model that `from_pretrained(..., drop_layers=layers, drop_attention=attention, drop_mlp=mlp)`
+    loads. With LayerNorm Scaling, each layer that stays keeps the scale of its own depth.
 
     Args:
         model: a transformers model of a family in the table.
         layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. Of
             a plan that healed give `plan.layers` if the model is healed: the plan itself warns that it should be.
+        attention: indices of the layers that lose their attention, with the norms that serve it alone. Like `mlp`,
+            they count layers before any is taken out. A layer that loses both is taken out.
+        mlp: indices of the layers that lose their MLP.
 
     Returns:
         The same model.
@@ -451,19 +537,23 @@ def drop_layers(model: nn.Module, layers: Any) -> nn.Module:
         ValueError: for wrong indices, all before anything is changed; for a model that carries a PEFT adapter, whose
             weights and saved form use layer numbers; for one that an optimizer holds; for one that is sharded or
             spread over devices by hooks.
-        UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
+        UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known, or if its
+            sub-layers cannot be taken out.
     """
     stack = text_stack(model)
     config, layers = stack.model.config, _plan_at(layers)
-    dropped = layers_to_drop(layers, config)
-    if not dropped:
+    cut = Cut.of(config, layers, attention, mlp)
+    if not cut:
         return model
-    require_droppable(model, stack, dropped)
+    require_droppable(model, stack, cut)
     _own_configs(model)
     for one in _configs_of(model, config.model_type):
-        prune_config(one, dropped)
+        prune_config(one, cut)
         _note_text(one, layers)
-    delete_layers(stack, dropped)
+    for kind in SUBLAYERS:
+        for position in getattr(cut, kind):
+            take_out(stack.layers[position], stack.family, kind, position)
+    delete_layers(stack, cut.layers)
     return model
 
 
@@ -488,7 +578,12 @@ def _own_configs(model: nn.Module) -> None:
             vars(module)["config"] = copy.deepcopy(held, memo)
 
 
-def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> None:
+def require_droppable(model: nn.Module, stack: Stack, cut: Cut) -> None:
+    """Refuses a model in memory of which these parts cannot be taken out.
+
+    Raises:
+        ValueError: see `drop_layers`.
+    """
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
@@ -501,7 +596,10 @@ def require_droppable(model: nn.Module, stack: Stack, dropped: list[int]) -> Non
             )
         if type(module).__name__.startswith("FSDP"):
             raise ValueError("drop_layers: the model is sharded; drop layers before that")
-    parameters = {id(p) for layer in dropped for p in stack.layers[layer].parameters()}
+    gone = [stack.layers[layer] for layer in cut.layers]
+    for kind in SUBLAYERS:
+        gone += [one for at in getattr(cut, kind) for one in parts(stack.layers[at], stack.family, kind)]
+    parameters = {id(parameter) for module in gone for parameter in module.parameters()}
     for held in gc.get_objects():
         if issubclass(type(held), torch.optim.Optimizer) and any(
             id(parameter) in parameters for group in held.param_groups for parameter in group["params"]
@@ -536,10 +634,11 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     there = record(saved).dropped
     if there is None:
         # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
-        full = text_config(type(config).from_dict(_without(saved, "drop_layers")))
+        full = text_config(type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp")))
         held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
     else:
         held, held_of = there.kept, there.num_hidden_layers
+    require_sublayers(config, saved)
     if held == wanted and held_of == original:
         return None
     if held_of != original or not set(wanted) <= set(held):
@@ -551,9 +650,30 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     return [held.index(layer) for layer in wanted]
 
 
-def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
+def require_sublayers(config: PreTrainedConfig, saved: dict[str, Any]) -> None:
+    """Refuses a checkpoint that lacks sub-layers which a model has.
+
+    Args:
+        config: of the model that is to be loaded.
+        saved: the checkpoint's own config.json.
+
+    Raises:
+        ValueError: if so; the message names them.
+    """
+    there, here, (layers, _) = record(saved).dropped, record(config).dropped, original_layers(config)
+    for kind in SUBLAYERS:
+        if absent := set(getattr(there, kind, ())) & set(layers) - set(getattr(here, kind, ())):
+            raise ValueError(
+                f"drop_{kind}: the checkpoint {config.name_or_path!r} has no {kind} in layers {sorted(absent)}, which "
+                "the config wants; leave the config out, to load the model that is in the checkpoint"
+            )
+
+
+def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
     return {
-        key: _without(value, name) if isinstance(value, dict) else value for key, value in config.items() if key != name
+        key: _without(value, *names) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in names
     }
 
 
@@ -573,6 +693,19 @@ def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, na
         f"drop_layers: state_dict holds {len(found)} layers; the model has {len(wanted)} of {original}, and either "
         "number would do"
     )
+
+
+def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
+    """Matches the names, in a checkpoint of whole layers, of the tensors of the sub-layers that a model lacks."""
+    found = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and (stack := own_stack(module)):
+            start = f"(?:{re.escape(prefix)}\\.)?" if prefix else "(?:.*\\.)?"
+            for kind, positions in record(module.config).sublayers.items():
+                path, norms = stack.family.sublayer(kind)
+                inside = "|".join(map(re.escape, (path, *norms)))
+                found += [f"{start}{re.escape(stack.family.layers)}\\.{at}\\.(?:{inside})\\." for at in positions]
+    return re.compile("|".join(found) or "(?!)")
 
 
 def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:

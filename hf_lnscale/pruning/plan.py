@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from transformers import PreTrainedConfig
 
 from ..checkpoints.folders import write_atomically
 from ..core.display import brief, with_error
+from ..core.errors import ArgumentError
 from ..core.families import text_config
 from ..core.json_file import are_layers, is_positive, read_object
-from ..core.record import KnownText, record
+from ..core.record import SUBLAYERS, KnownText, record
+from ..core.sublayers import Unit
 
 PLAN_FILE = "pruning_plan.json"
 _FORMAT = 1
 _KINDS: dict[str, Any] = {
     "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "errors": dict,
-    "steps": list, "heal": (dict, type(None)), "notes": dict,
+    "steps": list, "heal": (dict, type(None)), "notes": dict, "attention": list, "mlp": list,
 }  # fmt: skip
 # By these a plan knows its model; config.json has them, so that no weight need be read.
 _FINGERPRINT = (
@@ -40,7 +43,12 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "model_type": text.model_type,
         **{name: getattr(text, name, None) for name in _FINGERPRINT},
-        "dropped_before": list(dropped.layers) if dropped else [],
+        "dropped_before": [
+            *dropped.layers,
+            *(f"{kind} {layer}" for kind in dropped.sublayers for layer in getattr(dropped, kind)),
+        ]
+        if dropped
+        else [],
     }
 
 
@@ -61,6 +69,8 @@ class PruningPlan:
         steps: the search step by step: layers dropped so far, and the figures that decided.
         heal: report of the healing that was tried, or None.
         notes: what else there is to say, such as the sizes before and after.
+        attention: positions of the layers that lose their attention alone.
+        mlp: positions of the layers that lose their MLP alone.
     """
 
     layers: tuple[int, ...]
@@ -73,6 +83,13 @@ class PruningPlan:
     steps: list[dict[str, Any]] = field(default_factory=list)
     heal: dict[str, Any] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that goes: layers, and attention or MLPs of others as pairs such as ("attention", 3)."""
+        return units_of(vars(self))
 
     @property
     def perplexity_increase(self) -> float | None:
@@ -89,6 +106,12 @@ class PruningPlan:
         """
         stored = self.data.get("calibration")
         return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
+
+    def require_whole_layers(self, argument: str) -> None:
+        """Raises an error about an argument that takes whole layers only if the plan drops attention or MLPs alone."""
+        if self.attention or self.mlp:
+            problem = "the plan drops attention or MLPs alone; this takes whole layers only"
+            raise ArgumentError(argument, problem=problem)
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
         """Raises a ValueError that names the difference if the plan is for another model."""
@@ -125,9 +148,24 @@ class PruningPlan:
         said = f"perplexity {figures}" if figures else ""
         if "healed" in self.perplexity and (never := (self.heal or {}).get("never_fitted")):
             said += f"; on text that was never fitted before {never['full']:.2f}, healed {never['after']:.2f}"
-        return f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}" + (
-            f" ({said})" if said else ""
-        )
+        what = f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}"
+        what += "".join(f", {kind} of {list(getattr(self, kind))}" for kind in SUBLAYERS if getattr(self, kind))
+        return what + (f" ({said})" if said else "")
+
+
+def units_of(step: Mapping[str, Any]) -> list[Unit]:
+    """The units that a plan, or a step of a search, names under `layers`, `attention` and `mlp`."""
+    return [*step["layers"], *((kind, layer) for kind in SUBLAYERS for layer in step.get(kind, ()))]
+
+
+def by_kind(units: Iterable[Unit]) -> dict[str, list[int]]:
+    """The inverse of `units_of`; a layer whose attention and MLP both go is one of `layers`."""
+    given = list(units)
+    whole = {one for one in given if not isinstance(one, tuple)}
+    parts = {kind: {one[1] for one in given if isinstance(one, tuple) and one[0] == kind} - whole for kind in SUBLAYERS}
+    both = set.intersection(*parts.values())
+    found = {"layers": sorted(whole | both)}
+    return found | {kind: sorted(part - both) for kind, part in parts.items() if part - both}
 
 
 def read_plan(path: Any) -> PruningPlan:
@@ -151,8 +189,12 @@ def read_plan(path: Any) -> PruningPlan:
         errors = values.get("errors", {})
         if not all(error == 0 or is_positive(error) for error in errors.values()):
             raise ValueError(f"its errors must be numbers from 0 by name, got {brief(errors)}")
+        for kind in SUBLAYERS:
+            if not are_layers(values.get(kind, [])):
+                raise ValueError(f"its {kind} must be different integers from 0, got {brief(values[kind])}")
         known = {name: value for name, value in values.items() if name in _KINDS}
-        plan = PruningPlan(**{**known, "layers": tuple(values["layers"])})
+        lists = {name: tuple(values.get(name, ())) for name in ("layers", *SUBLAYERS)}
+        plan = PruningPlan(**{**known, **lists})
         _ = plan.known_text  # raises if it is not valid
         return plan
     except ValueError as error:

@@ -25,7 +25,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
-from ..core.record import get_ln_scaling
+from ..core.record import record as record_of
 from ..core.stack import text_stack
 from ..core.warnings import warn
 from ..evaluation.speed import Speed, measure, relative_change
@@ -37,7 +37,16 @@ from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import counting_layers, drop_layers, normalize_layers, note_text, prune_config, require_droppable
+from .layers import (
+    Cut,
+    counting_layers,
+    drop_layers,
+    droppable_units,
+    normalize_layers,
+    note_text,
+    prune_config,
+    require_droppable,
+)
 from .plan import PLAN_FILE, PruningPlan
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
@@ -47,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HEADER = ("", "before", "after", "change")
+UNITS = ("layers", "sublayers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +78,7 @@ class Pruned:
     @property
     def title(self) -> str:
         name = f"{self.plan.model_name} " if self.plan.model_name else ""
-        return f"{name}without layers {', '.join(map(str, self.plan.layers))}"
+        return f"{name}without {_gone(self.plan)}"
 
     def table(self) -> rich.table.Table:
         """The rows for a terminal."""
@@ -89,7 +99,8 @@ def prune(
     drop: Any = None,
     cache_tokens: int = 0,
     cache_batch: int = 1,
-    method: str = "best_of",
+    method: str | None = None,
+    units: str = "layers",
     heal: str | None = "auto",
     held_out: Any = None,
     tokenizer: Any = None,
@@ -124,6 +135,8 @@ def prune(
         drop: drop these layers, counted from 0, negative ones from the end.
         cache_tokens, cache_batch: see `target_memory`.
         method: how layers are chosen, see `plan_pruning`.
+        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`; then nothing is
+            healed, and `drop` and `num_layers` cannot set the target.
         heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
             if it lowers the perplexity on held-out data.
         held_out: data as above, to judge by; None holds out the last quarter of `data`.
@@ -153,7 +166,7 @@ def prune(
         num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, target_params=target_params,
         target_memory=target_memory, drop=drop,
     )  # fmt: skip
-    _require_methods(method, heal)
+    method, heal = _require_methods(method, units, heal, goal)
     checkpoint = None if isinstance(model, nn.Module) else os.fspath(model)
     target = record = None
     if out is not None:
@@ -165,7 +178,7 @@ def prune(
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             problem = "is not a causal language model; load it, and prune it in memory"
             raise ArgumentError("model", checkpoint, problem=problem)
-        _require_prunable(config, goal)
+        _require_prunable(config, goal, units)
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
         if tokenizer is None:
             tokenizer = load_tokenizer(checkpoint)
@@ -177,11 +190,13 @@ def prune(
             if not stack.model.config.name_or_path:
                 raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
             tokenizer = load_tokenizer(stack.model.config.name_or_path)
-        _require_prunable(next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal)
+        _require_prunable(
+            next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal, units
+        )
         calibration, judged, cautions = _split(data, held_out, tokenizer, windows, stack.model.config, stack.model)
-    require_droppable(model, text_stack(model), list(range(len(text_stack(model).layers))))
+    require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
 
-    search = (model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch)
+    search = (model, goal, method, units, heal, calibration, judged, cautions, cache_tokens, cache_batch)
     try:
         plan, report = _choose_and_heal(*search, resume or record, progress)
     except OtherSearchError:
@@ -189,15 +204,16 @@ def prune(
             raise
         record.unlink()  # an interrupted search left it
         plan, report = _choose_and_heal(*search, record, progress)
-    if not plan.layers:
+    if not plan.units:
         if record is not None:
             record.unlink(missing_ok=True)
         raise ValueError(
-            f"not one layer can go: the cheapest raises perplexity from {plan.perplexity['before']:.2f} by more than "
-            f"{max_perplexity_increase:.0%} on held-out data. Nothing was written."
+            f"not one {'layer' if units == 'layers' else 'sub-layer'} can go: the cheapest raises perplexity from "
+            f"{plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
+            "Nothing was written."
         )
     try:
-        drop_layers(model, list(plan.layers))
+        drop_layers(model, list(plan.layers), attention=plan.attention or None, mlp=plan.mlp or None)
     except BaseException:
         if report is not None:
             report.undo()
@@ -243,7 +259,8 @@ def plan_pruning(
     target_memory: int | None = None,
     cache_tokens: int = 0,
     cache_batch: int = 1,
-    method: str = "best_of",
+    method: str | None = None,
+    units: str = "layers",
     heal: str | None = None,
     held_out: Any = None,
     tokenizer: Any = None,
@@ -274,7 +291,10 @@ def plan_pruning(
         num_layers, max_perplexity_increase, target_params, target_memory: how far to go, exactly one of them; see
             `prune`.
         cache_tokens, cache_batch: see `prune`.
-        method: see above.
+        method: see above; None is "best_of", and "greedy" for sub-layers.
+        units: "layers"; or "sublayers", which removes at each step the layer, the attention or the MLP whose removal
+            raises the loss least for what it saves, and measures all again. What counts is the number of parameters; if
+            `cache_tokens` is given, the bytes of the weights and of that KV cache.
         heal: a method of `heal` to try on the result, or "auto", see `prune`; the plan records what it gives. None does
             not try.
         held_out, tokenizer, windows, resume: see `prune`.
@@ -296,11 +316,11 @@ def plan_pruning(
     )  # fmt: skip
     if method == "greedy_healed":
         heal = heal or "refit"
-    _require_methods(method, heal)
+    method, heal = _require_methods(method, units, heal, goal)
     inner = text_stack(model).model
     calibration, judged, cautions = _split(data, held_out, tokenizer, windows, inner.config, inner)
     plan, report = _choose_and_heal(
-        model, goal, method, heal, calibration, judged, cautions, cache_tokens, cache_batch, resume, progress
+        model, goal, method, units, heal, calibration, judged, cautions, cache_tokens, cache_batch, resume, progress
     )
     if report is not None:
         report.undo()
@@ -312,6 +332,7 @@ def _choose_and_heal(
     model: nn.Module,
     goal: tuple[str, Any],
     method: str,
+    units: str,
     heal: str | None,
     calibration: TokenBatches,
     judged: TokenBatches,
@@ -322,6 +343,8 @@ def _choose_and_heal(
     progress: bool,
 ) -> tuple[PruningPlan, HealReport | None]:
     """Checks what needs the model, and searches; see `search_layers`."""
+    if units == "sublayers":
+        droppable_units(text_stack(model).model.config)
     target = search_target(model, goal, cache_tokens, cache_batch)
     reason = why_not_healable(model) if heal else None
     if reason and (heal != "auto" or method == "greedy_healed"):
@@ -334,28 +357,45 @@ def _choose_and_heal(
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
             "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
         )
-    cost = estimate_cost(model, target, method, heal, calibration, judged)
-    each = " for each number of layers that is tried" if target.budget is not None else ""
-    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
-    plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress)
+    if units == "layers":
+        cost = estimate_cost(model, target, method, heal, calibration, judged)
+        each = " for each number of layers that is tried" if target.budget is not None else ""
+        logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
+    plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress, units)
     return replace(plan, notes={**plan.notes, "cautions": cautions}), report
 
 
 # --- checks before anything expensive ---------------------------------------------------------------------------------
 
 
-def _require_methods(method: str, heal: str | None) -> None:
+def _require_methods(method: str | None, units: str, heal: str | None, goal: tuple[str, Any]) -> tuple[str, str | None]:
+    """The method of the search and of the healing; refuses those that do not go together."""
+    if units not in UNITS:
+        raise ArgumentError("units", units, f"one of {', '.join(UNITS)}")
+    method = method or ("best_of" if units == "layers" else "greedy")
     if method not in SEARCH_METHODS:
         raise ArgumentError("method", method, f"one of {', '.join(SEARCH_METHODS)}")
     if heal not in (None, "auto", *HEAL_METHODS):
         raise ArgumentError("heal", heal, f"one of auto, {', '.join(HEAL_METHODS)} or None")
     if method == "greedy_healed" and heal is None:
         raise ArgumentError("method", method, problem="heals; `heal=None` goes with another method")
+    if units == "layers":
+        return method, heal
+    if method != "greedy":
+        raise ArgumentError("method", method, problem="chooses whole layers; `units=sublayers` goes with 'greedy'")
+    if goal[0] in ("num_layers", "drop"):
+        problem = "counts layers; with `units=sublayers`, give `target_params`, `target_memory` or "
+        raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
+    if heal not in (None, "auto"):
+        raise ArgumentError("heal", heal, problem="heals behind whole layers; with `units=sublayers`, `heal=None`")
+    return method, None
 
 
-def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any]) -> None:
+def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any], units: str) -> None:
     """Refuses a model whose configuration cannot lose layers, or does not have those that shall go."""
     family_of(config, "drop_layers")
+    if units == "sublayers":
+        droppable_units(config)
     text = text_config(config)
     total = text.num_hidden_layers
     require_possible(goal, total)
@@ -413,6 +453,12 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
     return written
 
 
+def _gone(plan: PruningPlan) -> str:
+    """What a plan takes out, in words."""
+    named = [("layers", plan.layers), ("attention of layers", plan.attention), ("the MLPs of layers", plan.mlp)]
+    return "; ".join(f"{what} {', '.join(map(str, layers))}" for what, layers in named if layers)
+
+
 def _rows(
     plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
 ) -> list[tuple[str, str, str, str]]:
@@ -423,6 +469,8 @@ def _rows(
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
         ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
     ]
+    if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
+        figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))
@@ -467,9 +515,10 @@ def _card(
     search, held_out = plan.method["search"], plan.data["held_out"]
     how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
     notes = [
-        Markdown(f"Layers {', '.join(map(str, plan.layers))} (counted from 0) were dropped, {how}."),
+        Markdown(f"{_gone(plan)[0].upper()}{_gone(plan)[1:]} (counted from 0) were dropped, {how}."),
         healing,
-        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if get_ln_scaling(config) else []),
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record_of(config).active else []),
+        *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record_of(config).sublayers else []),
         Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
     ]
     note = (
@@ -484,8 +533,11 @@ def _card(
             f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
         )
     name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
+    what = f"{len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped"
+    if plan.attention or plan.mlp:
+        what += f", {len(plan.attention)} without attention, {len(plan.mlp)} without MLP"
     return model_card(
-        f"{name}, {len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped",
+        f"{name}, {what}",
         base_model=checkpoint,
         pipeline_tag="text-generation",
         notes=notes,

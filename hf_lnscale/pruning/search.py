@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -21,15 +22,25 @@ from ..checkpoints.folders import public_name, write_atomically
 from ..core.display import brief
 from ..core.errors import ArgumentError
 from ..core.json_file import are_layers, is_positive, read_object
+from ..core.record import SUBLAYERS
 from ..core.stack import Stack, text_stack
+from ..core.sublayers import Unit, parts
 from ..measuring.known_text import sketch
-from ..measuring.losses import SourceLosses, losses_by_source, perplexity_of, sweep_losses, token_losses
+from ..measuring.losses import (
+    SourceLosses,
+    layer_of,
+    losses_by_source,
+    perplexity_of,
+    sweep,
+    sweep_losses,
+    token_losses,
+)
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode, kv_cache
 from ..measuring.text import TokenBatches
 from .heal import Healer, HealReport
-from .layers import counting_layers, normalize_layers
-from .plan import PruningPlan, fingerprint
+from .layers import counting_layers, droppable_units, normalize_layers
+from .plan import PruningPlan, by_kind, fingerprint, units_of
 from .scores import LayerScores, score_layers, score_stream
 
 ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
@@ -85,15 +96,17 @@ class Target:
 
     Attributes:
         words: the goal, as written into a plan.
-        reached: whether a set of layers is enough.
-        sizes: what is left without a set of layers: parameters, bytes of weights and of the KV cache.
+        reached: whether a set of units (layers, and attention or MLPs of layers) is enough.
+        sizes: what is left without a set of units: parameters, bytes of weights and of the KV cache.
+        saves: what a unit saves: bytes of weights and of the KV cache where a cache counts, else parameters.
         least: no set of fewer layers is enough.
         budget: largest relative increase of perplexity, or None.
     """
 
     words: dict[str, Any]
-    reached: Callable[[tuple[int, ...]], bool]
-    sizes: Callable[[tuple[int, ...]], dict[str, Any]]
+    reached: Callable[[Sequence[Unit]], bool]
+    sizes: Callable[[Sequence[Unit]], dict[str, Any]]
+    saves: Callable[[Unit], float]
     least: int = 1
     budget: float | None = None
 
@@ -110,39 +123,51 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     most = total - 1
     require_possible(goal, total)
 
-    params_L = [sum(p.numel() for p in layer.parameters()) for layer in stack.layers]
-    bytes_L = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in stack.layers]
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
 
-    def sizes(dropped: tuple[int, ...]) -> dict[str, Any]:
+    @functools.cache
+    def size_of(unit: Unit) -> tuple[int, int, int]:
+        layer = layer_of(unit)
+        whole = stack.layers[layer]
+        modules = parts(whole, stack.family, unit[0]) if isinstance(unit, tuple) else [whole]
+        held = [p for module in modules for p in module.parameters()]
+        cache = 0 if unit == ("mlp", layer) else cache_L[layer]
+        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held), cache
+
+    def sizes(dropped: Sequence[Unit]) -> dict[str, Any]:
+        gone = [sum(column) for column in zip((0, 0, 0), *map(size_of, dropped), strict=True)]
         return {
-            "params": [params, params - sum(params_L[layer] for layer in dropped)],
-            "weight_bytes": [weights, weights - sum(bytes_L[layer] for layer in dropped)],
-            "cache_bytes": [sum(cache_L), sum(cache_L) - sum(cache_L[layer] for layer in dropped)],
+            "params": [params, params - gone[0]],
+            "weight_bytes": [weights, weights - gone[1]],
+            "cache_bytes": [sum(cache_L), sum(cache_L) - gone[2]],
             "cache_of": {"tokens": cache_tokens, "batch": cache_batch},
         }
 
-    def size(dropped: tuple[int, ...]) -> float:
+    def size(dropped: Sequence[Unit]) -> float:
         after: dict[str, list[int]] = sizes(dropped)
         return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
 
+    def saves(unit: Unit) -> float:
+        return sum(size_of(unit)[1:]) if cache_tokens else size_of(unit)[0]
+
     if name == "drop":
         value = normalize_layers(value, total, "drop")
-        return Target({name: value}, lambda dropped: len(dropped) == len(value), sizes, least=len(value))
+        return Target({name: value}, lambda dropped: len(dropped) == len(value), sizes, saves, least=len(value))
     words = {name: value}
     if name == "num_layers":
-        return Target(words, lambda dropped: len(dropped) == value, sizes, least=value)
+        return Target(words, lambda dropped: len(dropped) == value, sizes, saves, least=value)
     if name == "max_perplexity_increase":
-        return Target(words, lambda dropped: len(dropped) == most, sizes, budget=value)
+        return Target(words, lambda dropped: len(dropped) == most, sizes, saves, budget=value)
     if name == "target_memory":
         words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
         raise ArgumentError(name, value, f"at least {smallest}, the size of this model with a single layer left")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
-    return Target(words, lambda dropped: size(dropped) <= value or len(dropped) == most, sizes, least)
+    reached = lambda dropped: size(dropped) <= value or sum(isinstance(one, int) for one in dropped) == most  # noqa: E731
+    return Target(words, reached, sizes, saves, least)
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -195,6 +220,7 @@ def search_layers(
     judged: TokenBatches,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    units: str = "layers",
 ) -> tuple[PruningPlan, HealReport | None]:
     """Chooses layers and, with `heal_method`, heals the model in place for doing without them.
 
@@ -213,6 +239,8 @@ def search_layers(
     stack = text_stack(model)
     given: list[int] | None = target.words.get("drop")
     how: dict[str, Any] = {"search": "given" if given else method}
+    if units != "layers":
+        how |= {"units": units, "cache_of": target.sizes(())["cache_of"]}
     chosen_by = calibration.describe() | sketch(calibration).to_dict() if heal_method or not given else None
     about = {"calibration": chosen_by, "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
@@ -238,11 +266,11 @@ def search_layers(
     if given:
         steps: Iterator[dict[str, Any]] = iter([{"layers": given}])
     else:
-        steps = _steps(model, stack, method, healer, calibration, target.least, log, progress)
+        steps = _steps(model, stack, method, healer, calibration, target, log, progress, units)
     with bar:
-        while not target.reached(tuple(chosen["layers"])) and (step := next(steps, None)):
+        while not target.reached(units_of(chosen)) and (step := next(steps, None)):
             if "perplexity" not in step:
-                step |= _figures(losses_by_source(model, judged, step["layers"]), whole)
+                step |= _figures(losses_by_source(model, judged, units_of(step)), whole)
                 log.write()
             if healer and target.budget is not None:
                 if "healed" not in step:
@@ -261,25 +289,27 @@ def search_layers(
             chosen, outside = step, 0
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(step["layers"]))
 
-    layers = tuple(sorted(chosen["layers"]))
-    if target.budget is None and not target.reached(layers):
+    layers, gone = tuple(sorted(chosen["layers"])), units_of(chosen)
+    if target.budget is None and not target.reached(gone):
         counting = sorted(counting_layers(stack.model.config))
         raise ArgumentError(
             "method", method,
-            problem=f"finds no set of layers for {target.words}: of layers {counting} one must stay, as linear "
+            problem=f"finds nothing to drop for {target.words}: of layers {counting} one must stay, as linear "
             "attention alone cannot generate; choose another method, or fewer layers",
         )  # fmt: skip
     errors = {"before": before * whole.error()} | _errors_of("after", chosen)
+    lacking: dict[str, Any] = {kind: tuple(chosen[kind]) for kind in SUBLAYERS if kind in chosen}
     plan = PruningPlan(
         layers=layers,
         model=model_print,
         model_name=public_name(stack.model.config.name_or_path or ""),
         method=how,
         data=about,
-        perplexity={"before": before, **({"after": chosen["perplexity"]} if layers else {})},
+        perplexity={"before": before, **({"after": chosen["perplexity"]} if gone else {})},
         errors=errors,
         steps=[] if given else [{**step, "layers": sorted(step["layers"])} for step in used],
-        notes=target.sizes(layers),
+        notes=target.sizes(gone),
+        **lacking,
     )
     if not (healer and layers):
         return plan, None
@@ -397,11 +427,13 @@ def _steps(
     method: str,
     healer: _Healer | None,
     calibration: TokenBatches,
-    least: int,
+    target: Target,
     log: _Log,
     progress: bool,
+    units: str,
 ) -> Iterator[dict[str, Any]]:
-    """Sets of one more layer each time, from the log as far as it goes: dicts with `layers`, in order of removal."""
+    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, in order of removal, and
+    with `attention` and `mlp` if sub-layers are taken out."""
 
     def done(step: dict[str, Any]) -> dict[str, Any]:
         log.steps.append(step)
@@ -414,6 +446,22 @@ def _steps(
     def can_go(dropped: Iterable[int]) -> bool:
         return not counting or not counting <= set(dropped)
 
+    if units == "sublayers":
+        yield from list(log.steps)
+        gone = units_of(log.steps[-1]) if log.steps else []
+        parts_of_layers = droppable_units(stack.model.config)
+        while candidates := _candidates(gone, parts_of_layers, most, can_go):
+            now, found_of = sweep(model, calibration, gone, candidates, "loss", progress)
+            saved = {unit: target.saves(unit) for unit in (*candidates, *gone)}
+            for unit in gone:  # what is left of its layer saves the rest
+                if layer_of(unit) in candidates:
+                    saved[layer_of(unit)] -= saved[unit]
+            cost = {unit: (one.mean - now.mean) / max(saved[unit], 1) for unit, one in found_of.items()}
+            unit = min(candidates, key=lambda one: cost[one])
+            step = by_kind([*gone, unit])
+            gone = units_of(step)
+            yield done({**step, "calibration_loss": found_of[unit].mean})
+        return
     if method in STEPWISE:
         yield from list(log.steps)
         dropped: list[int] = log.steps[-1]["layers"] if log.steps else []
@@ -433,7 +481,7 @@ def _steps(
     # Sets of one size are found without those of another.
     known = {len(step["layers"]): step for step in log.steps}
     scores: dict[str, LayerScores] = {}
-    for count in range(least, most + 1):
+    for count in range(target.least, most + 1):
         if count not in known and not scores:
             if method == "best_of":
                 scores = score_stream(model, calibration, progress=progress)
@@ -449,6 +497,17 @@ def _steps(
             yield done({"layers": layers})
         else:
             return
+
+
+def _candidates(
+    gone: Sequence[Unit], parts_of_layers: Sequence[Unit], most: int, can_go: Callable[[Iterable[int]], bool]
+) -> list[Unit]:
+    """What can go next: layers, and attention or MLPs of layers that have both."""
+    layers, touched = {one for one in gone if isinstance(one, int)}, set(map(layer_of, gone))
+    if len(layers) == most:
+        return []
+    whole = [layer for layer in range(most + 1) if layer not in layers and can_go((*layers, layer))]
+    return [*whole, *(unit for unit in parts_of_layers if layer_of(unit) not in touched)]
 
 
 def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:

@@ -61,6 +61,7 @@ def draft_model(
         raise ValueError(f"num_assistant_tokens must be an integer of at least 1, got {number!r}")
     stack = text_stack(model)
     if isinstance(drop_layers, PruningPlan):
+        drop_layers.require_whole_layers("drop_layers")
         drop_layers.require_made_for(stack.model.config)
         drop_layers = drop_layers.layers
     dropped = normalize_layers(drop_layers, len(stack.layers))

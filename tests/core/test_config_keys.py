@@ -37,6 +37,10 @@ NOT_DROPPED += [
 ]
 NOT_DROPPED += [{"layers": [0], "num_hidden_layers": 1}, {"layers": [0], "num_hidden_layers": "5"}]
 NOT_DROPPED += [{"layers": [0], "num_hidden_layers": 5, "base": 3}]
+NOT_DROPPED += [
+    {"layers": [0], "num_hidden_layers": 5, kind: value} for kind in ("attention", "mlp") for value in (1, [0])
+]
+NOT_DROPPED += [{"layers": [0], "num_hidden_layers": 5, "attention": [1], "mlp": [1]}]
 
 
 @pytest.mark.parametrize("value", NOT_DROPPED, ids=repr)

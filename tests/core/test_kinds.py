@@ -119,6 +119,52 @@ def test_dropped_equals_the_model_without_the_layers(text, tmp_path):
     assert compared
 
 
+def adds_nothing(_module, _args, output):
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [(text, kind) for text in CUT for kind in ("attention", "mlp") if FAMILIES[text].sublayer(kind)[0]],
+)
+def test_without_a_sublayer_equals_one_that_adds_nothing(text, kind, tmp_path):
+    """Every weight of a layer belongs to one of the two sub-layers, and the norms go with theirs."""
+    whole = build(text)
+    path, norms = FAMILIES[text].sublayer(kind)
+    layers = layers_of(whole, text)
+    removable = [at for at in (0, 2, 3) if hasattr(layers[at], path.partition(".")[0])]
+    if kind == "attention" and (kinds_of := getattr(whole.config, "layer_types", None)):
+        removable = [at for at in removable if "attention" in kinds_of[at] and "linear" not in kinds_of[at]]
+    whole.save_pretrained(tmp_path)
+    settings = {"dtype": whole.dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
+    whole = type(whole).from_pretrained(tmp_path, **settings).eval()
+    layers = layers_of(whole, text)
+    cut, info = type(whole).from_pretrained(
+        tmp_path, **{f"drop_{kind}": removable}, **settings, output_loading_info=True
+    )
+    assert removable
+    assert not info["missing_keys"]
+    assert not [name for name in info["unexpected_keys"] if f"{FAMILIES[text].layers}." in name]
+    for at in removable:
+        left = {name for name, _ in layers_of(cut, text)[at].named_parameters()}
+        assert not [name for name in left if name.startswith(f"{path}.")]
+        other, others = FAMILIES[text].sublayer({"attention": "mlp", "mlp": "attention"}[kind])
+        shared = set(FAMILIES[text].pre_norms) - {*norms, *others}
+        if other and hasattr(layers[at], other):  # hybrids have another mixer in some layers
+            assert not [name for name in left if not name.startswith(tuple([other, *others, *shared]))]
+        layers[at].get_submodule(path).register_forward_hook(adds_nothing)
+    assert torch.equal(logits(cut.eval()), logits(whole))
+    with torch.no_grad():
+        got, expected = (
+            [
+                (first := model(tokens()[:, :8], use_cache=True)).logits,
+                model(tokens()[:, 8:], use_cache=True, past_key_values=first.get("past_key_values")).logits,
+            ]
+            for model in (cut, whole)
+        )
+    assert all(map(torch.equal, got, expected))
+
+
 def hand_on(_layer, args, kwargs, output):
     hidden = args[0] if args else kwargs["hidden_states"]
     return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden

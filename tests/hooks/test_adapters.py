@@ -39,6 +39,8 @@ BASES = {
     "both by keyword": ({}, SCALED | PRUNED),
     "scaled on disk, pruned by keyword": (SCALED, PRUNED),
     "both on disk": (SCALED | PRUNED, {}),
+    "without attention by keyword": ({}, {"drop_attention": [1]}),
+    "without MLP on disk, without attention by keyword": ({"drop_mlp": [1]}, PRUNED | {"drop_attention": [2]}),
 }
 # Those whose path gives them back to a program without the plugin.
 STOCK = ["plain", "pruned on disk"]
@@ -123,7 +125,7 @@ def test_an_adapter_on_another_base_is_refused(which, tmp_path):
 
 
 def dropped(model):
-    return (getattr(model.config, "dropped_layers", None) or {}).get("layers")
+    return {**(getattr(model.config, "dropped_layers", None) or {}), "base": ""}
 
 
 def test_what_the_refusal_says(tmp_path):

@@ -61,7 +61,7 @@ import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
-plain, scaled, pruned = (f"{sys.argv[1]}/{name}" for name in ("plain", "scaled", "pruned"))
+plain, scaled, pruned, partial = (f"{sys.argv[1]}/{name}" for name in ("plain", "scaled", "pruned", "partial"))
 exec(textwrap.dedent(CHANGE))
 
 def outputs():
@@ -93,10 +93,12 @@ uses = {
     "drop_layers beside a configuration": lambda: LlamaForCausalLM.from_pretrained(
         plain, config=tiny.config(), drop_layers=[1]
     ),
+    "drop_attention": lambda: run(AutoModelForCausalLM.from_pretrained(plain, drop_attention=[1])),
+    "partial checkpoint": lambda: run(AutoModelForCausalLM.from_pretrained(partial)),
     "pruned configuration": lambda: LlamaForCausalLM.from_pretrained(plain, config=AutoConfig.from_pretrained(pruned)),
 }
 if "post_init" in NAMED and "constructed" in NAMED:  # layers are dropped without it
-    uses = {name: use for name, use in uses.items() if "drop" not in name and "pruned" not in name}
+    uses = {name: use for name, use in uses.items() if "drop_layers" not in name and "pruned" not in name}
 for name, use in uses.items():
     try:
         use()
@@ -119,6 +121,7 @@ def test_changed(change, run_python, tmp_path):
     tiny.model().save_pretrained(tmp_path / "plain")
     tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
     hf_lnscale.drop_layers(tiny.model(), [1]).save_pretrained(tmp_path / "pruned")
+    hf_lnscale.drop_layers(tiny.model(), mlp=[1]).save_pretrained(tmp_path / "partial")
     code, named = CHANGES[change]
     program = f"CHANGE, NAMED = {code!r}, {named!r}\n{CODE}"
     # The plugin is imported by the program itself, so the check is that it is there at the end.

@@ -34,6 +34,8 @@ from hf_lnscale.hooks import install as hooks
 HOOKED = {
     (PreTrainedConfig, "ln_scaling"),
     (PreTrainedConfig, "drop_layers"),
+    (PreTrainedConfig, "drop_attention"),
+    (PreTrainedConfig, "drop_mlp"),
     (PreTrainedConfig, "from_dict"),
     (PreTrainedConfig, "to_dict"),
     (PreTrainedConfig, "to_json_file"),

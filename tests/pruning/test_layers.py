@@ -22,21 +22,6 @@ from hf_lnscale.hooks.trainer import require_same_model
 from hf_lnscale.pruning.plan import fingerprint
 from oracles import decoder_layers
 
-# What the tiny configurations leave at values with which a mistake would not show.
-VARIANTS = {family: (family, {}) for family in tiny.FAMILIES} | {
-    "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
-    "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-    "qwen2_moe windows": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
-    "ministral windows": (
-        "ministral",
-        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
-    "qwen3_moe sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}),
-    "qwen3_moe mlp only": ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
-    "qwen3_next sparse step": ("qwen3_next", {"decoder_sparse_step": 3}),
-    "deepseek_v3 dense": ("deepseek_v3", {"first_k_dense_replace": 2}),
-    "smollm3 interval": ("smollm3", {"no_rope_layer_interval": 2}),
-}
 CUTS = [[1], [0, 2], [2, 3]]
 
 
@@ -77,10 +62,10 @@ def assert_same_model(got, expected):
     assert torch.equal(got.generate(tiny.tokens(2, 6), **settings), expected.generate(tiny.tokens(2, 6), **settings))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_equals_deletion(variant, tmp_path):
     """Loaded without the layers, dropped in memory, saved and loaded again: the model with the modules deleted."""
-    family, changes = VARIANTS[variant]
+    family, changes = tiny.VARIANTS[variant]
     full = tiny.model(family, **changes)
     full.save_pretrained(tmp_path / "full")
     for dropped in CUTS:

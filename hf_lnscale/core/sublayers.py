@@ -1,0 +1,96 @@
+"""Layers without their attention or their MLP: a stand-in takes the module's place, and adds nothing to the stream.
+
+The layer's own forward goes on around it, so that masks, indices and cache are the model's own. A norm that serves the
+missing sub-layer alone hands its input on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .families import Family, UnsupportedArchitectureError, submodule
+
+# A layer, or the attention or the MLP of one: ("attention", 3).
+Unit = int | tuple[str, int]
+
+
+class AbsentNorm(nn.Identity):
+    """In place of a norm of a sub-layer that is missing."""
+
+
+class AbsentMLP(nn.Module):
+    """In place of an MLP: returns zeros in the shape of its input."""
+
+    def forward(self, x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.zeros_like(x_BTD)
+
+
+class AbsentAttention(nn.Module):
+    """In place of an attention: returns zeros in the shape of its input, and no attention weights.
+
+    A cache finds out how many tokens it holds from some one layer, often the first. So that it may be this one, the
+    tokens are counted here too: by keys of one number a token, and values of none.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = [*args, *kwargs.values()]
+        x_BTD = next(value for value in values if isinstance(value, torch.Tensor))
+        if cache := next((value for value in values if isinstance(value, Cache)), None):
+            counter = x_BTD.new_zeros(x_BTD.shape[0], 1, x_BTD.shape[1], 1)
+            cache.update(counter, counter[..., :0], self.layer_idx)
+        return torch.zeros_like(x_BTD), None
+
+
+def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None:
+    """Takes attention or MLP out of a decoder layer, in place.
+
+    Args:
+        layer: one of the stack, at this position.
+        family: of the model; it has a module for the kind.
+        kind: "attention" or "mlp".
+
+    Raises:
+        UnsupportedArchitectureError: if the layer does not have the modules that the table says.
+    """
+    path, norms = family.sublayer(kind)
+    for name in (path, *norms):
+        if submodule(layer, name) is None:
+            raise UnsupportedArchitectureError(
+                f"drop_{kind}: layer {position} ({type(layer).__name__}) has no {name!r}; whole layers can go: "
+                "drop_layers"
+            )
+    put(layer, path, absent(kind, position))
+    for name in norms:
+        put(layer, name, AbsentNorm())
+
+
+def absent(kind: str, position: int) -> nn.Module:
+    """What takes the place of the attention or the MLP of the layer at a position."""
+    return AbsentMLP() if kind == "mlp" else AbsentAttention(position)
+
+
+def missing(layer: nn.Module, family: Family) -> list[str]:
+    """The kinds of sub-layers that a decoder layer lacks."""
+    kinds = {"attention": AbsentAttention, "mlp": AbsentMLP}
+    return [kind for kind, absent in kinds.items() if isinstance(submodule(layer, family.sublayer(kind)[0]), absent)]
+
+
+def parts(layer: nn.Module, family: Family, kind: str) -> list[nn.Module]:
+    """The modules of a decoder layer that go with its attention or MLP."""
+    path, norms = family.sublayer(kind)
+    return [layer.get_submodule(name) for name in (path, *norms)]
+
+
+def put(layer: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a path of a decoder layer, in the layer's mode."""
+    parent, _, name = path.rpartition(".")
+    module.train(layer.training)
+    setattr(layer.get_submodule(parent), name, module)
