@@ -18,6 +18,8 @@ given it is that of the geometric mean. Peers are written anew from their papers
   the largest power of two that divides the hidden size).
 - ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares, or by cosine
   distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens a batch).
+- attention alone: of as many layers, which frees as much KV cache; those whose attention each costs least, measured one
+  by one on a quarter of the tokens. Nothing is repaired.
 - prune: `hf_lnscale.prune` as it comes, given that text; and without it (`data=None`), on Python's English and code.
 """
 
@@ -43,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
 from hf_lnscale.core.display import markdown
+from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
@@ -226,6 +229,13 @@ def sleb(model: Any, data: Data, count: int) -> nn.Module:
     return cut(model, sleb_steps(model, data, data.most)[count - 1])
 
 
+def attention_alone(model: Any, data: Data, count: int) -> nn.Module:
+    candidates = [("attention", layer) for layer in range(model.config.num_hidden_layers)]
+    losses = sweep_losses(model, data.quarter, candidates=candidates, progress=False)
+    gone = sorted(layer for _, layer in sorted(losses, key=losses.__getitem__)[:count])
+    return hf_lnscale.drop_layers(copy.deepcopy(model), [], attention=gone)
+
+
 def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
     return lambda model, data, count: cut(model, score_layers(model, data.batches, method).lowest(count))
 
@@ -239,6 +249,7 @@ RULES: dict[str, Callable[[Any, Data, int], nn.Module]] = {
     "LinearPatch": linear_patch,
     "ReplaceMe, least squares": replace_me("least squares"),
     "ReplaceMe, cosine": replace_me("cosine"),
+    "attention alone": attention_alone,
     "prune": lambda model, data, count: pruned(model, data.text, data, count),
     "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
 }
