@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,11 +64,21 @@ class Dropped:
         found = {kind: [at[layer] for layer in getattr(self, kind)] for kind in SUBLAYERS}
         return {kind: positions for kind, positions in found.items() if positions}
 
+    def __str__(self) -> str:
+        return named_parts(self.layers, self.attention, self.mlp)
+
     def to_dict(self) -> dict[str, Any]:
         sublayers = {kind: list(getattr(self, kind)) for kind in self.sublayers}
         return {
             "layers": list(self.layers), "num_hidden_layers": self.num_hidden_layers, "base": self.base, **sublayers
         }  # fmt: skip
+
+
+def named_parts(layers: Iterable[int], attention: Iterable[int], mlp: Iterable[int]) -> str:
+    """Parts of a model in words: "layers 12, 14; attention of layers 7"."""
+    named = {"layers": layers, "attention of layers": attention, "MLPs of layers": mlp}
+    found = {what: ", ".join(map(str, numbers)) for what, numbers in named.items()}
+    return "; ".join(f"{what} {numbers}" for what, numbers in found.items() if numbers)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,7 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
         "quantized": getattr(config, "quantization_config", None) is not None,
         "ln_scaling": get_ln_scaling(config),
         DROPPED: list(dropped.layers) if dropped else [],
+        "missing_sublayers": record(config).sublayers,
     }
 
 

@@ -25,6 +25,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
+from ..core.record import named_parts
 from ..core.record import record as record_of
 from ..core.stack import text_stack
 from ..core.warnings import warn
@@ -78,7 +79,7 @@ class Pruned:
     @property
     def title(self) -> str:
         name = f"{self.plan.model_name} " if self.plan.model_name else ""
-        return f"{name}without {_gone(self.plan)}"
+        return f"{name}without {named_parts(self.plan.layers, self.plan.attention, self.plan.mlp)}"
 
     def table(self) -> rich.table.Table:
         """The rows for a terminal."""
@@ -453,12 +454,6 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
     return written
 
 
-def _gone(plan: PruningPlan) -> str:
-    """What a plan takes out, in words."""
-    named = [("layers", plan.layers), ("attention of layers", plan.attention), ("the MLPs of layers", plan.mlp)]
-    return "; ".join(f"{what} {', '.join(map(str, layers))}" for what, layers in named if layers)
-
-
 def _rows(
     plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
 ) -> list[tuple[str, str, str, str]]:
@@ -514,8 +509,9 @@ def _card(
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
     search, held_out = plan.method["search"], plan.data["held_out"]
     how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
+    gone = named_parts(plan.layers, plan.attention, plan.mlp)
     notes = [
-        Markdown(f"{_gone(plan)[0].upper()}{_gone(plan)[1:]} (counted from 0) were dropped, {how}."),
+        Markdown(f"{gone[0].upper()}{gone[1:]} (counted from 0) were dropped, {how}."),
         healing,
         *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record_of(config).active else []),
         *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record_of(config).sublayers else []),
