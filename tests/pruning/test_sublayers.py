@@ -534,3 +534,10 @@ def test_a_family_without_sublayers_is_refused_when_they_are_to_be_chosen():
     model = AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
     with pytest.raises(ValueError, match="drop_attention is not supported for model_type 'bloom'"):
         plan_pruning(model, tiny.tokens(8, 16), target_params=1000, units="sublayers", progress=False)
+
+
+def test_a_budget_that_is_never_spent_ends_at_one_layer():
+    """And not at as many sub-layers as there are layers but one."""
+    model, ids = tiny.model(num_hidden_layers=3), tiny.tokens(8, 16)
+    plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
+    assert len(plan.layers) == 2
