@@ -343,7 +343,7 @@ class Cut:
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The attention and the MLPs, as units, that a model can lose alone.
+    """The attention and the MLPs, as units, that a model can lose alone: of layers that have both.
 
     Raises:
         UnsupportedArchitectureError: if its family can lose neither; the message says why.
@@ -355,7 +355,8 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
                 found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
     if not found:
         require_sublayer(config, "attention")
-    return [unit for unit in found if unit[1] not in record(config).sublayers.get(unit[0], ())]
+    touched = {at for positions in record(config).sublayers.values() for at in positions}
+    return [unit for unit in found if unit[1] not in touched]
 
 
 def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:

@@ -28,6 +28,7 @@ from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.core.record import record
+from hf_lnscale.pruning.layers import droppable_units
 from oracles import decoder_layers
 
 # Of the hybrids, layers 1 and 3 alone have attention with a KV cache.
@@ -541,3 +542,12 @@ def test_a_budget_that_is_never_spent_ends_at_one_layer():
     model, ids = tiny.model(num_hidden_layers=3), tiny.tokens(8, 16)
     plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
     assert len(plan.layers) == 2
+
+
+def test_what_is_left_of_a_layer_is_chosen_as_a_layer():
+    """Its last sub-layer cannot go alone, so that the last layer of all does not go with it."""
+    model, ids = drop_layers(tiny.model(num_hidden_layers=2), attention=[0]), tiny.tokens(8, 16)
+    assert droppable_units(model.config) == [("attention", 1), ("mlp", 1)]
+    plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
+    assert len(plan.layers) == 1
+    assert len(drop_layers(model, plan).model.layers) == 1
