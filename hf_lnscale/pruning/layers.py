@@ -328,8 +328,8 @@ class Cut:
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
         if isinstance(layers, PruningPlan):
-            attention = attention if attention is not None else layers.attention or None
-            mlp = mlp if mlp is not None else layers.mlp or None
+            attention = _or_planned(attention, layers, "attention")
+            mlp = _or_planned(mlp, layers, "mlp")
         whole = set(layers_to_drop(layers, config))
         before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
         given = {
@@ -340,6 +340,21 @@ class Cut:
         if whole:  # perhaps all of them
             normalize_layers(whole, text_config(config).num_hidden_layers)
         return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
+
+
+def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
+    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says.
+
+    Raises:
+        ValueError: if both say something.
+    """
+    planned = list(getattr(plan, kind)) or None
+    if planned and value is not None:
+        raise ValueError(
+            f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all three "
+            "lists without it"
+        )
+    return planned if value is None else value
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 zero."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -551,3 +552,13 @@ def test_what_is_left_of_a_layer_is_chosen_as_a_layer():
     plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
     assert len(plan.layers) == 1
     assert len(drop_layers(model, plan).model.layers) == 1
+
+
+def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_taken():
+    ids = tiny.tokens(8, 16)
+    plan = plan_pruning(tiny.model(), ids, held_out=ids, num_layers=1, progress=False)
+    plan = dataclasses.replace(plan, layers=(), attention=(0,))
+    with pytest.raises(ValueError, match=r"drop_attention: \[3\] and the plan's \[0\] exclude each other"):
+        drop_layers(tiny.model(), plan, attention=[3])
+    both = drop_layers(tiny.model(), plan, mlp=[3])
+    assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}
