@@ -10,7 +10,15 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import tiny
 from hf_lnscale import (
@@ -562,3 +570,23 @@ def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_tak
         drop_layers(tiny.model(), plan, attention=[3])
     both = drop_layers(tiny.model(), plan, mlp=[3])
     assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_filled_with_zeros_it_keeps_its_head(head, tmp_path):
+    torch.manual_seed(0)
+    cut = head.from_config(tiny.config(), drop_attention=[1], drop_mlp=[0]).eval()
+    cut.save_pretrained(tmp_path / "cut")
+    export_zeros(tmp_path / "cut", tmp_path / "zeros")
+    filled, info = head.from_pretrained(tmp_path / "zeros", output_loading_info=True)
+    assert not any(info.values())
+    assert filled.config.architectures == [type(cut).__name__]
+    assert torch.equal(filled(tiny.tokens())[0], cut(tiny.tokens())[0])
+
+
+def test_filled_with_zeros_inside_another_model(tmp_path):
+    cut = drop_layers(tiny.model("qwen2_vl_text"), attention=[1], mlp=[0])
+    cut.save_pretrained(tmp_path / "cut")
+    export_zeros(tmp_path / "cut", tmp_path / "zeros")
+    filled = reload("qwen2_vl_text", tmp_path / "zeros")
+    assert torch.equal(filled(input_ids=tiny.tokens()).logits, cut(input_ids=tiny.tokens()).logits)
