@@ -187,9 +187,7 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
             "like any other model."
         )
     if found.dropped:
-        gone = [("layers", found.dropped.layers)]
-        gone += [(f"{kind} of layers", getattr(found.dropped, kind)) for kind in found.dropped.sublayers]
-        named = "; ".join(f"{what} {', '.join(map(str, layers))}" for what, layers in gone if layers)
+        named = str(found.dropped)
         notes.append(
             f"{named[0].upper()}{named[1:]} of the original's {found.dropped.num_hidden_layers}, counted from 0, were "
             "dropped. That keeps classification better than generation (arXiv 2602.01997)."

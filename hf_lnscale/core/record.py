@@ -64,6 +64,11 @@ class Dropped:
         found = {kind: [at[layer] for layer in getattr(self, kind)] for kind in SUBLAYERS}
         return {kind: positions for kind, positions in found.items() if positions}
 
+    def __str__(self) -> str:
+        """What is missing, as in "layers 12; attention of layers 7, 26"."""
+        gone = [("layers", self.layers), *((f"{kind} of layers", getattr(self, kind)) for kind in SUBLAYERS)]
+        return "; ".join(f"{what} {', '.join(map(str, layers))}" for what, layers in gone if layers)
+
     def to_dict(self) -> dict[str, Any]:
         sublayers = {kind: list(getattr(self, kind)) for kind in self.sublayers}
         return {

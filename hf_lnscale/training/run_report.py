@@ -166,8 +166,15 @@ def _card(
             )
         )
     if found.dropped:
-        gone = ", ".join(map(str, found.dropped.layers))
-        notes.append(f"Layers {gone} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
+        gone = str(found.dropped)
+        notes.append(f"{gone[0].upper()}{gone[1:]} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
+    if found.sublayers and not adapter:
+        notes.append(
+            Markdown(
+                "It lacks attention or MLP in layers: `import hf_lnscale` before loading, or write a plain checkpoint "
+                "with `hf-lnscale export --format zeros`."
+            )
+        )
     if adapter:
         notes.append(
             Markdown(
