@@ -122,7 +122,7 @@ def _plan_at(value: Any) -> Any:
 
 def _note_text(config: PreTrainedConfig, value: Any) -> None:
     """Notes the text that a plan's layers were chosen on."""
-    if isinstance(value, PruningPlan) and value.layers and (text := value.known_text):
+    if isinstance(value, PruningPlan) and value.units and (text := value.known_text):
         add_known_text(config, text)
 
 

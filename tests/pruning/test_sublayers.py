@@ -36,7 +36,7 @@ from hf_lnscale.checkpoints.export import export, read_info
 from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
-from hf_lnscale.core.record import record
+from hf_lnscale.core.record import known_text, record
 from hf_lnscale.pruning.layers import droppable_units
 from oracles import decoder_layers
 
@@ -590,3 +590,11 @@ def test_filled_with_zeros_inside_another_model(tmp_path):
     export_zeros(tmp_path / "cut", tmp_path / "zeros")
     filled = reload("qwen2_vl_text", tmp_path / "zeros")
     assert torch.equal(filled(input_ids=tiny.tokens()).logits, cut(input_ids=tiny.tokens()).logits)
+
+
+def test_the_text_that_sublayers_were_chosen_on_is_noted():
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    plan = plan_pruning(model, ids, held_out=ids, num_layers=1, progress=False)
+    plan = dataclasses.replace(plan, layers=(), attention=(0,))
+    drop_layers(model, plan)
+    assert known_text(model.config) == plan.known_text
