@@ -417,7 +417,8 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
     for step in found["steps"]:
-        valid = isinstance(step, dict) and are_layers(step.get("layers"), num_layers)
+        valid = isinstance(step, dict) and "layers" in step
+        valid = valid and all(are_layers(step.get(kind, []), num_layers) for kind in ("layers", *SUBLAYERS))
         errors = (step.get(name) or 1 for name in ("perplexity_error", "change_error")) if valid else ()
         figures = (step.get(name, 1) for name in ("perplexity", "healed")) if valid else ()
         if not valid or not all(map(is_positive, (*figures, *errors))):

@@ -598,3 +598,15 @@ def test_the_text_that_sublayers_were_chosen_on_is_noted():
     plan = dataclasses.replace(plan, layers=(), attention=(0,))
     drop_layers(model, plan)
     assert known_text(model.config) == plan.known_text
+
+
+@pytest.mark.parametrize("parts", [{"attention": [7]}, {"mlp": "x"}])
+def test_a_record_with_sublayers_that_do_not_exist_is_not_gone_on_with(parts, tmp_path):
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    goal = {"target_params": weight(model, 0) - 1, "units": "sublayers", "resume": tmp_path / "record.json"}
+    plan_pruning(model, ids, held_out=ids, progress=False, **goal)
+    record_of_search = json.loads(goal["resume"].read_text())
+    record_of_search["steps"][0] |= parts
+    goal["resume"].write_text(json.dumps(record_of_search))
+    with pytest.raises(ValueError, match="is not the record of a search: a step must have different layers"):
+        plan_pruning(model, ids, held_out=ids, progress=False, **goal)
