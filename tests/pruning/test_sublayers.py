@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -610,3 +611,21 @@ def test_a_record_with_sublayers_that_do_not_exist_is_not_gone_on_with(parts, tm
     goal["resume"].write_text(json.dumps(record_of_search))
     with pytest.raises(ValueError, match="is not the record of a search: a step must have different layers"):
         plan_pruning(model, ids, held_out=ids, progress=False, **goal)
+
+
+def test_a_cache_that_holds_keys_of_others_already():
+    """PEFT's prefix tuning, and a static cache that is allocated before the first token."""
+    full = tiny.loud(dtype=torch.float32)
+    cut, expected = drop_layers(copy.deepcopy(full), attention=[0, 2]), zeroed(full, [0, 2], [])
+    logits, written = [], []
+    for model in (cut, expected):
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        logits.append(tuned(input_ids=tiny.tokens()).logits)
+        written.append(tuned.generate(input_ids=tiny.tokens(), max_new_tokens=4, do_sample=False))
+        cache = tf.StaticCache(config=model.config, max_cache_len=32)
+        cache.early_initialization(len(tiny.tokens()), 2, 8, torch.float32, "cpu")
+        logits.append(model(tiny.tokens(), past_key_values=cache).logits)
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+    assert torch.equal(*written)
