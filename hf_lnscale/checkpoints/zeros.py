@@ -6,10 +6,13 @@ import copy
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from ..core.apply import fold_ln_scaling
 from ..core.record import record, write
@@ -76,7 +79,7 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
     target = Path(out).resolve()
     require_free(target, (name,), str(out), force)
     source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
-    model = load(source)
+    model = _load_with_head(source)
     found = record(text_stack(model).model.config)
     if not found.sublayers:
         raise ValueError(f"{str(src)!r} needs no zeros: all its layers have attention and MLP")
@@ -85,3 +88,11 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
         copy_companions(source, partial)
         model.save_pretrained(partial)
     return Path(out)
+
+
+def _load_with_head(folder: Path) -> Any:
+    """The model of a checkpoint in the class that it was saved from: a causal language model or any other."""
+    names = AutoConfig.from_pretrained(folder).architectures or [""]
+    model_class: Any = getattr(transformers, names[0], None)
+    known = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    return model_class.from_pretrained(folder).eval() if known else load(folder)  # else by code in the checkpoint

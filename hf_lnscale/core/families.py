@@ -309,9 +309,9 @@ _SUBLAYERS: tuple[tuple[dict[str, Any], str], ...] = (
     (
         {"attention": "", "mlp": ""},
         "bert bert-generation big_bird bloom camembert ctrl data2vec-text dbrx doge electra ernie falcon falcon_mamba "
-        "gemma4_text gemma4_unified_text git inkling_text mamba mamba2 megatron-bert modernbert-decoder nemotron_h "
-        "olmo_hybrid openai-gpt rembert roberta roberta-prelayernorm roc_bert roformer trocr xlm-roberta "
-        "xlm-roberta-xl xmod",
+        "gemma4_text gemma4_unified_text git inkling_text mamba mamba2 megatron-bert modernbert-decoder "
+        "musicgen_melody_decoder nemotron_h olmo_hybrid openai-gpt rembert roberta roberta-prelayernorm roc_bert "
+        "roformer trocr xlm-roberta xlm-roberta-xl xlnet xmod",
     ),
 )
 FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}

@@ -65,6 +65,7 @@ class Dropped:
         return {kind: positions for kind, positions in found.items() if positions}
 
     def __str__(self) -> str:
+        """What is missing, as in "layers 12; attention of layers 7, 26"."""
         return named_parts(self.layers, self.attention, self.mlp)
 
     def to_dict(self) -> dict[str, Any]:

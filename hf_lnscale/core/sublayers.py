@@ -33,7 +33,8 @@ class AbsentAttention(nn.Module):
     """In place of an attention: returns zeros in the shape of its input, and no attention weights.
 
     A cache finds out how many tokens it holds from some one layer, often the first. So that it may be this one, the
-    tokens are counted here too: by keys of one number a token, and values of none.
+    tokens are counted here too: by keys of one number a token, and values of none. A cache that others have put keys
+    into, such as those of PEFT's prefix tuning, gets zeros of their shape.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -41,12 +42,21 @@ class AbsentAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        values = [*args, *kwargs.values()]
-        x_BTD = next(value for value in values if isinstance(value, torch.Tensor))
-        if cache := next((value for value in values if isinstance(value, Cache)), None):
-            counter = x_BTD.new_zeros(x_BTD.shape[0], 1, x_BTD.shape[1], 1)
-            cache.update(counter, counter[..., :0], self.layer_idx)
+        given = [*args, *kwargs.values()]
+        x_BTD = next(value for value in given if isinstance(value, torch.Tensor))
+        if cache := next((value for value in given if isinstance(value, Cache)), None):
+            held = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+            keys, values = (
+                _zeros(x_BTD, getattr(held, name, None), size) for name, size in (("keys", 1), ("values", 0))
+            )
+            cache.update(keys, values, self.layer_idx)
         return torch.zeros_like(x_BTD), None
+
+
+def _zeros(x_BTD: torch.Tensor, held: torch.Tensor | None, size: int) -> torch.Tensor:
+    """Keys or values of so many numbers a token, or in the shape of those that a cache holds already."""
+    heads, size = (held.shape[1], held.shape[-1]) if held is not None and held.dim() == 4 else (1, size)
+    return x_BTD.new_zeros(x_BTD.shape[0], heads, x_BTD.shape[1], size)
 
 
 def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None:

@@ -61,6 +61,11 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if _positions(base, folder, files) is not None:
         raise _of_another_model(base, f"{str(path)!r} holds other layers")
+    try:
+        saved, _ = type(base.config).get_config_dict(folder)
+    except (OSError, ValueError):  # no configuration, or none of transformers
+        saved = {}
+    layers.require_sublayers(base.config, saved)  # what is missing would keep the values that the model was made with
     loaded = copy.deepcopy(base.config)
     note_what_is_on_disk(loaded, folder, {})
     warn_if_cold(loaded, folder)

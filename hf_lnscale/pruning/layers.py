@@ -122,7 +122,7 @@ def _plan_at(value: Any) -> Any:
 
 def _note_text(config: PreTrainedConfig, value: Any) -> None:
     """Notes the text that a plan's layers were chosen on."""
-    if isinstance(value, PruningPlan) and value.layers and (text := value.known_text):
+    if isinstance(value, PruningPlan) and value.units and (text := value.known_text):
         add_known_text(config, text)
 
 
@@ -328,8 +328,8 @@ class Cut:
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
         if isinstance(layers, PruningPlan):
-            attention = attention if attention is not None else layers.attention or None
-            mlp = mlp if mlp is not None else layers.mlp or None
+            attention = _or_planned(attention, layers, "attention")
+            mlp = _or_planned(mlp, layers, "mlp")
         whole = set(layers_to_drop(layers, config))
         before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
         given = {
@@ -342,8 +342,23 @@ class Cut:
         return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
 
 
+def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
+    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says.
+
+    Raises:
+        ValueError: if both say something.
+    """
+    planned = list(getattr(plan, kind)) or None
+    if planned and value is not None:
+        raise ValueError(
+            f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all three "
+            "lists without it"
+        )
+    return planned if value is None else value
+
+
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The attention and the MLPs, as units, that a model can lose alone.
+    """The attention and the MLPs, as units, that a model can lose alone: of layers that have both.
 
     Raises:
         UnsupportedArchitectureError: if its family can lose neither; the message says why.
@@ -355,7 +370,8 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
                 found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
     if not found:
         require_sublayer(config, "attention")
-    return [unit for unit in found if unit[1] not in record(config).sublayers.get(unit[0], ())]
+    touched = {at for positions in record(config).sublayers.values() for at in positions}
+    return [unit for unit in found if unit[1] not in touched]
 
 
 def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:

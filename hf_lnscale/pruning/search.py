@@ -158,16 +158,19 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     words = {name: value}
     if name == "num_layers":
         return Target(words, lambda dropped: len(dropped) == value, sizes, saves, least=value)
+
+    def one_left(dropped: Sequence[Unit]) -> bool:
+        return sum(isinstance(one, int) for one in dropped) == most
+
     if name == "max_perplexity_increase":
-        return Target(words, lambda dropped: len(dropped) == most, sizes, saves, budget=value)
+        return Target(words, one_left, sizes, saves, budget=value)
     if name == "target_memory":
         words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
         raise ArgumentError(name, value, f"at least {smallest}, the size of this model with a single layer left")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
-    reached = lambda dropped: size(dropped) <= value or sum(isinstance(one, int) for one in dropped) == most  # noqa: E731
-    return Target(words, reached, sizes, saves, least)
+    return Target(words, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least)
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -414,7 +417,8 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
     for step in found["steps"]:
-        valid = isinstance(step, dict) and are_layers(step.get("layers"), num_layers)
+        valid = isinstance(step, dict) and "layers" in step
+        valid = valid and all(are_layers(step.get(kind, []), num_layers) for kind in ("layers", *SUBLAYERS))
         errors = (step.get(name) or 1 for name in ("perplexity_error", "change_error")) if valid else ()
         figures = (step.get(name, 1) for name in ("perplexity", "healed")) if valid else ()
         if not valid or not all(map(is_positive, (*figures, *errors))):

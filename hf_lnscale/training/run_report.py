@@ -167,11 +167,14 @@ def _card(
         )
     if found.dropped:
         gone = str(found.dropped)
+        notes.append(f"{gone[0].upper()}{gone[1:]} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
+    if found.sublayers and not adapter:
         notes.append(
-            f"{gone[0].upper()}{gone[1:]} (counted from 0, of {found.dropped.num_hidden_layers} layers) were dropped."
+            Markdown(
+                "It lacks attention or MLP in layers: `import hf_lnscale` before loading, or write a plain checkpoint "
+                "with `hf-lnscale export --format zeros`."
+            )
         )
-    if found.sublayers:
-        notes.append(Markdown("It lacks attention or MLP in layers: `import hf_lnscale` before loading."))
     if adapter:
         notes.append(
             Markdown(

@@ -1,5 +1,6 @@
 """Speed and memory of checkpoints, measured in processes that take turns."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -37,13 +38,19 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
     (tmp_path / "json.py").write_text("raise SystemExit('code of the current folder was run')")
     monkeypatch.chdir(tmp_path)
-    answer, turns = speed._Process.answer, []
+    started, turns = speed._started, []
 
-    def noting(process, *request):
-        turns.extend(["cut" if process.job["drop_layers"] else "whole"] if request else [])
-        return answer(process, *request)
+    @contextlib.contextmanager
+    def noting(job):
+        with started(job) as answer:
 
-    monkeypatch.setattr(speed._Process, "answer", noting)
+            def noted(*request):
+                turns.extend(["cut" if job["drop_layers"] else "whole"] if request else [])
+                return answer(*request)
+
+            yield noted
+
+    monkeypatch.setattr(speed, "_started", noting)
     whole, cut = measure(
         checkpoint, checkpoint, drop_layers=[None, [1]], placement=CPU, prompt_tokens=8, new_tokens=4, repeats=3
     )

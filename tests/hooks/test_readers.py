@@ -178,6 +178,16 @@ def test_a_scaled_checkpoint_read_by_a_plain_model_is_warned_of(tmp_path, recwar
     assert sum("switched off for" in str(warning.message) for warning in recwarn) == 1
 
 
+def test_a_checkpoint_without_a_sublayer_is_refused_by_a_model_that_has_it(tmp_path):
+    hf_lnscale.drop_layers(tiny.model(), attention=[1]).save_pretrained(tmp_path)
+    for model in (tiny.model(), hf_lnscale.drop_layers(tiny.model(), mlp=[1])):
+        with pytest.raises(ValueError, match=r"drop_attention: the checkpoint .* has no attention in layers \[1\]"):
+            with_map(model, tmp_path)
+    own = hf_lnscale.drop_layers(tiny.model(seed=1), attention=[1])
+    with_map(own, tmp_path)
+    assert torch.equal(own(tiny.tokens()).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(tiny.tokens()).logits)
+
+
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,24 @@
 zero."""
 
 import copy
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
 import transformers as tf
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import tiny
 from hf_lnscale import (
@@ -27,7 +37,8 @@ from hf_lnscale.checkpoints.export import export, read_info
 from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
-from hf_lnscale.core.record import record
+from hf_lnscale.core.record import known_text, record
+from hf_lnscale.pruning.layers import droppable_units
 from oracles import decoder_layers
 
 # Of the hybrids, layers 1 and 3 alone have attention with a KV cache.
@@ -355,7 +366,7 @@ def test_what_other_commands_say(tmp_path):
         push(tmp_path / "cut", "user/model", dry_run=True)
     card = push(tmp_path / "cut", "user/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale" in card
-    assert "Attention of layers 1; mlp of layers 2 of the original's 4" in card
+    assert "Attention of layers 1; MLPs of layers 2 of the original's 4" in card
     with pytest.raises(ValueError, match="without attention or MLP"):
         export_gguf(tmp_path / "cut", tmp_path / "cut.gguf", converter=__file__)
     with pytest.raises(ValueError, match="drop_layers: layers cannot be left out of a GGUF file"):
@@ -534,3 +545,87 @@ def test_a_family_without_sublayers_is_refused_when_they_are_to_be_chosen():
     model = AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
     with pytest.raises(ValueError, match="drop_attention is not supported for model_type 'bloom'"):
         plan_pruning(model, tiny.tokens(8, 16), target_params=1000, units="sublayers", progress=False)
+
+
+def test_a_budget_that_is_never_spent_ends_at_one_layer():
+    """And not at as many sub-layers as there are layers but one."""
+    model, ids = tiny.model(num_hidden_layers=3), tiny.tokens(8, 16)
+    plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
+    assert len(plan.layers) == 2
+
+
+def test_what_is_left_of_a_layer_is_chosen_as_a_layer():
+    """Its last sub-layer cannot go alone, so that the last layer of all does not go with it."""
+    model, ids = drop_layers(tiny.model(num_hidden_layers=2), attention=[0]), tiny.tokens(8, 16)
+    assert droppable_units(model.config) == [("attention", 1), ("mlp", 1)]
+    plan = plan_pruning(model, ids, held_out=ids, max_perplexity_increase=1e9, units="sublayers", progress=False)
+    assert len(plan.layers) == 1
+    assert len(drop_layers(model, plan).model.layers) == 1
+
+
+def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_taken():
+    ids = tiny.tokens(8, 16)
+    plan = plan_pruning(tiny.model(), ids, held_out=ids, num_layers=1, progress=False)
+    plan = dataclasses.replace(plan, layers=(), attention=(0,))
+    with pytest.raises(ValueError, match=r"drop_attention: \[3\] and the plan's \[0\] exclude each other"):
+        drop_layers(tiny.model(), plan, attention=[3])
+    both = drop_layers(tiny.model(), plan, mlp=[3])
+    assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_filled_with_zeros_it_keeps_its_head(head, tmp_path):
+    torch.manual_seed(0)
+    cut = head.from_config(tiny.config(), drop_attention=[1], drop_mlp=[0]).eval()
+    cut.save_pretrained(tmp_path / "cut")
+    export_zeros(tmp_path / "cut", tmp_path / "zeros")
+    filled, info = head.from_pretrained(tmp_path / "zeros", output_loading_info=True)
+    assert not any(info.values())
+    assert filled.config.architectures == [type(cut).__name__]
+    assert torch.equal(filled(tiny.tokens())[0], cut(tiny.tokens())[0])
+
+
+def test_filled_with_zeros_inside_another_model(tmp_path):
+    cut = drop_layers(tiny.model("qwen2_vl_text"), attention=[1], mlp=[0])
+    cut.save_pretrained(tmp_path / "cut")
+    export_zeros(tmp_path / "cut", tmp_path / "zeros")
+    filled = reload("qwen2_vl_text", tmp_path / "zeros")
+    assert torch.equal(filled(input_ids=tiny.tokens()).logits, cut(input_ids=tiny.tokens()).logits)
+
+
+def test_the_text_that_sublayers_were_chosen_on_is_noted():
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    plan = plan_pruning(model, ids, held_out=ids, num_layers=1, progress=False)
+    plan = dataclasses.replace(plan, layers=(), attention=(0,))
+    drop_layers(model, plan)
+    assert known_text(model.config) == plan.known_text
+
+
+@pytest.mark.parametrize("parts", [{"attention": [7]}, {"mlp": "x"}])
+def test_a_record_with_sublayers_that_do_not_exist_is_not_gone_on_with(parts, tmp_path):
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    goal = {"target_params": weight(model, 0) - 1, "units": "sublayers", "resume": tmp_path / "record.json"}
+    plan_pruning(model, ids, held_out=ids, progress=False, **goal)
+    record_of_search = json.loads(goal["resume"].read_text())
+    record_of_search["steps"][0] |= parts
+    goal["resume"].write_text(json.dumps(record_of_search))
+    with pytest.raises(ValueError, match="is not the record of a search: a step must have different layers"):
+        plan_pruning(model, ids, held_out=ids, progress=False, **goal)
+
+
+def test_a_cache_that_holds_keys_of_others_already():
+    """PEFT's prefix tuning, and a static cache that is allocated before the first token."""
+    full = tiny.loud(dtype=torch.float32)
+    cut, expected = drop_layers(copy.deepcopy(full), attention=[0, 2]), zeroed(full, [0, 2], [])
+    logits, written = [], []
+    for model in (cut, expected):
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        logits.append(tuned(input_ids=tiny.tokens()).logits)
+        written.append(tuned.generate(input_ids=tiny.tokens(), max_new_tokens=4, do_sample=False))
+        cache = tf.StaticCache(config=model.config, max_cache_len=32)
+        cache.early_initialization(len(tiny.tokens()), 2, 8, torch.float32, "cpu")
+        logits.append(model(tiny.tokens(), past_key_values=cache).logits)
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+    assert torch.equal(*written)

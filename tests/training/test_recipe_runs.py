@@ -164,6 +164,15 @@ def test_the_card_of_an_adapter_with_its_values(tmp_path, here):
     assert not (out / "samples.jsonl").exists()
 
 
+def test_the_card_of_a_model_without_sublayers(tmp_path, here):
+    recipe.save_model(tmp_path / "cut", drop_attention=[1], drop_mlp=[2])
+    more = ["--model_name_or_path", tmp_path / "cut", "--max_steps", 1]
+    assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Attention of layers 1; MLPs of layers 2 (counted from 0) of 4 were dropped." in card
+    assert "or write a plain checkpoint with `hf-lnscale export --format zeros`" in card
+
+
 def test_the_card_of_a_mixture(tmp_path, here):
     """Names the parts and their shares, and not where they lie."""
     parts = [{"path": str(here / "text.jsonl"), "fraction": 0.9}, {"path": str(here / "old.jsonl"), "fraction": 0.1}]
