@@ -96,6 +96,7 @@ def with_default_sources(
         batches = token_batches(texts, tokenizer=tokenizer, windows=windows)
         first, last = batches.split(to_judge / (to_fit + to_judge))
         other = other if other not in (name, judged_name) else f"default {other}"
+        first.source = last.source = other
         sources[other] = first, DEFAULT_WEIGHT * weight
         judged_sources[other] = last, 0.0
     return TokenBatches.join(sources), TokenBatches.join(judged_sources)
