@@ -278,21 +278,41 @@ class _Loader(importlib.abc.Loader):
 
 
 _finder = _Finder()
+_PACKAGE = __name__.partition(".")[0]
 
 
 def _install_what_is_imported() -> None:
     for group in GROUPS:
         module = sys.modules.get(group)
         if group in _waiting and module is not None:
-            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            if _initializing(group):
                 continue
             _waiting.discard(group)
             _install(group)
 
 
+def _initializing(name: str) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+def _importing_this_package() -> bool:
+    return any(_initializing(name) for name in list(sys.modules) if name.startswith(f"{_PACKAGE}."))
+
+
 def _install(group: str) -> None:
-    """Hooks the classes of a group, or only refuses flags there if something differs from the table."""
-    made, found = _made(HOOKS, group)
+    """Hooks the classes of a group, or only refuses flags there if something differs from the table.
+
+    A module of this package may be the one that imports transformers, and a replacement may need that module: the group
+    then waits for the next import.
+    """
+    try:
+        made, found = _made(HOOKS, group)
+    except (ImportError, AttributeError):
+        if not _importing_this_package():
+            raise
+        _waiting.add(group)
+        return
     if found:
         problems[group] = found
         made, _ = _made(GUARDS, group)
@@ -317,6 +337,8 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             file, _, factory = hook.replacement.partition(":")
             make = getattr(importlib.import_module(f".{file}", __package__), factory)
         except (ImportError, AttributeError) as error:
+            if _importing_this_package():
+                raise
             found.append(str(error))
             continue
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
@@ -355,6 +377,7 @@ def require_supported(*groups: str) -> None:
     Raises:
         UnsupportedTransformersError: with the release, what is missing and the releases that are supported.
     """
+    _install_what_is_imported()
     found = [problem for group in groups or (CONFIGURATION, MODELS) for problem in problems.get(group, ())]
     if not found:
         return

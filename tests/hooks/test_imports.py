@@ -23,6 +23,11 @@ ORDERS = {
     "peft later": "import hf_lnscale; import peft",
     "a part of peft later": "import hf_lnscale; from peft.auto import AutoPeftModelForCausalLM",
     "between models and peft": "from transformers import AutoModel; import hf_lnscale; from peft import LoraConfig",
+    # One of our modules imports transformers, and the hooks need that module.
+    "families first": "import hf_lnscale.core.families",
+    "the record first": "import hf_lnscale.core.record",
+    "dropping first": "import hf_lnscale.pruning.layers",
+    "the demo first": "import hf_lnscale.commands.demo",
     "off and on": "import hf_lnscale; hf_lnscale.disable(); import peft; hf_lnscale.enable()",
     "reloaded": """
         import importlib, hf_lnscale, peft
