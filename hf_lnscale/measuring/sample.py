@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from .known_text import passages, sequences_of
 from .stream import kv_cache
 from .text import TokenBatches, Windows, token_batches
 
@@ -81,7 +82,8 @@ def with_default_sources(
     """Adds `default_sources` to data of one source: a fit to one kind of text alone may do harm on others.
 
     Each is fitted with weight `DEFAULT_WEIGHT` and half as many windows as the data, and judged on others, half as many
-    as are judged of the data, but 2 to 8. All are as long as the longest of the data.
+    as are judged of the data, but 2 to 8. All are as long as the longest of the data. One that shares passages with the
+    judged data, as Python's documentation would, is judged and not fitted: the data would not be held out any more.
 
     Args:
         fitted, judged: data of one source each, to fit and to judge by.
@@ -97,7 +99,9 @@ def with_default_sources(
         first, last = batches.split(to_judge / (to_fit + to_judge))
         other = other if other not in (name, judged_name) else f"default {other}"
         first.source = last.source = other
-        sources[other] = first, DEFAULT_WEIGHT * weight
+        shared = torch.isin(passages(sequences_of(first)), passages(sequences_of(judged))).sum()
+        if shared <= 1:  # one may be by chance
+            sources[other] = first, DEFAULT_WEIGHT * weight
         judged_sources[other] = last, 0.0
     return TokenBatches.join(sources), TokenBatches.join(judged_sources)
 

@@ -83,6 +83,18 @@ def test_default_sources_are_put_beside_another():
     assert list(judged.weights) == ["python", "english", "default python"]
 
 
+def test_a_default_source_that_the_data_is_from_is_not_fitted():
+    reader = train_tokenizer(documents()[:20], 300)
+    english = default_sources()["english"]
+    windows = Windows(40 * 16, 16)
+    given = token_batches({"mine": english}, tokenizer=reader, windows=windows)
+    other = token_batches({"mine": [" ".join(english[400:])]}, tokenizer=reader, windows=windows)
+    for judged, names in ((given, ["mine", "python"]), (other, ["mine", "english", "python"])):
+        fitted, found = with_default_sources(other, judged, reader)
+        assert list(fitted.weights) == names
+        assert list(found.weights) == ["mine", "english", "python"]
+
+
 def test_batches_remember_their_tokenizer():
     mine, ids = tokenizer(), torch.ones(8, 16, dtype=torch.long)
     text = {"a": [" ".join(["w5"] * 200)], "b": ids}
