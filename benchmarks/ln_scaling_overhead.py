@@ -3,10 +3,10 @@
     python benchmarks/ln_scaling_overhead.py                       # a small Llama, on the GPU if there is one
     python benchmarks/ln_scaling_overhead.py --size 130M --mode eager --mode compile --mode liger
 
-Prints one table. A ratio of 1.00 says that the scale costs nothing. Both models do one forward (or one step) each in
-turn, so that a machine whose speed drifts slows both; the ratio of each pair is taken, and the median of the ratios
-and their quartiles are printed. The row "plain" compares two models without the scale: what it is away from 1.00 is
-the noise of the measurement. "warmup" is a model whose exponent moves after every training step, as under
+Prints one table a mode. A ratio of 1.00 says that the scale costs nothing. Both models do one forward (or one step)
+each in turn, so that a machine whose speed drifts slows both; the ratio of each pair is taken, and the median of the
+ratios and their quartiles are printed. The row "plain" compares two models without the scale: what it is away from
+1.00 is the noise of the measurement. "warmup" is a model whose exponent moves after every training step, as under
 LNScalingWarmupCallback. Peak memory is that of a process of its own for each model.
 """
 
@@ -38,6 +38,7 @@ SIZES = {
     "130M": (768, 2048, 12, 12, 32000),
     "350M": (1024, 2736, 16, 24, 32000),
     "1B": (2048, 5461, 32, 24, 32000),
+    "7B": (4096, 11008, 32, 32, 32000),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALINGS = {"plain": False, "LNS": True, "warmup": {"warmup_steps": 1_000_000}}
@@ -118,12 +119,18 @@ def quartiles(ratios: list[float]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def peak_memory(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> float:
-    """MiB at the peak of three training steps, in a process of its own."""
-    code = f"import ln_scaling_overhead as b; print(b.own_peak({size!r}, {scaling!r}, {mode!r}, {shape}))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def peaks_of_memory(size: str, mode: str, shape: tuple[int, int]) -> list[str]:
+    """MiB at the peak of three training steps, plain and with the scale, in a process each."""
+    code = "import ln_scaling_overhead as b; print(b.own_peak({!r}, {!r}, {!r}, {!r}))"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(size, scaling, mode, shape)],
+            cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
+        )
+        for scaling in ("plain", "LNS")
+    ]  # fmt: skip
+    printed = [one.communicate()[0] for one in running]
+    return [f"{float(one.split()[-1]):.0f} MiB" if one.strip() else "failed" for one in printed]
 
 
 def own_peak(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> float:
@@ -143,36 +150,29 @@ def main(
     if size not in SIZES:
         raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(
-        "mode",
-        "what",
-        "compared",
-        "median ratio",
-        "quartiles",
-        "peak memory, plain",
-        "with the scale",
-        title=f"LayerNorm Scaling, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
-        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}",
+    title = (
+        f"LayerNorm Scaling, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
+        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}"
     )
+    columns = ("mode", "what", "compared", "median ratio", "quartiles", "peak memory, plain", "with the scale")
     for one in mode:
-        memory = [peak_memory(size, scaling, one, (batch, length)) for scaling in ("plain", "LNS")]
+        table = Table(*columns, title=title)
+        memory = peaks_of_memory(size, one, (batch, length))
         for work in (forward, train_step):
+            torch._dynamo.reset()
+            tokens_BT = torch.randint(0, SIZES[size][4], (batch, length), device=DEVICE)
+            plain = work(build(size, "plain", one), tokens_BT)
             for scaling in SCALINGS:
-                torch._dynamo.reset()
-                tokens_BT = torch.randint(0, SIZES[size][4], (batch, length), device=DEVICE)
-                runs = [work(build(size, which, one), tokens_BT) for which in ("plain", scaling)]
-                ratios = pairs(*runs, count, f"{one} {work.__name__}")
-                show_memory = scaling == "LNS" and work is train_step
+                ratios = pairs(plain, work(build(size, scaling, one), tokens_BT), count, f"{one} {work.__name__}")
                 table.add_row(
                     one,
                     work.__name__,
                     f"{scaling} / plain",
                     f"{statistics.median(ratios):.3f}",
                     quartiles(ratios),
-                    f"{memory[0]:.0f} MiB" if show_memory else "",
-                    f"{memory[1]:.0f} MiB" if show_memory else "",
+                    *(memory if scaling == "LNS" and work is train_step else ("", "")),
                 )
-    Console(width=120).print(table)
+        Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/schemes.py                          # two CPU cores: about an hour, and it resumes
     python benchmarks/schemes.py --part settings          # the question that decides, alone
     python benchmarks/schemes.py --part schemes --steps 200  # the others, in short
-    python benchmarks/schemes.py --size 130M --data c4.txt  # the same on a GPU
+    python benchmarks/schemes.py --size medium --data FOLDER --jobs 8  # on a GPU: runs beside one another fill it
+    python benchmarks/schemes.py --size 130M --data c4.txt
     python benchmarks/schemes.py --only-tables            # what has been found so far
 
 Runs stand in a queue. Each finished one is a line of the file --out and is never done again; what comes next is decided
@@ -21,7 +22,8 @@ by what the file holds, the learning rates of the longer parts by those of the s
 Pre-LN and LNS models of seed 0 are then looked at: what removing layers costs, angular distances, gradients.
 
 The text is Python's own: the language reference's topics and the source of the standard library, so that it differs
-from one Python to the next; documents are held out whole. --data takes text files in its place.
+from one Python to the next; documents are held out whole. --data takes text files, or folders of Python files, in its
+place.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -37,6 +40,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -152,11 +156,17 @@ def read_text(data: Sequence[Path], vocabulary: int) -> Text:
     """Python's own text or the given files' as tokens, of a tokenizer that is trained on the part to train on.
 
     Args:
-        data: text files, a document between blank lines; empty for the text that comes with Python.
+        data: text files, a document between blank lines, or folders, a document a Python file; empty for the text that
+            comes with Python.
         vocabulary: tokens.
     """
     if data:
-        found = [part for path in data for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+        found = []
+        for path in data:
+            files = sorted(path.rglob("*.py")) if path.is_dir() else []
+            found += [file.read_text("utf-8", "replace") for file in files]
+            found += [] if path.is_dir() else path.read_text(encoding="utf-8").split("\n\n")
+        found = [one for one in found if one.strip()]
     else:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         found = documents(standard_library=False)
@@ -241,6 +251,23 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     return found
 
 
+def trained(runs: Sequence[Run], text: Text, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run with what was found, as it ends; `jobs` at once, in a process each. An error waits for the others."""
+    if jobs == 1:
+        yield from ((run, train(run, text)) for run in runs)
+        return
+    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(train, run, text): run for run in runs}
+        failed = []
+        for future in as_completed(futures):
+            if error := future.exception():
+                failed.append(error)
+            else:
+                yield futures[future], future.result()
+    if failed:
+        raise failed[0]
+
+
 def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What each layer of a trained model does, and the held-out loss without layers.
 
@@ -297,39 +324,34 @@ class Queue:
         others = [scheme for scheme in SCHEMES if scheme not in PAIR and not math.isnan(self.best("paper", scheme))]
         return sorted(others, key=lambda scheme: self.losses("paper", scheme)[0])[:2]
 
-    def grid(self, settings: Sequence[str], schemes: Sequence[str]) -> Iterator[Run]:
-        for rate in SIZES[self.size].rates:
-            for setting in settings:
-                for scheme in schemes:
-                    yield self.run(setting, scheme, rate)
+    def grid(self, settings: Sequence[str], schemes: Sequence[str]) -> list[Run]:
+        rates = SIZES[self.size].rates
+        return [self.run(*one, rate) for rate in rates for one in itertools.product(settings, schemes)]
 
-    def repeat(self, settings: Sequence[str], schemes: Sequence[str]) -> Iterator[Run]:
-        for seed in SEEDS[1:]:
-            for setting in settings:
-                for scheme in schemes:
-                    yield self.run(setting, scheme, self.best(setting, scheme), seed)
+    def repeat(self, settings: Sequence[str], schemes: Sequence[str], seeds: Sequence[int] = SEEDS[1:]) -> list[Run]:
+        pairs = list(itertools.product(settings, schemes))
+        return [self.run(*one, self.best(*one), seed) for seed in seeds for one in pairs]
 
-    def part(self, name: str) -> Iterator[Run]:
-        """The runs of a part, in order; to be asked for one by one."""
+    def part(self, name: str) -> Iterator[list[Run]]:
+        """The runs of a part in stages; what a stage holds is decided by the results of those before it."""
+        both = ("paper", "modern")
         if name == "settings":
-            yield from self.grid(("paper", "modern"), PAIR)
-            yield from self.repeat(("paper", "modern"), PAIR)
+            yield self.grid(both, PAIR)
+            yield self.repeat(both, PAIR)
         if name == "schemes":
-            yield from self.grid(("paper",), list(SCHEMES))
-            yield from self.repeat(("paper",), [*PAIR, *self.promising()])
+            yield self.grid(("paper",), list(SCHEMES))
+            yield self.repeat(("paper",), [*PAIR, *self.promising()])
         if name == "decay":
-            yield from self.grid(("modern",), PAIR)
-            yield from (self.run("strong_decay", scheme, self.best("modern", scheme)) for scheme in PAIR)
-            yield from self.repeat(("strong_decay",), PAIR)
+            yield self.grid(("modern",), PAIR)
+            yield self.repeat(("strong_decay",), PAIR, SEEDS)
         if name in ("shallow", "depth"):
-            yield from self.grid(("paper", "modern"), PAIR)
-            for factor in (0.25,) if name == "shallow" else (2, 4):
-                yield from self.pair("paper", factor)
-                yield from self.pair("modern", factor)
+            yield self.grid(both, PAIR)
+            factors = (0.25,) if name == "shallow" else (2, 4)
+            yield [run for factor in factors for setting in both for run in self.pair(setting, factor)]
         if name == "promising":
-            yield from self.grid(("paper",), list(SCHEMES))
-            yield from self.grid(("modern",), self.promising())
-            yield from self.repeat(("modern",), self.promising())
+            yield self.grid(("paper",), list(SCHEMES))
+            yield self.grid(("modern",), self.promising())
+            yield self.repeat(("modern",), self.promising())
 
     def pair(self, setting: str, factor: float = 1) -> list[Run]:
         """Pre-LN and LNS with `factor` times the layers, at their learning rates, of the seed that is looked at."""
@@ -412,9 +434,12 @@ def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> It
 def main(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
     part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; more than once for more.")] = [*PARTS],  # noqa: B006
-    data: Annotated[list[Path], typer.Option(help="A text file; more than once for more.", exists=True)] = [],  # noqa: B006
+    data: Annotated[
+        list[Path], typer.Option(help="A text file, or a folder of Python files; more than once for more.", exists=True)
+    ] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="A JSON line for each finished run.")] = Path("build/schemes.jsonl"),
     steps: Annotated[int | None, typer.Option(help="In place of the size's.", min=4)] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.", min=1)] = 1,
     only_tables: Annotated[bool, typer.Option("--only-tables", help="Train nothing.")] = False,
 ) -> None:
     if size not in SIZES:
@@ -431,13 +456,13 @@ def main(
     console = Console(width=140)
     console.print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {DEVICE}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for run in () if only_tables else (run for name in part for run in queue.part(name)):
-        if run not in records:
-            records[run] = train(run, text)
+    for stage in () if only_tables else (stage for name in part for stage in queue.part(name)):
+        for run, found in trained([run for run in dict.fromkeys(stage) if run not in records], text, jobs):
+            records[run] = found
             with out.open("a") as file:
-                file.write(json.dumps({"run": dataclasses.asdict(run), "found": records[run]}) + "\n")
+                file.write(json.dumps({"run": dataclasses.asdict(run), "found": found}) + "\n")
             what = f"{run.setting} {run.scheme}, {run.layers} layers, rate {run.rate:g}, seed {run.seed}"
-            console.print(f"{what}: {records[run]['loss']:.4f} in {records[run]['seconds']:.0f} s")
+            console.print(f"{what}: {found['loss']:.4f} in {found['seconds']:.0f} s")
     for table in tables(queue):
         console.print(table)
 

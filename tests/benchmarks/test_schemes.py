@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -180,7 +181,7 @@ def test_the_parts_of_the_queue(small):
     queue = schemes.Queue("small", "text", {})
     found = {name: [] for name in schemes.PARTS}
     for name in schemes.PARTS:
-        for one in queue.part(name):
+        for one in (one for stage in queue.part(name) for one in stage):
             found[name] += [one] * (one not in queue.records)
             # Deeper is better, post_ln the best, the second rate better than the first.
             queue.records[one] = {"loss": 9 - one.layers - (one.scheme == "post_ln") - (one.rate == 1e-2)}
@@ -203,6 +204,18 @@ def test_the_best_rate_and_the_most_promising_are_those_of_lowest_loss():
     assert queue.best("paper", "pre_ln") == schemes.SIZES["small"].rates[1]
     assert queue.promising() == ["prores", "skipinit"]
     assert [one.rate for one in queue.repeat(("paper",), ["skipinit"])] == [schemes.SIZES["small"].rates[2]] * 2
+
+
+@pytest.mark.slow
+def test_runs_at_once_find_what_runs_in_turn_find(tmp_path):
+    for number in range(24):
+        (tmp_path / f"{number}.py").write_text(f"# {number}\n" + "".join(f"x{i} = {i * number}\n" for i in range(400)))
+    text = schemes.read_text([tmp_path], schemes.SIZES["small"].vocabulary)
+    queue = schemes.Queue("small", text.name, {})
+    runs = [dataclasses.replace(queue.run("paper", "sandwich", 1e-3, seed), layers=2, steps=4) for seed in (0, 1, 2)]
+    found = [{run: one["quarters"] for run, one in schemes.trained(runs, text, jobs)} for jobs in (1, 2)]
+    assert found[0] == found[1]
+    assert len({tuple(losses) for losses in found[0].values()}) == 3
 
 
 def test_a_diverged_run_is_recorded_as_infinite(small, monkeypatch):
