@@ -13,8 +13,14 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
+Training on a text teaches it, whether it heals or not: the run tells the gap to the unpruned model before and after, on
+the text and on text of another kind; with `--control`, to the unpruned model trained equally.
+
 `--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
+
+from dataclasses import replace
+from functools import partial
 
 from trl import ModelConfig, get_peft_config
 
@@ -26,8 +32,15 @@ from hf_lnscale.training.arguments import (
     RecipeParser,
     TeacherArguments,
 )
-from hf_lnscale.training.recipe_data import load_text
-from hf_lnscale.training.recipe_model import load_model, load_teacher, load_tokenizer, require_pruned
+from hf_lnscale.training.control import Control
+from hf_lnscale.training.recipe_data import load_text, other_text
+from hf_lnscale.training.recipe_model import (
+    load_model,
+    load_teacher,
+    load_tokenizer,
+    require_pruned,
+    require_same_tokenizer,
+)
 from hf_lnscale.training.recipe_run import Run, launch
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
@@ -46,21 +59,31 @@ def main(
     training: RecipeConfig,
 ) -> None:
     run = Run("heal", training, teacher, depth, data, checkpoint)
+    whole = teacher.whole_model(checkpoint.model_name_or_path, depth.layers())
     tokenizer = load_tokenizer(checkpoint, training)
     require_pruned(checkpoint, training, depth)
+    if whole and whole != teacher.teacher:
+        require_same_tokenizer("whole", whole, tokenizer)
     train, held_out = load_text(data, training.dataset_text_field, training.seed)
-    common = {
-        "model": load_model(checkpoint, training, depth),
+    options = {
         "args": training,
         "train_dataset": train,
         "eval_dataset": held_out,
+        "other_dataset": other_text(data, training.dataset_text_field) if whole else None,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(checkpoint),
     }
-    if teacher.teacher is None:
-        run.train(RecipeTrainer(**common))
-    else:
-        run.train(DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), **common))
+    model = load_model(checkpoint, training, depth)
+    trainer = (
+        DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), model=model, **options)
+        if teacher.teacher
+        else RecipeTrainer(model=model, **options)
+    )
+    if whole:
+        named = replace(checkpoint, model_name_or_path=whole)
+        load = partial(load_model, named, training, DepthArguments())
+        run.control = Control(trainer, whole, load, teacher.control, **options)
+    run.train(trainer)
 
 
 if __name__ == "__main__":

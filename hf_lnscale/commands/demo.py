@@ -78,9 +78,7 @@ class Demo:
         (self.out / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
         self.plot(self.out / "demo.png")
         if self.fast:
-            self.say(
-                "A fast run shows that all parts work, not what scaling and pruning do: that takes hf-lnscale demo."
-            )
+            self.say("A fast run shows that all parts work. What scaling and pruning do, hf-lnscale demo shows.")
         self.say(f"Plots and all numbers are in {self.out}: demo.png, results.json. {sum(seconds.values()):.0f} s.")
         return self.results
 
@@ -121,17 +119,14 @@ class Demo:
             token_batches(texts, tokenizer=tokenizer, windows=Windows(count, length, BATCH))
             for texts, count in ((self.train_texts, None), (self.held_out_texts, self.sequences * length))
         )
-        self.say(
-            f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. ± is "
-            "the standard error over the held-out text alone."
-        )
+        about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
+        self.say(about + "± is the standard error over the held-out text alone.")
         figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
-            losses = self.train(model, train, held_out)
+            figures[name] = {"evaluation_losses": self.train(model, train, held_out)}
             found = diagnose(model, held_out, gradients=False, jacobian=False, progress=False)
-            figures[name] = {
-                "evaluation_losses": losses,
+            figures[name] |= {
                 "residual_variance": [place["variance"] for place in found.residual],
                 "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
                 "loss_added": found.values("loss_added"),
@@ -215,8 +210,8 @@ class Demo:
         self.console.print(str(found), markup=False)
         self.say("Chosen by Block Influence (ShortGPT) in one pass; hf-lnscale prune chooses better, in minutes.")
         plan = found.plan
-        figures = {"perplexity": plan.perplexity, "errors": plan.errors}
-        return {"layers": list(plan.layers), **figures, "model": plan.model_name}
+        kept = {"perplexity": plan.perplexity, "errors": plan.errors, "model": plan.model_name}
+        return {"layers": list(plan.layers), **kept}
 
     def plot(self, path: Path) -> None:
         """The curse, the growth in both small models, their evaluation loss, and what their layers do."""

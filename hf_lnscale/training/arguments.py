@@ -116,7 +116,7 @@ class WarmupArguments:
 
 @dataclass
 class TeacherArguments:
-    """The model that a pruned model learns from."""
+    """The model that a pruned model learns from, and the whole model that it is compared with."""
 
     teacher: str | None = option(
         None,
@@ -127,9 +127,32 @@ class TeacherArguments:
         "auto", "Dtype of the teacher's weights; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
     )
 
+    whole: str | None = option(
+        None,
+        "Folder or name on the Hub of the unpruned model, to tell the gap to it before and after; by default the "
+        "teacher or, with --drop_layers, the checkpoint itself; none: tell no gap.",
+    )
+    control: bool = option(
+        False, "Train the unpruned model equally first, which takes as long again, and tell the gap to that."
+    )
+
     def __post_init__(self) -> None:
         if str(self.teacher).lower() in ("none", ""):  # overrides the one that a config names
             self.teacher = None
+
+    def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
+        """The name of the unpruned model, if it is known.
+
+        Raises:
+            ValueError: if it is to be trained and is not known, or is what the pruned one learns from.
+        """
+        if self.control and self.teacher:
+            raise ValueError("control: a model that learns from the unpruned one is compared with that; leave one out")
+        found = self.whole or self.teacher or (checkpoint if layers else None)
+        found = None if str(found).lower() in ("none", "") else found
+        if self.control and not found:
+            raise ValueError("control: name the unpruned model to train with --whole")
+        return found
 
 
 @dataclass

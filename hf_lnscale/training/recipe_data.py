@@ -76,6 +76,14 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
     return _load_split(arguments, seed, prepare, lambda: Dataset.from_list(sample.conversations()))
 
 
+def other_text(arguments: DataArguments, column: str) -> Dataset:
+    """Text that comes with Python, of another kind than the data to train on: English or, where that is it, code."""
+    own = not arguments.dataset_name and not arguments.datasets
+    return Dataset.from_dict(
+        {column: sample.default_sources()["python" if own else "english"][: arguments.eval_samples]}
+    )
+
+
 def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterable[str]:
     """Texts from the start of a dataset, about as many characters as asked for, to train a tokenizer on."""
     for row in data:

@@ -64,17 +64,24 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
     """Loads a teacher with the student's tokenizer: whole in every process, however the student is sharded."""
     if is_deepspeed_zero3_enabled():
         raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would shard the teacher; use ZeRO-2 or FSDP2")
+    require_same_tokenizer("teacher", name, tokenizer)
+    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return teacher
+
+
+def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
+    """Refuses a model that does not exist, or has another tokenizer than the student's."""
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ValueError(f"{argument}: there is no folder {name!r}")
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):  # a folder without one
         vocabulary = tokenizer.get_vocab()
     if vocabulary != tokenizer.get_vocab():
         raise ValueError(
-            f"teacher: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
+            f"{argument}: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
             f"{len(tokenizer)}; they must be the same"
         )
-    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return teacher
 
 
 def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArguments) -> None:

@@ -32,6 +32,7 @@ from ..core.stack import text_stack
 from ..core.warnings import warn
 from ..measuring.known_text import caution
 from .arguments import RecipeConfig, RecipeParser
+from .control import Control
 from .depth_stats import DepthStatsCallback
 from .run_report import write_report
 from .samples import SamplesCallback
@@ -106,6 +107,7 @@ class Run(TrainerCallback):
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
         self.trained = False  # every step was done before a run was killed
+        self.control: Control | None = None  # what a healing run is compared with
         # No process writes before every process has looked.
         training.distributed_state.wait_for_everyone()
 
@@ -206,6 +208,8 @@ class Run(TrainerCallback):
         if self.training.num_samples:
             trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
         trainer.add_callback(self)
+        if self.control:
+            trainer.add_callback(self.control)
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
             trainer.add_callback(progress)
@@ -225,7 +229,7 @@ class Run(TrainerCallback):
             self._leave(trainer, stop.signal)
         command = public_command(self.training.command)
         before = since, state.get("num_input_tokens_seen", 0)
-        write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds)
+        write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds, self.control)
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step

@@ -20,6 +20,7 @@ from ..core.display import Markdown, one_line, show_bytes, with_error
 from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
+from .control import Control
 from .depth_stats import plot_depth_stats
 from .trainer import RecipeTrainer
 
@@ -42,6 +43,7 @@ def write_report(
     resumed: str | None,
     since: tuple[int, int],
     seconds: float,
+    control: Control | None = None,
 ) -> None:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
 
@@ -53,6 +55,7 @@ def write_report(
         resumed: the checkpoint that this process started from.
         since: the step of that checkpoint (-1 without one) and the tokens seen by then.
         seconds: spent training in this process, including evaluations and checkpoints.
+        control: of a healing run.
     """
     arguments = trainer.args
     peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
@@ -77,6 +80,8 @@ def write_report(
         "perplexity": perplexity_of(loss),
         # Delta method: d exp(x) = exp(x) dx.
         "perplexity_stderr": None if error is None else perplexity_of(loss) * error,
+        **{key: value for key, value in found.items() if key.startswith("eval_other_loss")},
+        **(dict(control.metrics()) if control else {}),
         "steps": state.global_step,
         "best_step": state.best_global_step if arguments.load_best_model_at_end else None,
         "train_rows": trainer.num_rows[0],
@@ -183,6 +188,8 @@ def _card(
                 "`hf-lnscale export` takes."
             )
         )
+    if whole := metrics.get("whole_model"):
+        notes.append(f"Gaps are nats per token above {whole}; other text is some that comes with Python.")
     settings["datasets"] = [public_name(name) for name in data]
     notes.append(f"It was trained on {', '.join(settings['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"

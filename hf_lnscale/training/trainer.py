@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import trl
@@ -25,6 +25,30 @@ if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
+class Rows(NamedTuple):
+    """Losses summed over the tokens of each row evaluated on, in nats, and the numbers of these tokens, (S,) each."""
+
+    losses: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.losses.sum().item() / self.tokens.sum().item()
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the mean over the rows; None for a single one."""
+        used = self.tokens > 0
+        return standard_error(ratio_residuals(self.losses[used], self.tokens[used], self.mean))
+
+    def stderr_against(self, other: Rows) -> float | None:
+        """Standard error of the difference from the mean of another model on the same rows; None if they differ."""
+        if not torch.equal(self.tokens, other.tokens):
+            return None
+        return Rows(self.losses - other.losses, self.tokens).stderr
+
+
 class RecipeTrainer(SFTTrainer):
     """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, on any number of processes.
 
@@ -34,20 +58,29 @@ class RecipeTrainer(SFTTrainer):
     `eval_loss_stderr` is the standard error of that mean over the rows evaluated on, windows or documents (over
     batches, where TRL joins their rows to one). It is missing if there is one row only.
 
+    Args:
+        other_dataset: text of another kind, evaluated as `eval_other` whenever the evaluation data is.
+        kwargs: as for SFTTrainer.
+
     Attributes:
         num_rows: rows of the training data (None for a stream) and of the evaluation data.
+        rows: for each prefix, what the last evaluation found.
 
     Raises:
         ValueError: if no row of the training data has a token to learn within `max_length`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, other_dataset: Dataset | None = None, **kwargs: Any) -> None:
+        texts = {"eval": kwargs.pop("eval_dataset")} | ({"other": other_dataset} if other_dataset else {})
+        super().__init__(**kwargs, eval_dataset=texts)
+        prepared: Any = self.eval_dataset
+        self.eval_dataset, self.other_dataset = prepared["eval"], prepared.get("other")
+        self.rows: dict[str, Rows] = {}
         if self.padding_free and self.args.world_size > 1:
             # Duplicates that fill up the last batch are dropped by row, and a batch without padding is a single row.
             self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
-        self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(kwargs["eval_dataset"]))
+        self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(texts["eval"]))
         if not isinstance(kept, Dataset) or arguments.packing:
             return
         gone, rows = len(given) - len(kept), len(given)
@@ -79,15 +112,26 @@ class RecipeTrainer(SFTTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         if not any(tokens_B.any() for _, tokens_B in self._evaluated):
             raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
-        losses_S, tokens_S = (torch.cat(parts) for parts in zip(*self._evaluated, strict=True))
-        tokens = int(tokens_S.sum())
-        loss = sum(loss_B.sum().item() for loss_B, _ in self._evaluated) / tokens
-        output.metrics.update({f"{prefix}_loss": loss, f"{prefix}_tokens": tokens})
-        used_S = tokens_S > 0
-        error = standard_error(ratio_residuals(losses_S[used_S], tokens_S[used_S], loss))
-        if error is not None:
+        self.rows[prefix] = rows = Rows(*(torch.cat(parts) for parts in zip(*self._evaluated, strict=True)))
+        output.metrics.update({f"{prefix}_loss": rows.mean, f"{prefix}_tokens": int(rows.tokens.sum())})
+        if (error := rows.stderr) is not None:
             output.metrics[f"{prefix}_loss_stderr"] = error
         return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        other: dict[str, float] = {}
+        if eval_dataset is None and self.other_dataset is not None:
+            # Before the evaluation data, whose end the callbacks are told of.
+            other = self.evaluation_loop(
+                self.get_eval_dataloader(self.other_dataset),
+                description="Evaluation",
+                prediction_loss_only=True,
+                metric_key_prefix="eval_other",
+            ).metrics
+            self.log(other)
+        return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **other}
 
 
 class DistillationTrainer(RecipeTrainer):

@@ -1,0 +1,102 @@
+"""What healing is judged against: the whole model on the same rows, as it is or trained just as the cut one.
+
+Training on a text teaches any model that text. Only the gap to the whole model says what was healed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..checkpoints.folders import public_name, write_atomically
+from ..core.json_file import read_object
+from .trainer import RecipeTrainer, Rows
+
+CONTROL_FILE = "control.json"
+TEXTS = ("eval", "eval_other")  # prefixes of metrics
+
+
+class Control(TrainerCallback):
+    """Keeps the whole model's losses, and those of the cut one before it is trained, for each row evaluated on.
+
+    They stand in `control.json` in the output folder, where a resumed run finds them.
+
+    Args:
+        trainer: of the cut model.
+        name: of the whole model.
+        load: loads the whole model; not called where the folder holds what was found.
+        train: whether to train it as the cut one will be.
+        options: for its trainer, as the cut model's.
+
+    Raises:
+        ValueError: if a resumed run is to be longer than the one that the whole model was trained in.
+    """
+
+    def __init__(
+        self, trainer: RecipeTrainer, name: str, load: Callable[[], PreTrainedModel], train: bool, **options: Any
+    ) -> None:
+        self.trainer, self.name, self.trained = trainer, name, train
+        self.path = Path(trainer.args.output_dir or "") / CONTROL_FILE
+        self.rows: dict[str, dict[str, Rows]] = {"whole": {}, "before": {}}
+        self.length = [trainer.args.max_steps, trainer.args.num_train_epochs]
+        if self.path.is_file():
+            kept = read_object(self.path)
+            if train and kept["length"] != self.length:
+                raise ValueError(
+                    f"control: the unpruned model was trained for another length, {kept['length']} in place of "
+                    f"{self.length} steps and epochs; keep it, or choose another --output_dir"
+                )
+            for who, texts in kept["rows"].items():
+                self.rows[who] = {text: Rows(*map(torch.tensor, found)) for text, found in texts.items()}
+            return
+        arguments = copy.copy(trainer.args)
+        arguments.eval_on_start, arguments.load_best_model_at_end, arguments.report_to = False, False, []
+        arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.output_dir = folder
+            whole = RecipeTrainer(model=load(), **{**options, "args": arguments})
+            if train:
+                whole.train()
+            whole.evaluate()
+            self.rows["whole"] = whole.rows
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.rows["before"] = dict(self.trainer.rows)
+            self._write()
+
+    def _write(self) -> None:
+        if self.trainer.is_world_process_zero():
+            rows = {
+                who: {text: [part.tolist() for part in found] for text, found in texts.items()}
+                for who, texts in self.rows.items()
+            }
+            found = {"whole": public_name(self.name), "trained": self.trained, "length": self.length, "rows": rows}
+            write_atomically(self.path, json.dumps(found) + "\n")
+
+    def metrics(self) -> Iterator[tuple[str, Any]]:
+        """The whole model's losses, and the gaps to them before the training and after it, with standard errors.
+
+        The standard error of a gap is that of the difference row by row, where both models saw the same rows.
+        """
+        yield "whole_model", public_name(self.name) + (", trained equally" if self.trained else "")
+        after = self.trainer.rows
+        for text in TEXTS:
+            whole = self.rows["whole"][text]
+            yield text.replace("eval", "whole") + "_loss", whole.mean
+            yield text.replace("eval", "whole") + "_loss_stderr", whole.stderr
+            for when, rows in (("_before", self.rows["before"].get(text)), ("", after[text])):
+                name = text.replace("eval", "gap") + when
+                yield name, None if rows is None else rows.mean - whole.mean
+                yield f"{name}_stderr", None if rows is None else rows.stderr_against(whole)
