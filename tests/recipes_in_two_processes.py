@@ -64,6 +64,8 @@ def main(folder):
     fsdp2_on_cpu()
     assert recipe.run("continue_pretrain", *words, "--output_dir", f"{folder}/fsdp2", "--save_steps", 3) == 0
     assert recipe.run("heal", *heal, "--output_dir", f"{folder}/fsdp2-heal") == 0
+    control = [*words, "--drop_layers", 1, "--control"]
+    assert recipe.run("heal", *control, "--output_dir", f"{folder}/fsdp2-control") == 0
     resumed = ["--output_dir", f"{folder}/fsdp2-resumed", "--resume_from_checkpoint", f"{folder}/fsdp2/checkpoint-3"]
     assert recipe.run("continue_pretrain", *words, *resumed) == 0
     signal_after(2)

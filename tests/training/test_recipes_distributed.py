@@ -53,11 +53,13 @@ def alone(launched):
     pretrain = [*words[2:], "--num_hidden_layers", 2, "--vocab_size", 300]
     assert recipe.run("continue_pretrain", *words, "--output_dir", folder / "alone") == 0
     assert recipe.run("heal", *heal, "--output_dir", folder / "alone-heal") == 0
+    control = [*words, "--drop_layers", 1, "--control"]
+    assert recipe.run("heal", *control, "--output_dir", folder / "alone-control") == 0
     assert recipe.run("pretrain", *pretrain, "--output_dir", folder / "alone-pretrain") == 0
     datasets.config.HF_DATASETS_CACHE = before
 
 
-@pytest.mark.parametrize("way", ["ddp", "ddp-heal", "ddp-pretrain", "fsdp2", "fsdp2-heal"])
+@pytest.mark.parametrize("way", ["ddp", "ddp-heal", "ddp-pretrain", "fsdp2", "fsdp2-heal", "fsdp2-control"])
 def test_two_processes_do_what_one_does(way, launched, alone):
     folder, _ = launched
     name = "-".join(["alone", *way.split("-")[1:]])
@@ -66,6 +68,8 @@ def test_two_processes_do_what_one_does(way, launched, alone):
     assert recipe.losses(folder / way) == pytest.approx(recipe.losses(folder / name), rel=1e-4)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert two["tokens_seen"] == one["tokens_seen"]
+    for gap in (key for key in one if key.startswith("gap")):
+        assert two[gap] == pytest.approx(one[gap], abs=1e-4)
     recipe.same_weights(folder / name, folder / way, rtol=1e-2, atol=1e-3)
 
 
