@@ -30,6 +30,9 @@ def evaluate(
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between the starts of windows; half a window.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, at a time.")] = 4,
+    abilities: Annotated[
+        bool, typer.Option("--abilities", help="Sums, copying, MMLU questions, agreement with the first model.")
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that speed is measured with.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 32,
@@ -59,8 +62,8 @@ def evaluate(
     found = run(
         models, data, tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
         include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,
-        stride=stride, batch_size=batch_size, speed=speed, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        repeats=repeats, placement=Placement(dtype, device),
+        stride=stride, batch_size=batch_size, abilities=abilities, speed=speed, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, repeats=repeats, placement=Placement(dtype, device),
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))

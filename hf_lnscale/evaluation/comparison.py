@@ -25,6 +25,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import markdown, markdown_text, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..measuring.text import documents, window_length
+from .abilities import QUESTIONS, Continuations, ability_results
 from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
 from .speed import LEAST_RUNS, Speed, measure, relative_change
 from .tasks import TaskResult, run_tasks, task_manager
@@ -187,10 +188,16 @@ class Evaluation:
                 notes.append(
                     f"Differences of speed are given where no ranges overlap, of {LEAST_RUNS} runs or more in turn."
                 )
-        if first.tasks:
+        if self.settings["tasks"]:
             limit = self.settings["tasks"]["limit"]
             first_ones = f", the first {limit} documents of each" if limit else ""
             notes.append(f"Tasks: lm-evaluation-harness {self.settings['versions']['lm_eval']}{first_ones}.")
+        if self.settings["abilities"]:
+            notes.append(
+                f"{QUESTIONS['addition']} sums of numbers below 100, {QUESTIONS['copying']} lists of words to copy. "
+                "Agreement with the first model, on text that it wrote: on the likeliest next token, and the KL "
+                "divergence from it in nats per token."
+            )
         return " ".join(notes)
 
 
@@ -218,6 +225,7 @@ def evaluate(
     seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
+    abilities: bool = False,
     speed: bool = True,
     prompt_tokens: int = 512,
     new_tokens: int = 32,
@@ -241,6 +249,8 @@ def evaluate(
         seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that
             one of the models was made for.
         batch_size: windows, or requests of tasks, at a time.
+        abilities: sums, copying, the questions of MMLU in lm-evaluation-harness's package, and the agreement with the
+            first model on text that this writes itself; nothing is downloaded.
         speed: measure speed and memory.
         prompt_tokens, new_tokens, repeats: see `measure`.
         placement: where the models are computed, and the type of their weights.
@@ -254,11 +264,11 @@ def evaluate(
     names = [str(one) for one in ([models] if isinstance(models, (str, os.PathLike)) else models)]
     if not names:
         raise ValueError("models: name at least one")
-    if data is None and not tasks and not speed:
-        raise ValueError("nothing to measure: give data, tasks, or speed=True")
+    if data is None and not tasks and not abilities and not speed:
+        raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
     device = placement.main_device
     configs = [read_config(name) for name in names]
-    tokenizers = [load_tokenizer(name) if data is not None or tasks else None for name in names]
+    tokenizers = [load_tokenizer(name) if data is not None or tasks or abilities else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     texts, source = None, ""
     if data is not None:
@@ -278,6 +288,7 @@ def evaluate(
             *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
         )
     figures = []
+    written: Continuations | None = None  # by the first model
     for name, config, tokenizer, label, cost in zip(names, configs, tokenizers, labels, costs, strict=True):
         model: Any = placement.load(name)
         text_figures = None
@@ -290,6 +301,12 @@ def evaluate(
             results = run_tasks(
                 model, tokenizer, tasks, manager, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot
             )
+        if abilities:
+            results += ability_results(model, tokenizer, batch_size)
+            if written is not None:
+                results += written.agreement(model, tokenizer)
+            elif len(names) > 1:
+                written = Continuations(model, tokenizer)
         figures.append(
             ModelFigures(
                 name=name,
@@ -313,6 +330,7 @@ def evaluate(
             "data": None if texts is None else {"source": source, "seq_len": seq_len, "stride": stride},
             "speed": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats} if speed else None,
             "tasks": {"limit": limit, "num_fewshot": num_fewshot} if tasks else None,
+            "abilities": abilities,
             "dtype": placement.dtype,
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "threads": torch.get_num_threads(),
