@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..core import record
 from ..core.errors import ArgumentError
-from .deferred import config_file
 from .install import DROPS, require_supported
+
+# Keywords of from_pretrained that say where a file is found.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# The config.json that is written under another name first, while a model is saved.
+_aside: ContextVar[Path | None] = ContextVar("_aside", default=None)
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
@@ -35,28 +42,27 @@ def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.pop(name, None) for name in DROPS}
 
 
-def ln_scaling_property() -> property:
+def located(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords of `from_pretrained` that say where a file is found."""
+    return {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+
+
+def saved_config(config: PreTrainedConfig, name: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The dict of the config.json of a checkpoint; `config` is of the model that reads it."""
+    saved, _ = type(config).get_config_dict(name, **located(kwargs or {}))
+    return saved
+
+
+def ln_scaling_property(name: str) -> property:
     return property(record.get_ln_scaling, set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None.")
 
 
-def _drop_property(name: str, what: str) -> property:
+def drop_property(name: str) -> property:
     return property(
         lambda config: None,
         lambda config, value: set_drops(config, {name: value}),
-        doc=f"Drops {what} assigned to it from the configuration. `dropped_layers` says what is missing.",
+        doc=f"As the keyword {name} of from_pretrained, when assigned to. `dropped_layers` says what is missing.",
     )
-
-
-def drop_layers_property() -> property:
-    return _drop_property("drop_layers", "the layers")
-
-
-def drop_attention_property() -> property:
-    return _drop_property("drop_attention", "the attention of the layers")
-
-
-def drop_mlp_property() -> property:
-    return _drop_property("drop_mlp", "the MLP of the layers")
 
 
 def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +94,8 @@ def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_json_file(self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
-        json_file_path = config_file(json_file_path)
+        if (aside := _aside.get()) == Path(json_file_path):
+            json_file_path = _new_name(aside)
         if not record.is_flagged(self):
             return original(self, json_file_path, *args, **kwargs)
         text = self.to_json_string(*args, **kwargs)
@@ -97,6 +104,20 @@ def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     return to_json_file
+
+
+def _new_name(config_file: Path) -> Path:
+    return config_file.with_name(f"{config_file.name}.new")
+
+
+@contextmanager
+def writing_aside(config_file: Path) -> Iterator[Path]:
+    """Within it, a configuration that is saved as `config_file` is written to the path that this gives."""
+    token = _aside.set(config_file)
+    try:
+        yield _new_name(config_file)
+    finally:
+        _aside.reset(token)
 
 
 def dict_from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:

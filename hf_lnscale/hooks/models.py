@@ -23,7 +23,7 @@ from ..core.record import SourceName, is_flagged, record, remember_source, train
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
-from .configuration import pop_drops, set_drops, set_ln_scaling
+from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling
 from .install import DROPS, require_supported
 from .peft import adapter_to_load, noting
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
@@ -142,8 +142,8 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
         )
     base = kwargs.get("config")
     if not isinstance(base, PreTrainedConfig):
-        where = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-        base = AutoConfig.from_pretrained(str(name), **{key: kwargs[key] for key in where if key in kwargs})
+        trusted = kwargs.get("trust_remote_code")
+        base = AutoConfig.from_pretrained(str(name), **located(kwargs), trust_remote_code=trusted)
     wanted, there = name.record, record(base)
     if wanted.folded != there.folded and (wanted.folded, there.folded) in (
         (there.active, None),
@@ -170,9 +170,8 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
 
 def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
     write(config, dataclasses.replace(record(config), on_disk=None))
-    where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
-        saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+        saved = saved_config(config, name, kwargs)
     except (OSError, ValueError):  # no configuration next to the weights, as for a single file
         return
     if active := record(saved).active:
@@ -227,36 +226,33 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         given = bound.arguments
         model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
-        name = load_config.pretrained_model_name_or_path
-        if given["expected_keys"] is None and name is not None:
-            saved = functools.cache(lambda: _saved_config(model, name, load_config))
-            if require_same_checkpoint(given["checkpoint_files"] or [], saved):
-                layers.require_sublayers(model.config, saved())
+        name, files = load_config.pretrained_model_name_or_path, given["checkpoint_files"] or []
+        saved = functools.cache(lambda: saved_config(model.config, name, load_config.download_kwargs))
+        own = given["expected_keys"] is None  # given for an adapter alone, which has the layer numbers of its model
+        if own and name is not None and require_same_checkpoint(files, saved):
+            layers.require_sublayers(model.config, saved())
         if not is_flagged(model.config) or record(model.config).dropped is None:
             return original(*args, **kwargs)
         positions = None
-        # `expected_keys` are only given for an adapter, which has the layer numbers of its model.
-        if given["expected_keys"] is None:
-            if name is not None:
-                positions = layers.positions_on_disk(model.config, _saved_config(model, name, load_config))
-            elif state_dict is not None:
-                positions = layers.positions_in_state_dict(model.config, model, state_dict)
-        if positions is None:
-            found, offloaded = original(*args, **kwargs)
-            _forget_sublayers(model, found)
-            return found, offloaded
+        if own and name is not None:
+            positions = layers.positions_on_disk(model.config, saved())
+        elif own and state_dict is not None:
+            positions = layers.positions_in_state_dict(model.config, model, state_dict)
         with contextlib.ExitStack() as opened:
-            if state_dict is None:
-                state_dict = _checkpoint_tensors(given["checkpoint_files"] or [], load_config, opened)
-            renamed = layers.renumber(state_dict, model, positions)
-            kept = {new: state_dict[old] for old, new in renamed.items()}
-            if is_deepspeed_zero3_enabled():
-                # It copies whole tensors; slices are materialized for those that are kept.
-                kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
-            # Without the files: offloading to disk would read tensors from them by their new names.
-            given.update(state_dict=kept, checkpoint_files=None)
+            if positions is not None:
+                if state_dict is None:
+                    state_dict = _checkpoint_tensors(files, load_config, opened)
+                renamed = layers.renumber(state_dict, model, positions)
+                kept = {new: state_dict[old] for old, new in renamed.items()}
+                if is_deepspeed_zero3_enabled():
+                    # It copies whole tensors; slices are materialized for those that are kept.
+                    kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
+                # Without the files: offloading to disk would read tensors from them by their new names.
+                given.update(state_dict=kept, checkpoint_files=None)
             found, offloaded = original(*bound.args, **bound.kwargs)
-            _forget_sublayers(model, found)
+        # The tensors of missing sub-layers were not read, and are nothing to report.
+        names = layers.names_of_sublayers(model)
+        found.unexpected_keys = {key for key in found.unexpected_keys if not names.match(key)}
         # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if offloaded and source in offloaded:
@@ -266,32 +262,18 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_pretrained_model
 
 
-def _forget_sublayers(model: PreTrainedModel, loaded: Any) -> None:
-    """Takes the tensors of missing sub-layers, which were not read, out of the report of a loading."""
-    names = layers.names_of_sublayers(model)
-    loaded.unexpected_keys = {key for key in loaded.unexpected_keys if not names.match(key)}
-
-
 def load_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_distributed(self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_flagged(self.config) and record(self.config).dropped is not None:
-            saved, _ = type(self.config).get_config_dict(folder)
-            if layers.positions_on_disk(self.config, saved) is not None:
-                raise ValueError(
-                    f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
-                    "load it whole and use hf_lnscale.drop_layers(model, layers)"
-                )
+        config = self.config
+        cut = is_flagged(config) and record(config).dropped is not None
+        if cut and layers.positions_on_disk(config, saved_config(config, folder)) is not None:
+            raise ValueError(
+                f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
+                "load it whole and use hf_lnscale.drop_layers(model, layers)"
+            )
         return original(self, folder, *args, **kwargs)
 
     return load_distributed
-
-
-def _saved_config(model: PreTrainedModel, name: Any, load_config: Any) -> dict[str, Any]:
-    """The dict of the config.json of a checkpoint that is being loaded."""
-    where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-    kwargs = {key: value for key, value in (load_config.download_kwargs or {}).items() if key in where}
-    saved, _ = type(model.config).get_config_dict(name, **kwargs)
-    return saved
 
 
 def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..core.apply import require_consistent
 from . import adapter_note as adapters
+from .configuration import located
 
 # The configuration of the model whose adapter is being saved.
 _base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
@@ -33,9 +34,7 @@ def noting(base: PreTrainedConfig | None) -> Iterator[None]:
 
 def read_adapter(name: Any, where: dict[str, Any]) -> dict[str, Any] | None:
     """The dict of an adapter's adapter_config.json, or None if there is none."""
-    known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    where = {key: where[key] for key in known if where.get(key) is not None}
-    file = find_adapter_config_file(os.fspath(name), **where)
+    file = find_adapter_config_file(os.fspath(name), **located(where))
     return adapters.without_tripwire(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
 

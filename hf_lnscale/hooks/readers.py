@@ -23,6 +23,7 @@ from ..core.families import text_config
 from ..core.record import is_flagged, record
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import layers
+from .configuration import saved_config
 from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
 
@@ -62,7 +63,7 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
     if _positions(base, folder, files) is not None:
         raise _of_another_model(base, f"{str(path)!r} holds other layers")
     try:
-        saved, _ = type(base.config).get_config_dict(folder)
+        saved = saved_config(base.config, folder)
     except (OSError, ValueError):  # no configuration, or none of transformers
         saved = {}
     layers.require_sublayers(base.config, saved)  # what is missing would keep the values that the model was made with
@@ -76,7 +77,7 @@ def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> l
     if record(model.config).dropped is None:
         return None
     if (folder / "config.json").is_file():
-        saved, _ = type(model.config).get_config_dict(folder)
+        saved = saved_config(model.config, folder)
         require_same_checkpoint(map(str, files), lambda: saved)
         return layers.positions_on_disk(model.config, saved)
     names = [name for file in files for name in load_state_dict(str(file), map_location="meta")]

@@ -26,7 +26,7 @@ from transformers.utils import CONFIG_NAME
 from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.record import MARK, Record, mark, record, unprotect
-from .deferred import writing_aside
+from .configuration import writing_aside
 
 _REPLACED = f"{CONFIG_NAME}.replaced"
 # The record that weights are marked with while a model is saved.
@@ -47,9 +47,9 @@ def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writ
     if writes_config and final.is_file():
         os.replace(final, replaced)
     try:
-        with writing_aside(folder if writes_config else None) as new:
+        with writing_aside(final) as new:
             yield
-        if new is not None and new.is_file():
+        if writes_config and new.is_file():
             os.replace(new, final)
             replaced.unlink(missing_ok=True)
     finally:

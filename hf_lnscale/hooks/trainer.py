@@ -17,6 +17,7 @@ from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
 from ..pruning import layers
+from .configuration import saved_config
 from .peft import require_base_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     """The step of a warmup that the checkpoint stands at, if the model has the same one."""
-    saved, _ = type(config).get_config_dict(folder)
+    saved = saved_config(config, folder)
     both = (type(config).from_dict(dict(saved)), config)
     if any(record(one).dropped for one in both):  # others need not count their layers
         there, here = ((*layers.original_layers(one), record(one).sublayers) for one in both)
