@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from ..core.config import is_integer
 from ..core.errors import ArgumentError
 from ..core.stack import text_stack
 from ..core.sublayers import Unit
 from .split_model import SplitModel, logit_slices, pick_tokens, predictions
-from .stream import eval_mode, hidden_states, upcast
+from .stream import capture_residual_stream, eval_mode, upcast
 from .text import TokenBatches, token_batches
 from .uncertainty import ratio_residuals, standard_error
 
@@ -231,20 +231,26 @@ def sweep(
     if not counts_S.sum():
         raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
     current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
-    description = f"{measure} without a layer"
-    bar = logging.tqdm(total=1.0, desc=description, disable=progress is not True, leave=False, bar_format=_BAR)
+    bar = logging.tqdm(
+        total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False, bar_format=_BAR
+    )
     advance = progress if callable(progress) else bar.update
     # For a batch the layers are one half of the work and the head is the other, near enough for a bar.
     share, sequences = 0.5 / max(len(batches), 1), 0
+    used, states = set(map(layer_of, candidates)), dict[int, torch.Tensor]()
+
+    def keep(place: int, x_BTD: torch.Tensor) -> None:
+        if place in used:
+            states[place] = x_BTD
+
     with eval_mode(model), bar:
         for batch, picked_BT in zip(batches, picked, strict=True):
             targets_N = predictions(batch)[1]
-            states: dict[int, torch.Tensor] = {}
-            with _keeping(layers, set(map(layer_of, candidates)), states):
+            left = Counter(map(layer_of, candidates))
+            with capture_residual_stream(halves.stack, keep):
                 current_ND = pick_tokens(halves.hidden(batch, gone), picked_BT)
             full_ND = pick_tokens(halves.hidden(batch), picked_BT) if measure == "kl" and gone else current_ND
             finals: dict[Unit, torch.Tensor] = {}
-            left = Counter(map(layer_of, candidates))
             for candidate in totals:
                 layer = layer_of(candidate)
                 left[layer] -= 1
@@ -270,19 +276,6 @@ def sweep(
     return current, totals
 
 
-@contextmanager
-def _keeping(layers: nn.ModuleList, positions: Iterable[int], states: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Within it, the inputs of the layers at `positions` are put into `states`."""
-
-    def keep(position: int) -> Any:
-        return lambda layer, args, kwargs: states.__setitem__(position, hidden_states(args, kwargs))
-
-    with ExitStack() as hooks:
-        for i in positions:
-            hooks.enter_context(layers[i].register_forward_pre_hook(keep(i), with_kwargs=True))
-        yield
-
-
 def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda logits_NV: token_losses(logits_NV, targets_N)
 
@@ -301,6 +294,6 @@ def layer_of(unit: Unit) -> int:
 def _positions(argument: str, units: Iterable[Unit], num_layers: int) -> list[Unit]:
     units = list(units)
     for position in map(layer_of, units):
-        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < num_layers:
+        if not is_integer(position) or not 0 <= position < num_layers:
             raise ArgumentError(argument, problem=f"layers are 0 to {num_layers - 1}, got {position!r}")
     return units
