@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,7 +26,7 @@ from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.json_file import read_object
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, layers_of, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -35,12 +35,7 @@ NOT_COMPANIONS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
     "trainer_state.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,7 @@ def read_info(path: str) -> CheckpointInfo:
         ValueError: if its scaling is not valid.
     """
     config = read_config(path)
-    text = text_config(config)
-    num_layers = getattr(text, "num_hidden_layers", None)
-    num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
-    found = record(config)
+    num_layers, found = layers_of(config), record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
@@ -90,7 +82,7 @@ def read_info(path: str) -> CheckpointInfo:
     return CheckpointInfo(
         path=str(path),
         model_type=config.model_type,
-        family=text.model_type,
+        family=text_config(config).model_type,
         supported=supported,
         num_layers=num_layers,
         active=found.active.to_dict() if found.active else None,
@@ -134,8 +126,8 @@ def export(
         raise FileNotFoundError(f"{str(src)!r} is not a checkpoint: it has no config.json")
     files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
-    patches = {file: _pre_norms(source / file, read, family, len(scales)) for file, read in files.items()}
-    names = [name for found in patches.values() for name, _ in found]
+    norms = {file: _pre_norms(source / file, read, family, scales) for file, read in files.items()}
+    names = [name for found in norms.values() for name in found]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
@@ -144,10 +136,9 @@ def export(
         copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy_weights(source / file, partial / file, mark(record(plain)))
-            for name, position in patches[file]:
-                _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
-        _require_folded(source, partial, patches, scales, family)
+            _copy_folded(source / file, partial / file, norms[file], family.one_plus_weight, mark(record(plain)))
+        for file in files:  # all of them, on a disk that may have filled up
+            _require_folded(source / file, partial / file, norms[file], family.one_plus_weight)
         # Last: without it, the folder is not a checkpoint.
         (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(out)
@@ -197,33 +188,23 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
 
-def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: int) -> list[tuple[str, int]]:
-    """The tensors of the pre-norms that are read from a file, each with the position of its layer."""
+def _pre_norms(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, float]:
+    """The tensors of the pre-norms that are read from a file, each with its scale."""
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
-    found = [(name, family.layer_of_pre_norm(name)) for name in names]
+    found = {name: family.layer_of_pre_norm(name) for name in names}
     # A multi-token-prediction layer is stored behind the last one, under the next number.
-    return [(name, position) for name, position in found if position is not None and position < num_layers]
+    return {name: scales[layer] for name, layer in found.items() if layer is not None and layer < len(scales)}
 
 
-def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> None:
-    """Overwrites one tensor of a safetensors file with its folded form."""
-    with open(file, "r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(size))[name]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} in {file.name} is stored as {entry['dtype']}; known are {', '.join(_DTYPES)}")
-        start, end = (8 + size + offset for offset in entry["data_offsets"])
-        stream.seek(start)
-        weight = torch.frombuffer(bytearray(stream.read(end - start)), dtype=_DTYPES[entry["dtype"]])
-        folded = scale_parameter(weight, scale, one_plus_weight and name.endswith(".weight"))
-        stream.seek(start)
-        stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
+def _copy_folded(
+    source: Path, target: Path, norms: dict[str, float], one_plus_weight: bool, new_mark: str | None
+) -> None:
+    """Copies a safetensors file, then overwrites the tensors of the norms by their folded form.
 
-
-def _copy_weights(source: Path, target: Path, new_mark: str | None) -> None:
-    """Copies a safetensors file. If it is marked with the record of its model, the copy has `new_mark` instead."""
-    with open(source, "rb") as old, open(target, "wb") as new:
+    If the file is marked with the record of its model, the copy has `new_mark` instead.
+    """
+    with open(source, "rb") as old, open(target, "w+b") as new:
         header = old.read(int.from_bytes(old.read(8), "little"))
         entries = json.loads(header)
         if MARK in entries.get("__metadata__", {}) and new_mark is not None:
@@ -232,24 +213,30 @@ def _copy_weights(source: Path, target: Path, new_mark: str | None) -> None:
             header += b" " * (-len(header) % 8)  # the format aligns tensors to 8 bytes
         new.write(len(header).to_bytes(8, "little") + header)
         shutil.copyfileobj(old, new, 2**24)
+        for name, scale in norms.items():
+            if (stored := entries[name]["dtype"]) not in _DTYPES:
+                raise ValueError(f"{name} in {source.name} is stored as {stored}; known are {', '.join(_DTYPES)}")
+            start, end = (8 + len(header) + offset for offset in entries[name]["data_offsets"])
+            _fold_tensor(new, start, end, _DTYPES[stored], scale, one_plus_weight and name.endswith(".weight"))
 
 
-def _require_folded(
-    source: Path, partial: Path, patches: dict[str, list[tuple[str, int]]], scales: list[float], family: Family
-) -> None:
-    """Verifies the written files, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
-    for file, norms in patches.items():
-        positions = dict(norms)
-        with safe_open(source / file, framework="pt") as before, safe_open(partial / file, framework="pt") as after:
-            if sorted(before.keys()) != sorted(after.keys()):
-                raise CheckpointError(
-                    f"{file} holds other tensors than the one in {str(source)!r}; nothing was written"
-                )
-            for name, position in positions.items():
-                one_plus = family.one_plus_weight and name.endswith(".weight")
-                expected = scale_parameter(before.get_tensor(name), scales[position], one_plus)
-                if not torch.equal(expected, after.get_tensor(name)):
-                    raise CheckpointError(f"{name} in {file} was not written as folded; nothing is kept")
+def _fold_tensor(file: BinaryIO, start: int, end: int, dtype: torch.dtype, scale: float, one_plus_weight: bool) -> None:
+    """Overwrites the tensor between two positions in a file with its folded form."""
+    file.seek(start)
+    weight = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype)
+    file.seek(start)
+    file.write(scale_parameter(weight, scale, one_plus_weight).contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _require_folded(source: Path, written: Path, norms: dict[str, float], one_plus_weight: bool) -> None:
+    """Verifies a written file, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
+    with safe_open(source, framework="pt") as before, safe_open(written, framework="pt") as after:
+        if sorted(before.keys()) != sorted(after.keys()):
+            raise CheckpointError(f"{written.name} holds other tensors than {str(source)!r}; nothing was written")
+        for name, scale in norms.items():
+            expected = scale_parameter(before.get_tensor(name), scale, one_plus_weight and name.endswith(".weight"))
+            if not torch.equal(expected, after.get_tensor(name)):
+                raise CheckpointError(f"{name} in {written.name} was not written as folded; nothing is kept")
 
 
 def copy_companions(source: Path, partial: Path, indexed: bool = False) -> None:

@@ -70,24 +70,15 @@ def require_free(
     _clean_up_after_killed_runs(target)
     if _is_free(target):
         return
+    problem, hint = "", "choose another folder"
     if not force:
-        raise PathExistsError(
-            "out",
-            shown,
-            problem="exists and is not empty",
-            hint="choose another folder, or use `force=True` to replace it",
-        )
-    if not (target / mark).is_file():
-        raise PathExistsError(
-            "out", shown, problem=f"is not a {what}; only what could have been written by this is replaced"
-        )
-    if stranger := _stranger(target):
-        raise PathExistsError(
-            "out",
-            shown,
-            problem=f"holds {stranger!r}, which no {what} has; it is not replaced",
-            hint="choose another folder",
-        )
+        problem, hint = "exists and is not empty", f"{hint}, or use `force=True` to replace it"
+    elif not (target / mark).is_file():
+        problem, hint = f"is not a {what}; only what could have been written by this is replaced", ""
+    elif stranger := _stranger(target):
+        problem = f"holds {stranger!r}, which no {what} has; it is not replaced"
+    if problem:
+        raise PathExistsError("out", shown, problem=problem, hint=hint)
 
 
 def _is_free(target: Path) -> bool:
@@ -137,12 +128,7 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
             )
         if target.exists():
             os.replace(target, replaced)
-        try:
-            os.replace(partial, target)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
+        os.replace(partial, target)
 
 
 @contextmanager
@@ -157,8 +143,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        lock.release()
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch, lock, target)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -172,13 +157,17 @@ def write_atomically(path: Path, text: str) -> None:
 def _clean_up_after_killed_runs(target: Path) -> None:
     for left in target.parent.glob(f".{glob_escape(target.name)}.*.partial"):
         lock = FileLock(left / ".lock")
-        with contextlib.suppress(
-            Timeout, OSError
-        ):  # a run that is still going on, or a folder that is not ours to touch
+        # A run that is still going on, or a folder that is not ours to touch.
+        with contextlib.suppress(Timeout, OSError):
             lock.acquire(timeout=0)
-            if (left / "old").is_dir() and not target.exists():
-                os.replace(left / "old", target)
-                logger.warning("put back %s, which a run was replacing when it was killed", target)
-            lock.release()
-            shutil.rmtree(left)
+            _remove(left, lock, target)
             logger.warning("removed %s, which a killed run had left", left)
+
+
+def _remove(scratch: Path, lock: FileLock, target: Path) -> None:
+    """Removes a scratch folder; what was being replaced goes back if nothing has taken its place."""
+    if (scratch / "old").is_dir() and not target.exists():
+        os.replace(scratch / "old", target)
+        logger.warning("put back %s, which a run that did not end was replacing", target)
+    lock.release()
+    shutil.rmtree(scratch, ignore_errors=True)

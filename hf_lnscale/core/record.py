@@ -268,7 +268,7 @@ def require_valid(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: for a value that is not valid in itself, or that does not fit the number of layers.
     """
-    found, num_layers = record(config), _num_layers(text_config(config))
+    found, num_layers = record(config), layers_of(config)
     if found.active and found.folded:
         raise ValueError(
             f"the model's config has both {ACTIVE} and {FOLDED}, which would scale twice; remove {ACTIVE}, or "
@@ -304,14 +304,14 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
     """
     if value is None:
         return
-    now, text = record(config), text_config(config)
+    now = record(config)
     if value is True and now.active:
         return
-    scaling, num_layers = LNScalingConfig.of(value), _num_layers(text)
+    scaling, num_layers = LNScalingConfig.of(value), layers_of(config)
     if scaling is None:
         write(config, replace(now, active=None))
         return
-    if text.model_type:  # the base class, with which Trainer looks into a config.json, has none
+    if text_config(config).model_type:  # the base class, with which Trainer looks into a config.json, has none
         family_of(config)
     if now.folded:
         raise ValueError(
@@ -337,7 +337,7 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     found = record(config)
     if found.active is None and found.on_disk is None:
         return None
-    num_layers = _num_layers(text_config(config)) or 0
+    num_layers = layers_of(config) or 0
     scales = []
     for scaling in (found.active, found.on_disk):
         try:
@@ -361,16 +361,16 @@ def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | No
 def _values(config: PreTrainedConfig | dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """The mapping that holds the keys, and its number of layers if it has one."""
     if not isinstance(config, dict):
-        text = text_config(config)
-        return vars(text), _num_layers(text)
+        return vars(text_config(config)), layers_of(config)
     keys = (ACTIVE, FOLDED, DROPPED)
     values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
     number = values.get("num_hidden_layers")
     return values, number if is_integer(number) else None
 
 
-def _num_layers(text: PreTrainedConfig) -> int | None:
-    number = getattr(text, "num_hidden_layers", None)
+def layers_of(config: PreTrainedConfig) -> int | None:
+    """The number of layers of a model's text decoder; None if its configuration has no such number."""
+    number = getattr(text_config(config), "num_hidden_layers", None)
     return number if is_integer(number) else None  # some have a dict
 
 
