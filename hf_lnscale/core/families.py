@@ -335,15 +335,15 @@ def register_family(
     if depth_fields is not None:
         known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
+            problem = ""
             if name not in known:
-                raise ValueError(
-                    f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}; give "
-                    f"{{{name!r}: rule}}, with one of the rules {', '.join(RULES)}"
+                problem = (
+                    f"{name!r} is not one of {', '.join(DEPTH_FIELDS)}; give {{{name!r}: rule}}, with one of the rules"
                 )
-            if known[name] not in RULES:
-                raise ValueError(
-                    f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; use {', '.join(RULES)}"
-                )
+            elif known[name] not in RULES:
+                problem = f"{name}: {known[name]!r} is not a rule; use"
+            if problem:
+                raise ValueError(f"register_family: depth_fields: {problem} {', '.join(RULES)}")
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     # Sub-layers are dropped in the families of the table alone: what a module returns is not known of others.
     FAMILIES[model_type] = Family(
@@ -385,11 +385,7 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
 
 
 def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
-    """The row of a model's text decoder, if it can lose its attention or its MLP alone.
-
-    Args:
-        config: of the model.
-        kind: "attention" or "mlp".
+    """The row of a model's text decoder, if it can lose its "attention" or its "mlp" alone, as `kind` says.
 
     Raises:
         UnsupportedArchitectureError: if it cannot; the message says why.

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from .config import LNScalingConfig, is_integer
 from .display import brief
 from .families import family_of, text_config
+from .json_file import are_layers
 
 # ON_DISK holds the scaling in the checkpoint's own config.json and exists in memory alone: it tells a model that was
 # trained with the scale from one in which it was switched on cold.
@@ -101,11 +102,7 @@ class KnownText:
 
     @classmethod
     def of(cls, stored: Any) -> KnownText:
-        """Reads what `to_dict` wrote; other keys are ignored.
-
-        Raises:
-            ValueError: if it is something else.
-        """
+        """Reads what `to_dict` wrote; other keys are ignored, and anything else is a `ValueError`."""
         try:
             source, hashes = stored["source"], stored["passages"]
             if not isinstance(source, str) or not re.fullmatch("([0-9a-f]{12})*", hashes):
@@ -182,12 +179,11 @@ def remember_source(config: PreTrainedConfig, changed: str | None = None) -> Non
         config: of a model in memory.
         changed: how its weights were changed; None leaves what was noted.
     """
-    name = getattr(config, "_name_or_path", "")
-    changed = getattr(name, "changed", "") if changed is None else changed
-    if name:
+    if name := getattr(config, "_name_or_path", ""):
+        changed = getattr(name, "changed", "") if changed is None else changed
         found = record(config)
-        own = replace(found, on_disk=None)
-        config._name_or_path = SourceName(name, own, changed) if found != Record() or changed else str(name)
+        plain = found == Record() and not changed
+        config._name_or_path = str(name) if plain else SourceName(name, replace(found, on_disk=None), changed)
 
 
 def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
@@ -222,11 +218,7 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def known_text(config: PreTrainedConfig) -> KnownText | None:
-    """The text that a model's layers were chosen or healed on, if its configuration says so.
-
-    Raises:
-        ValueError: for a value that is not valid.
-    """
+    """The text that a model's layers were chosen or healed on, if its configuration says so."""
     stored = vars(text_config(config)).get(KNOWN_TEXT)
     return None if stored is None else KnownText.of(stored)
 
@@ -234,7 +226,7 @@ def known_text(config: PreTrainedConfig) -> KnownText | None:
 def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
     """Notes a text in a configuration, beside what was noted before."""
     if before := known_text(config):
-        names = dict.fromkeys((*before.source.split(", "), *text.source.split(", ")))
+        names = dict.fromkeys(f"{before.source}, {text.source}".split(", "))
         text = KnownText(", ".join(names), tuple(sorted({*before.passages, *text.passages})[:KEPT]))
     write_known_text(config, text)
 
@@ -247,9 +239,9 @@ def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
         values[KNOWN_TEXT] = text.to_dict()
 
 
-def mark(own: Record) -> str | None:
-    """The mark of weights that belong to a configuration with this record; None for a plain model."""
-    return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
+def mark(own: Record) -> str:
+    """The mark of weights that belong to a configuration with this record."""
+    return json.dumps(own.to_dict(), sort_keys=True)
 
 
 def is_flagged(config: Any) -> bool:
@@ -277,9 +269,8 @@ def require_valid(config: PreTrainedConfig) -> None:
     if num_layers is None:
         return
     for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
-        if scaling is not None:
-            with _naming(key):
-                scaling.scales(num_layers)
+        with _naming(key):
+            _ = scaling and scaling.scales(num_layers)
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
@@ -309,8 +300,7 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
         return
     scaling, num_layers = LNScalingConfig.of(value), layers_of(config)
     if scaling is None:
-        write(config, replace(now, active=None))
-        return
+        return write(config, replace(now, active=None))
     if text_config(config).model_type:  # the base class, with which Trainer looks into a config.json, has none
         family_of(config)
     if now.folded:
@@ -406,8 +396,7 @@ def _dropped(stored: Any) -> Dropped | None:
         parts = [layers, *(stored.get(kind) or [] for kind in SUBLAYERS)]
         valid = all(isinstance(part, list | tuple) for part in parts) and is_integer(number) and isinstance(base, str)
         named = [layer for part in parts for layer in part] if valid else []  # a layer without both is a dropped one
-        valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in named)
-        valid = valid and len(set(named)) == len(named) and len(layers) < number <= _MOST_LAYERS
+        valid = valid and are_layers(named, number) and len(layers) < number <= _MOST_LAYERS
     except (TypeError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
@@ -435,10 +424,9 @@ def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def protect(config: dict[str, Any]) -> dict[str, Any]:
-    """Turns the dict of a configuration into what is written to `config.json`, in place.
+    """Turns the dict of a configuration into what is written to `config.json`, in place, and returns it.
 
-    Returns:
-        The same dict, unchanged but for private state if nothing in it needs this package.
+    If nothing in it needs this package, only private state is taken out.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -455,13 +443,9 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `protect`, in place, for the dict read from `config.json`.
+    """The inverse of `protect`, in place, for the dict read from `config.json`; that of any other file is unchanged.
 
-    Notes for each active scale that the file had it; such a note in the file itself is ignored. The dict of any other
-    file is returned unchanged.
-
-    Raises:
-        ValueError: if the file has an `ln_scaling` that is not valid.
+    Notes for each active scale that the file had it; such a note in the file itself is ignored.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -483,11 +467,7 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def protected_part(part: dict[str, Any]) -> Record:
-    """What in the dict of one configuration, not in those inside it, may need this package.
-
-    Raises:
-        ValueError: for a value that is not valid.
-    """
+    """What in the dict of one configuration, not in those inside it, may need this package."""
     return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
 
 

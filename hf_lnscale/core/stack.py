@@ -27,8 +27,7 @@ class Stack:
         """Every pre-norm with the position of its layer; those of missing sub-layers are missing.
 
         Raises:
-            UnsupportedArchitectureError: if the family has none, a layer lacks one, or one has no weight or is wrapped
-                by an adapter.
+            UnsupportedArchitectureError: if one cannot be scaled; the message says why.
         """
         family_of(self.model.config)
         found = []

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
@@ -34,11 +34,7 @@ def base_state(config: PreTrainedConfig | None) -> Record:
 
 
 def note(adapter: dict[str, Any]) -> Record | None:
-    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none.
-
-    Raises:
-        ValueError: if the note is not one that this package writes.
-    """
+    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none."""
     mapping = adapter.get("auto_mapping")
     noted = mapping.get(NOTE) if isinstance(mapping, dict) else None
     if noted is None:
@@ -62,7 +58,8 @@ def add_note(path: Path, base: PreTrainedConfig) -> None:
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
         mapping[NOTE] = found.to_dict()
-        if found.needs_plugin or not _on_disk_as(base, adapter):
+        there = _config_on_disk(adapter)
+        if found.needs_plugin or there is None or not _same(base_state(there), found):
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
@@ -76,23 +73,15 @@ def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that restore the base that the adapter was trained on.
+    """The keywords of `from_pretrained` that restore the base that the adapter was trained on, as far as needed.
 
     Args:
         adapter: the dict of an adapter_config.json.
         base: the current configuration of the base; None reads the one at the path that PEFT recorded.
-
-    Returns:
-        `drop_layers` and `ln_scaling`, as far as needed; empty for an adapter without a note.
-
-    Raises:
-        ValueError: if no keywords turn the current base into that one.
     """
     wanted = note(adapter)
-    if wanted is None:
-        return {}
-    base = base or _config_on_disk(adapter)
-    if base is None:  # loading it will say what is wrong
+    base = base or (_config_on_disk(adapter) if wanted else None)
+    if wanted is None or base is None:  # where there is no base, loading it will say what is wrong
         return {}
     found = keywords_to_restore(wanted, base)
     if found is None:
@@ -116,15 +105,12 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
-    """Refuses an adapter that was trained on another base than the one at hand.
+    """Refuses an adapter that was trained on a base with another scale or other layers than the one at hand.
 
     Args:
         adapter: the dict of its adapter_config.json.
         name: what it was loaded by.
         base: the configuration of the model that it is to be put on; None for a model of another library.
-
-    Raises:
-        ValueError: if scale or layers differ; the message says how to load the base.
     """
     here, wanted = base_state(base), note(adapter)
     if wanted is None:
@@ -201,8 +187,6 @@ def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedC
     name = adapter.get("base_model_name_or_path")
     if not name:
         return None
-    from transformers import AutoConfig
-
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(
             name, revision=adapter.get("revision"), local_files_only=local
@@ -210,8 +194,3 @@ def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedC
         return found
     except (OSError, ValueError):
         return None
-
-
-def _on_disk_as(base: PreTrainedConfig, adapter: dict[str, Any]) -> bool:
-    there = _config_on_disk(adapter)
-    return there is not None and _same(base_state(there), base_state(base))

@@ -46,12 +46,7 @@ def load_from_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Refuses a checkpoint whose tensors are about to be put into modules by their names, if its layers are others.
 
-    Args:
-        model: the model.
-        checkpoint: a folder, a file, or the index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: if its layers have other numbers than the model's.
+    It is given as a folder, a file, or the index of a sharded checkpoint.
     """
     base = next(iter(pretrained_modules(model)), None)
     path = Path(checkpoint)
@@ -119,11 +114,7 @@ def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
-
-    Raises:
-        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way.
-    """
+    """Refuses a checkpoint whose tensors are about to be added to those of another that was cut or folded otherwise."""
     first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
     layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
     if layers_of[0] != layers_of[1] or first.folded != second.folded:

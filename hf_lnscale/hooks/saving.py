@@ -35,15 +35,10 @@ _mark: ContextVar[str | None] = ContextVar("_mark", default=None)
 
 @contextlib.contextmanager
 def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writes_config: bool) -> Iterator[None]:
-    """Within it, config.json of `folder` is set aside, and a new one appears at the end; weights are marked.
-
-    Args:
-        folder: where the model is saved.
-        config: of the model.
-        writes_config: whether this process writes a config.json.
-    """
+    """Within it, config.json of `folder` is set aside, and a new one, if this process writes one, appears at the end;
+    weights are marked."""
     final, replaced = Path(folder) / CONFIG_NAME, Path(folder) / _REPLACED
-    token, before = _mark.set(mark(record(config)) or "{}"), _weights(folder)
+    token, before = _mark.set(mark(record(config))), _weights(folder)
     if writes_config and final.is_file():
         os.replace(final, replaced)
     try:
@@ -79,17 +74,14 @@ def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
-    """Refuses weights that were saved by a model with another scale or other layers than in their config.json.
+    """Refuses safetensors files saved by a model with another scale or other layers than their config.json says.
 
     Args:
-        files: the weight files; only safetensors files are checked.
+        files: the weight files.
         saved: reads the config.json that belongs to them; called only if a file is marked.
 
     Returns:
         Whether a file is marked.
-
-    Raises:
-        CheckpointError: if the record in a file differs from the configuration; the message names both.
     """
     expected: str | None = None
     for file in files:
@@ -100,7 +92,7 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
         if own is None:
             continue
         if expected is None:
-            expected = mark(record(saved())) or "{}"
+            expected = mark(record(saved()))
         # Parsed, as others may write JSON in another way.
         if own != expected and _parsed(own) != json.loads(expected):
             raise CheckpointError(
