@@ -67,12 +67,7 @@ class CheckpointInfo:
 
 
 def read_info(path: str) -> CheckpointInfo:
-    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if its scaling is not valid.
-    """
+    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights."""
     config = read_config(path)
     num_layers, found = layers_of(config), record(config)
     try:

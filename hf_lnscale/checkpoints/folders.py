@@ -47,16 +47,10 @@ def require_free(
     What an interrupted run for the same folder has left is cleaned up first.
 
     Args:
-        target: the folder to write, absolute.
+        target: the folder to write, absolute; `shown` is how the user named it.
         read_from: what is read; paths among it must neither be, hold nor lie in the target.
-        shown: the folder as the user named it.
-        force: whether a folder may be replaced that holds the file `mark`, and nothing that is not written here.
-        mark: the file by which a folder to replace is known.
-        what: what such a folder is called.
-
-    Raises:
-        ArgumentError: if the folder is one that must not be written to, or its name is too long.
-        PathExistsError: if it is not empty and may not be replaced.
+        force: whether a folder may be replaced that holds the file `mark`, by which a `what` is known, and nothing that
+            is not written here.
     """
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise ArgumentError("out", shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
@@ -109,12 +103,8 @@ def public_command(words: Iterable[str]) -> str:
 def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """A new folder to write into; it takes the target's place at the end, and is gone on failure.
 
-    Args:
-        target: the folder to be, absolute.
-        force: whether to replace a checkpoint that is there.
-
-    Raises:
-        PathExistsError: if something else has appeared under the name meanwhile. The result is then kept beside it.
+    With `force` a checkpoint that is there is replaced. Anything else that has appeared under the name meanwhile is an
+    error, and the result is kept beside it.
     """
     with scratch_folder(target) as scratch:
         partial, replaced = scratch / "new", scratch / "old"

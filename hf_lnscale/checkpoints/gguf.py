@@ -22,11 +22,7 @@ _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
-    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH.
-
-    Raises:
-        FileNotFoundError: if it is not there; the message says where it was looked for.
-    """
+    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH."""
     looked = []
     for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
         if not place:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,19 +92,9 @@ class MeanLoss:
 
 
 class SourceLosses:
-    """The loss of a model on several sources of text.
+    """The loss of a model on several sources of text, or on `only` one of them: `of`, by the name of the source.
 
-    Args:
-        halves: the model.
-        batches: the text.
-        hidden: index of a batch -> the decoder's output for it, shape (B, T, D).
-        only: one source, to leave out the others.
-
-    Attributes:
-        of: name of the source -> its loss.
-
-    Raises:
-        ValueError: if a source has no token to predict.
+    `hidden` gives the decoder's output for the batch with an index, shape (B, T, D).
     """
 
     def __init__(
@@ -144,11 +135,7 @@ class SourceLosses:
 
 
 def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[Unit] = ()) -> SourceLosses:
-    """The loss of a model from which layers are removed, for each source of text.
-
-    Raises:
-        ValueError: if a source has no token to predict.
-    """
+    """The loss of a model from which layers are removed, for each source of text."""
     halves, gone = SplitModel(model), list(removed)
     with eval_mode(model):
         return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
@@ -157,13 +144,7 @@ def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[
 def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:
     """The loss of a model from which layers are removed, in nats per token: mean cross-entropy of the next token.
 
-    Args:
-        model: a causal language model of a known family.
-        batches: as `token_batches` takes it.
-        removed: positions of the layers that do not run; none gives the full model's loss.
-
-    Raises:
-        ValueError: for a position that does not exist, or if there is no token to predict.
+    `batches` are as `token_batches` takes them.
     """
     return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0].mean
 
@@ -185,18 +166,13 @@ def sweep_losses(
         model: a causal language model of a known family.
         batches: as `token_batches` takes it.
         removed: positions of layers that are removed already, and pairs such as ("attention", 3).
-        candidates: positions, or such pairs, to try, each by itself on top of `removed`; None tries all layers that are
-            left.
+        candidates: what to try, each by itself on top of `removed`; None tries all layers that are left.
         measure: "loss", the mean cross-entropy of the next token, or "kl", the mean of KL(full || without) over all
             tokens, where full is the model with nothing removed.
         progress: show a progress bar.
 
     Returns:
         Candidate -> nats per token, in the order of the candidates.
-
-    Raises:
-        ValueError: for a position that does not exist or is removed already, an unknown measure, a model without a
-            language head, or if there is no token to measure on.
     """
     found = sweep(model, token_batches(batches, text_stack(model).model), removed, candidates, measure, progress)[1]
     return {candidate: one.mean for candidate, one in found.items()}
@@ -238,6 +214,7 @@ def sweep(
     # For a batch the layers are one half of the work and the head is the other, near enough for a bar.
     share, sequences = 0.5 / max(len(batches), 1), 0
     used, states = set(map(layer_of, candidates)), dict[int, torch.Tensor]()
+    score: Callable[[torch.Tensor], torch.Tensor]
 
     def keep(place: int, x_BTD: torch.Tensor) -> None:
         if place in used:
@@ -265,7 +242,7 @@ def sweep(
             sequences_N = sequences + picked_BT.nonzero()[:, 0]
             for part in halves.parts(len(full_ND)):
                 if measure == "loss":
-                    score = _cross_entropy_to(targets_N[part])
+                    score = partial(token_losses, targets_N=targets_N[part])
                     current.add(score(halves.logits(current_ND[part])), sequences_N[part])
                 else:
                     score = _divergence_from(halves.logits(full_ND[part]))
@@ -274,10 +251,6 @@ def sweep(
                 advance(share * len(full_ND[part]) / len(full_ND))
             sequences += len(picked_BT)
     return current, totals
-
-
-def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda logits_NV: token_losses(logits_NV, targets_N)
 
 
 def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

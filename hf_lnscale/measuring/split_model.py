@@ -63,9 +63,6 @@ class SplitModel:
     Both run the model's own forward, with stand-ins for the parts left out: masks, rotary embeddings and the family's
     treatment of logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
     a mask.
-
-    Raises:
-        ValueError: if the model has no language head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -170,11 +167,7 @@ def pick_tokens(x_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
 
 
 def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the decoder's forward, on the device of its embedding.
-
-    Raises:
-        ValueError: for a token id that the model does not have.
-    """
+    """Keyword arguments of the decoder's forward, on the device of its embedding."""
     require_known_ids(batch.input_ids, stack.model.config)
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.

@@ -157,12 +157,8 @@ class TokenBatches:
         """The sequences in two parts that share none: to choose by, and the last ones, held out to judge by.
 
         Args:
-            held_out: fraction of the sequences of each source in the second part, between 0 and 1; at least one goes
-                into each.
+            held_out: fraction of the sequences of each source in the second part, at least one each.
             whole: sources that go into the second part whole.
-
-        Raises:
-            ValueError: if a source has fewer than two sequences.
         """
         parts: tuple[list[Batch], list[Batch]] = ([], [])
         for name in self.weights:
@@ -242,22 +238,14 @@ def token_batches(
     ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
     if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
         return TokenBatches([_ids(row) for row in rows], TOKEN_IDS, tokenizer=tokenizer)
-    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer is None:
+        name = "" if model is None else model.config.name_or_path
+        if not name:
+            raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
+        tokenizer = AutoTokenizer.from_pretrained(name)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     batches = _windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source)
     return TokenBatches(batches, source, tokenizer=tokenizer)
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies with a model.
-
-    Raises:
-        ValueError: if the model has no name.
-    """
-    name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not name:
-        raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
-    return AutoTokenizer.from_pretrained(name)
 
 
 def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any, windows: Windows) -> TokenBatches:
@@ -298,13 +286,7 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
     """Reads sources of text as they are written on a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
 
     Without a name, a source is named after its file, without the suffix. What is itself the path of a file is taken as
-    one, whatever characters are in it.
-
-    Returns:
-        {name: (path, weight)}, as `token_batches` takes it.
-
-    Raises:
-        ValueError: for a name that occurs twice, an empty name or path, or a weight that is negative or infinite.
+    one, whatever characters are in it. Returned is {name: (path, weight)}, as `token_batches` takes it.
     """
     valid = "valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"
     sources: dict[str, tuple[str, float]] = {}
@@ -332,8 +314,7 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
 def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
     """The tokens in a window for models of these configurations: `seq_len`, or as many as all can up to the default.
 
-    Raises:
-        ValueError: if there are more than a model has positions: beyond these its figures are not its own.
+    More than a model has positions are refused: beyond these its figures are not its own.
     """
     length = default if seq_len is None else seq_len
     for config in configs:
@@ -345,17 +326,12 @@ def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 51
 
 
 def documents(data: Any, tokenizer: Any = None) -> list[str]:
-    """The texts in whatever a user has, as `token_batches` finds them: each text, or row, one by itself.
+    """The texts in whatever a user has, as `token_batches` finds them: each text, row or text file one by itself.
 
-    Args:
-        data: texts, rows, or a path, as for `token_batches`, but no token ids; a text file is one document.
-        tokenizer: its chat template renders a column "messages".
-
-    Raises:
-        ValueError, FileNotFoundError: as `token_batches` does.
+    The tokenizer's chat template renders a column "messages".
     """
     if isinstance(data, (str, os.PathLike)):
-        return list(_texts(_file_rows(Path(data)), tokenizer))
+        data = _file_rows(Path(data))
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(f"data must be texts, rows of a dataset or a path, got {type(data).__name__}")
     return list(_texts(data, tokenizer))
