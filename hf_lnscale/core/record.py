@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -42,14 +42,14 @@ class Dropped:
     Attributes:
         layers: their sorted numbers in the original model, counted from 0.
         num_hidden_layers: number of layers of the original model.
-        base: name of the original model, empty if it has none that others can use.
+        base: name of the original model, empty if it has none that others can use; models are the same without it.
         attention: sorted numbers, in the original model, of layers that are there without their attention.
         mlp: of those that are there without their MLP. A layer without both is one of `layers`.
     """
 
     layers: tuple[int, ...]
     num_hidden_layers: int
-    base: str = ""
+    base: str = field(default="", compare=False)
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
 

@@ -11,6 +11,7 @@ does not know that type, and raises it as a `KeyError`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -39,27 +40,25 @@ def note(adapter: dict[str, Any]) -> Record | None:
     noted = mapping.get(NOTE) if isinstance(mapping, dict) else None
     if noted is None:
         return None
-    where = f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json"
-    if not isinstance(noted, dict):
-        raise ValueError(f"{where} must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
     try:
+        if not isinstance(noted, dict):
+            raise ValueError(f"it must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
         return record(noted)
     except ValueError as error:
-        raise ValueError(f"{where} is not valid: {error}") from None
+        raise ValueError(f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json: {error}") from None
 
 
 def add_note(path: Path, base: PreTrainedConfig) -> None:
     """Notes in an adapter_config.json what its base is; a note that is there already is replaced."""
     adapter = json.loads(path.read_text(encoding="utf-8"))
-    found = base_state(base)
-    noted = record(base) != Record()
+    found, noted = base_state(base), record(base) != Record()
     if not noted and note(adapter) is None:
         return
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
         mapping[NOTE] = found.to_dict()
         there = _config_on_disk(adapter)
-        if found.needs_plugin or there is None or not _same(base_state(there), found):
+        if found.needs_plugin or there is None or base_state(there) != found:
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
@@ -83,16 +82,14 @@ def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> d
     base = base or (_config_on_disk(adapter) if wanted else None)
     if wanted is None or base is None:  # where there is no base, loading it will say what is wrong
         return {}
-    found = keywords_to_restore(wanted, base)
-    if found is None:
+    if (found := keywords_to_restore(wanted, base)) is None:
         raise ValueError(_mismatch(adapter, "this adapter", wanted, base))
     return found
 
 
 def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
     """The keywords of `from_pretrained` that make a model with the wanted record of a checkpoint; None if none do."""
-    found = _to_restore(wanted, base)
-    if found is None:
+    if (found := _to_restore(wanted, base)) is None:
         return None
     restored = copy.deepcopy(base)
     set_drops(restored, found)
@@ -101,7 +98,7 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
         require_valid(restored)
     except ValueError:  # depths of another number of layers, a scale of zero
         return None
-    return found if _same(wanted, base_state(restored)) else None
+    return found if wanted == base_state(restored) else None
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
@@ -128,17 +125,8 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
             )
             return
         wanted = base_state(there)
-    if not _same(wanted, here):
+    if wanted != here:
         raise ValueError(_mismatch(adapter, f"the adapter {name!r}", wanted, base))
-
-
-def _same(one: Record, other: Record) -> bool:
-    """Compares what matters to an adapter, so not the name of the model that layers were dropped from."""
-
-    def key(state: Record) -> Record:
-        return dataclasses.replace(state, dropped=state.dropped and dataclasses.replace(state.dropped, base=""))
-
-    return key(one) == key(other)
 
 
 def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
@@ -184,13 +172,8 @@ def _describe(state: Record) -> str:
 
 def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedConfig | None:
     """The configuration at the path that PEFT noted, or None if it cannot be read; `local` asks no Hub for it."""
-    name = adapter.get("base_model_name_or_path")
-    if not name:
-        return None
-    try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, revision=adapter.get("revision"), local_files_only=local
-        )
-        return found
-    except (OSError, ValueError):
-        return None
+    found: PreTrainedConfig | None = None
+    if name := adapter.get("base_model_name_or_path"):
+        with contextlib.suppress(OSError, ValueError):
+            found = AutoConfig.from_pretrained(name, revision=adapter.get("revision"), local_files_only=local)
+    return found

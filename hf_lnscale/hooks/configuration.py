@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..core import record
 from ..core.errors import ArgumentError
-from .install import DROPS, require_supported
+from .install import DROPS, Original, require_supported
 
 # Keywords of from_pretrained that say where a file is found.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -65,45 +65,36 @@ def drop_property(name: str) -> property:
     )
 
 
-def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_dict(cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
-        drops = pop_drops(kwargs)
-        made = original(cls, *args, **kwargs)
-        # After every other keyword: what is valid depends on the number of layers.
-        config = made[0] if isinstance(made, tuple) else made
-        set_drops(config, drops)
-        set_ln_scaling(config, ln_scaling)
-        if record.is_flagged(config):
-            record.require_valid(config)
-        return made
-
-    return from_dict
+def from_dict(original: Original, /, cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
+    drops = pop_drops(kwargs)
+    made = original(cls, *args, **kwargs)
+    # After every other keyword: what is valid depends on the number of layers.
+    config = made[0] if isinstance(made, tuple) else made
+    set_drops(config, drops)
+    set_ln_scaling(config, ln_scaling)
+    if record.is_flagged(config):
+        record.require_valid(config)
+    return made
 
 
-def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_dict(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        values = original(self, *args, **kwargs)
-        if isinstance(name := values.get("_name_or_path"), record.SourceName):
-            values["_name_or_path"] = str(name)
-        if record.is_flagged(self):
-            values.pop(record.ON_DISK, None)
-        return values
-
-    return to_dict
+def to_dict(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+    values = original(self, *args, **kwargs)
+    if isinstance(name := values.get("_name_or_path"), record.SourceName):
+        values["_name_or_path"] = str(name)
+    if record.is_flagged(self):
+        values.pop(record.ON_DISK, None)
+    return values
 
 
-def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_json_file(self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if (aside := _aside.get()) == Path(json_file_path):
-            json_file_path = _new_name(aside)
-        if not record.is_flagged(self):
-            return original(self, json_file_path, *args, **kwargs)
-        text = self.to_json_string(*args, **kwargs)
-        config = record.protect(json.loads(text))
-        with open(json_file_path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    return to_json_file
+def to_json_file(original: Original, /, self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
+    if (aside := _aside.get()) == Path(json_file_path):
+        json_file_path = _new_name(aside)
+    if not record.is_flagged(self):
+        return original(self, json_file_path, *args, **kwargs)
+    text = self.to_json_string(*args, **kwargs)
+    config = record.protect(json.loads(text))
+    with open(json_file_path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _new_name(config_file: Path) -> Path:
@@ -120,30 +111,23 @@ def writing_aside(config_file: Path) -> Iterator[Path]:
         _aside.reset(token)
 
 
-def dict_from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def dict_from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            found = original(cls, *args, **kwargs)
-        except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
-            raise json.JSONDecodeError("nested too deeply", "", 0) from None
-        return record.unprotect(found)
-
-    return dict_from_json_file
+def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        found = original(cls, *args, **kwargs)
+    except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+    return record.unprotect(found)
 
 
-def get_mtp_config(original: Callable[..., Any]) -> Callable[..., Any]:
+def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
     """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
-
-    def get_mtp_config(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        found = record.record(self) if record.is_flagged(self) else record.Record()
-        if found.active or found.dropped:
-            raise ArgumentError(
-                "use_mtp",
-                True,
-                problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
-                "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
-                "hf_lnscale.draft_model makes",
-            )
-        return original(self, *args, **kwargs)
-
-    return get_mtp_config
+    found = record.record(self) if record.is_flagged(self) else record.Record()
+    if found.active or found.dropped:
+        raise ArgumentError(
+            "use_mtp",
+            True,
+            problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
+            "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
+            "hf_lnscale.draft_model makes",
+        )
+    return original(self, *args, **kwargs)

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, require_supported
+from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, Original, require_supported
 
 
-def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrapper that refuses flags, and configurations and models that have one, and passes on everything else."""
+def refuse(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    """Refuses flags, and configurations and models that have one, and passes on everything else."""
+    if MODELS in sys.modules:  # else accelerate is used without transformers
+        from ..core.record import is_flagged
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if MODELS in sys.modules:  # else accelerate is used without transformers
-            from ..core.record import is_flagged
-
-            if any(is_flagged(getattr(value, "config", value)) for value in (*args, *kwargs.values())):
-                require_supported(*(group for group in GROUPS if group != VLLM))
-            if any(kwargs.pop(name, None) not in (None, False) for name in ("ln_scaling", *DROPS)):
-                require_supported()
-        return original(*args, **kwargs)
-
-    return guarded
+        if any(is_flagged(getattr(value, "config", value)) for value in (*args, *kwargs.values())):
+            require_supported(*(group for group in GROUPS if group != VLLM))
+        flags = [kwargs.pop(name, None) for name in ("ln_scaling", *DROPS)]
+        if any(value is not None and value is not False for value in flags):
+            require_supported()
+    return original(*args, **kwargs)
 
 
-def refuse_scaled_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_config_dict(*args: Any, **kwargs: Any) -> Any:
-        from ..core.record import parts, protected_part
+def refuse_scaled_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    from ..core.record import parts, protected_part
 
-        found = original(*args, **kwargs)
-        if any(protected_part(part).needs_plugin for part in parts(found[0])):
-            require_supported(CONFIGURATION, MODELS, VLLM)
-        return found
-
-    return get_config_dict
+    found = original(*args, **kwargs)
+    if any(protected_part(part).needs_plugin for part in parts(found[0])):
+        require_supported(CONFIGURATION, MODELS, VLLM)
+    return found

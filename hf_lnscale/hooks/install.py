@@ -30,6 +30,8 @@ VLLM = "vllm.transformers_utils.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
 GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
 
+# What a hook takes the place of.
+Original = Callable[..., Any]
 # Keywords of from_pretrained and fields of a configuration that take parts out; all count layers as they were before.
 DROPS = ("drop_layers", "drop_attention", "drop_mlp")
 
@@ -42,8 +44,8 @@ class Hook:
         group: the module whose import is waited for.
         owner: the class, as `module:name`, or the module itself, as `module:`.
         name: the attribute.
-        replacement: the function that makes the replacement, as `module:name` in this folder: a wrapper of the original
-            function, or of a property, from its name, if its own name ends so.
+        replacement: what is called in its place, with the original first, as `module:name` in this folder; or, if its
+            name ends so, what makes a property of that name.
         parameters: those of the original that must be there, divided by spaces: all of a private function, the first
             ones of a public one. Empty if none is relied on.
         needed_since: the first release of transformers that has the function and anything for the hook to do; before
@@ -326,7 +328,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             owner: Any = importlib.import_module(module)
             owner = getattr(owner, cls) if cls else owner
             file, _, factory = hook.replacement.partition(":")
-            make = getattr(importlib.import_module(f".{file}", __package__), factory)
+            replacement = getattr(importlib.import_module(f".{file}", __package__), factory)
         except (ImportError, AttributeError) as error:
             if _importing_this_package():
                 raise
@@ -335,7 +337,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
             continue  # reloaded, and the class is the same
         if factory.endswith("_property"):
-            made[owner, hook.name] = make(hook.name)
+            made[owner, hook.name] = replacement(hook.name)
             continue
         original = inspect.getattr_static(owner, hook.name, None)
         if original is None:
@@ -350,9 +352,17 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         if known and (given if private else given[: len(known)]) != known:
             found.append(f"{cls}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(known)}")
             continue
-        wrapper = functools.wraps(function)(make(function))
+        wrapper = _wrapper(function, replacement)
         made[owner, hook.name] = kind(wrapper) if kind else wrapper
     return made, found
+
+
+def _wrapper(original: Original, replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    return wrapper
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 from ..core.apply import require_consistent
 from . import adapter_note as adapters
 from .configuration import located
+from .install import Original
 
 # The configuration of the model whose adapter is being saved.
 _base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
@@ -56,67 +57,49 @@ def require_base_of(name: Any, where: dict[str, Any], model: Any) -> None:
         adapters.require_base(adapter, os.fspath(name), base)
 
 
-def load_adapter_into_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        load_config = kwargs.get("load_config")
-        name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-        if name is not None:
-            where = getattr(load_config, "download_kwargs", None) or {}
-            require_base_of(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
-        return original(self, peft_model_id, *args, **kwargs)
-
-    return load_adapter
-
-
-def from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return adapters.without_tripwire(original(cls, *args, **kwargs))
-
-    return from_json_file
+def load_adapter_into_model(
+    original: Original, /, self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    load_config = kwargs.get("load_config")
+    name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    if name is not None:
+        where = getattr(load_config, "download_kwargs", None) or {}
+        require_base_of(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
+    return original(self, peft_model_id, *args, **kwargs)
 
 
-def save_adapter_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, *args, **kwargs)
-        if (base := _base.get()) is not None:
-            adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
-        return result
-
-    return save_pretrained
+def from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return adapters.without_tripwire(original(cls, *args, **kwargs))
 
 
-def save_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        require_consistent(self)
-        base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
-        with noting(base):
-            return original(self, *args, **kwargs)
-
-    return save_pretrained
+def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, save_directory, *args, **kwargs)
+    if (base := _base.get()) is not None:
+        adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
+    return result
 
 
-def own_base_only(original: Callable[..., Any]) -> Callable[..., Any]:
+def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    require_consistent(self)
+    base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
+    with noting(base):
+        return original(self, *args, **kwargs)
+
+
+def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """For each of PEFT's functions that reads an adapter for a model in memory: before the model is changed."""
-    signature = inspect.signature(original)
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
-        adapter = given.get("model_id") or given["model_name_or_path"]
-        require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
-        return original(*args, **kwargs)
-
-    return checked
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
+    adapter = given.get("model_id") or given["model_name_or_path"]
+    require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
+    return original(*args, **kwargs)
 
 
-def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        adapter = read_adapter(pretrained_model_name_or_path, kwargs)
-        with warnings.catch_warnings():
-            if adapter is not None and (found := adapters.keywords(adapter)):
-                kwargs = {**found, **kwargs}
-                # Not a cold switch: that is how the adapter was trained.
-                warnings.filterwarnings("ignore", message="ln_scaling was")
-            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
-
-    return from_pretrained
+def auto_adapter(original: Original, /, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    adapter = read_adapter(pretrained_model_name_or_path, kwargs)
+    with warnings.catch_warnings():
+        if adapter is not None and (found := adapters.keywords(adapter)):
+            kwargs = {**found, **kwargs}
+            # Not a cold switch: that is how the adapter was trained.
+            warnings.filterwarnings("ignore", message="ln_scaling was")
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)

@@ -27,6 +27,7 @@ from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.record import MARK, Record, mark, record, unprotect
 from .configuration import writing_aside
+from .install import Original
 
 _REPLACED = f"{CONFIG_NAME}.replaced"
 # The record that weights are marked with while a model is saved.
@@ -58,19 +59,16 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
     if record(config) != Record():
         return True
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return record(_read(Path(folder) / CONFIG_NAME)) != Record()
+        there = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+        return record(unprotect(there)) != Record()
     return False
 
 
-def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
+def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """safetensors' `save_file`, which marks the weights of a model with a scale or a cut."""
-
-    def save_file(*args: Any, **kwargs: Any) -> Any:
-        if (own := _mark.get()) is not None:
-            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
-        return original(*args, **kwargs)
-
-    return save_file
+    if (own := _mark.get()) is not None:
+        kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
+    return original(*args, **kwargs)
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
@@ -93,24 +91,15 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
             continue
         if expected is None:
             expected = mark(record(saved()))
-        # Parsed, as others may write JSON in another way.
-        if own != expected and _parsed(own) != json.loads(expected):
-            raise CheckpointError(
-                f"{Path(file).name} was saved by a model with {brief(own)}, but the config.json beside it says "
-                f"{expected}: "
-                "the folder holds the weights of one model and the configuration of another. Save the model again, or "
-                "restore the file that belongs to the other"
-            )
+        with contextlib.suppress(ValueError, RecursionError):
+            if own == expected or json.loads(own) == json.loads(expected):  # others may write JSON in another way
+                continue
+        raise CheckpointError(
+            f"{Path(file).name} was saved by a model with {brief(own)}, but the config.json beside it says {expected}: "
+            "the folder holds the weights of one model and the configuration of another. Save the model again, or "
+            "restore the file that belongs to the other"
+        )
     return expected is not None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return unprotect(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _parsed(said: str) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(said)
 
 
 def _weights(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:

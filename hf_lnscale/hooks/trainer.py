@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,32 +17,30 @@ from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
 from ..pruning import layers
 from .configuration import saved_config
+from .install import Original
 from .peft import require_base_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def train(original: Callable[..., Any]) -> Callable[..., Any]:
-    def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Trainer loads the weights of a checkpoint without reading its configuration.
-        folder = resume_from_checkpoint
-        if folder is True and os.path.isdir(output := str(self.args.output_dir)):
-            folder = get_last_checkpoint(output)
-        config = getattr(self.model, "config", None)
-        # The original refuses a missing folder.
-        if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
-            has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
-            step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
-            if step is not None and self.model is not None:  # the weights that are loaded next belong to it
-                set_ln_scaling_step(self.model, step)
-            if not has_config:
-                require_base_of(folder, {}, self.model)
-        if isinstance(config, PreTrainedConfig) and is_flagged(config):
-            _require_moved_warmup(self, record(config).active)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
-
-    return train
+def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    # Trainer loads the weights of a checkpoint without reading its configuration.
+    folder = resume_from_checkpoint
+    if folder is True and os.path.isdir(output := str(self.args.output_dir)):
+        folder = get_last_checkpoint(output)
+    config = getattr(self.model, "config", None)
+    # The original refuses a missing folder.
+    if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
+        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
+        step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
+        if step is not None and self.model is not None:  # the weights that are loaded next belong to it
+            set_ln_scaling_step(self.model, step)
+        if not has_config:
+            require_base_of(folder, {}, self.model)
+    if isinstance(config, PreTrainedConfig) and is_flagged(config):
+        _require_moved_warmup(self, record(config).active)
+    return original(self, resume_from_checkpoint, *args, **kwargs)
 
 
 def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
