@@ -224,50 +224,51 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Refuses a model whose norms are scaled otherwise than its configuration says; called before it is saved.
+    """Refuses a model that is not what its configuration says; called before it is saved.
 
     Raises:
         ValueError: if the two differ; the message says how that comes about.
     """
     for module in pretrained_modules(model):
-        stack = own_stack(module)
-        if stack is None:
-            continue
-        found, number = record(stack.model.config), stack.model.config.num_hidden_layers
-        if found.dropped and number != len(stack.layers):
-            raise ValueError(
-                f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
-                f"{list(found.dropped.layers)} dropped: drop_layers was assigned to the configuration of a model that "
-                "is built already (use hf_lnscale.drop_layers(model, layers))"
-            )
-        lacking: dict[str, list[int]] = {}
-        for position, layer in enumerate(stack.layers):
-            for kind in missing(layer, stack.family):
-                lacking.setdefault(kind, []).append(position)
-        if lacking != found.sublayers:
-            raise ValueError(
-                f"this {type(module).__name__} lacks sub-layers of layers {lacking}, its config says "
-                f"{found.sublayers}: the configuration of a model that is built already was changed (use "
-                "hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two models share one config object"
-            )
-        said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
-        applied = _applied(stack)
-        if applied != [{scale} for scale in said]:
-            raise ValueError(
-                f"the norms of this {type(module).__name__} are scaled by {[max(scales) for scales in applied]}, its "
-                f"config says {said}. Either config.ln_scaling was changed after the model was built (use "
-                "hf_lnscale.apply_ln_scaling), or two models share one config object (build each from its own: "
-                "copy.deepcopy(config))."
-            )
-        # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
-        if any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in module.modules()) and any(
-            parameter._version for parameter in module.parameters()
-        ):
-            raise ValueError(
-                f"this {type(module).__name__} is a copy whose weights were averaged or trained while its ln_scaling "
-                f"stayed at step {found.active and found.active.step}, and that of the model it was copied from went "
-                "on. Move it to the step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
-            )
+        if (stack := own_stack(module)) and (problem := _inconsistency(stack)):
+            raise ValueError(f"this {type(module).__name__} {problem}")
+
+
+def _inconsistency(stack: Stack) -> str:
+    config, number = stack.model.config, len(stack.layers)
+    found = record(config)
+    if found.dropped and config.num_hidden_layers != number:
+        return (
+            f"has {number} layers, its config says {config.num_hidden_layers}, with {list(found.dropped.layers)} "
+            "dropped: drop_layers was assigned to the configuration of a model that is built already (use "
+            "hf_lnscale.drop_layers(model, layers))"
+        )
+    lacking: dict[str, list[int]] = {}
+    for position, layer in enumerate(stack.layers):
+        for kind in missing(layer, stack.family):
+            lacking.setdefault(kind, []).append(position)
+    if lacking != found.sublayers:
+        return (
+            f"lacks sub-layers of layers {lacking}, its config says {found.sublayers}: the configuration of a model "
+            "that is built already was changed (use hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two "
+            "models share one config object"
+        )
+    said, applied = found.active.scales(number) if found.active else [1.0] * number, _applied(stack)
+    if applied != [{scale} for scale in said]:
+        return (
+            f"has norms that are scaled by {[max(scales) for scales in applied]}, its config says {said}. Either "
+            "config.ln_scaling was changed after the model was built (use hf_lnscale.apply_ln_scaling), or two models "
+            "share one config object (build each from its own: copy.deepcopy(config))."
+        )
+    # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
+    left_behind = any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in stack.model.modules())
+    if left_behind and any(parameter._version for parameter in stack.model.parameters()):
+        return (
+            f"is a copy whose weights were averaged or trained while its ln_scaling stayed at step "
+            f"{found.active and found.active.step}, and that of the model it was copied from went on. Move it to the "
+            "step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
+        )
+    return ""
 
 
 def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
