@@ -51,10 +51,6 @@ class Batch:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
         return {"input_ids": self.input_ids}
 
-    def predicted(self) -> torch.Tensor:
-        """Which next tokens count for a loss, shape (B, T - 1), bool: both the token and the one before are real."""
-        return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
-
 
 @dataclass(frozen=True)
 class Windows:
