@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +37,7 @@ NOT_COMPANIONS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
     "trainer_state.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
+Fold = Callable[[torch.Tensor], torch.Tensor]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -121,21 +124,21 @@ def export(
         raise FileNotFoundError(f"{str(src)!r} is not a checkpoint: it has no config.json")
     files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
-    norms = {file: _pre_norms(source / file, read, family, scales) for file, read in files.items()}
-    names = [name for found in norms.values() for name in found]
+    folds = {file: _folds(source / file, read, family, scales) for file, read in files.items()}
+    names = [name for found in folds.values() for name in found]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
-    with atomic_directory(target, force) as partial:
-        copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
+    with atomic_directory(target, force) as folder:
+        copy_companions(source, folder, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy_folded(source / file, partial / file, norms[file], family.one_plus_weight, mark(record(plain)))
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            _copy_folded(source / file, folder / file, folds[file], mark(record(plain)))
         for file in files:  # all of them, on a disk that may have filled up
-            _require_folded(source / file, partial / file, norms[file], family.one_plus_weight)
+            _require_folded(source / file, folder / file, folds[file])
         # Last: without it, the folder is not a checkpoint.
-        (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(out)
 
 
@@ -183,18 +186,20 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
 
-def _pre_norms(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, float]:
-    """The tensors of the pre-norms that are read from a file, each with its scale."""
+def _folds(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, Fold]:
+    """The tensors of the pre-norms that are read from a file, each with the function that folds it."""
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
-    found = {name: family.layer_of_pre_norm(name) for name in names}
-    # A multi-token-prediction layer is stored behind the last one, under the next number.
-    return {name: scales[layer] for name, layer in found.items() if layer is not None and layer < len(scales)}
+    found: dict[str, Fold] = {}
+    for name in names:
+        layer, one_plus = family.layer_of_pre_norm(name), family.one_plus_weight and name.endswith(".weight")
+        # A multi-token-prediction layer is stored behind the last one, under the next number.
+        if layer is not None and layer < len(scales):
+            found[name] = partial(scale_parameter, scale=scales[layer], one_plus_weight=one_plus)
+    return found
 
 
-def _copy_folded(
-    source: Path, target: Path, norms: dict[str, float], one_plus_weight: bool, new_mark: str | None
-) -> None:
+def _copy_folded(source: Path, target: Path, folds: dict[str, Fold], new_mark: str) -> None:
     """Copies a safetensors file, then overwrites the tensors of the norms by their folded form.
 
     If the file is marked with the record of its model, the copy has `new_mark` instead.
@@ -202,44 +207,43 @@ def _copy_folded(
     with open(source, "rb") as old, open(target, "w+b") as new:
         header = old.read(int.from_bytes(old.read(8), "little"))
         entries = json.loads(header)
-        if MARK in entries.get("__metadata__", {}) and new_mark is not None:
+        if MARK in entries.get("__metadata__", {}):
             entries["__metadata__"][MARK] = new_mark
             header = json.dumps(entries, separators=(",", ":")).encode()
             header += b" " * (-len(header) % 8)  # the format aligns tensors to 8 bytes
         new.write(len(header).to_bytes(8, "little") + header)
         shutil.copyfileobj(old, new, 2**24)
-        for name, scale in norms.items():
+        for name, fold in folds.items():
             if (stored := entries[name]["dtype"]) not in _DTYPES:
                 raise ValueError(f"{name} in {source.name} is stored as {stored}; known are {', '.join(_DTYPES)}")
             start, end = (8 + len(header) + offset for offset in entries[name]["data_offsets"])
-            _fold_tensor(new, start, end, _DTYPES[stored], scale, one_plus_weight and name.endswith(".weight"))
+            _fold_tensor(new, start, end, _DTYPES[stored], fold)
 
 
-def _fold_tensor(file: BinaryIO, start: int, end: int, dtype: torch.dtype, scale: float, one_plus_weight: bool) -> None:
+def _fold_tensor(file: BinaryIO, start: int, end: int, dtype: torch.dtype, fold: Fold) -> None:
     """Overwrites the tensor between two positions in a file with its folded form."""
     file.seek(start)
-    weight = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype)
+    folded = fold(torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype))
     file.seek(start)
-    file.write(scale_parameter(weight, scale, one_plus_weight).contiguous().view(torch.uint8).numpy().tobytes())
+    file.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _require_folded(source: Path, written: Path, norms: dict[str, float], one_plus_weight: bool) -> None:
+def _require_folded(source: Path, written: Path, folds: dict[str, Fold]) -> None:
     """Verifies a written file, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
     with safe_open(source, framework="pt") as before, safe_open(written, framework="pt") as after:
         if sorted(before.keys()) != sorted(after.keys()):
             raise CheckpointError(f"{written.name} holds other tensors than {str(source)!r}; nothing was written")
-        for name, scale in norms.items():
-            expected = scale_parameter(before.get_tensor(name), scale, one_plus_weight and name.endswith(".weight"))
-            if not torch.equal(expected, after.get_tensor(name)):
+        for name, fold in folds.items():
+            if not torch.equal(fold(before.get_tensor(name)), after.get_tensor(name)):
                 raise CheckpointError(f"{name} in {written.name} was not written as folded; nothing is kept")
 
 
-def copy_companions(source: Path, partial: Path, indexed: bool = False) -> None:
+def copy_companions(source: Path, folder: Path, indexed: bool = False) -> None:
     """Copies tokenizer, templates, cards and other small files of a checkpoint; with `indexed`, also its index."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
-            shutil.copytree(entry, partial / entry.name)
+            shutil.copytree(entry, folder / entry.name)
         elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
             continue  # of other files than the one that is read
         elif entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in NOT_COMPANIONS):
-            shutil.copyfile(entry, partial / entry.name)
+            shutil.copyfile(entry, folder / entry.name)

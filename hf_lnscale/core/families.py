@@ -28,32 +28,20 @@ RULES = {
     "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
 }
 # The rule of each field that families of transformers have.
-DEPTH_FIELDS = {
-    "layer_types": "each",
-    "activation_sparsity_pattern": "each",
-    "attention_layers": "each",
-    "layer_rope_theta": "each",
-    "layers_block_type": "each",
-    "mlp_layer_types": "each",
-    "no_rope_layers": "each",
-    "num_attention_heads_per_layer": "each",
-    "block_types": "cycle",
-    "first_k_dense_replace": "first",
-    "max_window_layers": "first",
-    "moe_layer_start_index": "first",
-    "num_dense_layers": "first",
-    "moe_layer_end_index": "last",
-    "attn_layer_indices": "indices",
-    "moe_layers": "indices",
-    "attn_layer_period": "period",
-    "expert_layer_period": "period",
-    "moe_layer_interval": "period",
-    "mlp_only_layers": "dense",
-    "num_blocks": "count",
-    "indexer_types": "shared",
-    "num_kv_shared_layers": "unset",
-    "scale_attn_by_inverse_layer_idx": "unset",
+_FIELDS = {
+    "each": "layer_types activation_sparsity_pattern attention_layers layer_rope_theta layers_block_type "
+    "mlp_layer_types no_rope_layers num_attention_heads_per_layer",
+    "cycle": "block_types",
+    "first": "first_k_dense_replace max_window_layers moe_layer_start_index num_dense_layers",
+    "last": "moe_layer_end_index",
+    "indices": "attn_layer_indices moe_layers",
+    "period": "attn_layer_period expert_layer_period moe_layer_interval",
+    "dense": "mlp_only_layers",
+    "count": "num_blocks",
+    "shared": "indexer_types",
+    "unset": "num_kv_shared_layers scale_attn_by_inverse_layer_idx",
 }
+DEPTH_FIELDS = {field: rule for rule, fields in _FIELDS.items() for field in fields.split()}
 
 
 @dataclass(frozen=True)
