@@ -43,29 +43,18 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The description of a checkpoint in its `config.json`.
+    """The description of a checkpoint in its `config.json`."""
 
-    Attributes:
-        path: the checkpoint as it was named.
-        model_type: family of the whole model, as transformers names it.
-        family: family of its text decoder.
-        supported: whether the table of families has it.
-        num_layers: layers of the text decoder, L; None if the configuration has no such number.
-        active: the scaling that is applied on loading, or None.
-        folded: the scaling that is part of the norm weights, or None.
-        scales: L factors that are applied on loading; all 1.0 without an active scaling.
-        dropped: the dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the
-            layers that are there without `attention` or `mlp`, all in the original's numbering; None for a whole model.
-    """
-
-    path: str
-    model_type: str
-    family: str
-    supported: bool
-    num_layers: int | None
-    active: dict[str, Any] | None
-    folded: dict[str, Any] | None
-    scales: list[float]
+    path: str  # as it was named
+    model_type: str  # of the whole model
+    family: str  # the model_type of its text decoder
+    supported: bool  # whether the table of families has it
+    num_layers: int | None  # of the text decoder; None if the configuration has no such number
+    active: dict[str, Any] | None  # the scaling that is applied on loading
+    folded: dict[str, Any] | None  # the scaling that is part of the norm weights
+    scales: list[float]  # the factor of each layer that is applied on loading
+    # The dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the layers that
+    # are there without `attention` or `mlp`, all in the original's numbering.
     dropped: dict[str, Any] | None = None
 
 

@@ -33,23 +33,14 @@ _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload by `push`.
-
-    Attributes:
-        repo_id: the repository.
-        private: whether a new repository is private; None: as the account is set.
-        files: paths in the folder and their sizes in bytes, without the card.
-        card: the content of README.md.
-        folder: the folder of the files.
-        url: URL of the commit; None if nothing was uploaded.
-    """
+    """An upload by `push`."""
 
     repo_id: str
-    private: bool | None
-    files: dict[str, int]
-    card: str
+    private: bool | None  # of a new repository; None: as the account is set
+    files: dict[str, int]  # paths in the folder and their sizes in bytes, without the card
+    card: str  # the content of README.md
     folder: Path
-    url: str | None = None
+    url: str | None = None  # of the commit; None if nothing was uploaded
 
     def __str__(self) -> str:
         lines = [f"{size:>15,}  {one_line(name)}" for name, size in self.files.items()]

@@ -37,19 +37,14 @@ class Stored(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which layers and sub-layers of the original model are missing.
+    """Which layers and sub-layers of the original model are missing, by their sorted numbers in it, counted from 0.
 
-    Attributes:
-        layers: their sorted numbers in the original model, counted from 0.
-        num_hidden_layers: number of layers of the original model.
-        base: name of the original model, empty if it has none that others can use; models are the same without it.
-        attention: sorted numbers, in the original model, of layers that are there without their attention.
-        mlp: of those that are there without their MLP. A layer without both is one of `layers`.
+    A layer that is there without its attention or MLP is one of `attention` or `mlp`; one without both, of `layers`.
     """
 
     layers: tuple[int, ...]
-    num_hidden_layers: int
-    base: str = field(default="", compare=False)
+    num_hidden_layers: int  # of the original model
+    base: str = field(default="", compare=False)  # the original's name, empty if it has none that others can use
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
 
@@ -85,15 +80,10 @@ def named_parts(layers: Iterable[int], attention: Iterable[int], mlp: Iterable[i
 
 @dataclass(frozen=True)
 class KnownText:
-    """The text that a model's layers were chosen or healed on; see `measuring.known_text`.
-
-    Attributes:
-        source: where it is from.
-        passages: a sorted sample of hashes of its passages, of 48 bits each.
-    """
+    """The text that a model's layers were chosen or healed on; see `measuring.known_text`."""
 
     source: str
-    passages: tuple[int, ...]
+    passages: tuple[int, ...]  # a sorted sample of their hashes, of 48 bits each
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: passages are a string of twelve hexadecimal digits each."""
@@ -117,19 +107,12 @@ class KnownText:
 
 @dataclass(frozen=True)
 class Record:
-    """The scale and the layers of the text decoder in a configuration.
+    """The scale and the layers of the text decoder in a configuration."""
 
-    Attributes:
-        active: the scaling that is applied to the norms' outputs, or None.
-        folded: the scaling that the norm weights contain, or None.
-        dropped: the layers that are missing, or None if none are.
-        on_disk: the scaling that was active in the checkpoint's own config.json, or None.
-    """
-
-    active: LNScalingConfig | None = None
-    folded: LNScalingConfig | None = None
+    active: LNScalingConfig | None = None  # applied to the norms' outputs
+    folded: LNScalingConfig | None = None  # contained in the norm weights
     dropped: Dropped | None = None
-    on_disk: LNScalingConfig | None = None
+    on_disk: LNScalingConfig | None = None  # active in the checkpoint's own config.json
 
     @property
     def sublayers(self) -> dict[str, list[int]]:
@@ -157,14 +140,10 @@ class SourceName(str):
 
     Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
     models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
-
-    Attributes:
-        record: the record in the model's configuration.
-        changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
     """
 
     record: Record
-    changed: str
+    changed: str  # how its weights were changed in memory, so that they cannot be loaded again; "" if they were not
 
     def __new__(cls, name: str, record: Record = Record(), changed: str = "") -> SourceName:
         made = super().__new__(cls, name)
@@ -173,11 +152,9 @@ class SourceName(str):
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
-    """Notes in a configuration's name what a model that is loaded by it must be like; see `SourceName`.
+    """Notes in the name of a model in memory what one that is loaded by it must be like; see `SourceName`.
 
-    Args:
-        config: of a model in memory.
-        changed: how its weights were changed; None leaves what was noted.
+    None for how its weights were changed leaves what was noted.
     """
     if name := getattr(config, "_name_or_path", ""):
         changed = getattr(name, "changed", "") if changed is None else changed

@@ -38,25 +38,19 @@ DROPS = ("drop_layers", "drop_attention", "drop_mlp")
 
 @dataclass(frozen=True)
 class Hook:
-    """One attribute that is replaced.
+    """One attribute that is replaced."""
 
-    Attributes:
-        group: the module whose import is waited for.
-        owner: the class, as `module:name`, or the module itself, as `module:`.
-        name: the attribute.
-        replacement: what is called in its place, with the original first, as `module:name` in this folder; or, if its
-            name ends so, what makes a property of that name.
-        parameters: those of the original that must be there, divided by spaces: all of a private function, the first
-            ones of a public one. Empty if none is relied on.
-        needed_since: the first release of transformers that has the function and anything for the hook to do; before
-            it, the hook is left out where the function is missing.
-    """
-
-    group: str
-    owner: str
+    group: str  # the module whose import is waited for
+    owner: str  # the class, as `module:name`, or the module itself, as `module:`
     name: str
+    # What is called in its place, with the original first, as `module:name` in this folder; or, if its name ends so,
+    # what makes a property of that name.
     replacement: str
+    # Those of the original that must be there, divided by spaces: all of a private function, the first ones of a public
+    # one. Empty if none is relied on.
     parameters: str = ""
+    # The first release of transformers that has the function and anything for the hook to do; before it, the hook is
+    # left out where the function is missing.
     needed_since: str = ""
 
 

@@ -26,17 +26,11 @@ TOKEN_IDS = "token ids"
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of token ids.
+    """Sequences of token ids, all from one source of text."""
 
-    Attributes:
-        input_ids: shape (B, T).
-        attention_mask: shape (B, T), bool; False at padding, which no measurement counts.
-        name: the source of text it belongs to; all of its sequences are from there.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    name: str = ""
+    input_ids: torch.Tensor  # shape (B, T)
+    attention_mask: torch.Tensor  # shape (B, T), bool; False at padding, which no measurement counts
+    name: str = ""  # of the source
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
