@@ -141,12 +141,12 @@ def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[
         return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
 
 
-def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:
-    """The loss of a model from which layers are removed, in nats per token: mean cross-entropy of the next token.
+def loss_without(model: nn.Module, batches: Any, removed: Iterable[Unit] = ()) -> float:
+    """The loss of a model from which layers are removed, in nats per token, its mean over sources of text.
 
     `batches` are as `token_batches` takes them.
     """
-    return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0].mean
+    return losses_by_source(model, token_batches(batches, text_stack(model).model), removed).mean
 
 
 def sweep_losses(
