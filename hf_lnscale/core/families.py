@@ -117,6 +117,9 @@ RENAMED = "its checkpoints name the pre-norms differently from its model, so tha
 SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
 
 
+GEMMA = "input_layernorm pre_feedforward_layernorm"
+
+
 def _rows(names: str, depth_fields: str = "", norms: str = "", **others: Any) -> dict[str, Family]:
     """A row for each of these kinds, as Llama's but for what is given; strings are lists, divided by spaces."""
     if norms:
@@ -140,12 +143,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("axk1 glm4_moe_lite hy_v3", "mlp_layer_types"),
     **_rows("bailing_hybrid deepseek_v32 exaone_moe", "layer_types mlp_layer_types first_k_dense_replace"),
     **_rows("deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe", "first_k_dense_replace"),
-    **_rows(
-        "gemma2 gemma3_text vaultgemma",
-        "layer_types",
-        norms="input_layernorm pre_feedforward_layernorm",
-        one_plus_weight=True,
-    ),
+    **_rows("gemma2 gemma3_text vaultgemma", "layer_types", norms=GEMMA, one_plus_weight=True),
     **_rows("biogpt musicgen_melody_decoder xglm", norms="self_attn_layer_norm final_layer_norm"),
     **_rows("gemma nemotron", one_plus_weight=True),
     **_rows("granite_swa granitemoe_swa", "layer_types layer_rope_theta"),
@@ -173,12 +171,10 @@ FAMILIES: dict[str, Family] = {
     **_rows(
         "gemma4_text",
         "layer_types num_kv_shared_layers",
-        norms="input_layernorm pre_feedforward_layernorm",
+        norms=GEMMA,
         requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
     ),
-    **_rows(
-        "gemma4_unified_text", "layer_types num_kv_shared_layers", norms="input_layernorm pre_feedforward_layernorm"
-    ),
+    **_rows("gemma4_unified_text", "layer_types num_kv_shared_layers", norms=GEMMA),
     **_rows("glm_moe_dsa", "layer_types mlp_layer_types first_k_dense_replace indexer_types"),
     **_rows("gpt2", "scale_attn_by_inverse_layer_idx", layers="h", norms="ln_1 ln_2"),
     **_rows("gpt_bigcode", layers="h", norms="ln_1 ln_2"),

@@ -162,9 +162,6 @@ def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, 
 
 
 def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
-    change = trained_without(config)
-    if change is None:
-        return
     what = {
         "on": "ln_scaling was switched on for {name!r}, which was trained without it. Its layers do not expect scaled "
         "inputs: SmolLM2-135M goes from perplexity 23 to over two million this way. LayerNorm Scaling is for training: "
@@ -176,8 +173,9 @@ def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
         "hf_lnscale.fold_ln_scaling(model) or `hf-lnscale export`.",
         "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Expect "
         "its outputs to be wrong; leave the keyword out, or give ln_scaling=True, to use the checkpoint's own.",
-    }[change]
-    warn(what.format(name=str(name)))
+    }
+    if change := trained_without(config):
+        warn(what[change].format(name=str(name)))
 
 
 def from_config(original: Original, /, cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
