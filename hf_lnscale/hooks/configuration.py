@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
@@ -17,8 +17,19 @@ from .install import DROPS, Original, require_supported
 
 # Keywords of from_pretrained that say where a file is found.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# The config.json that is written under another name first, while a model is saved.
-_aside: ContextVar[Path | None] = ContextVar("_aside", default=None)
+# Where a config.json is written first, while a model is saved.
+written_as: ContextVar[dict[Path, Path]] = ContextVar("written_as")
+_T = TypeVar("_T")
+
+
+@contextmanager
+def setting(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Within it, a context variable has a value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
@@ -87,28 +98,13 @@ def to_dict(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs:
 
 
 def to_json_file(original: Original, /, self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
-    if (aside := _aside.get()) == Path(json_file_path):
-        json_file_path = _new_name(aside)
+    json_file_path = written_as.get({}).get(Path(json_file_path), json_file_path)
     if not record.is_flagged(self):
         return original(self, json_file_path, *args, **kwargs)
     text = self.to_json_string(*args, **kwargs)
     config = record.protect(json.loads(text))
     with open(json_file_path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _new_name(config_file: Path) -> Path:
-    return config_file.with_name(f"{config_file.name}.new")
-
-
-@contextmanager
-def writing_aside(config_file: Path) -> Iterator[Path]:
-    """Within it, a configuration that is saved as `config_file` is written to the path that this gives."""
-    token = _aside.set(config_file)
-    try:
-        yield _new_name(config_file)
-    finally:
-        _aside.reset(token)
 
 
 def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:

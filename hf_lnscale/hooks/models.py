@@ -22,9 +22,9 @@ from ..core.record import SourceName, is_flagged, record, remember_source, train
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
-from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling
+from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling, setting
 from .install import DROPS, Original, require_supported
-from .peft import adapter_to_load, noting
+from .peft import adapter_to_load, noted_base
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
 
 # Attribute of a model that is being constructed: the handle of the check in `init`.
@@ -74,12 +74,11 @@ def save_pretrained(original: Original, /, self: PreTrainedModel, *args: Any, **
         require_consistent(self)
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     folder, main = given["save_directory"], given.get("is_main_process", True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(noting(self.config))  # the model may hold adapters, which are then what is saved
+    with setting(noted_base, self.config):  # the model may hold adapters, which are then what is saved
         # With push_to_hub, the original uploads config.json with everything else at its end.
-        if must_be_written_last(folder, self.config) and not given.get("push_to_hub"):
-            stack.enter_context(weights_first(folder, self.config, main))
-        return original(self, *args, **kwargs)
+        last = must_be_written_last(folder, self.config) and not given.get("push_to_hub")
+        with weights_first(folder, self.config, main) if last else contextlib.nullcontext():
+            return original(self, *args, **kwargs)
 
 
 def from_pretrained(

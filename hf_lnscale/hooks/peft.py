@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,20 +15,11 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..core.apply import require_consistent
 from . import adapter_note as adapters
-from .configuration import located
+from .configuration import located, setting
 from .install import Original
 
 # The configuration of the model whose adapter is being saved.
-_base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
-
-
-@contextlib.contextmanager
-def noting(base: PreTrainedConfig | None) -> Iterator[None]:
-    token = _base.set(base)
-    try:
-        yield
-    finally:
-        _base.reset(token)
+noted_base: ContextVar[PreTrainedConfig | None] = ContextVar("noted_base", default=None)
 
 
 def read_adapter(name: Any, where: dict[str, Any]) -> dict[str, Any] | None:
@@ -74,7 +63,7 @@ def from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -
 
 def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, save_directory, *args, **kwargs)
-    if (base := _base.get()) is not None:
+    if (base := noted_base.get()) is not None:
         adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
     return result
 
@@ -82,7 +71,7 @@ def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *
 def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
     require_consistent(self)
     base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
-    with noting(base):
+    with setting(noted_base, base):
         return original(self, *args, **kwargs)
 
 

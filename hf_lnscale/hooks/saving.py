@@ -26,10 +26,9 @@ from transformers.utils import CONFIG_NAME
 from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.record import MARK, Record, mark, record, unprotect
-from .configuration import writing_aside
+from .configuration import setting, written_as
 from .install import Original
 
-_REPLACED = f"{CONFIG_NAME}.replaced"
 # The record that weights are marked with while a model is saved.
 _mark: ContextVar[str | None] = ContextVar("_mark", default=None)
 
@@ -38,18 +37,17 @@ _mark: ContextVar[str | None] = ContextVar("_mark", default=None)
 def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writes_config: bool) -> Iterator[None]:
     """Within it, config.json of `folder` is set aside, and a new one, if this process writes one, appears at the end;
     weights are marked."""
-    final, replaced = Path(folder) / CONFIG_NAME, Path(folder) / _REPLACED
-    token, before = _mark.set(mark(record(config))), _weights(folder)
+    final, new, replaced = (Path(folder) / f"{CONFIG_NAME}{ending}" for ending in ("", ".new", ".replaced"))
+    before = _weights(folder)
     if writes_config and final.is_file():
         os.replace(final, replaced)
     try:
-        with writing_aside(final) as new:
+        with setting(written_as, {final: new}), setting(_mark, mark(record(config))):
             yield
         if writes_config and new.is_file():
             os.replace(new, final)
             replaced.unlink(missing_ok=True)
     finally:
-        _mark.reset(token)
         if replaced.is_file() and not final.exists() and _weights(folder) == before:
             os.replace(replaced, final)  # it failed before a weight was written
 
