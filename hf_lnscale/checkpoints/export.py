@@ -20,7 +20,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..core.display import brief
@@ -28,7 +27,7 @@ from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.json_file import read_object
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, layers_of, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, layers_of, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -109,10 +108,8 @@ def export(
     require_free(target, (source,), str(out), force)
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{str(src)!r} is not a checkpoint: it has no config.json")
-    files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
+    files = _weight_files(source)
     folds = {file: _folds(source / file, read, family, scales) for file, read in files.items()}
     names = [name for found in folds.values() for name in found]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
@@ -157,9 +154,8 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
 
 def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float], Family]:
     """The config.json to write, the scale of each layer and the row of the family."""
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(source)
-    found = record(config)
+    config = read_config(source)
+    found, raw = record(config), json.loads((source / "config.json").read_text(encoding="utf-8"))
     if found.active is None:
         state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         if found.sublayers:
@@ -167,10 +163,8 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
     scaling = found.active.for_layers(num_layers)
-    unprotect(raw)
-    part = next(part for part in parts(raw) if part.get(ACTIVE))
+    part = next(part for part in parts(unprotect(raw)) if part.get(ACTIVE))
     del part[ACTIVE]
-    part.pop(ON_DISK, None)
     part[FOLDED] = scaling.to_dict()
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
