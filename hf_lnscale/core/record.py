@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
@@ -163,8 +163,8 @@ def remember_source(config: PreTrainedConfig, changed: str | None = None) -> Non
         config._name_or_path = str(name) if plain else SourceName(name, replace(found, on_disk=None), changed)
 
 
-def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
-    """Reads and validates the plugin's keys in a configuration, or in the dict of a config.json.
+def record(config: object) -> Record:
+    """Reads and validates the plugin's keys in a configuration or the dict of a config.json; anything else has none.
 
     Stored depths of exactly 1, 2, ... are the default ones and follow the number of layers, which may have been changed
     since they were written.
@@ -172,7 +172,14 @@ def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
     Raises:
         ValueError: for a value that is not valid; the message names the key, the value and what is valid.
     """
-    values, num_layers = _values(config)
+    if isinstance(config, dict):
+        keys = (ACTIVE, FOLDED, DROPPED)
+        values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
+        num_layers = number if is_integer(number := values.get("num_hidden_layers")) else None
+    elif is_flagged(config):
+        values, num_layers = vars(text_config(config)), layers_of(config)
+    else:
+        return Record()
     return Record(
         active=_scaling(values, ACTIVE, num_layers),
         folded=_scaling(values, FOLDED, num_layers),
@@ -221,7 +228,7 @@ def mark(own: Record) -> str:
     return json.dumps(own.to_dict(), sort_keys=True)
 
 
-def is_flagged(config: Any) -> bool:
+def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
     """Whether something is a configuration with a key of the plugin, in itself or in a part; only reads attributes."""
     if not isinstance(config, PreTrainedConfig):
         return False
@@ -323,16 +330,6 @@ def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | No
             if stood := one["attributes"].get("ln_scaling"):
                 return LNScalingConfig.of(stood)
     return None
-
-
-def _values(config: PreTrainedConfig | dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The mapping that holds the keys, and its number of layers if it has one."""
-    if not isinstance(config, dict):
-        return vars(text_config(config)), layers_of(config)
-    keys = (ACTIVE, FOLDED, DROPPED)
-    values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
-    number = values.get("num_hidden_layers")
-    return values, number if is_integer(number) else None
 
 
 def layers_of(config: PreTrainedConfig) -> int | None:

@@ -31,7 +31,7 @@ TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnsc
 
 def base_state(config: PreTrainedConfig | None) -> Record:
     """The scale and the layers in a configuration, regardless of those on disk; empty for a plain model or None."""
-    return dataclasses.replace(record(config), on_disk=None) if config is not None else Record()
+    return dataclasses.replace(record(config), on_disk=None)
 
 
 def note(adapter: dict[str, Any]) -> Record | None:

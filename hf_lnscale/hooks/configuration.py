@@ -117,7 +117,7 @@ def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: A
 
 def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
     """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
-    found = record.record(self) if record.is_flagged(self) else record.Record()
+    found = record.record(self)
     if found.active or found.dropped:
         raise ArgumentError(
             "use_mtp",

@@ -140,8 +140,8 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
-    pruned = isinstance(config, PreTrainedConfig) and record(config).dropped is not None
-    if kwargs.get("gguf_file") and (pruned or any(kwargs.get(name) is not None for name in DROPS)):
+    pruned = record(config).dropped or any(kwargs.get(name) is not None for name in DROPS)
+    if kwargs.get("gguf_file") and pruned:
         raise ValueError(
             "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
             "hf_lnscale.drop_layers(model, layers)"
@@ -203,7 +203,7 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
     own = given["expected_keys"] is None  # given for an adapter alone, which has the layer numbers of its model
     if own and name is not None and require_same_checkpoint(files, saved):
         layers.require_sublayers(model.config, saved())
-    if not is_flagged(model.config) or record(model.config).dropped is None:
+    if record(model.config).dropped is None:
         return original(*args, **kwargs)
     positions = None
     if own and name is not None:
@@ -234,8 +234,7 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
 
 def load_distributed(original: Original, /, self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
     config = self.config
-    cut = is_flagged(config) and record(config).dropped is not None
-    if cut and layers.positions_on_disk(config, saved_config(config, folder)) is not None:
+    if record(config).dropped and layers.positions_on_disk(config, saved_config(config, folder)) is not None:
         raise ValueError(
             f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
             "load it whole and use hf_lnscale.drop_layers(model, layers)"

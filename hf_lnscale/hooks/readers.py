@@ -32,7 +32,7 @@ from .saving import require_same_checkpoint
 def load_from_state_dict(
     original: Original, /, self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
 ) -> Any:
-    if is_flagged(self.config) and record(self.config).dropped and (stack := own_stack(self)):
+    if record(self.config).dropped and (stack := own_stack(self)):
         # A state has no configuration; one with more layers than the model is of another.
         layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
         found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
@@ -93,9 +93,8 @@ def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
     here, there = _highest_numbers(wanted), _highest_numbers(stored)
     fewer = {prefix: number for prefix, number in here.items() if number < there.get(prefix, 0)}
     for model in gc.get_objects() if fewer else ():
-        if not issubclass(type(model), PreTrainedModel) or not is_flagged(getattr(model, "config", None)):
-            continue
-        if record(model.config).dropped and (stack := own_stack(model)):
+        cut = issubclass(type(model), PreTrainedModel) and record(getattr(model, "config", None)).dropped
+        if cut and (stack := own_stack(model)):
             for prefix, number in fewer.items():
                 if prefix.endswith(stack.family.layers) and number == len(stack.layers) - 1:
                     raise _of_another_model(model, f"the checkpoint holds a layer {there[prefix]}")
@@ -128,7 +127,7 @@ def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: 
     """Makes PEFT's LoftQ read the weights of a layer where the checkpoint has it."""
     original(self, peft_model, *args, **kwargs)
     model = peft_model.get_base_model()
-    if not is_flagged(getattr(model, "config", None)):
+    if not record(getattr(model, "config", None)).dropped:
         return
     files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
     positions = _positions(model, Path(self.model_path).parent, map(Path, files))
@@ -160,8 +159,7 @@ def update_parameters(original: Original, /, self: Any, model: torch.nn.Module, 
     """torch's `AveragedModel`: the scale of an average is that of the model, as its buffers are."""
     result = original(self, model, *args, **kwargs)
     for module in pretrained_modules(model):
-        scaling = record(module.config).active if is_flagged(module.config) else None
-        if scaling and scaling.warmup_steps:
+        if (scaling := record(module.config).active) and scaling.warmup_steps:
             set_ln_scaling_step(self.module, scaling.step)
             break
     return result

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
+from ..core.record import get_ln_scaling, record, recorded_scaling, trained_without, write
 from ..pruning import layers
 from .configuration import saved_config
 from .install import Original
@@ -38,8 +38,7 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
             set_ln_scaling_step(self.model, step)
         if not has_config:
             require_base_of(folder, {}, self.model)
-    if isinstance(config, PreTrainedConfig) and is_flagged(config):
-        _require_moved_warmup(self, record(config).active)
+    _require_moved_warmup(self, record(config).active)
     return original(self, resume_from_checkpoint, *args, **kwargs)
 
 
