@@ -18,18 +18,11 @@ from .folders import public_name
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a model card.
-
-    Attributes:
-        header: titles of the columns.
-        rows: the cells.
-        note: a paragraph below the table: what the figures were measured on.
-        heading: heading above the table; "" for none.
-    """
+    """A table of a model card."""
 
     header: Row
     rows: Sequence[Row]
-    note: str = ""
+    note: str = ""  # a paragraph below the table: what the figures were measured on
     heading: str = ""
 
     def __str__(self) -> str:
@@ -56,19 +49,16 @@ def model_card(
     """Makes a model card. Text that is not of the type `Markdown` is escaped.
 
     Args:
-        title: the heading.
-        base_model: the model that this one was made from; a local path is left out.
-        dataset: the training data; a local path is left out.
-        library_name: the library that loads the model.
-        tags: tags in addition to "hf-lnscale".
-        pipeline_tag: the Hub's name of the task.
+        base_model, dataset: what the model was made from; a local path is left out.
+        library_name, pipeline_tag: the Hub's names of the library that loads the model and of the task.
+        tags: in addition to "hf-lnscale".
         notes: sentences about how the model was made, joined to one paragraph.
         code: Python code that loads the model.
         parts: tables, or sections in Markdown.
         pictures: names of image files in the folder of the card.
         settings: arguments by name; empty ones and False are left out.
         made_by: the command line or function that made the model.
-        versions: versions of libraries by name; by default of this package, transformers and torch.
+        versions: of libraries, by name; by default of this package, transformers and torch.
     """
     data = ModelCardData(
         base_model=_public(base_model),

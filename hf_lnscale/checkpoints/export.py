@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..core.display import brief
@@ -26,7 +27,7 @@ from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.json_file import read_object
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, ON_DISK, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, layers_of, mark, parts, protect, record, unprotect
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
@@ -35,54 +36,31 @@ NOT_COMPANIONS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
     "trainer_state.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+Fold = Callable[[torch.Tensor], torch.Tensor]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The description of a checkpoint in its `config.json`.
+    """The description of a checkpoint in its `config.json`."""
 
-    Attributes:
-        path: the checkpoint as it was named.
-        model_type: family of the whole model, as transformers names it.
-        family: family of its text decoder.
-        supported: whether the table of families has it.
-        num_layers: layers of the text decoder, L; None if the configuration has no such number.
-        active: the scaling that is applied on loading, or None.
-        folded: the scaling that is part of the norm weights, or None.
-        scales: L factors that are applied on loading; all 1.0 without an active scaling.
-        dropped: the dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the
-            layers that are there without `attention` or `mlp`, all in the original's numbering; None for a whole model.
-    """
-
-    path: str
-    model_type: str
-    family: str
-    supported: bool
-    num_layers: int | None
-    active: dict[str, Any] | None
-    folded: dict[str, Any] | None
-    scales: list[float]
+    path: str  # as it was named
+    model_type: str  # of the whole model
+    family: str  # the model_type of its text decoder
+    supported: bool  # whether the table of families has it
+    num_layers: int | None  # of the text decoder; None if the configuration has no such number
+    active: dict[str, Any] | None  # the scaling that is applied on loading
+    folded: dict[str, Any] | None  # the scaling that is part of the norm weights
+    scales: list[float]  # the factor of each layer that is applied on loading
+    # The dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the layers that
+    # are there without `attention` or `mlp`, all in the original's numbering.
     dropped: dict[str, Any] | None = None
 
 
 def read_info(path: str) -> CheckpointInfo:
-    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if its scaling is not valid.
-    """
+    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights."""
     config = read_config(path)
-    text = text_config(config)
-    num_layers = getattr(text, "num_hidden_layers", None)
-    num_layers = num_layers if isinstance(num_layers, int) else None  # some have a dict
-    found = record(config)
+    num_layers, found = layers_of(config), record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
@@ -90,7 +68,7 @@ def read_info(path: str) -> CheckpointInfo:
     return CheckpointInfo(
         path=str(path),
         model_type=config.model_type,
-        family=text.model_type,
+        family=text_config(config).model_type,
         supported=supported,
         num_layers=num_layers,
         active=found.active.to_dict() if found.active else None,
@@ -130,26 +108,23 @@ def export(
     require_free(target, (source,), str(out), force)
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{str(src)!r} is not a checkpoint: it has no config.json")
-    files = _weight_files(source)
     plain, scales, family = _folded_config(source, str(src))
-    patches = {file: _pre_norms(source / file, read, family, len(scales)) for file, read in files.items()}
-    names = [name for found in patches.values() for name, _ in found]
+    files = _weight_files(source)
+    folds = {file: _folds(source / file, read, family, scales) for file, read in files.items()}
+    names = [name for found in folds.values() for name in found]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
     if sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
-    with atomic_directory(target, force) as partial:
-        copy_companions(source, partial, indexed=SAFE_WEIGHTS_NAME not in files)
+    with atomic_directory(target, force) as folder:
+        copy_companions(source, folder, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy_weights(source / file, partial / file, mark(record(plain)))
-            for name, position in patches[file]:
-                _fold_tensor(partial / file, name, scales[position], family.one_plus_weight)
-        _require_folded(source, partial, patches, scales, family)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            _copy_folded(source / file, folder / file, folds[file], mark(record(plain)))
+        for file in files:  # all of them, on a disk that may have filled up
+            _require_folded(source / file, folder / file, folds[file])
         # Last: without it, the folder is not a checkpoint.
-        (partial / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(out)
 
 
@@ -179,9 +154,8 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
 
 def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float], Family]:
     """The config.json to write, the scale of each layer and the row of the family."""
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(source)
-    found = record(config)
+    config = read_config(source)
+    found, raw = record(config), json.loads((source / "config.json").read_text(encoding="utf-8"))
     if found.active is None:
         state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         if found.sublayers:
@@ -189,75 +163,70 @@ def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float
         raise ValueError(f"{shown!r} needs no export: {state}")
     num_layers = text_config(config).num_hidden_layers
     scaling = found.active.for_layers(num_layers)
-    unprotect(raw)
-    part = next(part for part in parts(raw) if part.get(ACTIVE))
+    part = next(part for part in parts(unprotect(raw)) if part.get(ACTIVE))
     del part[ACTIVE]
-    part.pop(ON_DISK, None)
     part[FOLDED] = scaling.to_dict()
     return protect(raw), scaling.scales(num_layers), family_of(config)
 
 
-def _pre_norms(file: Path, read: set[str] | None, family: Family, num_layers: int) -> list[tuple[str, int]]:
-    """The tensors of the pre-norms that are read from a file, each with the position of its layer."""
+def _folds(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, Fold]:
+    """The tensors of the pre-norms that are read from a file, each with the function that folds it."""
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
-    found = [(name, family.layer_of_pre_norm(name)) for name in names]
-    # A multi-token-prediction layer is stored behind the last one, under the next number.
-    return [(name, position) for name, position in found if position is not None and position < num_layers]
+    found: dict[str, Fold] = {}
+    for name in names:
+        layer, one_plus = family.layer_of_pre_norm(name), family.one_plus_weight and name.endswith(".weight")
+        # A multi-token-prediction layer is stored behind the last one, under the next number.
+        if layer is not None and layer < len(scales):
+            found[name] = partial(scale_parameter, scale=scales[layer], one_plus_weight=one_plus)
+    return found
 
 
-def _fold_tensor(file: Path, name: str, scale: float, one_plus_weight: bool) -> None:
-    """Overwrites one tensor of a safetensors file with its folded form."""
-    with open(file, "r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(size))[name]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} in {file.name} is stored as {entry['dtype']}; known are {', '.join(_DTYPES)}")
-        start, end = (8 + size + offset for offset in entry["data_offsets"])
-        stream.seek(start)
-        weight = torch.frombuffer(bytearray(stream.read(end - start)), dtype=_DTYPES[entry["dtype"]])
-        folded = scale_parameter(weight, scale, one_plus_weight and name.endswith(".weight"))
-        stream.seek(start)
-        stream.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
+def _copy_folded(source: Path, target: Path, folds: dict[str, Fold], new_mark: str) -> None:
+    """Copies a safetensors file, then overwrites the tensors of the norms by their folded form.
 
-
-def _copy_weights(source: Path, target: Path, new_mark: str | None) -> None:
-    """Copies a safetensors file. If it is marked with the record of its model, the copy has `new_mark` instead."""
-    with open(source, "rb") as old, open(target, "wb") as new:
+    If the file is marked with the record of its model, the copy has `new_mark` instead.
+    """
+    with open(source, "rb") as old, open(target, "w+b") as new:
         header = old.read(int.from_bytes(old.read(8), "little"))
         entries = json.loads(header)
-        if MARK in entries.get("__metadata__", {}) and new_mark is not None:
+        if MARK in entries.get("__metadata__", {}):
             entries["__metadata__"][MARK] = new_mark
             header = json.dumps(entries, separators=(",", ":")).encode()
             header += b" " * (-len(header) % 8)  # the format aligns tensors to 8 bytes
         new.write(len(header).to_bytes(8, "little") + header)
         shutil.copyfileobj(old, new, 2**24)
+        for name, fold in folds.items():
+            if (stored := entries[name]["dtype"]) not in _DTYPES:
+                raise ValueError(f"{name} in {source.name} is stored as {stored}; known are {', '.join(_DTYPES)}")
+            start, end = (8 + len(header) + offset for offset in entries[name]["data_offsets"])
+            _fold_tensor(new, start, end, _DTYPES[stored], fold)
 
 
-def _require_folded(
-    source: Path, partial: Path, patches: dict[str, list[tuple[str, int]]], scales: list[float], family: Family
-) -> None:
-    """Verifies the written files, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
-    for file, norms in patches.items():
-        positions = dict(norms)
-        with safe_open(source / file, framework="pt") as before, safe_open(partial / file, framework="pt") as after:
-            if sorted(before.keys()) != sorted(after.keys()):
-                raise CheckpointError(
-                    f"{file} holds other tensors than the one in {str(source)!r}; nothing was written"
-                )
-            for name, position in positions.items():
-                one_plus = family.one_plus_weight and name.endswith(".weight")
-                expected = scale_parameter(before.get_tensor(name), scales[position], one_plus)
-                if not torch.equal(expected, after.get_tensor(name)):
-                    raise CheckpointError(f"{name} in {file} was not written as folded; nothing is kept")
+def _fold_tensor(file: BinaryIO, start: int, end: int, dtype: torch.dtype, fold: Fold) -> None:
+    """Overwrites the tensor between two positions in a file with its folded form."""
+    file.seek(start)
+    folded = fold(torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype))
+    file.seek(start)
+    file.write(folded.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def copy_companions(source: Path, partial: Path, indexed: bool = False) -> None:
+def _require_folded(source: Path, written: Path, folds: dict[str, Fold]) -> None:
+    """Verifies a written file, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
+    with safe_open(source, framework="pt") as before, safe_open(written, framework="pt") as after:
+        if sorted(before.keys()) != sorted(after.keys()):
+            raise CheckpointError(f"{written.name} holds other tensors than {str(source)!r}; nothing was written")
+        for name, fold in folds.items():
+            if not torch.equal(fold(before.get_tensor(name)), after.get_tensor(name)):
+                raise CheckpointError(f"{name} in {written.name} was not written as folded; nothing is kept")
+
+
+def copy_companions(source: Path, folder: Path, indexed: bool = False) -> None:
     """Copies tokenizer, templates, cards and other small files of a checkpoint; with `indexed`, also its index."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
-            shutil.copytree(entry, partial / entry.name)
+            shutil.copytree(entry, folder / entry.name)
         elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
             continue  # of other files than the one that is read
         elif entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in NOT_COMPANIONS):
-            shutil.copyfile(entry, partial / entry.name)
+            shutil.copyfile(entry, folder / entry.name)

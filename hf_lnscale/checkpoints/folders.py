@@ -47,16 +47,10 @@ def require_free(
     What an interrupted run for the same folder has left is cleaned up first.
 
     Args:
-        target: the folder to write, absolute.
+        target: the folder to write, absolute; `shown` is how the user named it.
         read_from: what is read; paths among it must neither be, hold nor lie in the target.
-        shown: the folder as the user named it.
-        force: whether a folder may be replaced that holds the file `mark`, and nothing that is not written here.
-        mark: the file by which a folder to replace is known.
-        what: what such a folder is called.
-
-    Raises:
-        ArgumentError: if the folder is one that must not be written to, or its name is too long.
-        PathExistsError: if it is not empty and may not be replaced.
+        force: whether a folder may be replaced that holds the file `mark`, by which a `what` is known, and nothing that
+            is not written here.
     """
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
         raise ArgumentError("out", shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
@@ -70,24 +64,15 @@ def require_free(
     _clean_up_after_killed_runs(target)
     if _is_free(target):
         return
+    problem, hint = "", "choose another folder"
     if not force:
-        raise PathExistsError(
-            "out",
-            shown,
-            problem="exists and is not empty",
-            hint="choose another folder, or use `force=True` to replace it",
-        )
-    if not (target / mark).is_file():
-        raise PathExistsError(
-            "out", shown, problem=f"is not a {what}; only what could have been written by this is replaced"
-        )
-    if stranger := _stranger(target):
-        raise PathExistsError(
-            "out",
-            shown,
-            problem=f"holds {stranger!r}, which no {what} has; it is not replaced",
-            hint="choose another folder",
-        )
+        problem, hint = "exists and is not empty", f"{hint}, or use `force=True` to replace it"
+    elif not (target / mark).is_file():
+        problem, hint = f"is not a {what}; only what could have been written by this is replaced", ""
+    elif stranger := _stranger(target):
+        problem = f"holds {stranger!r}, which no {what} has; it is not replaced"
+    if problem:
+        raise PathExistsError("out", shown, problem=problem, hint=hint)
 
 
 def _is_free(target: Path) -> bool:
@@ -118,12 +103,8 @@ def public_command(words: Iterable[str]) -> str:
 def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """A new folder to write into; it takes the target's place at the end, and is gone on failure.
 
-    Args:
-        target: the folder to be, absolute.
-        force: whether to replace a checkpoint that is there.
-
-    Raises:
-        PathExistsError: if something else has appeared under the name meanwhile. The result is then kept beside it.
+    With `force` a checkpoint that is there is replaced. Anything else that has appeared under the name meanwhile is an
+    error, and the result is kept beside it.
     """
     with scratch_folder(target) as scratch:
         partial, replaced = scratch / "new", scratch / "old"
@@ -137,12 +118,7 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
             )
         if target.exists():
             os.replace(target, replaced)
-        try:
-            os.replace(partial, target)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
+        os.replace(partial, target)
 
 
 @contextmanager
@@ -157,8 +133,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        lock.release()
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch, lock, target)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -172,13 +147,17 @@ def write_atomically(path: Path, text: str) -> None:
 def _clean_up_after_killed_runs(target: Path) -> None:
     for left in target.parent.glob(f".{glob_escape(target.name)}.*.partial"):
         lock = FileLock(left / ".lock")
-        with contextlib.suppress(
-            Timeout, OSError
-        ):  # a run that is still going on, or a folder that is not ours to touch
+        # A run that is still going on, or a folder that is not ours to touch.
+        with contextlib.suppress(Timeout, OSError):
             lock.acquire(timeout=0)
-            if (left / "old").is_dir() and not target.exists():
-                os.replace(left / "old", target)
-                logger.warning("put back %s, which a run was replacing when it was killed", target)
-            lock.release()
-            shutil.rmtree(left)
+            _remove(left, lock, target)
             logger.warning("removed %s, which a killed run had left", left)
+
+
+def _remove(scratch: Path, lock: FileLock, target: Path) -> None:
+    """Removes a scratch folder; what was being replaced goes back if nothing has taken its place."""
+    if (scratch / "old").is_dir() and not target.exists():
+        os.replace(scratch / "old", target)
+        logger.warning("put back %s, which a run that did not end was replacing", target)
+    lock.release()
+    shutil.rmtree(scratch, ignore_errors=True)

@@ -22,25 +22,19 @@ _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
-    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH.
-
-    Raises:
-        FileNotFoundError: if it is not there; the message says where it was looked for.
-    """
-    looked = []
+    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH."""
     for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
-        if not place:
-            looked.append(f"`{source}` (not given)")
-            continue
-        found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
-        if found.is_file():
+        if place:
+            found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
+            if not found.is_file():
+                raise PathNotFoundError(source, place, problem=f"is not llama.cpp's converter: there is no {found}")
             return found.resolve()
-        raise PathNotFoundError(source, place, problem=f"is not llama.cpp's converter: there is no {found}")
     if on_path := shutil.which(CONVERTER):
         return Path(on_path).resolve()
+    places = "`converter` (not given) or `LLAMA_CPP` (not given) or on PATH"
     raise PathNotFoundError(
         "converter",
-        problem=f"a GGUF file needs llama.cpp's {CONVERTER}, and it is not at {' or '.join(looked)} or on PATH",
+        problem=f"a GGUF file needs llama.cpp's {CONVERTER}, and it is not at {places}",
         hint="clone https://github.com/ggml-org/llama.cpp and use `converter=llama.cpp`",
     )
 
@@ -68,10 +62,8 @@ def export_gguf(
         progress: show a progress bar while folding.
 
     Raises:
-        FileExistsError: if `out` exists, without `force`.
-        FileNotFoundError: if there is no converter, or no checkpoint.
-        ValueError: if `out` does not end in .gguf, if the checkpoint is a GGUF file already, or if layers were dropped
-            from a model whose layers differ by a pattern that may be built into llama.cpp.
+        ValueError: also if layers were dropped from a model whose layers differ by a pattern that may be built into
+            llama.cpp.
         RuntimeError: if the converter fails, with the last line of its output.
     """
     target = Path(out)

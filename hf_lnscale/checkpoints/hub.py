@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,14 @@ _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload by `push`.
-
-    Attributes:
-        repo_id: the repository.
-        private: whether a new repository is private; None: as the account is set.
-        files: paths in the folder and their sizes in bytes, without the card.
-        card: the content of README.md.
-        folder: the folder of the files.
-        url: URL of the commit; None if nothing was uploaded.
-    """
+    """An upload by `push`."""
 
     repo_id: str
-    private: bool | None
-    files: dict[str, int]
-    card: str
+    private: bool | None  # of a new repository; None: as the account is set
+    files: dict[str, int]  # paths in the folder and their sizes in bytes, without the card
+    card: str  # the content of README.md
     folder: Path
-    url: str | None = None
+    url: str | None = None  # of the commit; None if nothing was uploaded
 
     def __str__(self) -> str:
         lines = [f"{size:>15,}  {one_line(name)}" for name, size in self.files.items()]
@@ -110,15 +101,10 @@ def push(
         what, first = "an active scale", "fold it first with hf-lnscale export"
         if record(config).sublayers:
             what, first = "layers without attention or MLP", "fill them first with hf-lnscale export --format zeros"
-        raise ArgumentError(
-            "folder",
-            str(folder),
-            problem=f"has {what}: loading it needs hf_lnscale",
-            hint=f"{first}, or use `allow_scaled=True`",
-        )
-    upload = Upload(
-        repo_id, private, files, _card(path, repo_id, config, base_model, _evaluated(path, evaluation)), path
-    )
+        problem, hint = f"has {what}: loading it needs hf_lnscale", f"{first}, or use `allow_scaled=True`"
+        raise ArgumentError("folder", str(folder), problem=problem, hint=hint)
+    card = _card(path, repo_id, config, base_model, _evaluated(path, evaluation))
+    upload = Upload(repo_id, private, files, card, path)
     if dry_run:
         return upload
     api = HfApi(library_name="hf_lnscale", library_version=__version__)
@@ -126,7 +112,7 @@ def push(
     operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path / file) for file in files]
     operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=upload.card.encode()))
     commit = api.create_commit(repo_id, operations, commit_message=message or "Upload with hf_lnscale")
-    return Upload(**{**vars(upload), "url": str(commit.commit_url)})
+    return replace(upload, url=str(commit.commit_url))
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -176,34 +162,21 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
         return f"{text.rstrip()}\n\n{section}\n"
     found = record(config)
     notes = [f"A {config.model_type} of {text_config(config).num_hidden_layers} layers."]
-    if found.active:
-        notes.append(
-            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is active in it: install hf_lnscale and "
-            "import it before loading. Without it, loading fails."
-        )
-    elif found.folded:
-        notes.append(
-            "It was made with LayerNorm Scaling (arXiv 2502.05795), which is folded into its norm weights: it loads "
-            "like any other model."
-        )
+    if found.active or found.folded:
+        state = "active in it" if found.active else "folded into its norm weights: it loads like any other model"
+        notes.append(f"It was made with LayerNorm Scaling (arXiv 2502.05795), which is {state}.")
     if found.dropped:
         gone = str(found.dropped)
         notes.append(
             f"{gone[0].upper()}{gone[1:]} of the original's {found.dropped.num_hidden_layers}, counted from 0, were "
             "dropped. That keeps classification better than generation (arXiv 2602.01997)."
         )
-    if found.sublayers:
+    if found.needs_plugin:
         notes.append("Install hf_lnscale and import it before loading. Without it, loading fails.")
     code = "import hf_lnscale\n" if found.needs_plugin else ""
     code += "from transformers import AutoModelForCausalLM\n\n"
     code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'
     measured = Markdown(_section(evaluated)) if evaluated else _trained(path)
-    return str(
-        model_card(
-            repo_id.rpartition("/")[2],
-            base_model=base_model or (found.dropped.base if found.dropped else None),
-            notes=notes,
-            code=code,
-            parts=[measured] if measured else [],
-        )
-    )
+    base, parts = found.dropped.base if found.dropped else None, [measured] if measured else []
+    title = repo_id.rpartition("/")[2]
+    return str(model_card(title, base_model=base_model or base, notes=notes, code=code, parts=parts))

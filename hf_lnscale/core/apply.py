@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from .config import LNScalingConfig, is_integer
 from .families import UnsupportedArchitectureError, family_of, text_config
 from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
-from .record import FOLDED, SUBLAYERS, get_ln_scaling, record, set_ln_scaling, write
+from .record import FOLDED, get_ln_scaling, record, set_ln_scaling, write
 from .stack import Stack, own_stack, pretrained_modules, text_stack
 from .sublayers import missing, take_out
 
@@ -47,8 +48,7 @@ def apply_from_config(model: PreTrainedModel) -> None:
 
 def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
     scaling = scaling.for_layers(len(stack.layers))
-    scales = scaling.scales(len(stack.layers))
-    norms = stack.norms
+    scales, norms = scaling.scales(len(stack.layers)), stack.norms
     _require_free(norms)
     for position, norm in norms:
         scale_norm(norm, scales[position], stack.family.one_plus_weight, scaling.warming_up)
@@ -58,8 +58,8 @@ def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
 def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
     """Changes the record in every configuration in `model` that describes the stack; usually all are one object."""
     new = replace(record(stack.model.config), **changes)
-    configs = [text_config(module.config) for module in pretrained_modules(model)]
-    for config in configs:
+    for module in pretrained_modules(model):
+        config = text_config(module.config)
         if config.model_type == stack.model.config.model_type:
             write(config, new)
 
@@ -195,13 +195,9 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
     if found.active is None:
         folded = found.folded and found.folded.to_dict()
         raise ValueError(f"the scale is folded already: {folded}" if folded else "the model has no active ln_scaling")
-    _require_weights(stack)
-    with torch.no_grad():
-        for _, norm in norms:
-            for name, parameter in norm.named_parameters(recurse=False):
-                one_plus = stack.family.one_plus_weight and name == "weight"
-                parameter.copy_(scale_parameter(parameter, float(norm.ln_scale), one_plus))  # type: ignore[arg-type]
-            unscale_norm(norm)
+    _change_weights(stack, scale_parameter, [float(norm.ln_scale) for _, norm in norms])  # type: ignore[arg-type]
+    for _, norm in norms:
+        unscale_norm(norm)
     _write(model, stack, active=None, folded=found.active)
     return model
 
@@ -221,62 +217,58 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
     folded = record(stack.model.config).folded
     if folded is None:
         raise ValueError(f"there is nothing to unfold: no {FOLDED} in the model's config")
-    _require_weights(stack)
     scales = folded.scales(len(stack.layers))
-    with torch.no_grad():
-        for position, norm in stack.norms:
-            for name, parameter in norm.named_parameters(recurse=False):
-                one_plus = stack.family.one_plus_weight and name == "weight"
-                parameter.copy_(unscale_parameter(parameter, scales[position], one_plus))
+    _change_weights(stack, unscale_parameter, [scales[position] for position, _ in stack.norms])
     _write(model, stack, folded=None)
     return apply_ln_scaling(model, folded)
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Refuses a model whose norms are scaled otherwise than its configuration says; called before it is saved.
+    """Refuses a model that is not what its configuration says; called before it is saved.
 
     Raises:
         ValueError: if the two differ; the message says how that comes about.
     """
     for module in pretrained_modules(model):
-        stack = own_stack(module)
-        if stack is None:
-            continue
-        found, number = record(stack.model.config), stack.model.config.num_hidden_layers
-        if found.dropped and number != len(stack.layers):
-            raise ValueError(
-                f"this {type(module).__name__} has {len(stack.layers)} layers, its config says {number}, with "
-                f"{list(found.dropped.layers)} dropped: drop_layers was assigned to the configuration of a model that "
-                "is built already (use hf_lnscale.drop_layers(model, layers))"
-            )
-        lacking = {
-            kind: [at for at, layer in enumerate(stack.layers) if kind in missing(layer, stack.family)]
-            for kind in SUBLAYERS
-        }
-        if lacking != {kind: found.sublayers.get(kind, []) for kind in SUBLAYERS}:
-            raise ValueError(
-                f"this {type(module).__name__} lacks sub-layers of layers {lacking}, its config says "
-                f"{found.sublayers}: the configuration of a model that is built already was changed (use "
-                "hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two models share one config object"
-            )
-        said = found.active.scales(len(stack.layers)) if found.active else [1.0] * len(stack.layers)
-        applied = _applied(stack)
-        if applied != [{scale} for scale in said]:
-            raise ValueError(
-                f"the norms of this {type(module).__name__} are scaled by {[max(scales) for scales in applied]}, its "
-                f"config says {said}. Either config.ln_scaling was changed after the model was built (use "
-                "hf_lnscale.apply_ln_scaling), or two models share one config object (build each from its own: "
-                "copy.deepcopy(config))."
-            )
-        # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
-        if any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in module.modules()) and any(
-            parameter._version for parameter in module.parameters()
-        ):
-            raise ValueError(
-                f"this {type(module).__name__} is a copy whose weights were averaged or trained while its ln_scaling "
-                f"stayed at step {found.active and found.active.step}, and that of the model it was copied from went "
-                "on. Move it to the step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
-            )
+        if (stack := own_stack(module)) and (problem := _inconsistency(stack)):
+            raise ValueError(f"this {type(module).__name__} {problem}")
+
+
+def _inconsistency(stack: Stack) -> str:
+    config, number = stack.model.config, len(stack.layers)
+    found = record(config)
+    if found.dropped and config.num_hidden_layers != number:
+        return (
+            f"has {number} layers, its config says {config.num_hidden_layers}, with {list(found.dropped.layers)} "
+            "dropped: drop_layers was assigned to the configuration of a model that is built already (use "
+            "hf_lnscale.drop_layers(model, layers))"
+        )
+    lacking: dict[str, list[int]] = {}
+    for position, layer in enumerate(stack.layers):
+        for kind in missing(layer, stack.family):
+            lacking.setdefault(kind, []).append(position)
+    if lacking != found.sublayers:
+        return (
+            f"lacks sub-layers of layers {lacking}, its config says {found.sublayers}: the configuration of a model "
+            "that is built already was changed (use hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two "
+            "models share one config object"
+        )
+    said, applied = found.active.scales(number) if found.active else [1.0] * number, _applied(stack)
+    if applied != [{scale} for scale in said]:
+        return (
+            f"has norms that are scaled by {[max(scales) for scales in applied]}, its config says {said}. Either "
+            "config.ln_scaling was changed after the model was built (use hf_lnscale.apply_ln_scaling), or two models "
+            "share one config object (build each from its own: copy.deepcopy(config))."
+        )
+    # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
+    left_behind = any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in stack.model.modules())
+    if left_behind and any(parameter._version for parameter in stack.model.parameters()):
+        return (
+            f"is a copy whose weights were averaged or trained while its ln_scaling stayed at step "
+            f"{found.active and found.active.step}, and that of the model it was copied from went on. Move it to the "
+            "step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
+        )
+    return ""
 
 
 def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
@@ -294,12 +286,18 @@ def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
             )
 
 
-def _require_weights(stack: Stack) -> None:
-    _require_free(stack.norms)
-    for position, norm in stack.norms:
+def _change_weights(stack: Stack, change: Callable[..., torch.Tensor], scales: list[float]) -> None:
+    """Replaces each parameter of the pre-norms by `change(parameter, scale of the norm, one_plus_weight)`."""
+    norms = stack.norms
+    _require_free(norms)
+    for position, norm in norms:
         for parameter in norm.parameters(recurse=False):
             if parameter.is_meta or not parameter.numel():  # DeepSpeed's ZeRO-3 leaves parameters without elements
                 raise ValueError(
                     f"the norm weights of layer {position} are not in memory (meta device, offloaded or partitioned); "
                     "load the model without that, or fold it on disk: hf-lnscale export SRC --out DST"
                 )
+    with torch.no_grad():
+        for (_, norm), scale in zip(norms, scales, strict=True):
+            for name, parameter in norm.named_parameters(recurse=False):
+                parameter.copy_(change(parameter, scale, stack.family.one_plus_weight and name == "weight"))

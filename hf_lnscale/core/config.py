@@ -49,35 +49,24 @@ class LNScalingConfig:
     step: int = 0
 
     def __post_init__(self) -> None:
-        exponent = self.exponent
-        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
-        if not number or not 0 <= exponent < math.inf:
-            raise ValueError(
-                f"ln_scaling: exponent must be a finite number >= 0 (the paper's is 0.5), got {brief(exponent)}"
-            )
-        object.__setattr__(self, "exponent", float(min(exponent, sys.float_info.max)))
-        if not is_integer(self.warmup_steps) or self.warmup_steps < 0:
-            raise ValueError(f"ln_scaling: warmup_steps must be an integer >= 0, got {brief(self.warmup_steps)}")
-        if self.schedule not in list(SCHEDULES):  # a list, as it may be unhashable
-            raise ValueError(f"ln_scaling: schedule must be one of {', '.join(SCHEDULES)}, got {brief(self.schedule)}")
-        if not is_integer(self.step) or not 0 <= self.step <= self.warmup_steps:
-            raise ValueError(
-                f"ln_scaling: step must be an integer from 0 to warmup_steps, {self.warmup_steps}, got "
-                f"{brief(self.step)}"
-            )
-        if self.depths is None:
-            return
-        depths = self.depths
-        if not isinstance(depths, (list, tuple)) or not depths:
-            raise ValueError(
-                f"ln_scaling: depths must be a list of positive integers, one a layer, got {brief(depths)}"
-            )
-        for depth in depths:
-            if not is_integer(depth) or depth < 1:
-                raise ValueError(
-                    f"ln_scaling: depths must be positive integers, one a layer, got {brief(depth)} in {brief(depths)}"
-                )
-        object.__setattr__(self, "depths", tuple(depths))
+        def require(valid: bool, name: str, what: str) -> None:
+            if not valid:
+                raise ValueError(f"ln_scaling: {name} must be {what}, got {brief(getattr(self, name))}")
+
+        number = is_integer(self.exponent) or isinstance(self.exponent, float)
+        valid = number and 0 <= self.exponent < math.inf
+        require(valid, "exponent", "a finite number >= 0 (the paper's is 0.5)")
+        object.__setattr__(self, "exponent", float(min(self.exponent, sys.float_info.max)))
+        require(is_integer(self.warmup_steps) and self.warmup_steps >= 0, "warmup_steps", "an integer >= 0")
+        schedules = list(SCHEDULES)  # a list, as the value may be unhashable
+        require(self.schedule in schedules, "schedule", f"one of {', '.join(schedules)}")
+        valid = is_integer(self.step) and 0 <= self.step <= self.warmup_steps
+        require(valid, "step", f"an integer from 0 to warmup_steps, {self.warmup_steps}")
+        if (depths := self.depths) is not None:
+            listed = isinstance(depths, (list, tuple)) and len(depths) > 0
+            valid = listed and all(is_integer(depth) and depth > 0 for depth in depths)
+            require(valid, "depths", "a list of positive integers, one a layer")
+            object.__setattr__(self, "depths", tuple(depths))
 
     @classmethod
     def of(cls, value: Any) -> LNScalingConfig | None:
@@ -94,11 +83,9 @@ class LNScalingConfig:
             return value
         if isinstance(value, Mapping):
             known = [field.name for field in fields(cls)]
-            unknown = [key for key in value if key not in known]
-            if unknown:
-                raise ValueError(
-                    f"ln_scaling: unknown key {unknown[0]!r} in {brief(dict(value))}; the keys are {known}"
-                )
+            for key in value:
+                if key not in known:
+                    raise ValueError(f"ln_scaling: unknown key {key!r} in {brief(dict(value))}; the keys are {known}")
             return cls(**value)
         raise ValueError(
             f"ln_scaling must be True, False, a dict such as {{'exponent': 0.5}} or an LNScalingConfig, got "
@@ -107,10 +94,7 @@ class LNScalingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The dict stored in `config.json`; without the warmup's keys if there is no warmup."""
-        stored: dict[str, Any] = {
-            "exponent": self.exponent,
-            "depths": None if self.depths is None else list(self.depths),
-        }
+        stored: dict[str, Any] = {"exponent": self.exponent, "depths": self.depths and list(self.depths)}
         if self.warmup_steps:
             stored |= {"warmup_steps": self.warmup_steps, "schedule": self.schedule, "step": self.step}
         return stored

@@ -28,8 +28,8 @@ def show_bytes(value: float | None) -> str:
     """A size in KiB, MiB or GiB; "-" for None."""
     if value is None:
         return "-"
-    unit = next((name for name, size in _UNITS.items() if value >= size), "KiB")
-    return f"{value / _UNITS[unit]:,.1f} {unit}"
+    unit, size = next((pair for pair in _UNITS.items() if value >= pair[1]), ("KiB", 2**10))
+    return f"{value / size:,.1f} {unit}"
 
 
 def number(value: float | None, sign: str = "") -> str:

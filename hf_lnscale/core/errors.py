@@ -20,12 +20,7 @@ def _python_name(name: str, value: str | None) -> str:
 
 
 class HFLNScaleError(Exception):
-    """Base class of the errors of this package.
-
-    Args:
-        message: what is wrong.
-        hint: what to do about it; the command line shows it on a separate line.
-    """
+    """Base class of the errors of this package. A hint says what to do; the command line shows it on its own line."""
 
     hint = ""
 
@@ -51,12 +46,6 @@ class ArgumentError(HFLNScaleError, ValueError):
     `ArgumentError("num_layers", 31, "an integer from 1 to 29")` reads "num_layers must be an integer from 1 to 29,
     got 31", `ArgumentError("data", "a.txt", problem="is empty")` reads "data 'a.txt' is empty", and without a value it
     is "data: problem".
-
-    Attributes:
-        argument: name of the argument in Python.
-        value: the value given.
-        valid: the valid values.
-        hint: what to do about it.
     """
 
     def __init__(self, argument: str, value: Any = ..., valid: str = "", problem: str = "", hint: str = "") -> None:
@@ -106,13 +95,7 @@ class MissingPackageError(HFLNScaleError, ImportError):
 
 
 def require_packages(purpose: str, extra: str, *packages: str) -> None:
-    """Raises `MissingPackageError` if an optional package is missing.
-
-    Args:
-        purpose: what needs the packages, such as "the demo".
-        extra: the extra of this package that installs them.
-        packages: the names by which they are imported.
-    """
+    """Raises `MissingPackageError` if one of the packages of an extra is missing that `purpose` ("the demo") needs."""
     for package in packages:
         if find_spec(package) is None:
             raise MissingPackageError(f"{purpose} needs {package}: pip install 'hf-lnscale[{extra}]'")

@@ -28,32 +28,20 @@ RULES = {
     "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
 }
 # The rule of each field that families of transformers have.
-DEPTH_FIELDS = {
-    "layer_types": "each",
-    "activation_sparsity_pattern": "each",
-    "attention_layers": "each",
-    "layer_rope_theta": "each",
-    "layers_block_type": "each",
-    "mlp_layer_types": "each",
-    "no_rope_layers": "each",
-    "num_attention_heads_per_layer": "each",
-    "block_types": "cycle",
-    "first_k_dense_replace": "first",
-    "max_window_layers": "first",
-    "moe_layer_start_index": "first",
-    "num_dense_layers": "first",
-    "moe_layer_end_index": "last",
-    "attn_layer_indices": "indices",
-    "moe_layers": "indices",
-    "attn_layer_period": "period",
-    "expert_layer_period": "period",
-    "moe_layer_interval": "period",
-    "mlp_only_layers": "dense",
-    "num_blocks": "count",
-    "indexer_types": "shared",
-    "num_kv_shared_layers": "unset",
-    "scale_attn_by_inverse_layer_idx": "unset",
+_FIELDS = {
+    "each": "layer_types activation_sparsity_pattern attention_layers layer_rope_theta layers_block_type "
+    "mlp_layer_types no_rope_layers num_attention_heads_per_layer",
+    "cycle": "block_types",
+    "first": "first_k_dense_replace max_window_layers moe_layer_start_index num_dense_layers",
+    "last": "moe_layer_end_index",
+    "indices": "attn_layer_indices moe_layers",
+    "period": "attn_layer_period expert_layer_period moe_layer_interval",
+    "dense": "mlp_only_layers",
+    "count": "num_blocks",
+    "shared": "indexer_types",
+    "unset": "num_kv_shared_layers scale_attn_by_inverse_layer_idx",
 }
+DEPTH_FIELDS = {field: rule for rule, fields in _FIELDS.items() for field in fields.split()}
 
 
 @dataclass(frozen=True)
@@ -128,216 +116,152 @@ NO_CHECK = "its tiny model gives other outputs with a cache than without, so tha
 RENAMED = "its checkpoints name the pre-norms differently from its model, so that layers in files are not recognized"
 SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
 
+
+GEMMA = "input_layernorm pre_feedforward_layernorm"
+
+
+def _rows(names: str, depth_fields: str = "", norms: str = "", **others: Any) -> dict[str, Family]:
+    """A row for each of these kinds, as Llama's but for what is given; strings are lists, divided by spaces."""
+    if norms:
+        others["attention_norm"], others["mlp_norm"] = norms.split()
+    fields = None if "no_dropping" in others else tuple(depth_fields.split())
+    return dict.fromkeys(names.split(), Family(depth_fields=fields, **others))
+
+
 # Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
 # Llama and a norm on the output of attention in Gemma 2.
-_ROWS: tuple[tuple[Family, str], ...] = (
-    (
-        Family(depth_fields=()),
+FAMILIES: dict[str, Family] = {
+    **_rows(
         "arcee aria_text bitnet emu3_text_model ernie4_5 glm glm4 gpt_neox_japanese granite granitemoe "
         "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 "
         "jetmoe llama minimax_m2 ministral3 mistral mixtral olmoe persimmon phi3 phi4_multimodal phimoe "
         "qwen3_vl_text seed_oss solar_open starcoder2 youtu",
     ),
-    (Family(depth_fields=("layer_types",)), "cwm gpt_oss granitemoehybrid kolibri1 lara_mini ministral"),
-    (
-        Family(depth_fields=("layer_types", "mlp_layer_types")),
-        "dots3_note_text inkling_text kimi_linear mellum mimo_v2_flash",
-    ),
-    (Family(depth_fields=("layer_types", "max_window_layers")), "qwen2 qwen2_5_vl_text qwen2_vl_text qwen3"),
-    (Family(depth_fields=("mlp_layer_types",)), "axk1 glm4_moe_lite hy_v3"),
-    (
-        Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace")),
-        "bailing_hybrid deepseek_v32 exaone_moe",
-    ),
-    (Family(depth_fields=("first_k_dense_replace",)), "deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe"),
-    (
-        Family(mlp_norm="pre_feedforward_layernorm", one_plus_weight=True, depth_fields=("layer_types",)),
-        "gemma2 gemma3_text vaultgemma",
-    ),
-    (
-        Family(attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", depth_fields=()),
-        "biogpt musicgen_melody_decoder xglm",
-    ),
-    (Family(one_plus_weight=True, depth_fields=()), "gemma nemotron"),
-    (Family(depth_fields=("layer_types", "layer_rope_theta")), "granite_swa granitemoe_swa"),
-    (Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types",)), "lfm2 lfm3"),
-    (Family(one_plus_weight=True, depth_fields=("layer_types",)), "qwen3_5_moe_text qwen3_5_text"),
-    (Family(depth_fields=("mlp_only_layers",)), "qwen3_moe qwen3_vl_moe_text"),
-    (Family(mlp_norm="pre_mlp_layernorm", depth_fields=("layer_types", "num_dense_layers")), "afmoe"),
-    (
-        Family(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", depth_fields=()),
-        "apertus apertus1p5_text",
-    ),
-    (Family(mlp_norm="pre_ff_layernorm", no_dropping=NO_CHECK), "bamba"),
-    (Family(layers="h", requires=(("apply_residual_connection_post_layernorm", False),), depth_fields=()), "bloom"),
-    (
-        Family(
-            layers="encoder.layers",
-            attention_norm="self_att.layernorm_before_attention",
-            mlp_norm="ffn.layernorm_before_ffn",
-            no_dropping=NO_CHECK,
-        ),
+    **_rows("cwm gpt_oss granitemoehybrid kolibri1 lara_mini ministral", "layer_types"),
+    **_rows("dots3_note_text inkling_text kimi_linear mellum mimo_v2_flash", "layer_types mlp_layer_types"),
+    **_rows("qwen2 qwen2_5_vl_text qwen2_vl_text qwen3", "layer_types max_window_layers"),
+    **_rows("axk1 glm4_moe_lite hy_v3", "mlp_layer_types"),
+    **_rows("bailing_hybrid deepseek_v32 exaone_moe", "layer_types mlp_layer_types first_k_dense_replace"),
+    **_rows("deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe", "first_k_dense_replace"),
+    **_rows("gemma2 gemma3_text vaultgemma", "layer_types", norms=GEMMA, one_plus_weight=True),
+    **_rows("biogpt musicgen_melody_decoder xglm", norms="self_attn_layer_norm final_layer_norm"),
+    **_rows("gemma nemotron", one_plus_weight=True),
+    **_rows("granite_swa granitemoe_swa", "layer_types layer_rope_theta"),
+    **_rows("lfm2 lfm3", "layer_types", norms="operator_norm ffn_norm"),
+    **_rows("qwen3_5_moe_text qwen3_5_text", "layer_types", one_plus_weight=True),
+    **_rows("qwen3_moe qwen3_vl_moe_text", "mlp_only_layers"),
+    **_rows("afmoe", "layer_types num_dense_layers", norms="input_layernorm pre_mlp_layernorm"),
+    **_rows("apertus apertus1p5_text", norms="attention_layernorm feedforward_layernorm"),
+    **_rows("bamba", norms="input_layernorm pre_ff_layernorm", no_dropping=NO_CHECK),
+    **_rows("bloom", layers="h", requires=(("apply_residual_connection_post_layernorm", False),)),
+    **_rows(
         "cpmant",
+        layers="encoder.layers",
+        norms="self_att.layernorm_before_attention ffn.layernorm_before_ffn",
+        no_dropping=NO_CHECK,
     ),
-    (Family(layers="h", attention_norm="layernorm1", mlp_norm="layernorm2", depth_fields=()), "ctrl"),
-    (
-        Family(
-            layers="blocks", attention_norm="norm_attn_norm.norm_1", mlp_norm="norm_attn_norm.norm_2", depth_fields=()
-        ),
-        "dbrx",
-    ),
-    (Family(no_dropping="its attention computes with the number of its layer"), "diffllama"),
-    (Family(depth_fields=("layer_types", "first_k_dense_replace", "max_window_layers")), "dots1"),
-    (Family(depth_fields=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")), "ernie4_5_moe"),
-    (Family(mlp_norm="pre_ff_layernorm", depth_fields=()), "falcon_h1"),
-    (Family(no_dropping=RENAMED), "exaone"),
-    (Family(depth_fields=("layer_types", "mlp_only_layers")), "flint"),
-    (
-        Family(
-            mlp_norm="pre_feedforward_layernorm",
-            requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
-            depth_fields=("layer_types", "num_kv_shared_layers"),
-        ),
+    **_rows("ctrl", layers="h", norms="layernorm1 layernorm2"),
+    **_rows("dbrx", layers="blocks", norms="norm_attn_norm.norm_1 norm_attn_norm.norm_2"),
+    **_rows("diffllama", no_dropping="its attention computes with the number of its layer"),
+    **_rows("dots1", "layer_types first_k_dense_replace max_window_layers"),
+    **_rows("ernie4_5_moe", "moe_layer_start_index moe_layer_end_index moe_layer_interval"),
+    **_rows("falcon_h1", norms="input_layernorm pre_ff_layernorm"),
+    **_rows("exaone", no_dropping=RENAMED),
+    **_rows("flint", "layer_types mlp_only_layers"),
+    **_rows(
         "gemma4_text",
+        "layer_types num_kv_shared_layers",
+        norms=GEMMA,
+        requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
     ),
-    (
-        Family(mlp_norm="pre_feedforward_layernorm", depth_fields=("layer_types", "num_kv_shared_layers")),
-        "gemma4_unified_text",
+    **_rows("gemma4_unified_text", "layer_types num_kv_shared_layers", norms=GEMMA),
+    **_rows("glm_moe_dsa", "layer_types mlp_layer_types first_k_dense_replace indexer_types"),
+    **_rows("gpt2", "scale_attn_by_inverse_layer_idx", layers="h", norms="ln_1 ln_2"),
+    **_rows("gpt_bigcode", layers="h", norms="ln_1 ln_2"),
+    **_rows("gpt_neo", "attention_layers", layers="h", norms="ln_1 ln_2"),
+    **_rows("jamba", "attn_layer_period expert_layer_period", norms="input_layernorm pre_ff_layernorm"),
+    **_rows("laguna", "layer_types mlp_layer_types num_attention_heads_per_layer"),
+    **_rows("lfm2_moe", "layer_types num_dense_layers", norms="operator_norm ffn_norm"),
+    **_rows("llama4_text", "layer_types no_rope_layers moe_layers"),
+    **_rows("megatron-bert", layers="encoder.layer", norms="attention.ln ln"),
+    **_rows("minicpm3", no_dropping="its residual branches are scaled by the number of layers"),
+    **_rows("minimax_m3_vl_text", "layer_types mlp_layer_types", one_plus_weight=True),
+    **_rows("moshi", no_dropping=NO_CHECK),
+    **_rows("mpt", layers="blocks", norms="norm_1 norm_2"),
+    **_rows("opt", norms="self_attn_layer_norm final_layer_norm", requires=(("do_layer_norm_before", True),)),
+    **_rows("qwen2_moe", "layer_types max_window_layers mlp_only_layers"),
+    **_rows("qwen3_next", "layer_types mlp_only_layers", one_plus_weight=True),
+    **_rows("recurrent_gemma", "block_types", norms="temporal_pre_norm channel_pre_norm", one_plus_weight=True),
+    **_rows("roberta-prelayernorm", layers="encoder.layer", norms="attention.LayerNorm intermediate.LayerNorm"),
+    **_rows("smollm3", "layer_types no_rope_layers"),
+    **_rows("stablelm", requires=(("use_parallel_residual", False),)),
+    **_rows("xlm-roberta-xl", layers="encoder.layer", norms="attention.self_attn_layer_norm LayerNorm"),
+    **_rows("xlstm", layers="blocks", norms="norm_mlstm norm_ffn", no_dropping=NO_CHECK),
+    **_rows(
+        "bert bert-generation big_bird camembert data2vec-text electra ernie git rembert roberta roc_bert roformer "
+        "xlm-roberta xmod",
+        layers="encoder.layer",
+        no_scaling=POST_LN,
     ),
-    (Family(depth_fields=("layer_types", "mlp_layer_types", "first_k_dense_replace", "indexer_types")), "glm_moe_dsa"),
-    (
-        Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("scale_attn_by_inverse_layer_idx",)),
-        "gpt2",
-    ),
-    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=()), "gpt_bigcode"),
-    (Family(layers="h", attention_norm="ln_1", mlp_norm="ln_2", depth_fields=("attention_layers",)), "gpt_neo"),
-    (Family(mlp_norm="pre_ff_layernorm", depth_fields=("attn_layer_period", "expert_layer_period")), "jamba"),
-    (Family(depth_fields=("layer_types", "mlp_layer_types", "num_attention_heads_per_layer")), "laguna"),
-    (
-        Family(attention_norm="operator_norm", mlp_norm="ffn_norm", depth_fields=("layer_types", "num_dense_layers")),
-        "lfm2_moe",
-    ),
-    (Family(depth_fields=("layer_types", "no_rope_layers", "moe_layers")), "llama4_text"),
-    (Family(layers="encoder.layer", attention_norm="attention.ln", mlp_norm="ln", depth_fields=()), "megatron-bert"),
-    (Family(no_dropping="its residual branches are scaled by the number of layers"), "minicpm3"),
-    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_layer_types")), "minimax_m3_vl_text"),
-    (Family(no_dropping=NO_CHECK), "moshi"),
-    (Family(layers="blocks", attention_norm="norm_1", mlp_norm="norm_2", depth_fields=()), "mpt"),
-    (
-        Family(
-            attention_norm="self_attn_layer_norm",
-            mlp_norm="final_layer_norm",
-            requires=(("do_layer_norm_before", True),),
-            depth_fields=(),
-        ),
-        "opt",
-    ),
-    (Family(depth_fields=("layer_types", "max_window_layers", "mlp_only_layers")), "qwen2_moe"),
-    (Family(one_plus_weight=True, depth_fields=("layer_types", "mlp_only_layers")), "qwen3_next"),
-    (
-        Family(
-            attention_norm="temporal_pre_norm",
-            mlp_norm="channel_pre_norm",
-            one_plus_weight=True,
-            depth_fields=("block_types",),
-        ),
-        "recurrent_gemma",
-    ),
-    (
-        Family(
-            layers="encoder.layer",
-            attention_norm="attention.LayerNorm",
-            mlp_norm="intermediate.LayerNorm",
-            depth_fields=(),
-        ),
-        "roberta-prelayernorm",
-    ),
-    (Family(depth_fields=("layer_types", "no_rope_layers")), "smollm3"),
-    (Family(requires=(("use_parallel_residual", False),), depth_fields=()), "stablelm"),
-    (
-        Family(
-            layers="encoder.layer",
-            attention_norm="attention.self_attn_layer_norm",
-            mlp_norm="LayerNorm",
-            depth_fields=(),
-        ),
-        "xlm-roberta-xl",
-    ),
-    (Family(layers="blocks", attention_norm="norm_mlstm", mlp_norm="norm_ffn", no_dropping=NO_CHECK), "xlstm"),
-    (
-        Family(layers="encoder.layer", no_scaling=POST_LN, depth_fields=()),
-        "bert bert-generation big_bird camembert data2vec-text electra ernie git rembert roberta roc_bert "
-        "roformer xlm-roberta xmod",
-    ),
-    (Family(layers="h", no_scaling=PARALLEL, depth_fields=()), "codegen falcon gptj"),
-    (Family(no_scaling=PARALLEL, depth_fields=()), "cohere gpt_neox phi"),
-    (Family(no_scaling=ONE_SUBLAYER, depth_fields=()), "falcon_mamba mamba mamba2"),
-    (Family(no_scaling=PARALLEL, depth_fields=("layer_types",)), "cohere2 cohere_compass_text"),
-    (Family(no_scaling=POST_NORM, depth_fields=("layer_types",)), "exaone4 olmo3"),
-    (Family(no_scaling=POST_NORM, depth_fields=()), "flex_olmo olmo2"),
-    (Family(no_scaling=UNEQUAL, depth_fields=("layer_types",)), "modernbert-decoder olmo_hybrid"),
-    (Family(no_scaling=NO_WEIGHT, depth_fields=()), "nanochat olmo"),
-    (Family(no_scaling=NOT_LINEAR, depth_fields=("layer_types", "mlp_layer_types")), "axk2"),
-    (Family(no_scaling=PARALLEL, depth_fields=("layer_types", "mlp_layer_types")), "cohere2_moe"),
-    (Family(no_scaling=MULTIPLIED, depth_fields=()), "doge"),
-    (Family(no_scaling=ONE_SUBLAYER, depth_fields=("layers_block_type",)), "nemotron_h"),
-    (Family(layers="h", no_scaling=POST_LN, depth_fields=()), "openai-gpt"),
-    (Family(no_scaling=POST_LN, depth_fields=()), "trocr"),
-    (Family(layers="layer", no_scaling=POST_LN, depth_fields=()), "xlnet"),
-)
+    **_rows("codegen falcon gptj", layers="h", no_scaling=PARALLEL),
+    **_rows("cohere gpt_neox phi", no_scaling=PARALLEL),
+    **_rows("falcon_mamba mamba mamba2", no_scaling=ONE_SUBLAYER),
+    **_rows("cohere2 cohere_compass_text", "layer_types", no_scaling=PARALLEL),
+    **_rows("exaone4 olmo3", "layer_types", no_scaling=POST_NORM),
+    **_rows("flex_olmo olmo2", no_scaling=POST_NORM),
+    **_rows("modernbert-decoder olmo_hybrid", "layer_types", no_scaling=UNEQUAL),
+    **_rows("nanochat olmo", no_scaling=NO_WEIGHT),
+    **_rows("axk2", "layer_types mlp_layer_types", no_scaling=NOT_LINEAR),
+    **_rows("cohere2_moe", "layer_types mlp_layer_types", no_scaling=PARALLEL),
+    **_rows("doge", no_scaling=MULTIPLIED),
+    **_rows("nemotron_h", "layers_block_type", no_scaling=ONE_SUBLAYER),
+    **_rows("openai-gpt", layers="h", no_scaling=POST_LN),
+    **_rows("trocr", no_scaling=POST_LN),
+    **_rows("xlnet", layers="layer", no_scaling=POST_LN),
+}
 # What the rows above leave out: where a layer's attention and MLP are, if not at `self_attn` and `mlp`, and the norms
 # behind them. Families without any of the two modules are named last.
-_SUBLAYERS: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"attention": "attn"}, "codegen gpt2 gpt_bigcode gpt_neo gptj mpt"),
-    ({"attention": "attention"}, "gpt_neox"),
-    ({"attention": ""}, "falcon_h1 glm_moe_dsa gpt_neox_japanese jetmoe recurrent_gemma"),
-    ({"mlp": "feed_forward"}, "falcon_h1 jamba lfm2 lfm2_moe lfm3"),
-    ({"mlp": "block_sparse_moe"}, "granitemoe"),
-    ({"mlp": "mlp_block"}, "recurrent_gemma"),
-    ({"mlp": ""}, "biogpt gpt_oss granitemoe_swa granitemoehybrid granitemoeshared llama4_text mpt opt xglm"),
-    ({"mlp_norm": "input_layernorm"}, "cohere cohere2 cohere2_moe cohere_compass_text phi"),  # one norm for both
-    ({"attention_norm": "ln_1", "mlp_norm": "ln_1"}, "codegen gptj"),
-    ({"attention_norm": "", "mlp_norm": ""}, "exaone4 flex_olmo olmo2 olmo3"),
+for _names, _changes in (
+    ("codegen gpt2 gpt_bigcode gpt_neo gptj mpt", {"attention": "attn"}),
+    ("gpt_neox", {"attention": "attention"}),
+    ("falcon_h1 glm_moe_dsa gpt_neox_japanese jetmoe recurrent_gemma", {"attention": ""}),
+    ("falcon_h1 jamba lfm2 lfm2_moe lfm3", {"mlp": "feed_forward"}),
+    ("granitemoe", {"mlp": "block_sparse_moe"}),
+    ("recurrent_gemma", {"mlp": "mlp_block"}),
+    ("biogpt gpt_oss granitemoe_swa granitemoehybrid granitemoeshared llama4_text mpt opt xglm", {"mlp": ""}),
+    ("cohere cohere2 cohere2_moe cohere_compass_text phi", {"mlp_norm": "input_layernorm"}),  # one norm for both
+    ("codegen gptj", {"attention_norm": "ln_1", "mlp_norm": "ln_1"}),
+    ("exaone4 flex_olmo olmo2 olmo3", {"attention_norm": "", "mlp_norm": ""}),
+    ("afmoe", {"output_norms": ("post_attention_layernorm", "post_mlp_layernorm")}),
+    ("exaone4 flex_olmo gemma2", {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}),
+    ("gemma3_text olmo2 olmo3", {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}),
+    ("glm4 kolibri1", {"output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}),
+    ("hyperclovax", {"output_norms": ("post_norm1", "post_norm2")}),
+    ("lfm3", {"output_norms": ("post_operator_norm", "post_ffn_norm")}),
     (
-        {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")},
-        "exaone4 flex_olmo gemma2 gemma3_text olmo2 olmo3",
-    ),
-    ({"output_norms": ("post_attention_layernorm", "post_mlp_layernorm")}, "afmoe"),
-    ({"output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}, "glm4 kolibri1"),
-    ({"output_norms": ("post_norm1", "post_norm2")}, "hyperclovax"),
-    ({"output_norms": ("post_operator_norm", "post_ffn_norm")}, "lfm3"),
-    (
-        {"attention": "", "mlp": ""},
         "bert bert-generation big_bird bloom camembert ctrl data2vec-text dbrx doge electra ernie falcon falcon_mamba "
         "gemma4_text gemma4_unified_text git inkling_text mamba mamba2 megatron-bert modernbert-decoder "
         "musicgen_melody_decoder nemotron_h olmo_hybrid openai-gpt rembert roberta roberta-prelayernorm roc_bert "
         "roformer trocr xlm-roberta xlm-roberta-xl xlnet xmod",
+        {"attention": "", "mlp": ""},
     ),
-)
-FAMILIES: dict[str, Family] = {name: family for family, names in _ROWS for name in names.split()}
-for _changes, _names in _SUBLAYERS:
+):
     FAMILIES |= {name: replace(FAMILIES[name], **_changes) for name in _names.split()}
 
 # Families that can be neither scaled nor cut, by the reason.
-KNOWN_UNSUPPORTED: dict[str, str] = {
-    name: reason
-    for reason, names in (
-        (
-            ENCODER_DECODER,
-            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_decoder musicgen_melody "
-            "mvp pegasus plbart prophetnet whisper",
-        ),
-        (MULTIPLIED, "beam zaya"),
-        (HYPER, "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text"),
-        (NO_STACK, "blt dory hrm_text inkling2_loop_text mllama_text_model reformer xlm"),
-        (POST_LN, "distilbert minimax"),
-        (MORE_NORMS, "longcat_flash"),
-        (MORE_READERS, "inkling2_text"),
-        (UNEQUAL, "rwkv"),
-        (SHARED, "zamba zamba2"),
-    )
-    for name in names.split()
+_UNSUPPORTED = {
+    ENCODER_DECODER: "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_decoder "
+    "musicgen_melody mvp pegasus plbart prophetnet whisper",
+    MULTIPLIED: "beam zaya",
+    HYPER: "deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text",
+    NO_STACK: "blt dory hrm_text inkling2_loop_text mllama_text_model reformer xlm",
+    POST_LN: "distilbert minimax",
+    MORE_NORMS: "longcat_flash",
+    MORE_READERS: "inkling2_text",
+    UNEQUAL: "rwkv",
+    SHARED: "zamba zamba2",
 }
+KNOWN_UNSUPPORTED = {name: reason for reason, names in _UNSUPPORTED.items() for name in names.split()}
 
 
 def register_family(
@@ -395,15 +319,15 @@ def register_family(
     if depth_fields is not None:
         known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
+            problem = ""
             if name not in known:
-                raise ValueError(
-                    f"register_family: depth_fields: {name!r} is not one of {', '.join(DEPTH_FIELDS)}; give "
-                    f"{{{name!r}: rule}}, with one of the rules {', '.join(RULES)}"
+                problem = (
+                    f"{name!r} is not one of {', '.join(DEPTH_FIELDS)}; give {{{name!r}: rule}}, with one of the rules"
                 )
-            if known[name] not in RULES:
-                raise ValueError(
-                    f"register_family: depth_fields: {name}: {known[name]!r} is not a rule; use {', '.join(RULES)}"
-                )
+            elif known[name] not in RULES:
+                problem = f"{name}: {known[name]!r} is not a rule; use"
+            if problem:
+                raise ValueError(f"register_family: depth_fields: {problem} {', '.join(RULES)}")
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     # Sub-layers are dropped in the families of the table alone: what a module returns is not known of others.
     FAMILIES[model_type] = Family(
@@ -445,11 +369,7 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
 
 
 def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
-    """The row of a model's text decoder, if it can lose its attention or its MLP alone.
-
-    Args:
-        config: of the model.
-        kind: "attention" or "mlp".
+    """The row of a model's text decoder, if it can lose its "attention" or its "mlp" alone, as `kind` says.
 
     Raises:
         UnsupportedArchitectureError: if it cannot; the message says why.

@@ -14,11 +14,7 @@ _WORDS = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: if it is none, is nested too deeply, or has half of a surrogate pair, which no text can hold.
-    """
+    """The value of a JSON text; refuses what is nested too deeply, or has half of a surrogate pair."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
@@ -29,14 +25,9 @@ def parse(text: str) -> Any:
 
 
 def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: of the file.
-        kinds: the types that its fields have, by name; a field that is missing is not looked at, nor one without kinds.
+    """The JSON object in a file. Fields of the names in `kinds` have those types, or are missing.
 
     Raises:
-        OSError: if the file cannot be read.
         ValueError: if it holds something else; the message says what, without the name of the file.
     """
     try:

@@ -32,10 +32,8 @@ def environment_with_flags() -> dict[str, str]:
 def command_of(function: str) -> list[str]:
     """The command that calls a function of this package in a new process, without the current folder on its path.
 
-    `python -c` and `python -m` put the current folder first: a file such as `typer.py` in it would be run.
-
-    Args:
-        function: `module:name`; called without arguments, it reads `sys.argv`.
+    `python -c` and `python -m` put the current folder first: a file such as `typer.py` in it would be run. The function
+    is given as `module:name`; called without arguments, it reads `sys.argv`.
     """
     module, _, name = function.partition(":")
     root = str(Path(__file__).parents[2])
@@ -68,11 +66,8 @@ def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[
 
 @contextmanager
 def leaving_on_sigterm(name: str) -> Iterator[None]:
-    """Within it, SIGTERM raises SystemExit(143), so that what was begun is cleaned up as after Ctrl-C.
-
-    Args:
-        name: of the program, for the line on stderr.
-    """
+    """Within it, SIGTERM says so on stderr, by the program's name, and raises SystemExit(143): all is cleaned up as
+    after Ctrl-C."""
     stopped = -math.inf
 
     def leave(number: int, frame: Any) -> None:

@@ -6,14 +6,15 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
 from .config import LNScalingConfig, is_integer
 from .display import brief
 from .families import family_of, text_config
+from .json_file import are_layers
 
 # ON_DISK holds the scaling in the checkpoint's own config.json and exists in memory alone: it tells a model that was
 # trained with the scale from one in which it was switched on cold.
@@ -36,19 +37,14 @@ class Stored(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which layers and sub-layers of the original model are missing.
+    """Which layers and sub-layers of the original model are missing, by their sorted numbers in it, counted from 0.
 
-    Attributes:
-        layers: their sorted numbers in the original model, counted from 0.
-        num_hidden_layers: number of layers of the original model.
-        base: name of the original model, empty if it has none that others can use.
-        attention: sorted numbers, in the original model, of layers that are there without their attention.
-        mlp: of those that are there without their MLP. A layer without both is one of `layers`.
+    A layer that is there without its attention or MLP is one of `attention` or `mlp`; one without both, of `layers`.
     """
 
     layers: tuple[int, ...]
-    num_hidden_layers: int
-    base: str = ""
+    num_hidden_layers: int  # of the original model
+    base: str = field(default="", compare=False)  # the original's name, empty if it has none that others can use
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
 
@@ -84,15 +80,10 @@ def named_parts(layers: Iterable[int], attention: Iterable[int], mlp: Iterable[i
 
 @dataclass(frozen=True)
 class KnownText:
-    """The text that a model's layers were chosen or healed on; see `measuring.known_text`.
-
-    Attributes:
-        source: where it is from.
-        passages: a sorted sample of hashes of its passages, of 48 bits each.
-    """
+    """The text that a model's layers were chosen or healed on; see `measuring.known_text`."""
 
     source: str
-    passages: tuple[int, ...]
+    passages: tuple[int, ...]  # a sorted sample of their hashes, of 48 bits each
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: passages are a string of twelve hexadecimal digits each."""
@@ -101,11 +92,7 @@ class KnownText:
 
     @classmethod
     def of(cls, stored: Any) -> KnownText:
-        """Reads what `to_dict` wrote; other keys are ignored.
-
-        Raises:
-            ValueError: if it is something else.
-        """
+        """Reads what `to_dict` wrote; other keys are ignored, and anything else is a `ValueError`."""
         try:
             source, hashes = stored["source"], stored["passages"]
             if not isinstance(source, str) or not re.fullmatch("([0-9a-f]{12})*", hashes):
@@ -120,19 +107,12 @@ class KnownText:
 
 @dataclass(frozen=True)
 class Record:
-    """The scale and the layers of the text decoder in a configuration.
+    """The scale and the layers of the text decoder in a configuration."""
 
-    Attributes:
-        active: the scaling that is applied to the norms' outputs, or None.
-        folded: the scaling that the norm weights contain, or None.
-        dropped: the layers that are missing, or None if none are.
-        on_disk: the scaling that was active in the checkpoint's own config.json, or None.
-    """
-
-    active: LNScalingConfig | None = None
-    folded: LNScalingConfig | None = None
+    active: LNScalingConfig | None = None  # applied to the norms' outputs
+    folded: LNScalingConfig | None = None  # contained in the norm weights
     dropped: Dropped | None = None
-    on_disk: LNScalingConfig | None = None
+    on_disk: LNScalingConfig | None = None  # active in the checkpoint's own config.json
 
     @property
     def sublayers(self) -> dict[str, list[int]]:
@@ -160,14 +140,10 @@ class SourceName(str):
 
     Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
     models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
-
-    Attributes:
-        record: the record in the model's configuration.
-        changed: how its weights were changed in memory, so that they cannot be loaded again; "" if they were not.
     """
 
     record: Record
-    changed: str
+    changed: str  # how its weights were changed in memory, so that they cannot be loaded again; "" if they were not
 
     def __new__(cls, name: str, record: Record = Record(), changed: str = "") -> SourceName:
         made = super().__new__(cls, name)
@@ -176,22 +152,19 @@ class SourceName(str):
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
-    """Notes in a configuration's name what a model that is loaded by it must be like; see `SourceName`.
+    """Notes in the name of a model in memory what one that is loaded by it must be like; see `SourceName`.
 
-    Args:
-        config: of a model in memory.
-        changed: how its weights were changed; None leaves what was noted.
+    None for how its weights were changed leaves what was noted.
     """
-    name = getattr(config, "_name_or_path", "")
-    changed = getattr(name, "changed", "") if changed is None else changed
-    if name:
+    if name := getattr(config, "_name_or_path", ""):
+        changed = getattr(name, "changed", "") if changed is None else changed
         found = record(config)
-        own = replace(found, on_disk=None)
-        config._name_or_path = SourceName(name, own, changed) if found != Record() or changed else str(name)
+        plain = found == Record() and not changed
+        config._name_or_path = str(name) if plain else SourceName(name, replace(found, on_disk=None), changed)
 
 
-def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
-    """Reads and validates the plugin's keys in a configuration, or in the dict of a config.json.
+def record(config: object) -> Record:
+    """Reads and validates the plugin's keys in a configuration or the dict of a config.json; anything else has none.
 
     Stored depths of exactly 1, 2, ... are the default ones and follow the number of layers, which may have been changed
     since they were written.
@@ -199,7 +172,14 @@ def record(config: PreTrainedConfig | dict[str, Any]) -> Record:
     Raises:
         ValueError: for a value that is not valid; the message names the key, the value and what is valid.
     """
-    values, num_layers = _values(config)
+    if isinstance(config, dict):
+        keys = (ACTIVE, FOLDED, DROPPED)
+        values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
+        num_layers = number if is_integer(number := values.get("num_hidden_layers")) else None
+    elif is_flagged(config):
+        values, num_layers = vars(text_config(config)), layers_of(config)
+    else:
+        return Record()
     return Record(
         active=_scaling(values, ACTIVE, num_layers),
         folded=_scaling(values, FOLDED, num_layers),
@@ -222,11 +202,7 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def known_text(config: PreTrainedConfig) -> KnownText | None:
-    """The text that a model's layers were chosen or healed on, if its configuration says so.
-
-    Raises:
-        ValueError: for a value that is not valid.
-    """
+    """The text that a model's layers were chosen or healed on, if its configuration says so."""
     stored = vars(text_config(config)).get(KNOWN_TEXT)
     return None if stored is None else KnownText.of(stored)
 
@@ -234,7 +210,7 @@ def known_text(config: PreTrainedConfig) -> KnownText | None:
 def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
     """Notes a text in a configuration, beside what was noted before."""
     if before := known_text(config):
-        names = dict.fromkeys((*before.source.split(", "), *text.source.split(", ")))
+        names = dict.fromkeys(f"{before.source}, {text.source}".split(", "))
         text = KnownText(", ".join(names), tuple(sorted({*before.passages, *text.passages})[:KEPT]))
     write_known_text(config, text)
 
@@ -247,12 +223,12 @@ def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
         values[KNOWN_TEXT] = text.to_dict()
 
 
-def mark(own: Record) -> str | None:
-    """The mark of weights that belong to a configuration with this record; None for a plain model."""
-    return json.dumps(own.to_dict(), sort_keys=True) if own.to_dict() else None
+def mark(own: Record) -> str:
+    """The mark of weights that belong to a configuration with this record."""
+    return json.dumps(own.to_dict(), sort_keys=True)
 
 
-def is_flagged(config: Any) -> bool:
+def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
     """Whether something is a configuration with a key of the plugin, in itself or in a part; only reads attributes."""
     if not isinstance(config, PreTrainedConfig):
         return False
@@ -268,7 +244,7 @@ def require_valid(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: for a value that is not valid in itself, or that does not fit the number of layers.
     """
-    found, num_layers = record(config), _num_layers(text_config(config))
+    found, num_layers = record(config), layers_of(config)
     if found.active and found.folded:
         raise ValueError(
             f"the model's config has both {ACTIVE} and {FOLDED}, which would scale twice; remove {ACTIVE}, or "
@@ -277,9 +253,8 @@ def require_valid(config: PreTrainedConfig) -> None:
     if num_layers is None:
         return
     for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
-        if scaling is not None:
-            with _naming(key):
-                scaling.scales(num_layers)
+        with _naming(key):
+            _ = scaling and scaling.scales(num_layers)
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
@@ -304,14 +279,13 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
     """
     if value is None:
         return
-    now, text = record(config), text_config(config)
+    now = record(config)
     if value is True and now.active:
         return
-    scaling, num_layers = LNScalingConfig.of(value), _num_layers(text)
+    scaling, num_layers = LNScalingConfig.of(value), layers_of(config)
     if scaling is None:
-        write(config, replace(now, active=None))
-        return
-    if text.model_type:  # the base class, with which Trainer looks into a config.json, has none
+        return write(config, replace(now, active=None))
+    if text_config(config).model_type:  # the base class, with which Trainer looks into a config.json, has none
         family_of(config)
     if now.folded:
         raise ValueError(
@@ -337,7 +311,7 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     found = record(config)
     if found.active is None and found.on_disk is None:
         return None
-    num_layers = _num_layers(text_config(config)) or 0
+    num_layers = layers_of(config) or 0
     scales = []
     for scaling in (found.active, found.on_disk):
         try:
@@ -358,19 +332,9 @@ def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | No
     return None
 
 
-def _values(config: PreTrainedConfig | dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The mapping that holds the keys, and its number of layers if it has one."""
-    if not isinstance(config, dict):
-        text = text_config(config)
-        return vars(text), _num_layers(text)
-    keys = (ACTIVE, FOLDED, DROPPED)
-    values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
-    number = values.get("num_hidden_layers")
-    return values, number if is_integer(number) else None
-
-
-def _num_layers(text: PreTrainedConfig) -> int | None:
-    number = getattr(text, "num_hidden_layers", None)
+def layers_of(config: PreTrainedConfig) -> int | None:
+    """The number of layers of a model's text decoder; None if its configuration has no such number."""
+    number = getattr(text_config(config), "num_hidden_layers", None)
     return number if is_integer(number) else None  # some have a dict
 
 
@@ -406,8 +370,7 @@ def _dropped(stored: Any) -> Dropped | None:
         parts = [layers, *(stored.get(kind) or [] for kind in SUBLAYERS)]
         valid = all(isinstance(part, list | tuple) for part in parts) and is_integer(number) and isinstance(base, str)
         named = [layer for part in parts for layer in part] if valid else []  # a layer without both is a dropped one
-        valid = valid and all(is_integer(layer) and 0 <= layer < number for layer in named)
-        valid = valid and len(set(named)) == len(named) and len(layers) < number <= _MOST_LAYERS
+        valid = valid and are_layers(named, number) and len(layers) < number <= _MOST_LAYERS
     except (TypeError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
@@ -435,10 +398,9 @@ def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def protect(config: dict[str, Any]) -> dict[str, Any]:
-    """Turns the dict of a configuration into what is written to `config.json`, in place.
+    """Turns the dict of a configuration into what is written to `config.json`, in place, and returns it.
 
-    Returns:
-        The same dict, unchanged but for private state if nothing in it needs this package.
+    If nothing in it needs this package, only private state is taken out.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -455,13 +417,9 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `protect`, in place, for the dict read from `config.json`.
+    """The inverse of `protect`, in place, for the dict read from `config.json`; that of any other file is unchanged.
 
-    Notes for each active scale that the file had it; such a note in the file itself is ignored. The dict of any other
-    file is returned unchanged.
-
-    Raises:
-        ValueError: if the file has an `ln_scaling` that is not valid.
+    Notes for each active scale that the file had it; such a note in the file itself is ignored.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -483,11 +441,7 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def protected_part(part: dict[str, Any]) -> Record:
-    """What in the dict of one configuration, not in those inside it, may need this package.
-
-    Raises:
-        ValueError: for a value that is not valid.
-    """
+    """What in the dict of one configuration, not in those inside it, may need this package."""
     return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
 
 

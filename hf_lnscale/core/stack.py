@@ -27,8 +27,7 @@ class Stack:
         """Every pre-norm with the position of its layer; those of missing sub-layers are missing.
 
         Raises:
-            UnsupportedArchitectureError: if the family has none, a layer lacks one, or one has no weight or is wrapped
-                by an adapter.
+            UnsupportedArchitectureError: if one cannot be scaled; the message says why.
         """
         family_of(self.model.config)
         found = []
@@ -37,25 +36,29 @@ class Stack:
                 norm = submodule(layer, path)
                 if isinstance(norm, AbsentNorm):
                     continue
-                if norm is None or norm._parameters.get("weight") is None:
-                    if type(norm).__module__.partition(".")[0] == "peft":
-                        raise UnsupportedArchitectureError(
-                            f"ln_scaling: the pre-norm {path!r} of layer {position} is wrapped by a PEFT adapter "
-                            f"({type(norm).__name__}), which trains a copy of it. Merge or unload the adapter first "
-                            "(model.merge_and_unload(), model.unload()), or change the scale before adding it"
-                        )
-                    what = "is missing" if norm is None else f"({type(norm).__name__}) has no weight"
+                if problem := _problem(norm, layer):
                     raise UnsupportedArchitectureError(
-                        f"ln_scaling: the pre-norm {path!r} of layer {position} {what} in {type(layer).__name__} "
-                        f"(model_type {self.model.config.model_type!r}); see hf_lnscale.register_family"
-                    )
-                if set(norm._parameters) - {"weight", "bias"}:
-                    raise UnsupportedArchitectureError(
-                        f"ln_scaling: the norm {path!r} of {type(layer).__name__} has parameters "
-                        f"{sorted(norm._parameters)}; only weight and bias are known to be linear in its output"
+                        f"ln_scaling: the pre-norm {path!r} of layer {position} {problem}"
                     )
                 found.append((position, norm))
         return found
+
+
+def _problem(norm: nn.Module | None, layer: nn.Module) -> str:
+    """Why a pre-norm of a layer cannot be scaled; "" if it can."""
+    kind, where = type(norm).__name__, f"in {type(layer).__name__}; see hf_lnscale.register_family"
+    if norm is None:
+        return f"is missing {where}"
+    if norm._parameters.get("weight") is None:
+        if type(norm).__module__.partition(".")[0] != "peft":
+            return f"({kind}) has no weight {where}"
+        return (
+            f"is wrapped by a PEFT adapter ({kind}), which trains a copy of it. Merge or unload the adapter first "
+            "(model.merge_and_unload(), model.unload()), or change the scale before adding it"
+        )
+    if set(norm._parameters) - {"weight", "bias"}:
+        return f"({kind}) has more than a weight and a bias, which are known to be linear in its output, {where}"
+    return ""
 
 
 def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:

@@ -60,16 +60,8 @@ def _zeros(x_BTD: torch.Tensor, held: torch.Tensor | None, size: int) -> torch.T
 
 
 def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None:
-    """Takes attention or MLP out of a decoder layer, in place.
-
-    Args:
-        layer: one of the stack, at this position.
-        family: of the model; it has a module for the kind.
-        kind: "attention" or "mlp".
-
-    Raises:
-        UnsupportedArchitectureError: if the layer does not have the modules that the table says.
-    """
+    """Takes "attention" or "mlp" out of the decoder layer at a position, in place; refused if the layer does not have
+    the modules that the table says."""
     path, norms = family.sublayer(kind)
     for name in (path, *norms):
         if submodule(layer, name) is None:

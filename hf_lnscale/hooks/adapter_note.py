@@ -11,13 +11,14 @@ does not know that type, and raises it as a `KeyError`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
@@ -30,39 +31,34 @@ TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnsc
 
 def base_state(config: PreTrainedConfig | None) -> Record:
     """The scale and the layers in a configuration, regardless of those on disk; empty for a plain model or None."""
-    return dataclasses.replace(record(config), on_disk=None) if config is not None else Record()
+    return dataclasses.replace(record(config), on_disk=None)
 
 
 def note(adapter: dict[str, Any]) -> Record | None:
-    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none.
-
-    Raises:
-        ValueError: if the note is not one that this package writes.
-    """
+    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none."""
     mapping = adapter.get("auto_mapping")
     noted = mapping.get(NOTE) if isinstance(mapping, dict) else None
     if noted is None:
         return None
-    where = f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json"
-    if not isinstance(noted, dict):
-        raise ValueError(f"{where} must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
     try:
+        if not isinstance(noted, dict):
+            raise ValueError(f"it must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
         return record(noted)
     except ValueError as error:
-        raise ValueError(f"{where} is not valid: {error}") from None
+        raise ValueError(f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json: {error}") from None
 
 
 def add_note(path: Path, base: PreTrainedConfig) -> None:
     """Notes in an adapter_config.json what its base is; a note that is there already is replaced."""
     adapter = json.loads(path.read_text(encoding="utf-8"))
-    found = base_state(base)
-    noted = record(base) != Record()
+    found, noted = base_state(base), record(base) != Record()
     if not noted and note(adapter) is None:
         return
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
         mapping[NOTE] = found.to_dict()
-        if found.needs_plugin or not _on_disk_as(base, adapter):
+        there = _config_on_disk(adapter)
+        if found.needs_plugin or there is None or base_state(there) != found:
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
@@ -76,34 +72,24 @@ def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that restore the base that the adapter was trained on.
+    """The keywords of `from_pretrained` that restore the base that the adapter was trained on, as far as needed.
 
     Args:
         adapter: the dict of an adapter_config.json.
         base: the current configuration of the base; None reads the one at the path that PEFT recorded.
-
-    Returns:
-        `drop_layers` and `ln_scaling`, as far as needed; empty for an adapter without a note.
-
-    Raises:
-        ValueError: if no keywords turn the current base into that one.
     """
     wanted = note(adapter)
-    if wanted is None:
+    base = base or (_config_on_disk(adapter) if wanted else None)
+    if wanted is None or base is None:  # where there is no base, loading it will say what is wrong
         return {}
-    base = base or _config_on_disk(adapter)
-    if base is None:  # loading it will say what is wrong
-        return {}
-    found = keywords_to_restore(wanted, base)
-    if found is None:
+    if (found := keywords_to_restore(wanted, base)) is None:
         raise ValueError(_mismatch(adapter, "this adapter", wanted, base))
     return found
 
 
 def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
     """The keywords of `from_pretrained` that make a model with the wanted record of a checkpoint; None if none do."""
-    found = _to_restore(wanted, base)
-    if found is None:
+    if (found := _to_restore(wanted, base)) is None:
         return None
     restored = copy.deepcopy(base)
     set_drops(restored, found)
@@ -112,19 +98,16 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
         require_valid(restored)
     except ValueError:  # depths of another number of layers, a scale of zero
         return None
-    return found if _same(wanted, base_state(restored)) else None
+    return found if wanted == base_state(restored) else None
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
-    """Refuses an adapter that was trained on another base than the one at hand.
+    """Refuses an adapter that was trained on a base with another scale or other layers than the one at hand.
 
     Args:
         adapter: the dict of its adapter_config.json.
         name: what it was loaded by.
         base: the configuration of the model that it is to be put on; None for a model of another library.
-
-    Raises:
-        ValueError: if scale or layers differ; the message says how to load the base.
     """
     here, wanted = base_state(base), note(adapter)
     if wanted is None:
@@ -142,17 +125,8 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
             )
             return
         wanted = base_state(there)
-    if not _same(wanted, here):
+    if wanted != here:
         raise ValueError(_mismatch(adapter, f"the adapter {name!r}", wanted, base))
-
-
-def _same(one: Record, other: Record) -> bool:
-    """Compares what matters to an adapter, so not the name of the model that layers were dropped from."""
-
-    def key(state: Record) -> Record:
-        return dataclasses.replace(state, dropped=state.dropped and dataclasses.replace(state.dropped, base=""))
-
-    return key(one) == key(other)
 
 
 def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
@@ -198,20 +172,8 @@ def _describe(state: Record) -> str:
 
 def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedConfig | None:
     """The configuration at the path that PEFT noted, or None if it cannot be read; `local` asks no Hub for it."""
-    name = adapter.get("base_model_name_or_path")
-    if not name:
-        return None
-    from transformers import AutoConfig
-
-    try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, revision=adapter.get("revision"), local_files_only=local
-        )
-        return found
-    except (OSError, ValueError):
-        return None
-
-
-def _on_disk_as(base: PreTrainedConfig, adapter: dict[str, Any]) -> bool:
-    there = _config_on_disk(adapter)
-    return there is not None and _same(base_state(there), base_state(base))
+    found: PreTrainedConfig | None = None
+    if name := adapter.get("base_model_name_or_path"):
+        with contextlib.suppress(OSError, ValueError):
+            found = AutoConfig.from_pretrained(name, revision=adapter.get("revision"), local_files_only=local)
+    return found

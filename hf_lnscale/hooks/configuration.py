@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
 from ..core import record
 from ..core.errors import ArgumentError
-from .deferred import config_file
-from .install import DROPS, require_supported
+from .install import DROPS, Original, require_supported
+
+# Keywords of from_pretrained that say where a file is found.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Where a config.json is written first, while a model is saved.
+written_as: ContextVar[dict[Path, Path]] = ContextVar("written_as")
+_T = TypeVar("_T")
+
+
+@contextmanager
+def setting(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Within it, a context variable has a value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
@@ -35,94 +53,77 @@ def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.pop(name, None) for name in DROPS}
 
 
-def ln_scaling_property() -> property:
+def located(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords of `from_pretrained` that say where a file is found."""
+    return {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+
+
+def saved_config(config: PreTrainedConfig, name: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The dict of the config.json of a checkpoint; `config` is of the model that reads it."""
+    saved, _ = type(config).get_config_dict(name, **located(kwargs or {}))
+    return saved
+
+
+def ln_scaling_property(name: str) -> property:
     return property(record.get_ln_scaling, set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None.")
 
 
-def _drop_property(name: str, what: str) -> property:
+def drop_property(name: str) -> property:
     return property(
         lambda config: None,
         lambda config, value: set_drops(config, {name: value}),
-        doc=f"Drops {what} assigned to it from the configuration. `dropped_layers` says what is missing.",
+        doc=f"As the keyword {name} of from_pretrained, when assigned to. `dropped_layers` says what is missing.",
     )
 
 
-def drop_layers_property() -> property:
-    return _drop_property("drop_layers", "the layers")
+def from_dict(original: Original, /, cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
+    drops = pop_drops(kwargs)
+    made = original(cls, *args, **kwargs)
+    # After every other keyword: what is valid depends on the number of layers.
+    config = made[0] if isinstance(made, tuple) else made
+    set_drops(config, drops)
+    set_ln_scaling(config, ln_scaling)
+    if record.is_flagged(config):
+        record.require_valid(config)
+    return made
 
 
-def drop_attention_property() -> property:
-    return _drop_property("drop_attention", "the attention of the layers")
+def to_dict(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+    values = original(self, *args, **kwargs)
+    if isinstance(name := values.get("_name_or_path"), record.SourceName):
+        values["_name_or_path"] = str(name)
+    if record.is_flagged(self):
+        values.pop(record.ON_DISK, None)
+    return values
 
 
-def drop_mlp_property() -> property:
-    return _drop_property("drop_mlp", "the MLP of the layers")
+def to_json_file(original: Original, /, self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
+    json_file_path = written_as.get({}).get(Path(json_file_path), json_file_path)
+    if not record.is_flagged(self):
+        return original(self, json_file_path, *args, **kwargs)
+    text = self.to_json_string(*args, **kwargs)
+    config = record.protect(json.loads(text))
+    with open(json_file_path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_dict(cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
-        drops = pop_drops(kwargs)
-        made = original(cls, *args, **kwargs)
-        # After every other keyword: what is valid depends on the number of layers.
-        config = made[0] if isinstance(made, tuple) else made
-        set_drops(config, drops)
-        set_ln_scaling(config, ln_scaling)
-        if record.is_flagged(config):
-            record.require_valid(config)
-        return made
-
-    return from_dict
+def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        found = original(cls, *args, **kwargs)
+    except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+    return record.unprotect(found)
 
 
-def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_dict(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        values = original(self, *args, **kwargs)
-        if isinstance(name := values.get("_name_or_path"), record.SourceName):
-            values["_name_or_path"] = str(name)
-        if record.is_flagged(self):
-            values.pop(record.ON_DISK, None)
-        return values
-
-    return to_dict
-
-
-def to_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_json_file(self: PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
-        json_file_path = config_file(json_file_path)
-        if not record.is_flagged(self):
-            return original(self, json_file_path, *args, **kwargs)
-        text = self.to_json_string(*args, **kwargs)
-        config = record.protect(json.loads(text))
-        with open(json_file_path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    return to_json_file
-
-
-def dict_from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def dict_from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            found = original(cls, *args, **kwargs)
-        except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
-            raise json.JSONDecodeError("nested too deeply", "", 0) from None
-        return record.unprotect(found)
-
-    return dict_from_json_file
-
-
-def get_mtp_config(original: Callable[..., Any]) -> Callable[..., Any]:
+def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
     """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
-
-    def get_mtp_config(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        found = record.record(self) if record.is_flagged(self) else record.Record()
-        if found.active or found.dropped:
-            raise ArgumentError(
-                "use_mtp",
-                True,
-                problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
-                "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
-                "hf_lnscale.draft_model makes",
-            )
-        return original(self, *args, **kwargs)
-
-    return get_mtp_config
+    found = record.record(self)
+    if found.active or found.dropped:
+        raise ArgumentError(
+            "use_mtp",
+            True,
+            problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
+            "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
+            "hf_lnscale.draft_model makes",
+        )
+    return original(self, *args, **kwargs)

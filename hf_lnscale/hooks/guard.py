@@ -1,46 +1,30 @@
-"""Refuses the flags where transformers, PEFT or vLLM is not as the hooks need it."""
+"""Refuses the flags where transformers, PEFT or vLLM is not as the hooks need it. Imports no transformers itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from typing import Any
 
-from ..core.record import get_ln_scaling, is_flagged, parts, protected_part
-from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, require_supported
+from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, Original, require_supported
 
 
-def _refuse_value(config: Any, value: Any) -> None:
-    if value is not None and value is not False:
-        require_supported()
+def refuse(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    """Refuses flags, and configurations and models that have one, and passes on everything else."""
+    if MODELS in sys.modules:  # else accelerate is used without transformers
+        from ..core.record import is_flagged
+
+        if any(is_flagged(getattr(value, "config", value)) for value in (*args, *kwargs.values())):
+            require_supported(*(group for group in GROUPS if group != VLLM))
+        flags = [kwargs.pop(name, None) for name in ("ln_scaling", *DROPS)]
+        if any(value is not None and value is not False for value in flags):
+            require_supported()
+    return original(*args, **kwargs)
 
 
-def ln_scaling_property() -> property:
-    return property(get_ln_scaling, _refuse_value)
+def refuse_scaled_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    from ..core.record import parts, protected_part
 
-
-def drop_property() -> property:
-    return property(lambda config: None, _refuse_value)
-
-
-def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrapper that refuses flags, and configurations and models that have one, and passes on everything else."""
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if is_flagged(getattr(value, "config", value)):
-                require_supported(*(group for group in GROUPS if group != VLLM))
-        for name in ("ln_scaling", *DROPS):
-            _refuse_value(None, kwargs.pop(name, None))
-        return original(*args, **kwargs)
-
-    return guarded
-
-
-def refuse_scaled_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_config_dict(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        if any(protected_part(part).needs_plugin for part in parts(found[0])):
-            require_supported(CONFIGURATION, MODELS, VLLM)
-        return found
-
-    return get_config_dict
+    found = original(*args, **kwargs)
+    if any(protected_part(part).needs_plugin for part in parts(found[0])):
+        require_supported(CONFIGURATION, MODELS, VLLM)
+    return found

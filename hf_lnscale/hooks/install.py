@@ -30,32 +30,27 @@ VLLM = "vllm.transformers_utils.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
 GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
 
-
+# What a hook takes the place of.
+Original = Callable[..., Any]
 # Keywords of from_pretrained and fields of a configuration that take parts out; all count layers as they were before.
 DROPS = ("drop_layers", "drop_attention", "drop_mlp")
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One attribute that is replaced.
+    """One attribute that is replaced."""
 
-    Attributes:
-        group: the module whose import is waited for.
-        owner: the class, as `module:name`, or the module itself, as `module:`.
-        name: the attribute.
-        replacement: the function that makes the replacement, as `module:name` in this folder: a wrapper of the original
-            function, or a property if its name ends so.
-        parameters: those of the original that must be there: all of a private function, the first ones of a public
-            one. Empty if none is relied on.
-        needed_since: the first release of transformers that has the function and anything for the hook to do; before
-            it, the hook is left out where the function is missing.
-    """
-
-    group: str
-    owner: str
+    group: str  # the module whose import is waited for
+    owner: str  # the class, as `module:name`, or the module itself, as `module:`
     name: str
+    # What is called in its place, with the original first, as `module:name` in this folder; or, if its name ends so,
+    # what makes a property of that name.
     replacement: str
-    parameters: tuple[str, ...] = ()
+    # Those of the original that must be there, divided by spaces: all of a private function, the first ones of a public
+    # one. Empty if none is relied on.
+    parameters: str = ""
+    # The first release of transformers that has the function and anything for the hook to do; before it, the hook is
+    # left out where the function is missing.
     needed_since: str = ""
 
 
@@ -63,86 +58,79 @@ _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedMode
 _PEFT_MODEL, _PEFT_CONFIG = "peft.peft_model:PeftModel", "peft.config:PeftConfigMixin"
 _PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
 
-HOOKS = (
+_PROPERTIES = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
-    *(Hook(CONFIGURATION, _CONFIG, name, f"configuration:{name}_property") for name in DROPS),
-    Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", ("cls", "config_dict")),
-    Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", ("self",)),
-    Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),
+    *(Hook(CONFIGURATION, _CONFIG, name, "configuration:drop_property") for name in DROPS),
+)
+
+HOOKS = (
+    *_PROPERTIES,
+    Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", "cls config_dict"),
+    Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", "self"),
+    Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", "self json_file_path use_diff"),
     # Private: reads every config.json, before `model_type` is looked up.
-    Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", ("cls", "json_file")),
-    Hook(
-        CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", ("self",), needed_since="5.23",
-    ),
-    Hook(MODELS, _MODEL, "__init__", "models:init", ("self", "config")),
-    Hook(MODELS, _MODEL, "post_init", "models:post_init", ("self",)),
-    Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", ("self", "save_directory")),
-    Hook(MODELS, _MODEL, "from_pretrained", "models:from_pretrained", ("cls", "pretrained_model_name_or_path")),
+    Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", "cls json_file"),
+    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self", needed_since="5.23"),
+    Hook(MODELS, _MODEL, "__init__", "models:init", "self config"),
+    Hook(MODELS, _MODEL, "post_init", "models:post_init", "self"),
+    Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", "self save_directory"),
+    Hook(MODELS, _MODEL, "from_pretrained", "models:from_pretrained", "cls pretrained_model_name_or_path"),
     # Private: every `AutoModel.from_config` calls it; unknown keywords would go on to the model's `__init__`.
-    Hook(MODELS, _MODEL, "_from_config", "models:from_config", ("cls", "config", "kwargs")),
+    Hook(MODELS, _MODEL, "_from_config", "models:from_config", "cls config kwargs"),
     # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
     # `key_mapping` is kept with the model and reverted on saving: old numbers with a config of fewer layers.
     Hook(
         MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
-        ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys"),
+        "model state_dict checkpoint_files load_config expected_keys",
     ),
     # Not a class's: the one place where a model's safetensors files are written, with their metadata.
-    Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", ("tensors", "filename")),
+    Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", "tensors filename"),
     # Private: reads a checkpoint of torch.distributed.checkpoint by names, without the function above. Before 5.20
     # from_pretrained cannot read such a checkpoint.
     Hook(
         MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
-        ("self", "distributed_checkpoint_dir", "device_map", "device_mesh"), needed_since="5.20",
+        "self distributed_checkpoint_dir device_map device_mesh", needed_since="5.20",
     ),
     # Private, of torch: every load_state_dict comes by here, also that of a wrapper around the model.
     Hook(
         MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
-        ("self", "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
+        "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
     ),
     Hook(
-        MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters",
-        ("self", "model"),
+        MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters", "self model"
     ),
     Hook(
         MODELS, "transformers.integrations.peft:PeftAdapterMixin", "load_adapter", "peft:load_adapter_into_model",
-        ("self", "peft_model_id"),
+        "self peft_model_id",
     ),
-    Hook(TRAINER, f"{TRAINER}:Trainer", "train", "trainer:train", ("self", "resume_from_checkpoint")),
-    Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", ("cls", "path_json_file")),
-    Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", ("self", "save_directory")),
-    Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", ("self", "save_directory")),
-    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
-    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:own_base_only", ("self", "model_id")),
-    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", ("cls", "model", "model_id")),
-    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", ("self", "model_id")),
-    Hook(
-        PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", ("model", "model_name_or_path"),
-    ),
+    Hook(TRAINER, f"{TRAINER}:Trainer", "train", "trainer:train", "self resume_from_checkpoint"),
+    Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", "cls path_json_file"),
+    Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", "self save_directory"),
+    Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", "self save_directory"),
+    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:own_base_only", "cls model model_id"),
+    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:own_base_only", "self model_id"),
+    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", "cls model model_id"),
+    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", "self model_id"),
+    Hook(PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", "model model_name_or_path"),
     # Private: X-LoRA reads each of its experts with it.
     Hook(
         PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",
-        (
-            "lora_model", "adapter_name", "model_id", "torch_device", "ephemeral_gpu_offload",
-            "autocast_adapter_dtype", "subfolder", "kwargs",
-        ),
+        "lora_model adapter_name model_id torch_device ephemeral_gpu_offload autocast_adapter_dtype subfolder kwargs",
     ),
     # AutoPeftModelForCausalLM and its sisters share it: the one place that loads the base by its path.
     Hook(
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
-        ("cls", "pretrained_model_name_or_path"),
+        "cls pretrained_model_name_or_path",
     ),
-    Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", ("model", "layer_map")),
+    Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", "model layer_map"),
     # Private: what LoftQ reads the weights of the base with, by the names that they have in memory.
     Hook(
         PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
-        ("self", "peft_model", "model_path"),
+        "self peft_model model_path",
     ),
     # accelerate's modules have taken the function from one another.
     *(
-        Hook(
-            ACCELERATE, f"{module}:", "load_checkpoint_in_model", "accelerate:load_checkpoint_in_model",
-            ("model", "checkpoint"),
-        )
+        Hook(ACCELERATE, f"{module}:", "load_checkpoint_in_model", "early:load_checkpoint_in_model", "model checkpoint")
         for module in (
             "accelerate", "accelerate.big_modeling", "accelerate.utils", "accelerate.utils.bnb",
             "accelerate.utils.modeling",
@@ -150,26 +138,25 @@ HOOKS = (
     ),
     # Every load of torch.distributed.checkpoint is planned by it.
     Hook(
-        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "distributed:set_up_planner",
-        ("self", "state_dict", "metadata"),
+        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "early:set_up_planner",
+        "self state_dict metadata",
     ),
     # Private: the only place where both checkpoints are named. Its parameters are looked up by name.
-    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "lm_eval:create_model"),
+    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "early:create_model"),
     # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
-    Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", ("self", "model")),
+    Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", "self model"),
 )  # fmt: skip
 
-# Refuse flags in a group in which transformers differs from the table.
+# Refuse flags in a group in which transformers differs from the table; the properties do so by themselves.
 GUARDS = (
-    Hook(CONFIGURATION, _CONFIG, "ln_scaling", "guard:ln_scaling_property"),
-    *(Hook(CONFIGURATION, _CONFIG, name, "guard:drop_property") for name in DROPS),
+    *_PROPERTIES,
     Hook(CONFIGURATION, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
     Hook(MODELS, _MODEL, "__init__", "guard:refuse"),
     Hook(MODELS, _MODEL, "from_pretrained", "guard:refuse"),
     Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
     Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
-    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "accelerate:refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "guard:refuse"),
     Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
 )
 
@@ -335,7 +322,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             owner: Any = importlib.import_module(module)
             owner = getattr(owner, cls) if cls else owner
             file, _, factory = hook.replacement.partition(":")
-            make = getattr(importlib.import_module(f".{file}", __package__), factory)
+            replacement = getattr(importlib.import_module(f".{file}", __package__), factory)
         except (ImportError, AttributeError) as error:
             if _importing_this_package():
                 raise
@@ -343,32 +330,37 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             continue
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
             continue  # reloaded, and the class is the same
-        if hook.replacement.endswith("_property"):
-            made[owner, hook.name] = make()
+        if factory.endswith("_property"):
+            made[owner, hook.name] = replacement(hook.name)
             continue
         original = inspect.getattr_static(owner, hook.name, None)
         if original is None:
-            if not hook.needed_since or _release() >= _numbers(hook.needed_since):
+            release = sys.modules["transformers"].__version__
+            if not hook.needed_since or _numbers(release) >= _numbers(hook.needed_since):
                 found.append(f"{cls}.{hook.name} is missing")
             continue
         kind = type(original) if isinstance(original, (classmethod, staticmethod)) else None
         function: Callable[..., Any] = original.__func__ if kind else original
-        given = tuple(inspect.signature(function).parameters)
+        given, known = list(inspect.signature(function).parameters), hook.parameters.split()
         private = hook.name.startswith("_") and not hook.name.startswith("__")
-        if hook.parameters and (given if private else given[: len(hook.parameters)]) != hook.parameters:
-            found.append(f"{cls}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(hook.parameters)}")
+        if known and (given if private else given[: len(known)]) != known:
+            found.append(f"{cls}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(known)}")
             continue
-        wrapper = functools.wraps(function)(make(function))
+        wrapper = _wrapper(function, replacement)
         made[owner, hook.name] = kind(wrapper) if kind else wrapper
     return made, found
 
 
+def _wrapper(original: Original, replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    return wrapper
+
+
 def _numbers(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
-
-
-def _release() -> tuple[int, ...]:
-    return _numbers(sys.modules["transformers"].__version__)
 
 
 def require_supported(*groups: str) -> None:

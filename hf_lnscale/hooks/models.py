@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from safetensors import safe_open
@@ -23,35 +22,29 @@ from ..core.record import SourceName, is_flagged, record, remember_source, train
 from ..core.warnings import warn
 from ..pruning import layers
 from . import adapter_note as adapters
-from .configuration import pop_drops, set_drops, set_ln_scaling
-from .install import DROPS, require_supported
-from .peft import adapter_to_load, noting
+from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling, setting
+from .install import DROPS, Original, require_supported
+from .peft import adapter_to_load, noted_base
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
 
 # Attribute of a model that is being constructed: the handle of the check in `init`.
 _UNAPPLIED = "_ln_scaling_unapplied"
 
 
-def init(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if is_flagged(self.config):
-            require_supported()
-            # Should a release not call `post_init`, the model must not run unscaled.
-            vars(self)[_UNAPPLIED] = self.register_forward_pre_hook(lambda model, _: require_applied(model))
-
-    return __init__
+def init(original: Original, /, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    if is_flagged(self.config):
+        require_supported()
+        # Should a release not call `post_init`, the model must not run unscaled.
+        vars(self)[_UNAPPLIED] = self.register_forward_pre_hook(lambda model, _: require_applied(model))
 
 
-def post_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        if is_flagged(self.config):
-            apply_from_config(self)
-            _done(self)
-        return result
-
-    return post_init
+def post_init(original: Original, /, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    if is_flagged(self.config):
+        apply_from_config(self)
+        _done(self)
+    return result
 
 
 def _done(model: Any) -> None:
@@ -76,58 +69,45 @@ def require_applied(model: Any) -> None:
         _done(part)
 
 
-def is_plain(model: Any) -> bool:
-    """Whether a model has neither a flag in its configuration nor scaled norms."""
-    flagged = any(isinstance(part, ScaledNorm) or is_flagged(getattr(part, "config", None)) for part in model.modules())
-    return not flagged
-
-
-def save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if not is_plain(self):
-            require_consistent(self)
-        given = signature.bind(self, *args, **kwargs).arguments
-        folder, main = given["save_directory"], given.get("is_main_process", True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(noting(self.config))  # the model may hold adapters, which are then what is saved
-            # With push_to_hub, the original uploads config.json with everything else at its end.
-            if must_be_written_last(folder, self.config) and not given.get("push_to_hub"):
-                stack.enter_context(weights_first(folder, self.config, main))
+def save_pretrained(original: Original, /, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(part, ScaledNorm) or is_flagged(getattr(part, "config", None)) for part in self.modules()):
+        require_consistent(self)
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    folder, main = given["save_directory"], given.get("is_main_process", True)
+    with setting(noted_base, self.config):  # the model may hold adapters, which are then what is saved
+        # With push_to_hub, the original uploads config.json with everything else at its end.
+        last = must_be_written_last(folder, self.config) and not given.get("push_to_hub")
+        with weights_first(folder, self.config, main) if last else contextlib.nullcontext():
             return original(self, *args, **kwargs)
 
-    return save_pretrained
 
-
-def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        name, config = pretrained_model_name_or_path, kwargs.get("config")
-        if isinstance(name, SourceName):
-            kwargs = {**_as_in_memory(name, kwargs), **kwargs}
-        if adapter := adapter_to_load(name, kwargs):
-            given = config if isinstance(config, PreTrainedConfig) else None
-            kwargs = {**adapters.keywords(adapter, given), **kwargs}
-        if isinstance(config, PreTrainedConfig):
-            kwargs["config"] = config = copy.deepcopy(config)
-            # With a configuration object, keywords would go on to the model's `__init__`.
-            set_drops(config, pop_drops(kwargs))
-            set_ln_scaling(config, kwargs.pop("ln_scaling", None))
-            own = record(config)
-            # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
-            if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
-                note_what_is_on_disk(config, name, kwargs)
-        _refuse_gguf_without_layers(config, kwargs)
-        loaded = original(cls, name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if is_flagged(getattr(model, "config", None)):
-            require_applied(model)
-            if name is not None and adapter is None and not isinstance(name, SourceName):
-                warn_if_cold(model.config, name)
-            remember_source(model.config)
-        return loaded
-
-    return from_pretrained
+def from_pretrained(
+    original: Original, /, cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    name, config = pretrained_model_name_or_path, kwargs.get("config")
+    if isinstance(name, SourceName):
+        kwargs = {**_as_in_memory(name, kwargs), **kwargs}
+    if adapter := adapter_to_load(name, kwargs):
+        given = config if isinstance(config, PreTrainedConfig) else None
+        kwargs = {**adapters.keywords(adapter, given), **kwargs}
+    if isinstance(config, PreTrainedConfig):
+        kwargs["config"] = config = copy.deepcopy(config)
+        # With a configuration object, keywords would go on to the model's `__init__`.
+        set_drops(config, pop_drops(kwargs))
+        set_ln_scaling(config, kwargs.pop("ln_scaling", None))
+        own = record(config)
+        # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
+        if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
+            note_what_is_on_disk(config, name, kwargs)
+    _refuse_gguf_without_layers(config, kwargs)
+    loaded = original(cls, name, *args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if is_flagged(getattr(model, "config", None)):
+        require_applied(model)
+        if name is not None and adapter is None and not isinstance(name, SourceName):
+            warn_if_cold(model.config, name)
+        remember_source(model.config)
+    return loaded
 
 
 def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -142,8 +122,8 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
         )
     base = kwargs.get("config")
     if not isinstance(base, PreTrainedConfig):
-        where = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-        base = AutoConfig.from_pretrained(str(name), **{key: kwargs[key] for key in where if key in kwargs})
+        trusted = kwargs.get("trust_remote_code")
+        base = AutoConfig.from_pretrained(str(name), **located(kwargs), trust_remote_code=trusted)
     wanted, there = name.record, record(base)
     if wanted.folded != there.folded and (wanted.folded, there.folded) in (
         (there.active, None),
@@ -160,8 +140,8 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
-    pruned = isinstance(config, PreTrainedConfig) and record(config).dropped is not None
-    if kwargs.get("gguf_file") and (pruned or any(kwargs.get(name) is not None for name in DROPS)):
+    pruned = record(config).dropped or any(kwargs.get(name) is not None for name in DROPS)
+    if kwargs.get("gguf_file") and pruned:
         raise ValueError(
             "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
             "hf_lnscale.drop_layers(model, layers)"
@@ -170,9 +150,8 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
 
 def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
     write(config, dataclasses.replace(record(config), on_disk=None))
-    where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
-        saved, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+        saved = saved_config(config, name, kwargs)
     except (OSError, ValueError):  # no configuration next to the weights, as for a single file
         return
     if active := record(saved).active:
@@ -182,9 +161,6 @@ def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, 
 
 
 def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
-    change = trained_without(config)
-    if change is None:
-        return
     what = {
         "on": "ln_scaling was switched on for {name!r}, which was trained without it. Its layers do not expect scaled "
         "inputs: SmolLM2-135M goes from perplexity 23 to over two million this way. LayerNorm Scaling is for training: "
@@ -196,58 +172,48 @@ def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
         "hf_lnscale.fold_ln_scaling(model) or `hf-lnscale export`.",
         "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Expect "
         "its outputs to be wrong; leave the keyword out, or give ln_scaling=True, to use the checkpoint's own.",
-    }[change]
-    warn(what.format(name=str(name)))
+    }
+    if change := trained_without(config):
+        warn(what[change].format(name=str(name)))
 
 
-def from_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_config(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        drops = pop_drops(kwargs)
-        if any(value is not None for value in drops.values()):
-            config = copy.deepcopy(config)
-            set_drops(config, drops)
-        if "ln_scaling" in kwargs:
-            config = copy.deepcopy(config)
-            # The weights are new: nothing is folded into them, even if the configuration says so.
-            write(config, dataclasses.replace(record(config), folded=None))
-            set_ln_scaling(config, kwargs.pop("ln_scaling"))
-        model = original(cls, config, *args, **kwargs)
-        if is_flagged(config):
-            require_applied(model)
-        return model
-
-    return from_config
+def from_config(original: Original, /, cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    drops = pop_drops(kwargs)
+    if any(value is not None for value in drops.values()):
+        config = copy.deepcopy(config)
+        set_drops(config, drops)
+    if "ln_scaling" in kwargs:
+        config = copy.deepcopy(config)
+        # The weights are new: nothing is folded into them, even if the configuration says so.
+        write(config, dataclasses.replace(record(config), folded=None))
+        set_ln_scaling(config, kwargs.pop("ln_scaling"))
+    model = original(cls, config, *args, **kwargs)
+    if is_flagged(config):
+        require_applied(model)
+    return model
 
 
-def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
-        name = load_config.pretrained_model_name_or_path
-        if given["expected_keys"] is None and name is not None:
-            saved = functools.cache(lambda: _saved_config(model, name, load_config))
-            if require_same_checkpoint(given["checkpoint_files"] or [], saved):
-                layers.require_sublayers(model.config, saved())
-        if not is_flagged(model.config) or record(model.config).dropped is None:
-            return original(*args, **kwargs)
-        positions = None
-        # `expected_keys` are only given for an adapter, which has the layer numbers of its model.
-        if given["expected_keys"] is None:
-            if name is not None:
-                positions = layers.positions_on_disk(model.config, _saved_config(model, name, load_config))
-            elif state_dict is not None:
-                positions = layers.positions_in_state_dict(model.config, model, state_dict)
-        if positions is None:
-            found, offloaded = original(*args, **kwargs)
-            _forget_sublayers(model, found)
-            return found, offloaded
-        with contextlib.ExitStack() as opened:
+def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
+    name, files = load_config.pretrained_model_name_or_path, given["checkpoint_files"] or []
+    saved = functools.cache(lambda: saved_config(model.config, name, load_config.download_kwargs))
+    own = given["expected_keys"] is None  # given for an adapter alone, which has the layer numbers of its model
+    if own and name is not None and require_same_checkpoint(files, saved):
+        layers.require_sublayers(model.config, saved())
+    if record(model.config).dropped is None:
+        return original(*args, **kwargs)
+    positions = None
+    if own and name is not None:
+        positions = layers.positions_on_disk(model.config, saved())
+    elif own and state_dict is not None:
+        positions = layers.positions_in_state_dict(model.config, model, state_dict)
+    with contextlib.ExitStack() as opened:
+        if positions is not None:
             if state_dict is None:
-                state_dict = _checkpoint_tensors(given["checkpoint_files"] or [], load_config, opened)
+                state_dict = _checkpoint_tensors(files, load_config, opened)
             renamed = layers.renumber(state_dict, model, positions)
             kept = {new: state_dict[old] for old, new in renamed.items()}
             if is_deepspeed_zero3_enabled():
@@ -255,43 +221,25 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
             # Without the files: offloading to disk would read tensors from them by their new names.
             given.update(state_dict=kept, checkpoint_files=None)
-            found, offloaded = original(*bound.args, **bound.kwargs)
-            _forget_sublayers(model, found)
-        # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
-        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if offloaded and source in offloaded:
-                offloaded.setdefault(name, offloaded[source])
-        return found, offloaded
-
-    return load_pretrained_model
-
-
-def _forget_sublayers(model: PreTrainedModel, loaded: Any) -> None:
-    """Takes the tensors of missing sub-layers, which were not read, out of the report of a loading."""
+        found, offloaded = original(*bound.args, **bound.kwargs)
+    # The tensors of missing sub-layers were not read, and are nothing to report.
     names = layers.names_of_sublayers(model)
-    loaded.unexpected_keys = {key for key in loaded.unexpected_keys if not names.match(key)}
+    found.unexpected_keys = {key for key in found.unexpected_keys if not names.match(key)}
+    # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if offloaded and source in offloaded:
+            offloaded.setdefault(name, offloaded[source])
+    return found, offloaded
 
 
-def load_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_distributed(self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_flagged(self.config) and record(self.config).dropped is not None:
-            saved, _ = type(self.config).get_config_dict(folder)
-            if layers.positions_on_disk(self.config, saved) is not None:
-                raise ValueError(
-                    f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
-                    "load it whole and use hf_lnscale.drop_layers(model, layers)"
-                )
-        return original(self, folder, *args, **kwargs)
-
-    return load_distributed
-
-
-def _saved_config(model: PreTrainedModel, name: Any, load_config: Any) -> dict[str, Any]:
-    """The dict of the config.json of a checkpoint that is being loaded."""
-    where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-    kwargs = {key: value for key, value in (load_config.download_kwargs or {}).items() if key in where}
-    saved, _ = type(model.config).get_config_dict(name, **kwargs)
-    return saved
+def load_distributed(original: Original, /, self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    config = self.config
+    if record(config).dropped and layers.positions_on_disk(config, saved_config(config, folder)) is not None:
+        raise ValueError(
+            f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
+            "load it whole and use hf_lnscale.drop_layers(model, layers)"
+        )
+    return original(self, folder, *args, **kwargs)
 
 
 def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,25 +15,16 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..core.apply import require_consistent
 from . import adapter_note as adapters
+from .configuration import located, setting
+from .install import Original
 
 # The configuration of the model whose adapter is being saved.
-_base: ContextVar[PreTrainedConfig | None] = ContextVar("_base", default=None)
-
-
-@contextlib.contextmanager
-def noting(base: PreTrainedConfig | None) -> Iterator[None]:
-    token = _base.set(base)
-    try:
-        yield
-    finally:
-        _base.reset(token)
+noted_base: ContextVar[PreTrainedConfig | None] = ContextVar("noted_base", default=None)
 
 
 def read_adapter(name: Any, where: dict[str, Any]) -> dict[str, Any] | None:
     """The dict of an adapter's adapter_config.json, or None if there is none."""
-    known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    where = {key: where[key] for key in known if where.get(key) is not None}
-    file = find_adapter_config_file(os.fspath(name), **where)
+    file = find_adapter_config_file(os.fspath(name), **located(where))
     return adapters.without_tripwire(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
 
@@ -57,67 +46,49 @@ def require_base_of(name: Any, where: dict[str, Any], model: Any) -> None:
         adapters.require_base(adapter, os.fspath(name), base)
 
 
-def load_adapter_into_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        load_config = kwargs.get("load_config")
-        name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-        if name is not None:
-            where = getattr(load_config, "download_kwargs", None) or {}
-            require_base_of(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
-        return original(self, peft_model_id, *args, **kwargs)
-
-    return load_adapter
-
-
-def from_json_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_json_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return adapters.without_tripwire(original(cls, *args, **kwargs))
-
-    return from_json_file
+def load_adapter_into_model(
+    original: Original, /, self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    load_config = kwargs.get("load_config")
+    name = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    if name is not None:
+        where = getattr(load_config, "download_kwargs", None) or {}
+        require_base_of(name, {**where, **kwargs, **(kwargs.get("adapter_kwargs") or {})}, self)
+    return original(self, peft_model_id, *args, **kwargs)
 
 
-def save_adapter_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, *args, **kwargs)
-        if (base := _base.get()) is not None:
-            adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
-        return result
-
-    return save_pretrained
+def from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return adapters.without_tripwire(original(cls, *args, **kwargs))
 
 
-def save_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        require_consistent(self)
-        base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
-        with noting(base):
-            return original(self, *args, **kwargs)
-
-    return save_pretrained
+def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, save_directory, *args, **kwargs)
+    if (base := noted_base.get()) is not None:
+        adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
+    return result
 
 
-def own_base_only(original: Callable[..., Any]) -> Callable[..., Any]:
+def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    require_consistent(self)
+    base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
+    with setting(noted_base, base):
+        return original(self, *args, **kwargs)
+
+
+def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """For each of PEFT's functions that reads an adapter for a model in memory: before the model is changed."""
-    signature = inspect.signature(original)
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
-        adapter = given.get("model_id") or given["model_name_or_path"]
-        require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
-        return original(*args, **kwargs)
-
-    return checked
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
+    adapter = given.get("model_id") or given["model_name_or_path"]
+    require_base_of(adapter, {**given, **given.get("kwargs", {})}, model)
+    return original(*args, **kwargs)
 
 
-def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        adapter = read_adapter(pretrained_model_name_or_path, kwargs)
-        with warnings.catch_warnings():
-            if adapter is not None and (found := adapters.keywords(adapter)):
-                kwargs = {**found, **kwargs}
-                # Not a cold switch: that is how the adapter was trained.
-                warnings.filterwarnings("ignore", message="ln_scaling was")
-            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
-
-    return from_pretrained
+def auto_adapter(original: Original, /, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    adapter = read_adapter(pretrained_model_name_or_path, kwargs)
+    with warnings.catch_warnings():
+        if adapter is not None and (found := adapters.keywords(adapter)):
+            kwargs = {**found, **kwargs}
+            # Not a cold switch: that is how the adapter was trained.
+            warnings.filterwarnings("ignore", message="ln_scaling was")
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)

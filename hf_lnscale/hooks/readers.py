@@ -9,7 +9,7 @@ import copy
 import gc
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,28 @@ from ..core.families import text_config
 from ..core.record import is_flagged, record
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import layers
+from .configuration import saved_config
+from .install import Original
 from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
 
 
-def load_from_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_from_state_dict(
-        self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        if is_flagged(self.config) and record(self.config).dropped and (stack := own_stack(self)):
-            # A state has no configuration; one with more layers than the model is of another.
-            layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
-            found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
-            if max(found, default=0) >= len(stack.layers):
-                raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
-        return original(self, state_dict, prefix, *args, **kwargs)
-
-    return load_from_state_dict
+def load_from_state_dict(
+    original: Original, /, self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+) -> Any:
+    if record(self.config).dropped and (stack := own_stack(self)):
+        # A state has no configuration; one with more layers than the model is of another.
+        layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
+        found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
+        if max(found, default=0) >= len(stack.layers):
+            raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
+    return original(self, state_dict, prefix, *args, **kwargs)
 
 
 def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Refuses a checkpoint whose tensors are about to be put into modules by their names, if its layers are others.
 
-    Args:
-        model: the model.
-        checkpoint: a folder, a file, or the index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: if its layers have other numbers than the model's.
+    It is given as a folder, a file, or the index of a sharded checkpoint.
     """
     base = next(iter(pretrained_modules(model)), None)
     path = Path(checkpoint)
@@ -62,7 +56,7 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
     if _positions(base, folder, files) is not None:
         raise _of_another_model(base, f"{str(path)!r} holds other layers")
     try:
-        saved, _ = type(base.config).get_config_dict(folder)
+        saved = saved_config(base.config, folder)
     except (OSError, ValueError):  # no configuration, or none of transformers
         saved = {}
     layers.require_sublayers(base.config, saved)  # what is missing would keep the values that the model was made with
@@ -76,7 +70,7 @@ def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> l
     if record(model.config).dropped is None:
         return None
     if (folder / "config.json").is_file():
-        saved, _ = type(model.config).get_config_dict(folder)
+        saved = saved_config(model.config, folder)
         require_same_checkpoint(map(str, files), lambda: saved)
         return layers.positions_on_disk(model.config, saved)
     names = [name for file in files for name in load_state_dict(str(file), map_location="meta")]
@@ -99,9 +93,8 @@ def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
     here, there = _highest_numbers(wanted), _highest_numbers(stored)
     fewer = {prefix: number for prefix, number in here.items() if number < there.get(prefix, 0)}
     for model in gc.get_objects() if fewer else ():
-        if not issubclass(type(model), PreTrainedModel) or not is_flagged(getattr(model, "config", None)):
-            continue
-        if record(model.config).dropped and (stack := own_stack(model)):
+        cut = issubclass(type(model), PreTrainedModel) and record(getattr(model, "config", None)).dropped
+        if cut and (stack := own_stack(model)):
             for prefix, number in fewer.items():
                 if prefix.endswith(stack.family.layers) and number == len(stack.layers) - 1:
                     raise _of_another_model(model, f"the checkpoint holds a layer {there[prefix]}")
@@ -118,11 +111,7 @@ def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
-
-    Raises:
-        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way.
-    """
+    """Refuses a checkpoint whose tensors are about to be added to those of another that was cut or folded otherwise."""
     first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
     layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
     if layers_of[0] != layers_of[1] or first.folded != second.folded:
@@ -134,56 +123,43 @@ def require_same_layers(name: str, delta: str, **where: Any) -> None:
         )
 
 
-def init_loftq_loader(original: Callable[..., Any]) -> Callable[..., Any]:
+def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
     """Makes PEFT's LoftQ read the weights of a layer where the checkpoint has it."""
-
-    def __init__(self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, peft_model, *args, **kwargs)
-        model = peft_model.get_base_model()
-        if not is_flagged(getattr(model, "config", None)):
-            return
-        files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
-        positions = _positions(model, Path(self.model_path).parent, map(Path, files))
-        if positions is not None:
-            get_tensor, known = self.get_tensor, list(model.state_dict())
-            on_disk = {number: layer for layer, number in enumerate(positions)}
-            inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
-            self.get_tensor = lambda name: get_tensor(layers.renumber([*known, name], model, inverse)[name])
-
-    return __init__
+    original(self, peft_model, *args, **kwargs)
+    model = peft_model.get_base_model()
+    if not record(getattr(model, "config", None)).dropped:
+        return
+    files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
+    positions = _positions(model, Path(self.model_path).parent, map(Path, files))
+    if positions is not None:
+        get_tensor, known = self.get_tensor, list(model.state_dict())
+        on_disk = {number: layer for layer, number in enumerate(positions)}
+        inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
+        self.get_tensor = lambda name: get_tensor(layers.renumber([*known, name], model, inverse)[name])
 
 
-def replicate_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+def replicate_layers(original: Original, /, model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's `layer_replication`: an adapter notes its base, and cannot note the depths of layers that are repeated."""
-
-    def replicate_layers(model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:
-        for module in pretrained_modules(model):
-            found = record(module.config)
-            if scaling := found.active or found.folded:
-                depths = scaling.for_layers(text_config(module.config).num_hidden_layers).depths or ()
-                repeated = [depths[layer] for start, end in layer_map for layer in range(start, end)]
-                raise ArgumentError(
-                    "layer_replication",
-                    layer_map,
-                    problem="cannot be used on a model with LayerNorm Scaling, which is a property of its layers, as "
-                    "the adapter could not be loaded again. Repeat the layers in the model itself, with "
-                    f'ln_scaling={{"depths": {repeated}}}, save it, and put the adapter on that',
-                )
-        return original(model, layer_map, *args, **kwargs)
-
-    return replicate_layers
+    for module in pretrained_modules(model):
+        found = record(module.config)
+        if scaling := found.active or found.folded:
+            depths = scaling.for_layers(text_config(module.config).num_hidden_layers).depths or ()
+            repeated = [depths[layer] for start, end in layer_map for layer in range(start, end)]
+            raise ArgumentError(
+                "layer_replication",
+                layer_map,
+                problem="cannot be used on a model with LayerNorm Scaling, which is a property of its layers, as "
+                "the adapter could not be loaded again. Repeat the layers in the model itself, with "
+                f'ln_scaling={{"depths": {repeated}}}, save it, and put the adapter on that',
+            )
+    return original(model, layer_map, *args, **kwargs)
 
 
-def update_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+def update_parameters(original: Original, /, self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """torch's `AveragedModel`: the scale of an average is that of the model, as its buffers are."""
-
-    def update_parameters(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, model, *args, **kwargs)
-        for module in pretrained_modules(model):
-            scaling = record(module.config).active if is_flagged(module.config) else None
-            if scaling and scaling.warmup_steps:
-                set_ln_scaling_step(self.module, scaling.step)
-                break
-        return result
-
-    return update_parameters
+    result = original(self, model, *args, **kwargs)
+    for module in pretrained_modules(model):
+        if (scaling := record(module.config).active) and scaling.warmup_steps:
+            set_ln_scaling_step(self.module, scaling.step)
+            break
+    return result

@@ -26,34 +26,28 @@ from transformers.utils import CONFIG_NAME
 from ..core.display import brief
 from ..core.errors import CheckpointError
 from ..core.record import MARK, Record, mark, record, unprotect
-from .deferred import writing_aside
+from .configuration import setting, written_as
+from .install import Original
 
-_REPLACED = f"{CONFIG_NAME}.replaced"
 # The record that weights are marked with while a model is saved.
 _mark: ContextVar[str | None] = ContextVar("_mark", default=None)
 
 
 @contextlib.contextmanager
 def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writes_config: bool) -> Iterator[None]:
-    """Within it, config.json of `folder` is set aside, and a new one appears at the end; weights are marked.
-
-    Args:
-        folder: where the model is saved.
-        config: of the model.
-        writes_config: whether this process writes a config.json.
-    """
-    final, replaced = Path(folder) / CONFIG_NAME, Path(folder) / _REPLACED
-    token, before = _mark.set(mark(record(config)) or "{}"), _weights(folder)
+    """Within it, config.json of `folder` is set aside, and a new one, if this process writes one, appears at the end;
+    weights are marked."""
+    final, new, replaced = (Path(folder) / f"{CONFIG_NAME}{ending}" for ending in ("", ".new", ".replaced"))
+    before = _weights(folder)
     if writes_config and final.is_file():
         os.replace(final, replaced)
     try:
-        with writing_aside(folder if writes_config else None) as new:
+        with setting(written_as, {final: new}), setting(_mark, mark(record(config))):
             yield
-        if new is not None and new.is_file():
+        if writes_config and new.is_file():
             os.replace(new, final)
             replaced.unlink(missing_ok=True)
     finally:
-        _mark.reset(token)
         if replaced.is_file() and not final.exists() and _weights(folder) == before:
             os.replace(replaced, final)  # it failed before a weight was written
 
@@ -63,33 +57,27 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
     if record(config) != Record():
         return True
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return record(_read(Path(folder) / CONFIG_NAME)) != Record()
+        there = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+        return record(unprotect(there)) != Record()
     return False
 
 
-def save_file(original: Callable[..., Any]) -> Callable[..., Any]:
+def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """safetensors' `save_file`, which marks the weights of a model with a scale or a cut."""
-
-    def save_file(*args: Any, **kwargs: Any) -> Any:
-        if (own := _mark.get()) is not None:
-            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
-        return original(*args, **kwargs)
-
-    return save_file
+    if (own := _mark.get()) is not None:
+        kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
+    return original(*args, **kwargs)
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
-    """Refuses weights that were saved by a model with another scale or other layers than in their config.json.
+    """Refuses safetensors files saved by a model with another scale or other layers than their config.json says.
 
     Args:
-        files: the weight files; only safetensors files are checked.
+        files: the weight files.
         saved: reads the config.json that belongs to them; called only if a file is marked.
 
     Returns:
         Whether a file is marked.
-
-    Raises:
-        CheckpointError: if the record in a file differs from the configuration; the message names both.
     """
     expected: str | None = None
     for file in files:
@@ -100,25 +88,16 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
         if own is None:
             continue
         if expected is None:
-            expected = mark(record(saved())) or "{}"
-        # Parsed, as others may write JSON in another way.
-        if own != expected and _parsed(own) != json.loads(expected):
-            raise CheckpointError(
-                f"{Path(file).name} was saved by a model with {brief(own)}, but the config.json beside it says "
-                f"{expected}: "
-                "the folder holds the weights of one model and the configuration of another. Save the model again, or "
-                "restore the file that belongs to the other"
-            )
+            expected = mark(record(saved()))
+        with contextlib.suppress(ValueError, RecursionError):
+            if own == expected or json.loads(own) == json.loads(expected):  # others may write JSON in another way
+                continue
+        raise CheckpointError(
+            f"{Path(file).name} was saved by a model with {brief(own)}, but the config.json beside it says {expected}: "
+            "the folder holds the weights of one model and the configuration of another. Save the model again, or "
+            "restore the file that belongs to the other"
+        )
     return expected is not None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return unprotect(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _parsed(said: str) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(said)
 
 
 def _weights(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:

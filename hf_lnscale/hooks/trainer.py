@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +14,32 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
+from ..core.record import get_ln_scaling, record, recorded_scaling, trained_without, write
 from ..pruning import layers
+from .configuration import saved_config
+from .install import Original
 from .peft import require_base_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def train(original: Callable[..., Any]) -> Callable[..., Any]:
-    def train(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Trainer loads the weights of a checkpoint without reading its configuration.
-        folder = resume_from_checkpoint
-        if folder is True and os.path.isdir(output := str(self.args.output_dir)):
-            folder = get_last_checkpoint(output)
-        config = getattr(self.model, "config", None)
-        # The original refuses a missing folder.
-        if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
-            has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
-            step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
-            if step is not None and self.model is not None:  # the weights that are loaded next belong to it
-                set_ln_scaling_step(self.model, step)
-            if not has_config:
-                require_base_of(folder, {}, self.model)
-        if isinstance(config, PreTrainedConfig) and is_flagged(config):
-            _require_moved_warmup(self, record(config).active)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
-
-    return train
+def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    # Trainer loads the weights of a checkpoint without reading its configuration.
+    folder = resume_from_checkpoint
+    if folder is True and os.path.isdir(output := str(self.args.output_dir)):
+        folder = get_last_checkpoint(output)
+    config = getattr(self.model, "config", None)
+    # The original refuses a missing folder.
+    if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
+        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
+        step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
+        if step is not None and self.model is not None:  # the weights that are loaded next belong to it
+            set_ln_scaling_step(self.model, step)
+        if not has_config:
+            require_base_of(folder, {}, self.model)
+    _require_moved_warmup(self, record(config).active)
+    return original(self, resume_from_checkpoint, *args, **kwargs)
 
 
 def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
@@ -79,7 +76,7 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     """The step of a warmup that the checkpoint stands at, if the model has the same one."""
-    saved, _ = type(config).get_config_dict(folder)
+    saved = saved_config(config, folder)
     both = (type(config).from_dict(dict(saved)), config)
     if any(record(one).dropped for one in both):  # others need not count their layers
         there, here = ((*layers.original_layers(one), record(one).sublayers) for one in both)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from ..core.record import is_flagged, record
+from ..core.record import record
+from .install import Original
 
 
-def parse(original: Callable[..., Any]) -> Callable[..., Any]:
-    def parse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        values, config = original(self, *args, **kwargs)
-        if is_flagged(config) and (prefix := record(config).architecture_prefix):
-            # Without architectures vLLM takes the class of the model_type, which is the family's own.
-            config.architectures = [prefix + name for name in config.architectures or [""]]
-        return values, config
-
-    return parse
+def parse(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    values, config = original(self, *args, **kwargs)
+    if prefix := record(config).architecture_prefix:
+        # Without architectures vLLM takes the class of the model_type, which is the family's own.
+        config.architectures = [prefix + name for name in config.architectures or [""]]
+    return values, config

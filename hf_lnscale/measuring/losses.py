@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from ..core.config import is_integer
 from ..core.errors import ArgumentError
 from ..core.stack import text_stack
 from ..core.sublayers import Unit
 from .split_model import SplitModel, logit_slices, pick_tokens, predictions
-from .stream import eval_mode, hidden_states, upcast
+from .stream import capture_residual_stream, eval_mode, upcast
 from .text import TokenBatches, token_batches
 from .uncertainty import ratio_residuals, standard_error
 
@@ -91,19 +92,9 @@ class MeanLoss:
 
 
 class SourceLosses:
-    """The loss of a model on several sources of text.
+    """The loss of a model on several sources of text, or on `only` one of them: `of`, by the name of the source.
 
-    Args:
-        halves: the model.
-        batches: the text.
-        hidden: index of a batch -> the decoder's output for it, shape (B, T, D).
-        only: one source, to leave out the others.
-
-    Attributes:
-        of: name of the source -> its loss.
-
-    Raises:
-        ValueError: if a source has no token to predict.
+    `hidden` gives the decoder's output for the batch with an index, shape (B, T, D).
     """
 
     def __init__(
@@ -144,28 +135,18 @@ class SourceLosses:
 
 
 def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[Unit] = ()) -> SourceLosses:
-    """The loss of a model from which layers are removed, for each source of text.
-
-    Raises:
-        ValueError: if a source has no token to predict.
-    """
+    """The loss of a model from which layers are removed, for each source of text."""
     halves, gone = SplitModel(model), list(removed)
     with eval_mode(model):
         return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
 
 
-def loss_without(model: nn.Module, batches: Any, removed: Iterable[int] = ()) -> float:
-    """The loss of a model from which layers are removed, in nats per token: mean cross-entropy of the next token.
+def loss_without(model: nn.Module, batches: Any, removed: Iterable[Unit] = ()) -> float:
+    """The loss of a model from which layers are removed, in nats per token, its mean over sources of text.
 
-    Args:
-        model: a causal language model of a known family.
-        batches: as `token_batches` takes it.
-        removed: positions of the layers that do not run; none gives the full model's loss.
-
-    Raises:
-        ValueError: for a position that does not exist, or if there is no token to predict.
+    `batches` are as `token_batches` takes them.
     """
-    return sweep(model, token_batches(batches, text_stack(model).model), removed, (), "loss", progress=False)[0].mean
+    return losses_by_source(model, token_batches(batches, text_stack(model).model), removed).mean
 
 
 def sweep_losses(
@@ -185,18 +166,13 @@ def sweep_losses(
         model: a causal language model of a known family.
         batches: as `token_batches` takes it.
         removed: positions of layers that are removed already, and pairs such as ("attention", 3).
-        candidates: positions, or such pairs, to try, each by itself on top of `removed`; None tries all layers that are
-            left.
+        candidates: what to try, each by itself on top of `removed`; None tries all layers that are left.
         measure: "loss", the mean cross-entropy of the next token, or "kl", the mean of KL(full || without) over all
             tokens, where full is the model with nothing removed.
         progress: show a progress bar.
 
     Returns:
         Candidate -> nats per token, in the order of the candidates.
-
-    Raises:
-        ValueError: for a position that does not exist or is removed already, an unknown measure, a model without a
-            language head, or if there is no token to measure on.
     """
     found = sweep(model, token_batches(batches, text_stack(model).model), removed, candidates, measure, progress)[1]
     return {candidate: one.mean for candidate, one in found.items()}
@@ -231,20 +207,27 @@ def sweep(
     if not counts_S.sum():
         raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
     current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
-    description = f"{measure} without a layer"
-    bar = logging.tqdm(total=1.0, desc=description, disable=progress is not True, leave=False, bar_format=_BAR)
+    bar = logging.tqdm(
+        total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False, bar_format=_BAR
+    )
     advance = progress if callable(progress) else bar.update
     # For a batch the layers are one half of the work and the head is the other, near enough for a bar.
     share, sequences = 0.5 / max(len(batches), 1), 0
+    used, states = set(map(layer_of, candidates)), dict[int, torch.Tensor]()
+    score: Callable[[torch.Tensor], torch.Tensor]
+
+    def keep(place: int, x_BTD: torch.Tensor) -> None:
+        if place in used:
+            states[place] = x_BTD
+
     with eval_mode(model), bar:
         for batch, picked_BT in zip(batches, picked, strict=True):
             targets_N = predictions(batch)[1]
-            states: dict[int, torch.Tensor] = {}
-            with _keeping(layers, set(map(layer_of, candidates)), states):
+            left = Counter(map(layer_of, candidates))
+            with capture_residual_stream(halves.stack, keep):
                 current_ND = pick_tokens(halves.hidden(batch, gone), picked_BT)
             full_ND = pick_tokens(halves.hidden(batch), picked_BT) if measure == "kl" and gone else current_ND
             finals: dict[Unit, torch.Tensor] = {}
-            left = Counter(map(layer_of, candidates))
             for candidate in totals:
                 layer = layer_of(candidate)
                 left[layer] -= 1
@@ -259,7 +242,7 @@ def sweep(
             sequences_N = sequences + picked_BT.nonzero()[:, 0]
             for part in halves.parts(len(full_ND)):
                 if measure == "loss":
-                    score = _cross_entropy_to(targets_N[part])
+                    score = partial(token_losses, targets_N=targets_N[part])
                     current.add(score(halves.logits(current_ND[part])), sequences_N[part])
                 else:
                     score = _divergence_from(halves.logits(full_ND[part]))
@@ -268,23 +251,6 @@ def sweep(
                 advance(share * len(full_ND[part]) / len(full_ND))
             sequences += len(picked_BT)
     return current, totals
-
-
-@contextmanager
-def _keeping(layers: nn.ModuleList, positions: Iterable[int], states: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Within it, the inputs of the layers at `positions` are put into `states`."""
-
-    def keep(position: int) -> Any:
-        return lambda layer, args, kwargs: states.__setitem__(position, hidden_states(args, kwargs))
-
-    with ExitStack() as hooks:
-        for i in positions:
-            hooks.enter_context(layers[i].register_forward_pre_hook(keep(i), with_kwargs=True))
-        yield
-
-
-def _cross_entropy_to(targets_N: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda logits_NV: token_losses(logits_NV, targets_N)
 
 
 def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -301,6 +267,6 @@ def layer_of(unit: Unit) -> int:
 def _positions(argument: str, units: Iterable[Unit], num_layers: int) -> list[Unit]:
     units = list(units)
     for position in map(layer_of, units):
-        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < num_layers:
+        if not is_integer(position) or not 0 <= position < num_layers:
             raise ArgumentError(argument, problem=f"layers are 0 to {num_layers - 1}, got {position!r}")
     return units

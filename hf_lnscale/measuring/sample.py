@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import random
 import sys
 import sysconfig
@@ -38,18 +39,13 @@ def documents(standard_library: bool = True) -> list[str]:
     documents = [topics[name] for name in sorted(topics)]
     if standard_library:
         documents += ("\n\n".join(docstring for _, docstring in found) for _, found, _ in _modules())
-    seen: set[str] = set()
-    unique = []
-    for document in documents:
-        paragraphs = []
+    first: dict[str, tuple[int, str]] = {}  # words of a paragraph -> its first document, and itself
+    for at, document in enumerate(documents):
         for paragraph in document.split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                paragraphs.append(paragraph.strip("\n"))
-        if paragraphs:
-            unique.append("\n\n".join(paragraphs))
-    return unique
+            first.setdefault(" ".join(paragraph.split()), (at, paragraph.strip("\n")))
+    first.pop("", None)
+    unique = itertools.groupby(first.values(), key=lambda found: found[0])
+    return ["\n\n".join(paragraph for _, paragraph in found) for _, found in unique]
 
 
 def source_code() -> list[str]:
@@ -62,13 +58,7 @@ def default_sources(
 ) -> dict[str, Any]:
     """Sources of text for everyone: "english" and "python" from the standard library, and "own" by the model itself.
 
-    Args:
-        model, tokenizer: needed for "own" alone.
-        own_tokens: tokens of text for the model to write, see `own_text`; 0 for none.
-        seq_len: tokens in a sequence of its own.
-
-    Returns:
-        {name: data}, as `token_batches` takes it.
+    The arguments are for "own" alone, which is left out without `own_tokens`; see `own_text`.
     """
     sources: dict[str, Any] = dict(_standard_library())
     if own_tokens:
@@ -84,10 +74,6 @@ def with_default_sources(
     Each is fitted with weight `DEFAULT_WEIGHT` and half as many windows as the data, and judged on others, half as many
     as are judged of the data, but 2 to 8. All are as long as the longest of the data. One that shares passages with the
     judged data, as Python's documentation would, is judged and not fitted: the data would not be held out any more.
-
-    Args:
-        fitted, judged: data of one source each, to fit and to judge by.
-        tokenizer: of the data.
     """
     ((name, weight),), (judged_name,) = fitted.weights.items(), judged.weights
     seq_len = max(2, *(batch.input_ids.shape[1] for batch in judged))
@@ -110,24 +96,11 @@ def with_default_sources(
 def own_text(
     model: Any, tokenizer: Any, num_tokens: int, seq_len: int = 512, batch_size: int = 16, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Text that a model writes, sampled at temperature 1 after the token that begins a text.
+    """Text that a model writes, sampled at temperature 1 after the token that begins a text, or, if there is none, ends
+    one: batches of token ids, shape (B, T). Dropout must be off.
 
     Costs a pass of the model for each of `seq_len` tokens, with the cache, for each batch: on a CPU about five times as
-    long as reading as many tokens.
-
-    Args:
-        model: a causal language model, whose dropout must be off.
-        tokenizer: names the first token: the one that begins a text, or, if there is none, ends one.
-        num_tokens: tokens to write, at least a batch of one sequence.
-        seq_len: tokens in a sequence, the first included.
-        batch_size: sequences at a time.
-        seed: same seed, same text, on the same machine.
-
-    Returns:
-        Token ids, batches of shape (B, T).
-
-    Raises:
-        ValueError: if the tokenizer has neither of the two tokens.
+    long as reading as many tokens. The same seed gives the same text on the same machine.
     """
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if first is None:

@@ -63,9 +63,6 @@ class SplitModel:
     Both run the model's own forward, with stand-ins for the parts left out: masks, rotary embeddings and the family's
     treatment of logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
     a mask.
-
-    Raises:
-        ValueError: if the model has no language head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -151,16 +148,18 @@ def returns_tuples(stack: Stack) -> list[bool]:
     found: list[bool] = []
     with ExitStack() as hooks:
         for layer in stack.layers:
-            note = layer.register_forward_hook(lambda layer, args, output: found.append(isinstance(output, tuple)))
-            hooks.enter_context(note)
+            hooks.enter_context(layer.register_forward_hook(lambda *given: found.append(isinstance(given[2], tuple))))
         ids = torch.zeros(1, 2, dtype=torch.long)
         stack.model(**model_inputs(stack, Batch(ids, torch.ones_like(ids, dtype=torch.bool))), **PLAIN_FORWARD)
     return found
 
 
 def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens predict a next one, shape (B, T), bool, and the tokens that they should predict, shape (N,)."""
-    predicted = batch.predicted()
+    """Which tokens predict a next one, shape (B, T), bool, and the tokens that they should predict, shape (N,).
+
+    Both are real, neither padding.
+    """
+    predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
     return F.pad(predicted, (0, 1)), batch.input_ids[:, 1:][predicted]
 
 
@@ -170,11 +169,7 @@ def pick_tokens(x_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
 
 
 def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the decoder's forward, on the device of its embedding.
-
-    Raises:
-        ValueError: for a token id that the model does not have.
-    """
+    """Keyword arguments of the decoder's forward, on the device of its embedding."""
     require_known_ids(batch.input_ids, stack.model.config)
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
     # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
@@ -184,7 +179,6 @@ def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
 def require_known_ids(ids: torch.Tensor, config: Any) -> None:
     """Refuses token ids beyond the vocabulary, with which a model would fail, or on a GPU end the process."""
     size = config.get_text_config().vocab_size
-    if ids.numel() and not (ids.min() >= 0 and ids.max() < size):
-        wrong = int(ids.max() if ids.max() >= size else ids.min())
-        problem = f"token id {wrong} is beyond the model's vocabulary of {size:,}; is the tokenizer another model's?"
-        raise ArgumentError("data", problem=problem)
+    if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
+        beyond = f"token id {int(wrong[0])} is beyond the model's vocabulary of {size:,}"
+        raise ArgumentError("data", problem=f"{beyond}; is the tokenizer another model's?")

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..core.config import is_integer
 from ..core.json_file import parse
 
 # The source of data that is not text.
@@ -24,17 +26,11 @@ TOKEN_IDS = "token ids"
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of token ids.
+    """Sequences of token ids, all from one source of text."""
 
-    Attributes:
-        input_ids: shape (B, T).
-        attention_mask: shape (B, T), bool; False at padding, which no measurement counts.
-        name: the source of text it belongs to; all of its sequences are from there.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    name: str = ""
+    input_ids: torch.Tensor  # shape (B, T)
+    attention_mask: torch.Tensor  # shape (B, T), bool; False at padding, which no measurement counts
+    name: str = ""  # of the source
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
@@ -48,10 +44,6 @@ class Batch:
         if self.padded:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
         return {"input_ids": self.input_ids}
-
-    def predicted(self) -> torch.Tensor:
-        """Which next tokens count for a loss, shape (B, T - 1), bool: both the token and the one before are real."""
-        return self.attention_mask[:, 1:] & self.attention_mask[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -75,9 +67,8 @@ class Windows:
     def __post_init__(self) -> None:
         for name, least in (("num_tokens", 2), ("seq_len", 2), ("batch_size", 1)):
             value = getattr(self, name)
-            if value is None and name != "batch_size":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            free = value is None and name != "batch_size"
+            if not free and (not is_integer(value) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
@@ -103,14 +94,12 @@ class TokenBatches:
     @classmethod
     def join(cls, sources: Mapping[str, tuple[TokenBatches, float]]) -> TokenBatches:
         """Several sources of text as one: name -> (batches, weight)."""
+        parts = {name: batches for name, (batches, _) in sources.items()}
         return cls(
-            [replace(batch, name=name) for name, (batches, _) in sources.items() for batch in batches],
-            ", ".join(
-                name if name == batches.source else f"{name}: {batches.source}"
-                for name, (batches, _) in sources.items()
-            ),
+            [replace(batch, name=name) for name, batches in parts.items() for batch in batches],
+            ", ".join(name if name == one.source else f"{name}: {one.source}" for name, one in parts.items()),
             {name: weight for name, (_, weight) in sources.items()},
-            next((batches.tokenizer for batches, _ in sources.values() if batches.tokenizer), None),
+            next((batches.tokenizer for batches in parts.values() if batches.tokenizer), None),
         )
 
     def only(self, *names: str) -> TokenBatches:
@@ -144,48 +133,36 @@ class TokenBatches:
             digest.update(repr(tuple(batch.input_ids.shape)).encode())
             digest.update(batch.input_ids.numpy().tobytes())
             digest.update(batch.attention_mask.numpy().tobytes())
-        sizes = {"num_tokens": self.num_tokens, "num_sequences": self.num_sequences}
-        found = {"source": self.source, **sizes, "sha256": digest.hexdigest()}
+
+        def sizes(part: TokenBatches) -> dict[str, int]:
+            return {"num_tokens": part.num_tokens, "num_sequences": part.num_sequences}
+
+        found = {"source": self.source, **sizes(self), "sha256": digest.hexdigest()}
         if len(self.weights) > 1:
-            parts = {name: self.only(name) for name in self.weights}
-            found["sources"] = {
-                name: {
-                    "weight": part.weights[name],
-                    "num_tokens": part.num_tokens,
-                    "num_sequences": part.num_sequences,
-                }
-                for name, part in parts.items()
-            }
+            weights = self.weights.items()
+            found["sources"] = {name: {"weight": weight, **sizes(self.only(name))} for name, weight in weights}
         return found
 
     def split(self, held_out: float, whole: Collection[str] = ()) -> tuple[TokenBatches, TokenBatches]:
         """The sequences in two parts that share none: to choose by, and the last ones, held out to judge by.
 
         Args:
-            held_out: fraction of the sequences of each source in the second part, between 0 and 1; at least one goes
-                into each.
+            held_out: fraction of the sequences of each source in the second part, at least one each.
             whole: sources that go into the second part whole.
-
-        Raises:
-            ValueError: if a source has fewer than two sequences.
         """
         parts: tuple[list[Batch], list[Batch]] = ([], [])
         for name in self.weights:
             source = self.only(name)
-            total = source.num_sequences
-            if name in whole:
-                parts[1].extend(source.batches)
-                continue
-            if total < 2:
+            total, seen = source.num_sequences, 0
+            if total < 2 and name not in whole:
                 of = f" of {name}" if len(self.weights) > 1 else ""
                 raise ValueError(
                     f"data: {total} sequence(s) of tokens{of} cannot be divided into calibration and held-out data; "
                     "give more text, a smaller seq_len, or held-out data of its own"
                 )
-            first = total - min(total - 1, max(1, round(total * held_out)))
-            seen = 0
+            first = 0 if name in whole else total - min(total - 1, max(1, round(total * held_out)))
             for batch in source:
-                at = min(max(first - seen, 0), len(batch.input_ids))
+                at = max(first - seen, 0)
                 seen += len(batch.input_ids)
                 for part, rows in zip(parts, (slice(0, at), slice(at, None)), strict=True):
                     if len(batch.input_ids[rows]):
@@ -237,9 +214,9 @@ def token_batches(
     if isinstance(data, Mapping) or _is_array(data):
         return TokenBatches([_ids(data)], TOKEN_IDS, tokenizer=tokenizer)
     if isinstance(data, (str, os.PathLike)):
-        source, rows = str(Path(data).name), _file_rows(Path(data))
+        source, rows = Path(data).name, _file_rows(Path(data))
     elif isinstance(data, Iterable):
-        source, rows = f"{getattr(data, 'builder_name', None) or type(data).__name__}", iter(data)
+        source, rows = str(getattr(data, "builder_name", None) or type(data).__name__), iter(data)
     else:
         raise ValueError(f"data must be texts, a dataset, a path or batches of token ids, got {type(data).__name__}")
 
@@ -251,22 +228,14 @@ def token_batches(
     ids = isinstance(first, (list, tuple)) and all(isinstance(one, numbers.Integral) for one in first)
     if ids or _is_array(first) or isinstance(first, Batch) or (isinstance(first, Mapping) and "input_ids" in first):
         return TokenBatches([_ids(row) for row in rows], TOKEN_IDS, tokenizer=tokenizer)
-    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer is None:
+        name = "" if model is None else model.config.name_or_path
+        if not name:
+            raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
+        tokenizer = AutoTokenizer.from_pretrained(name)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     batches = _windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source)
     return TokenBatches(batches, source, tokenizer=tokenizer)
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies with a model.
-
-    Raises:
-        ValueError: if the model has no name.
-    """
-    name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not name:
-        raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
-    return AutoTokenizer.from_pretrained(name)
 
 
 def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any, windows: Windows) -> TokenBatches:
@@ -307,14 +276,9 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
     """Reads sources of text as they are written on a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
 
     Without a name, a source is named after its file, without the suffix. What is itself the path of a file is taken as
-    one, whatever characters are in it.
-
-    Returns:
-        {name: (path, weight)}, as `token_batches` takes it.
-
-    Raises:
-        ValueError: for a name that occurs twice, an empty name or path, or a weight that is negative or infinite.
+    one, whatever characters are in it. Returned is {name: (path, weight)}, as `token_batches` takes it.
     """
+    valid = "valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"
     sources: dict[str, tuple[str, float]] = {}
     for argument in arguments:
         name, path, weight = "", argument, 1.0
@@ -323,62 +287,41 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
             if equals and not set(head) & set("/\\"):
                 name, path = head, tail
                 if not name:
-                    raise ValueError(
-                        f"data: {argument!r} has no name before '='; valid is NAME=PATH or NAME=PATH:WEIGHT"
-                    )
+                    raise ValueError(f"data: {argument!r} has no name before '='; {valid}")
             front, colon, number = path.rpartition(":")
-            if colon and not Path(path).is_file() and (found := _number(number)) is not None:
-                path, weight = front, found
+            if colon and not Path(path).is_file():
+                with suppress(ValueError):  # no number: a part of the path
+                    path, weight = front, float(number)
         name = name or Path(path).stem
         if not path or not 0 <= weight < math.inf:
-            raise ValueError(
-                f"data: {argument!r} is not a source of text; valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"
-            )
+            raise ValueError(f"data: {argument!r} is not a source of text; {valid}")
         if name in sources:
             raise ValueError(f"data: two sources are named {name!r}; name them apart, such as other={path}")
         sources[name] = path, weight
     return sources
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def max_positions(config: Any) -> int | None:
-    """How many positions a model was made for; None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
     """The tokens in a window for models of these configurations: `seq_len`, or as many as all can up to the default.
 
-    Raises:
-        ValueError: if there are more than a model has positions: beyond these its figures are not its own.
+    More than a model has positions are refused: beyond these its figures are not its own.
     """
-    positions = [(most, config.name_or_path) for config in configs if (most := max_positions(config))]
-    if seq_len is None:
-        return min([default, *(most for most, _ in positions)])
-    for most, name in positions:
-        if seq_len > most:
-            raise ValueError(f"seq_len must be at most {most}, the positions of {name!r}; got {seq_len}")
-    return seq_len
+    length = default if seq_len is None else seq_len
+    for config in configs:
+        most: int = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+        if seq_len is not None and seq_len > most:
+            raise ValueError(f"seq_len must be at most {most}, the positions of {config.name_or_path!r}; got {seq_len}")
+        length = min(length, most)
+    return length
 
 
 def documents(data: Any, tokenizer: Any = None) -> list[str]:
-    """The texts in whatever a user has, as `token_batches` finds them: each text, or row, one by itself.
+    """The texts in whatever a user has, as `token_batches` finds them: each text, row or text file one by itself.
 
-    Args:
-        data: texts, rows, or a path, as for `token_batches`, but no token ids; a text file is one document.
-        tokenizer: its chat template renders a column "messages".
-
-    Raises:
-        ValueError, FileNotFoundError: as `token_batches` does.
+    The tokenizer's chat template renders a column "messages".
     """
     if isinstance(data, (str, os.PathLike)):
-        return list(_texts(_file_rows(Path(data)), tokenizer))
+        data = _file_rows(Path(data))
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(f"data must be texts, rows of a dataset or a path, got {type(data).__name__}")
     return list(_texts(data, tokenizer))
@@ -424,19 +367,13 @@ def require_file(data: Any) -> None:
 
 def _file_rows(path: Path) -> Iterator[Any]:
     require_file(path)
-    if path.suffix in (".jsonl", ".json"):
-        return _json_rows(path)
-    try:
-        return iter([path.read_text(encoding="utf-8")])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
     wanted = 'JSON lines are wanted, a row a line, such as {"text": "..."}'
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+        with path.open(encoding="utf-8") as file:
+            if path.suffix not in (".jsonl", ".json"):
+                yield file.read()
+                return
+            for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:

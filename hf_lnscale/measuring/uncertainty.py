@@ -37,12 +37,9 @@ def too_little(num_tokens: int, num_sequences: int) -> str | None:
 
 
 def ends_early(num_tokens: int, wanted: int | None, rest: int) -> str | None:
-    """A caution about text that ends before as many tokens as were asked for, or None.
+    """A caution about text that ends before as many tokens as were wanted, if that is known, or None.
 
-    Args:
-        num_tokens: that there are.
-        wanted: that were asked for; None if that is not known.
-        rest: fewer missing tokens than this are what is left out because it fills no window.
+    Fewer missing tokens than `rest` are what is left out because it fills no window.
     """
     if wanted is None or wanted - num_tokens < rest:
         return None

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import tiny
 from hf_lnscale.measuring.angles import BlockAngles, cosine_distance, layer_angle
-from hf_lnscale.measuring.losses import MeanLoss, sweep, token_losses
+from hf_lnscale.measuring.losses import MeanLoss, loss_without, sweep, token_losses
 from hf_lnscale.measuring.moments import Moments, channel_moments, pooled_moments
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.measuring.uncertainty import ratio_residuals, standard_error
@@ -123,3 +124,15 @@ def test_a_sweep_of_no_token_is_refused_before_a_pass():
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
     with pytest.raises(ValueError, match="data: there is no token to predict"):
         sweep(model, token_batches(tiny.tokens(3, 1)), (), None, "loss", False)
+
+
+def test_the_loss_counts_each_source_once():
+    """As in the figures of a search, whatever the sources' number of tokens."""
+    model, few, many = tiny.loud(), tiny.tokens(1, 6), tiny.tokens(5, 9)
+    found = loss_without(model, {"few": few, "many": many}, [1])
+    del model.model.layers[1]
+    with torch.no_grad():
+        logits = [model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1) for ids in (few, many)]
+    means = [cross_entropy(x, ids[:, 1:].flatten()).item() for x, ids in zip(logits, (few, many), strict=True)]
+    assert abs(means[0] - means[1]) > 1e-3
+    assert found == pytest.approx(sum(means) / 2, rel=1e-6)
