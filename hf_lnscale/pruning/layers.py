@@ -67,17 +67,11 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
     return sorted(found)
 
 
-def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
-    """Reads a value of the `drop_layers` argument for a model with this configuration.
+def _layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
+    """Reads a value of `drop_layers`: indices, a `PruningPlan`, None, or a number N of layers.
 
-    Args:
-        value: indices, a `PruningPlan`, None, or an integer N: the deepest N layers but the last, which Gromov et al.
-            (arXiv 2403.17887, section 4.4) propose where nothing is measured. A plan whose figures are with healing is
-            warned of, as dropping does not heal.
-
-    Raises:
-        ValueError: for a wrong value, and for a plan that was made for another model.
-        UnsupportedArchitectureError: if the family is not in the table.
+    The deepest N layers but the last are those that Gromov et al. (arXiv 2403.17887, section 4.4) propose where nothing
+    is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
     """
     if value is None:
         return []
@@ -94,36 +88,24 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
                 "hf_lnscale.heal(model, plan.layers, data) and then hf_lnscale.drop_layers(model, plan.layers); or use "
                 "`hf-lnscale prune`."
             )
-        return normalize_layers(value.layers, num_layers)
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = value.layers
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = operator.index(value)
         if not 1 <= value < num_layers:
             raise ValueError(
                 f"drop_layers={value}: a number of layers must be between 1 and {num_layers - 1} for this model"
             )
-        layers = list(range(num_layers - 1 - value, num_layers - 1))
+        value = list(range(num_layers - 1 - value, num_layers - 1))
         warn(
-            f"drop_layers={value} drops layers {layers}, the deepest but the last, by a rule of thumb and not by "
+            f"drop_layers={len(value)} drops layers {value}, the deepest but the last, by a rule of thumb and not by "
             "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
         )
-        return layers
-    if not isinstance(value, Iterable):
+    elif not isinstance(value, Iterable):
         raise ValueError(
             "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
             f"{value!r}"
         )
     return normalize_layers(value, num_layers)
-
-
-def _plan_at(value: Any) -> Any:
-    """The plan at a path; any other value as it is."""
-    return read_plan(value) if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") else value
-
-
-def _note_text(config: PreTrainedConfig, value: Any) -> None:
-    """Notes the text that a plan's layers were chosen on."""
-    if isinstance(value, PruningPlan) and value.units and (text := value.known_text):
-        add_known_text(config, text)
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -147,14 +129,19 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
 _WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
+def _kinds_of_layers(text: PreTrainedConfig) -> list[str]:
+    """The kind of each layer, if a configuration says it."""
+    return getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+
+
 def counting_layers(text: PreTrainedConfig) -> set[int]:
     """The layers of which one must stay: the cache of a hybrid model counts tokens in a layer without linear attention.
 
     Empty for a model that is not a hybrid.
     """
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    counting = {layer for layer, kind in enumerate(types) if kind not in _WITHOUT_TOKENS}
-    return counting if len(counting) < len(types) else set()
+    kinds = _kinds_of_layers(text)
+    counting = {layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_TOKENS}
+    return counting if len(counting) < len(kinds) else set()
 
 
 def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
@@ -270,14 +257,8 @@ def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path
     model_class = MODEL_MAPPING.get(type(before), None)
     if not isinstance(model_class, type):
         return  # code from outside transformers
-    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
-    wanted = {}
-    for name, shape in _shapes(model_class, before).items():
-        if match := pattern.match(name):
-            if int(match[2]) not in kept:
-                continue
-            name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
-        wanted[name] = shape
+    shapes = _shapes(model_class, before)
+    wanted = {new: shapes[old] for old, new in _renamed(shapes, _layer_names(path), kept).items()}
     try:
         built = _shapes(model_class, after)
     except Exception as error:
@@ -310,51 +291,45 @@ class Cut:
         layers: whole layers, those that lose both sub-layers, or lose one and had lost the other before, among them.
         attention: layers that lose their attention alone.
         mlp: layers that lose their MLP alone.
+        text: the text that a plan chose all of it on, if one did.
     """
 
     layers: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    text: KnownText | None = None
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.attention or self.mlp)
 
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: Any = None, attention: Any = None, mlp: Any = None) -> Cut:
-        """Reads values of the arguments `drop_layers`, see `layers_to_drop`, `drop_attention` and `drop_mlp`.
+        """Reads values of the arguments `drop_layers`, `drop_attention` and `drop_mlp`; see the function `drop_layers`.
 
         Raises:
             ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
-        if isinstance(layers, PruningPlan):
-            attention = _or_planned(attention, layers, "attention")
-            mlp = _or_planned(mlp, layers, "mlp")
-        whole = set(layers_to_drop(layers, config))
-        before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
-        given = {
-            kind: set() if value is None else set(_sublayers_to_drop(value, kind, config, before[kind]))
-            for kind, value in (("attention", attention), ("mlp", mlp))
-        }
-        whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
+        if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
+            layers = read_plan(layers)
+        plan = layers if isinstance(layers, PruningPlan) else None
+        whole = set(_layers_to_drop(layers, config))
+        before = record(config).sublayers
+        given: dict[str, set[int]] = {}
+        for kind, value in (("attention", attention), ("mlp", mlp)):
+            planned = list(getattr(plan, kind, ())) or None
+            if planned and value is not None:
+                raise ValueError(
+                    f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all "
+                    "three lists without it"
+                )
+            value = planned if value is None else value
+            given[kind] = set() if value is None else set(_sublayers_to_drop(value, kind, config))
+        whole |= set.intersection(*({*before.get(kind, ()), *given[kind]} for kind in SUBLAYERS))
         if whole:  # perhaps all of them
             normalize_layers(whole, text_config(config).num_hidden_layers)
-        return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
-
-
-def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
-    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says.
-
-    Raises:
-        ValueError: if both say something.
-    """
-    planned = list(getattr(plan, kind)) or None
-    if planned and value is not None:
-        raise ValueError(
-            f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all three "
-            "lists without it"
-        )
-    return planned if value is None else value
+        parts = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
+        return cls(tuple(sorted(whole)), **parts, text=plan.known_text if plan and plan.units else None)
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
@@ -367,25 +342,25 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
     for kind in SUBLAYERS:
         for layer in range(text_config(config).num_hidden_layers):
             with suppress(ValueError):
-                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
+                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config)]
     if not found:
         require_sublayer(config, "attention")
     touched = {at for positions in record(config).sublayers.values() for at in positions}
     return [unit for unit in found if unit[1] not in touched]
 
 
-def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:
+def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig) -> list[int]:
     argument = f"drop_{kind}"
     require_sublayer(config, kind)
     text = text_config(config)
     found = normalize_layers(value, text.num_hidden_layers, argument)
-    if absent := before.intersection(found):
+    if absent := set(found).intersection(record(config).sublayers.get(kind, ())):
         raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
     if kind == "attention":
-        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-        if other := [layer for layer in found if types and types[layer] in _WITHOUT_TOKENS]:
+        kinds = _kinds_of_layers(text)
+        if other := [layer for layer in found if kinds and kinds[layer] in _WITHOUT_TOKENS]:
             raise ValueError(
-                f"{argument}: layers {other} have no attention with a KV cache, but {types[other[0]]}; the whole layer "
+                f"{argument}: layers {other} have no attention with a KV cache, but {kinds[other[0]]}; the whole layer "
                 "can go: drop_layers"
             )
         if getattr(text, "num_kv_shared_layers", None):
@@ -419,29 +394,25 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
             f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
             "generate; keep one of them"
         )
-    before, original = original_layers(config)
-    gone = sorted(set(range(original)) - {before[layer] for layer in kept})
     found = record(config)
-    lacking = [
-        tuple(sorted({*(getattr(found.dropped, kind, ())), *(before[at] for at in getattr(cut, kind))} - set(gone)))
-        for kind in SUBLAYERS
-    ]
-    base = (found.dropped.base if found.dropped else "") or public_name(config.name_or_path or "")
+    past = found.dropped or Dropped((), num_layers)
+    gone = {*past.layers, *(past.kept[at] for at in cut.layers)}
+    lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - gone for kind in SUBLAYERS]
+    base = past.base or public_name(config.name_or_path or "")
+    dropped = Dropped(tuple(sorted(gone)), past.num_hidden_layers, base, *(tuple(sorted(one)) for one in lacking))
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
         for name in ("active", "folded", "on_disk")
         if (scaling := getattr(found, name)) is not None
     }
-    whole = copy.deepcopy(text)
-    try:
-        if cut.layers:
-            _follow(text, rules, kept)
-            _require_describable(whole, text, family.layers, kept)
-    except BaseException:
-        vars(text).clear()
-        vars(text).update(vars(whole))
-        raise
-    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base, *lacking)))
+    if cut.layers:
+        after = copy.deepcopy(text)
+        _follow(after, rules, kept)
+        _require_describable(text, after, family.layers, kept)
+        vars(text).update(vars(after))
+    write(config, dataclasses.replace(found, **scalings, dropped=dropped))
+    if cut.text:
+        add_known_text(config, cut.text)
 
 
 def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
@@ -455,20 +426,37 @@ def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> N
         text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
 
 
+# What stands before the text decoder's layers in the names of whole models.
+_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
 def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[int]) -> None:
     """Refuses a quantization_config by which layers would be quantized otherwise under their new numbers."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
     said = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    modules = _modules_of_a_layer(text_config(config), family)
+    names = [
+        f"{before}{family.layers}.{{}}{module}"
+        for module in _modules_of_a_layer(text_config(config), family)
+        for before in _BEFORE_LAYERS
+    ]
     for pattern in _strings(json.loads(json.dumps(said, default=str))):
+        ways = _ways_to_read(pattern)
         for new, old in enumerate(kept):
-            if new != old and _meant(pattern, family, new, modules) != _meant(pattern, family, old, modules):
+            if any(not means(name.format(new)) != (not means(name.format(old))) for name in names for means in ways):
                 raise ValueError(
                     f"drop_layers: the quantization_config speaks of single layers ({pattern!r}), which would be "
                     "others afterwards; prune the checkpoint before it is quantized"
                 )
+
+
+def _ways_to_read(pattern: str) -> list[Callable[[str], Any]]:
+    """Each library reads a pattern in another way."""
+    with suppress(re.error):
+        expression = re.compile(pattern)
+        return [lambda name: pattern in name, expression.search, expression.match, expression.fullmatch]
+    return [lambda name: pattern in name]
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -480,43 +468,21 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(one)
 
 
-# What stands before the text decoder's layers in the names of whole models.
-_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-
-
 def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
     """The names of all modules in any decoder layer, from the layer on, each with a dot in front; "" is the layer."""
     model_class = MODEL_MAPPING.get(type(text), None)
     names = (
         _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]
     )
-    pattern = re.compile(rf"(?:.*?\.)?{re.escape(family.layers)}\.\d+((?:\.\w+)+)\.\w+$")
-    found = {match[1] for name in names if (match := pattern.match(name))}
+    matches = map(_layer_names(family.layers).match, names)
+    found = {match[3].rpartition(".")[0] for match in matches if match}
     return {name[:end] for name in found for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}
-
-
-def _meant(pattern: str, family: Family, layer: int, modules: set[str]) -> set[tuple[int, str]]:
-    """The modules of a layer that a pattern means, in each of the ways in which libraries read one."""
-    ways: list[Callable[[str], Any]] = [lambda name: pattern in name]
-    with suppress(re.error):
-        expression = re.compile(pattern)
-        ways += [expression.search, expression.match, expression.fullmatch]
-    return {
-        (way, before + module)
-        for before in _BEFORE_LAYERS
-        for module in modules
-        for way, means in enumerate(ways)
-        if means(f"{before}{family.layers}.{layer}{module}")
-    }
 
 
 def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None, mlp: Any = None) -> None:
     """Writes values of `drop_layers`, `drop_attention` and `drop_mlp` into a configuration; a model built from it lacks
     what they name. All three count layers as they are in the configuration before."""
-    if any(one is not None for one in (value, attention, mlp)):
-        value = _plan_at(value)
-        prune_config(config, Cut.of(config, value, attention, mlp))
-        _note_text(config, value)
+    prune_config(config, Cut.of(config, value, attention, mlp))
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
@@ -557,7 +523,7 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
             sub-layers cannot be taken out.
     """
     stack = text_stack(model)
-    config, layers = stack.model.config, _plan_at(layers)
+    config = stack.model.config
     cut = Cut.of(config, layers, attention, mlp)
     if not cut:
         return model
@@ -565,7 +531,6 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
     _own_configs(model)
     for one in _configs_of(model, config.model_type):
         prune_config(one, cut)
-        _note_text(one, layers)
     for kind in SUBLAYERS:
         for position in getattr(cut, kind):
             take_out(stack.layers[position], stack.family, kind, position)
@@ -700,7 +665,9 @@ def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, na
         ValueError: if these are neither the layers of the model nor all of the original's.
     """
     wanted, original = original_layers(config)
-    found = {layer for _, layer, _ in _layer_names(names, model)[1].values()}
+    names = list(names)
+    layer = _layer_names_of(model, names)
+    found = {match[2] for name in names if (match := layer.match(name))}
     if len(found) == len(wanted):
         return None
     if len(found) == original:
@@ -738,35 +705,47 @@ def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int])
     Raises:
         ValueError: if the decoder's layers cannot be recognized by the names.
     """
-    others, layers = _layer_names(names, model)
-    at = {old: new for new, old in enumerate(positions)}
-    renamed = {name: name for name in others}
-    for name, (prefix, layer, rest) in layers.items():
-        if layer in at:
-            renamed[name] = f"{prefix}{at[layer]}{rest}"
+    names = list(names)
+    return _renamed(names, _layer_names_of(model, names), positions)
+
+
+def _renamed(names: Iterable[str], layer: re.Pattern[str], kept: list[int]) -> dict[str, str]:
+    """Names of tensors to their names when only some layers are kept; tensors of other layers are missing."""
+    numbers = {str(old): new for new, old in enumerate(kept)}
+    renamed = {}
+    for name in names:
+        if not (match := layer.match(name)):
+            renamed[name] = name
+        elif match[2] in numbers:
+            renamed[name] = f"{match[1]}{numbers[match[2]]}{match[3]}"
     return renamed
 
 
-def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str], dict[str, tuple[str, int, str]]]:
-    """Names that are not of the decoder's layers, and those that are, each as prefix, number and rest."""
+def _layer_names(path: str) -> re.Pattern[str]:
+    """Matches names of tensors in the layers at a path: what is before the layer's number, the number, and the rest."""
+    return re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
+
+
+def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]:
+    """As `_layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
+
+    A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
+    tokens, which transformers ignores.
+    """
     family = family_of(model.config, "drop_layers")
-    # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
-    # tokens, which transformers ignores.
-    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
     marks = {f".{family.attention_norm}.weight"}
     if family.no_scaling and (stack := next((own for m in pretrained_modules(model) if (own := own_stack(m))), None)):
         marks = {f".{name}" for name, _ in stack.layers[0].named_parameters()}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-    found = {name: pattern.match(name) for name in names}
+    matches = map(_layer_names(family.layers).match, names)
     prefixes = {
         match[1]
-        for name, match in found.items()
-        if match and match[3] in marks and not any(re.search(one, name) for one in ignored)
+        for match in matches
+        if match and match[3] in marks and not any(re.search(one, match[0]) for one in ignored)
     }
     if len(prefixes) != 1:
         raise ValueError(
             f"drop_layers: the layers of {type(model).__name__} cannot be recognized by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
-    layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}
-    return [name for name in found if name not in layers], layers
+    return re.compile(rf"^({re.escape(*prefixes)})(\d+)(\..*)$")
