@@ -8,7 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name, write_atomically
@@ -26,15 +27,7 @@ from ..core.record import SUBLAYERS
 from ..core.stack import Stack, text_stack
 from ..core.sublayers import Unit, parts
 from ..measuring.known_text import sketch
-from ..measuring.losses import (
-    SourceLosses,
-    layer_of,
-    losses_by_source,
-    perplexity_of,
-    sweep,
-    sweep_losses,
-    token_losses,
-)
+from ..measuring.losses import SourceLosses, layer_of, losses_by_source, perplexity_of, sweep, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode, kv_cache
 from ..measuring.text import TokenBatches
@@ -98,7 +91,8 @@ class Target:
         words: the goal, as written into a plan.
         reached: whether a set of units (layers, and attention or MLPs of layers) is enough.
         sizes: what is left without a set of units: parameters, bytes of weights and of the KV cache.
-        saves: what a unit saves: bytes of weights and of the KV cache where a cache counts, else parameters.
+        saves: what a unit saves if others are gone (a layer whose MLP is gone, its attention): bytes of weights and of
+            the KV cache where a cache counts, else parameters.
         least: no set of fewer layers is enough.
         budget: largest relative increase of perplexity, or None.
     """
@@ -106,7 +100,7 @@ class Target:
     words: dict[str, Any]
     reached: Callable[[Sequence[Unit]], bool]
     sizes: Callable[[Sequence[Unit]], dict[str, Any]]
-    saves: Callable[[Unit], float]
+    saves: Callable[[Unit, Sequence[Unit]], float]
     least: int = 1
     budget: float | None = None
 
@@ -122,55 +116,54 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     total = len(stack.layers)
     most = total - 1
     require_possible(goal, total)
-
-    params = sum(p.numel() for p in model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
+
+    def size_of_weights(modules: Iterable[nn.Module]) -> tuple[int, int]:
+        held = [p for module in modules for p in module.parameters()]
+        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held)
 
     @functools.cache
     def size_of(unit: Unit) -> tuple[int, int, int]:
         layer = layer_of(unit)
         whole = stack.layers[layer]
         modules = parts(whole, stack.family, unit[0]) if isinstance(unit, tuple) else [whole]
-        held = [p for module in modules for p in module.parameters()]
-        cache = 0 if unit == ("mlp", layer) else cache_L[layer]
-        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held), cache
+        return *size_of_weights(modules), 0 if unit == ("mlp", layer) else cache_L[layer]
+
+    size_of_all = (*size_of_weights([model]), sum(cache_L))
 
     def sizes(dropped: Sequence[Unit]) -> dict[str, Any]:
-        gone = [sum(column) for column in zip((0, 0, 0), *map(size_of, dropped), strict=True)]
-        return {
-            "params": [params, params - gone[0]],
-            "weight_bytes": [weights, weights - gone[1]],
-            "cache_bytes": [sum(cache_L), sum(cache_L) - gone[2]],
-            "cache_of": {"tokens": cache_tokens, "batch": cache_batch},
-        }
+        columns = zip(size_of_all, *map(size_of, dropped), strict=True)
+        before_after = [[whole, whole - sum(gone)] for whole, *gone in columns]
+        found: dict[str, Any] = dict(zip(("params", "weight_bytes", "cache_bytes"), before_after, strict=True))
+        return found | {"cache_of": {"tokens": cache_tokens, "batch": cache_batch}}
 
     def size(dropped: Sequence[Unit]) -> float:
         after: dict[str, list[int]] = sizes(dropped)
         return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
 
-    def saves(unit: Unit) -> float:
-        return sum(size_of(unit)[1:]) if cache_tokens else size_of(unit)[0]
-
-    if name == "drop":
-        value = normalize_layers(value, total, "drop")
-        return Target({name: value}, lambda dropped: len(dropped) == len(value), sizes, saves, least=len(value))
-    words = {name: value}
-    if name == "num_layers":
-        return Target(words, lambda dropped: len(dropped) == value, sizes, saves, least=value)
+    def saves(unit: Unit, gone: Sequence[Unit]) -> float:
+        units = (unit, *(one for one in gone if layer_of(one) == unit))
+        whole, *before = (sum(size_of(one)[1:]) if cache_tokens else size_of(one)[0] for one in units)
+        return whole - sum(before)
 
     def one_left(dropped: Sequence[Unit]) -> bool:
         return sum(isinstance(one, int) for one in dropped) == most
 
+    if name == "drop":
+        given = normalize_layers(value, total, name)
+        return Target({name: given}, lambda dropped: len(dropped) == len(given), sizes, saves, least=len(given))
+    if name == "num_layers":
+        return Target({name: value}, lambda dropped: len(dropped) == value, sizes, saves, least=value)
     if name == "max_perplexity_increase":
-        return Target(words, one_left, sizes, saves, budget=value)
-    if name == "target_memory":
-        words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
+        return Target({name: value}, one_left, sizes, saves, budget=value)
+    cache_of = {"cache_tokens": cache_tokens, "cache_batch": cache_batch} if name == "target_memory" else {}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
         raise ArgumentError(name, value, f"at least {smallest}, the size of this model with a single layer left")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
-    return Target(words, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least)
+    return Target(
+        {name: value} | cache_of, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least
+    )
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -250,7 +243,8 @@ def search_layers(
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
     if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
-    healer = _Healer(model, calibration, heal_method) if heal_method else None
+    healer = Healer(model, calibration, method=heal_method) if heal_method else None
+    search = _Search(model, target, method, units, calibration, healer, log, progress)
     whole = losses_by_source(model, judged)
     before = perplexity_of(whole.mean)
     if not math.isfinite(before):
@@ -266,10 +260,7 @@ def search_layers(
     bar = logging.tqdm(
         total=target.words.get("num_layers"), desc=f"Dropping layers ({how['search']})", disable=not progress
     )
-    if given:
-        steps: Iterator[dict[str, Any]] = iter([{"layers": given}])
-    else:
-        steps = _steps(model, stack, method, healer, calibration, target, log, progress, units)
+    steps = iter([{"layers": given}]) if given else _steps(search)
     with bar:
         while not target.reached(units_of(chosen)) and (step := next(steps, None)):
             if "perplexity" not in step:
@@ -277,7 +268,7 @@ def search_layers(
                 log.write()
             if healer and target.budget is not None:
                 if "healed" not in step:
-                    with healer.healed(step["layers"], progress):
+                    with search.healed(step["layers"], progress):
                         step["healed"] = perplexity_of(losses_by_source(model, judged, step["layers"]).mean)
                     log.write()
                 healer.forget()
@@ -316,7 +307,7 @@ def search_layers(
     )
     if not (healer and layers):
         return plan, None
-    report = healer.heal(layers, progress)
+    report = search.heal(layers, progress)
     try:
         healed = _figures(losses_by_source(model, judged, layers), whole)
     except BaseException:
@@ -343,35 +334,6 @@ def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
     return {name: error for name, error in found.items() if error is not None}
 
 
-class _Healer:
-    """Heals the model for one set of layers after another, and keeps the last fit, so that it need not be repeated."""
-
-    def __init__(self, model: nn.Module, calibration: TokenBatches, method: str) -> None:
-        self.healer = Healer(model, calibration, method=method)
-        self.fit: tuple[HealReport, Callable[[], None]] | None = None
-
-    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
-        layers = tuple(sorted(layers))
-        if self.fit and self.fit[0].dropped == layers:
-            report, apply_again = self.fit
-            apply_again()
-            return report
-        return self.healer.heal(layers, progress)
-
-    @contextmanager
-    def healed(self, layers: Iterable[int], progress: bool) -> Iterator[HealReport]:
-        """Within it, the model is healed."""
-        report = self.heal(layers, progress)
-        try:
-            yield report
-        finally:
-            self.fit = report, report.set_aside()
-
-    def forget(self) -> None:
-        """Frees the full model's states: other numbers of layers have cuts in other places."""
-        self.healer.forget()
-
-
 class OtherSearchError(ArgumentError):
     """The file to resume from is the record of another search."""
 
@@ -387,32 +349,30 @@ class _Log:
             self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)  # of a run that was killed
         if self.path and self.path.exists():
             try:
-                found = read_object(self.path, key=dict, steps=list)
-                if missing := {"key", "steps"} - set(found):
+                self.values = read_object(self.path, key=dict, steps=list)
+                if missing := {"key", "steps"} - set(self.values):
                     raise ValueError(f"it has no {min(missing)}")
-                _require_steps(found)
-                if differ := [name for name, value in key.items() if found["key"].get(name) != value]:
-                    raise OtherSearchError(
-                        "resume", path, problem=f"is the record of another search, with other {' and '.join(differ)}"
-                    )
-                _require_steps(found, key["model"]["num_hidden_layers"])
-            except OtherSearchError:
-                raise
+                differ = [name for name, value in key.items() if self.values["key"].get(name) != value]
+                if not differ:
+                    _require_steps(self.values, key["model"]["num_hidden_layers"])
             except ValueError as error:
                 raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
-            self.values = found
+            if differ:
+                problem = f"is the record of another search, with other {' and '.join(differ)}"
+                raise OtherSearchError("resume", path, problem=problem)
+        self.steps: list[dict[str, Any]] = self.values["steps"]
 
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.values["steps"]
-        return found
+    def add(self, step: dict[str, Any]) -> dict[str, Any]:
+        self.steps.append(step)
+        self.write()
+        return step
 
     def write(self) -> None:
         if self.path:
             write_atomically(self.path, json.dumps(self.values) + "\n")
 
 
-def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None:
+def _require_steps(found: dict[str, Any], num_layers: int) -> None:
     """Refuses figures and layers in the record of a search that no search could have written."""
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
@@ -425,93 +385,107 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
             raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
-def _steps(
-    model: nn.Module,
-    stack: Stack,
-    method: str,
-    healer: _Healer | None,
-    calibration: TokenBatches,
-    target: Target,
-    log: _Log,
-    progress: bool,
-    units: str,
-) -> Iterator[dict[str, Any]]:
-    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, in order of removal, and
-    with `attention` and `mlp` if sub-layers are taken out."""
+@dataclass
+class _Search:
+    """What all steps of a search share; see `search_layers`.
 
-    def done(step: dict[str, Any]) -> dict[str, Any]:
-        log.steps.append(step)
-        log.write()
-        return step
+    Attributes:
+        fit: the last healing that was undone, with the function that applies it again.
+    """
 
-    most = len(stack.layers) - 1
-    counting = counting_layers(stack.model.config)
+    model: nn.Module
+    target: Target
+    method: str
+    units: str
+    calibration: TokenBatches
+    healer: Healer | None
+    log: _Log
+    progress: bool
+    fit: tuple[HealReport, Callable[[], None]] | None = None
 
-    def can_go(dropped: Iterable[int]) -> bool:
+    def can_go(self, dropped: Iterable[int]) -> bool:
+        """Whether layers are left that generation needs."""
+        counting = counting_layers(self.config)
         return not counting or not counting <= set(dropped)
 
-    if units == "sublayers":
-        yield from list(log.steps)
-        gone = units_of(log.steps[-1]) if log.steps else []
-        parts_of_layers = droppable_units(stack.model.config)
-        while candidates := _candidates(gone, parts_of_layers, most, can_go):
-            now, found_of = sweep(model, calibration, gone, candidates, "loss", progress)
-            saved = {unit: target.saves(unit) for unit in (*candidates, *gone)}
-            for unit in gone:  # what is left of its layer saves the rest
-                if layer_of(unit) in candidates:
-                    saved[layer_of(unit)] -= saved[unit]
-            cost = {unit: (one.mean - now.mean) / max(saved[unit], 1) for unit, one in found_of.items()}
-            unit = min(candidates, key=lambda one: cost[one])
-            step = by_kind([*gone, unit])
-            gone = units_of(step)
-            yield done({**step, "calibration_loss": found_of[unit].mean})
-        return
-    if method in STEPWISE:
-        yield from list(log.steps)
-        dropped: list[int] = log.steps[-1]["layers"] if log.steps else []
-        for _ in range(len(log.steps), most):
-            repaired: AbstractContextManager[Any] = nullcontext()
-            if method == "greedy_healed" and healer and dropped:
-                repaired = healer.healed(dropped, progress=False)
-            with repaired:
-                losses = sweep_losses(model, calibration, dropped, progress=progress)
-            found = [(loss, layer) for layer, loss in losses.items() if can_go((*dropped, layer))]
-            if not found:
-                return
-            loss, layer = min(found)
-            dropped = [*dropped, layer]
-            yield done({"layers": dropped, "calibration_loss": loss})
-        return
-    # Sets of one size are found without those of another.
-    known = {len(step["layers"]): step for step in log.steps}
+    @property
+    def config(self) -> PreTrainedConfig:
+        return text_stack(self.model).model.config
+
+    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
+        """Heals the model, without a new fit if that was the last one."""
+        assert self.healer is not None
+        layers = tuple(sorted(layers))
+        if self.fit and self.fit[0].dropped == layers:
+            report, apply_again = self.fit
+            apply_again()
+            return report
+        return self.healer.heal(layers, progress)
+
+    @contextmanager
+    def healed(self, layers: Iterable[int], progress: bool = False) -> Iterator[HealReport]:
+        """Within it, the model is healed."""
+        report = self.heal(layers, progress)
+        try:
+            yield report
+        finally:
+            self.fit = report, report.set_aside()
+
+
+def _steps(search: _Search) -> Iterator[dict[str, Any]]:
+    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, and with `attention` and
+    `mlp` if sub-layers are taken out."""
+    return _greedy(search) if search.method in STEPWISE else _by_number(search)
+
+
+def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
+    """Each set is the one before it and the unit whose removal costs least."""
+    yield from list(search.log.steps)
+    gone = units_of(search.log.steps[-1]) if search.log.steps else []
+    total = search.config.num_hidden_layers
+    sublayers = droppable_units(search.config) if search.units == "sublayers" else []
+    while True:
+        layers, touched = {unit for unit in gone if isinstance(unit, int)}, set(map(layer_of, gone))
+        candidates: list[Unit] = [
+            *(layer for layer in range(total) if layer not in layers and search.can_go((*layers, layer))),
+            *(unit for unit in sublayers if layer_of(unit) not in touched),
+        ]
+        if not candidates or len(layers) == total - 1:
+            return
+        repaired = search.healed(layers) if search.method == "greedy_healed" and gone else nullcontext()
+        with repaired:
+            now, without = sweep(search.model, search.calibration, gone, candidates, "loss", search.progress)
+        cost = {unit: loss.mean for unit, loss in without.items()}
+        if search.units == "sublayers":
+            cost = {unit: (loss - now.mean) / max(search.target.saves(unit, gone), 1) for unit, loss in cost.items()}
+        unit = min(candidates, key=lambda one: cost[one])
+        step = by_kind([*gone, unit])
+        gone = units_of(step)
+        yield search.log.add({**step, "calibration_loss": without[unit].mean})
+
+
+def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
+    """Sets that are each found without those of other sizes."""
+    known = {len(step["layers"]): step for step in search.log.steps}
     scores: dict[str, LayerScores] = {}
-    for count in range(target.least, most + 1):
-        if count not in known and not scores:
-            if method == "best_of":
-                scores = score_stream(model, calibration, progress=progress)
-            else:
-                scores = {method: score_layers(model, calibration, method, progress=progress)}
+    for count in range(search.target.least, search.config.num_hidden_layers):
         if count in known:
             yield known[count]
-        elif method == "best_of":
-            if not (proposals := list(filter(can_go, _proposals(scores, count)))):
-                return
-            yield done(_best_of(model, proposals, healer, calibration, progress))
-        elif can_go(layers := scores[method].lowest(count)):
-            yield done({"layers": layers})
+            continue
+        if not scores and search.method == "best_of":
+            scores = score_stream(search.model, search.calibration, progress=search.progress)
+        elif not scores:
+            found = score_layers(search.model, search.calibration, search.method, progress=search.progress)
+            scores = {search.method: found}
+        if search.method == "best_of":
+            sets = [layers for layers in _proposals(scores, count) if search.can_go(layers)]
+            step = _best_of(search, sets) if sets else None
         else:
+            layers = scores[search.method].lowest(count)
+            step = {"layers": layers} if search.can_go(layers) else None
+        if step is None:
             return
-
-
-def _candidates(
-    gone: Sequence[Unit], parts_of_layers: Sequence[Unit], most: int, can_go: Callable[[Iterable[int]], bool]
-) -> list[Unit]:
-    """What can go next: layers, and attention or MLPs of layers that have both."""
-    layers, touched = {one for one in gone if isinstance(one, int)}, set(map(layer_of, gone))
-    if len(layers) == most:
-        return []
-    whole = [layer for layer in range(most + 1) if layer not in layers and can_go((*layers, layer))]
-    return [*whole, *(unit for unit in parts_of_layers if layer_of(unit) not in touched)]
+        yield search.log.add(step)
 
 
 def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
@@ -522,29 +496,23 @@ def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ..
     return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
 
 
-def _best_of(
-    model: nn.Module,
-    proposals: list[tuple[int, ...]],
-    healer: _Healer | None,
-    calibration: TokenBatches,
-    progress: bool,
-) -> dict[str, Any]:
+def _best_of(search: _Search, proposals: list[tuple[int, ...]]) -> dict[str, Any]:
     """The set of layers without which the model does best; with a healer, after healing."""
-    judged = healer.healer.given if healer else calibration
-    losses = losses_of_sets(model, judged, proposals, progress)
+    judged = search.healer.given if search.healer else search.calibration
+    losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
         {"layers": list(layers), "perplexity": perplexity_of(loss)}
         for layers, loss in zip(proposals, losses, strict=True)
     ]
     tried.sort(key=lambda one: one["perplexity"])
-    if healer:
+    if search.healer:
         tried = tried[:HEALED]
         best: tuple[float, Any] = (math.inf, None)
-        for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
-            with healer.healed(one["layers"], progress=False) as report:
+        for one in logging.tqdm(tried, desc="healing proposals", disable=not search.progress, leave=False):
+            with search.healed(one["layers"]) as report:
                 one["healed"] = geometric_mean(report.sources[name].perplexity_after for name in judged.weights)
-            best = min(best, (one["healed"], healer.fit), key=lambda pair: pair[0])
-        healer.fit = best[1]
+            best = min(best, (one["healed"], search.fit), key=lambda pair: pair[0])
+        search.fit = best[1]
     chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": chosen["layers"], "tried": tried}
 

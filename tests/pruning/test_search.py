@@ -257,9 +257,9 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    sweep = search.sweep_losses
+    sweep = search.sweep
     file = tmp_path / "search.json"
-    monkeypatch.setattr(search, "sweep_losses", interrupted)
+    monkeypatch.setattr(search, "sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         plan(num_layers=3, resume=file)
     assert len(json.loads(file.read_text())["steps"]) == 1
