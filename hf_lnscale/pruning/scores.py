@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
+from ..core.display import as_text, terminal
 from ..core.json_file import read_object
 from ..core.stack import Stack, text_stack
 from ..measuring.angles import BlockAngles, cosine_distance
@@ -149,21 +148,17 @@ class LayerScores:
         if self.baseline is not None:
             title += f"; full model {_number(self.baseline)}"
         if self.method == "angular":
-            table = Table("block of", "layers", "angular distance")
+            header: tuple[str, ...] = ("block of", "layers", "angular distance")
+            rows = []
             for n in range(1, self.num_layers):
                 block = self.best_block(n)
                 layers = str(block[0]) if n == 1 else f"{block[0]} to {block[-1]}"
-                table.add_row(str(n), layers, _number(self.scores[block[0], n - 1].item()))
+                rows.append((str(n), layers, _number(self.scores[block[0], n - 1].item())))
         else:
-            table = Table("layer", _UNITS[self.method], "rank, 1 goes first")
-            rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
-            for layer, score in enumerate(self.scores.tolist()):
-                table.add_row(str(layer), _number(score), str(rank[layer]))
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(title, soft_wrap=True, highlight=False, markup=False)
-            console.print(table)
-        return capture.get()
+            header = ("layer", _UNITS[self.method], "rank, 1 goes first")
+            rank = {layer: str(place) for place, layer in enumerate(self.order(), start=1)}
+            rows = [(str(layer), _number(score), rank[layer]) for layer, score in enumerate(self.scores.tolist())]
+        return f"{title}\n{as_text(terminal(header, rows))}"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
