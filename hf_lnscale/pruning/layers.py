@@ -27,7 +27,7 @@ from ..core.record import SUBLAYERS, Dropped, KnownText, Record, add_known_text,
 from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
 from ..core.sublayers import parts, take_out
 from ..core.warnings import warn
-from .plan import PruningPlan, read_plan
+from .plan import PruningPlan
 
 
 def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers") -> list[int]:
@@ -109,12 +109,6 @@ def _layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
-
-
-def kept_layers(num_layers: int, dropped: Iterable[int]) -> list[int]:
-    """The positions that stay, in order."""
-    gone = set(dropped)
-    return [layer for layer in range(num_layers) if layer not in gone]
 
 
 def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int], int]:
@@ -208,12 +202,7 @@ _FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
 
 
 def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
-    """The rule of each field over depth that a configuration holds.
-
-    Raises:
-        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
-        ValueError: for a list of which it cannot be known which entries are whose.
-    """
+    """The rule of each field over depth that a configuration holds; refuses lists of which the rule is not known."""
     text = text_config(config)
     if family.rules is None:
         raise UnsupportedArchitectureError(
@@ -249,11 +238,7 @@ _NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "
 
 
 def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
-    """Refuses a configuration whose model would have other tensors than the layers that are left.
-
-    Raises:
-        ValueError: if a name or a shape differs.
-    """
+    """Refuses a configuration whose model would have other tensors than the layers that are left."""
     model_class = MODEL_MAPPING.get(type(before), None)
     if not isinstance(model_class, type):
         return  # code from outside transformers
@@ -311,7 +296,7 @@ class Cut:
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
         if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
-            layers = read_plan(layers)
+            layers = PruningPlan.load(layers)
         plan = layers if isinstance(layers, PruningPlan) else None
         whole = set(_layers_to_drop(layers, config))
         before = record(config).sublayers
@@ -387,7 +372,7 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
     family = family or family_of(config, "drop_layers")
     rules = _rules(config, family)
     num_layers = text.num_hidden_layers
-    kept = kept_layers(num_layers, cut.layers)
+    kept = [layer for layer in range(num_layers) if layer not in cut.layers]
     _refuse_other_mentions(config, family, kept)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
         raise ValueError(

@@ -25,7 +25,7 @@ from ..core.families import Family, UnsupportedArchitectureError, text_config
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
 from ..measuring.stream import kv_cache
-from .layers import kept_layers, prune_config
+from .layers import prune_config
 
 _MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
 # Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
@@ -416,7 +416,7 @@ def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torc
         except ValueError as error:
             refusals.append(str(error).removeprefix("drop_layers: "))
             continue
-        kept = kept_layers(total, dropped)
+        kept = [layer for layer in range(total) if layer not in dropped]
         smaller = tiny_model(type(model), config, model.dtype)
         smaller.load_state_dict({name: whole[_renumbered(name, path, kept)] for name in smaller.state_dict()})
         skipping = copy.deepcopy(model)
