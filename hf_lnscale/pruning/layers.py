@@ -67,7 +67,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
     return sorted(found)
 
 
-def _layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
+def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     """Reads a value of `drop_layers`: indices, a `PruningPlan`, None, or a number N of layers.
 
     The deepest N layers but the last are those that Gromov et al. (arXiv 2403.17887, section 4.4) propose where nothing
@@ -88,19 +88,20 @@ def _layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
                 "hf_lnscale.heal(model, plan.layers, data) and then hf_lnscale.drop_layers(model, plan.layers); or use "
                 "`hf-lnscale prune`."
             )
-        value = value.layers
-    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return normalize_layers(value.layers, num_layers)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = operator.index(value)
         if not 1 <= value < num_layers:
             raise ValueError(
                 f"drop_layers={value}: a number of layers must be between 1 and {num_layers - 1} for this model"
             )
-        value = list(range(num_layers - 1 - value, num_layers - 1))
+        layers = list(range(num_layers - 1 - value, num_layers - 1))
         warn(
-            f"drop_layers={len(value)} drops layers {value}, the deepest but the last, by a rule of thumb and not by "
+            f"drop_layers={value} drops layers {layers}, the deepest but the last, by a rule of thumb and not by "
             "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
         )
-    elif not isinstance(value, Iterable):
+        return layers
+    if not isinstance(value, Iterable):
         raise ValueError(
             "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
             f"{value!r}"
@@ -289,7 +290,7 @@ class Cut:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: Any = None, attention: Any = None, mlp: Any = None) -> Cut:
-        """Reads values of the arguments `drop_layers`, `drop_attention` and `drop_mlp`; see the function `drop_layers`.
+        """Reads values of the arguments `drop_layers`, see `layers_to_drop`, `drop_attention` and `drop_mlp`.
 
         Raises:
             ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
@@ -297,24 +298,32 @@ class Cut:
         """
         if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
             layers = PruningPlan.load(layers)
-        plan = layers if isinstance(layers, PruningPlan) else None
-        whole = set(_layers_to_drop(layers, config))
-        before = record(config).sublayers
-        given: dict[str, set[int]] = {}
-        for kind, value in (("attention", attention), ("mlp", mlp)):
-            planned = list(getattr(plan, kind, ())) or None
-            if planned and value is not None:
-                raise ValueError(
-                    f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all "
-                    "three lists without it"
-                )
-            value = planned if value is None else value
-            given[kind] = set() if value is None else set(_sublayers_to_drop(value, kind, config))
-        whole |= set.intersection(*({*before.get(kind, ()), *given[kind]} for kind in SUBLAYERS))
+        if isinstance(layers, PruningPlan):
+            attention = _or_planned(attention, layers, "attention")
+            mlp = _or_planned(mlp, layers, "mlp")
+        whole = set(layers_to_drop(layers, config))
+        before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
+        given = {
+            kind: set() if value is None else set(_sublayers_to_drop(value, kind, config, before[kind]))
+            for kind, value in (("attention", attention), ("mlp", mlp))
+        }
+        whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
         if whole:  # perhaps all of them
             normalize_layers(whole, text_config(config).num_hidden_layers)
+        text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
         parts = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
-        return cls(tuple(sorted(whole)), **parts, text=plan.known_text if plan and plan.units else None)
+        return cls(tuple(sorted(whole)), **parts, text=text)
+
+
+def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
+    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says."""
+    planned = list(getattr(plan, kind)) or None
+    if planned and value is not None:
+        raise ValueError(
+            f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all three "
+            "lists without it"
+        )
+    return planned if value is None else value
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
@@ -327,19 +336,19 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
     for kind in SUBLAYERS:
         for layer in range(text_config(config).num_hidden_layers):
             with suppress(ValueError):
-                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config)]
+                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
     if not found:
         require_sublayer(config, "attention")
     touched = {at for positions in record(config).sublayers.values() for at in positions}
     return [unit for unit in found if unit[1] not in touched]
 
 
-def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig) -> list[int]:
+def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:
     argument = f"drop_{kind}"
     require_sublayer(config, kind)
     text = text_config(config)
     found = normalize_layers(value, text.num_hidden_layers, argument)
-    if absent := set(found).intersection(record(config).sublayers.get(kind, ())):
+    if absent := before.intersection(found):
         raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
     if kind == "attention":
         kinds = _kinds_of_layers(text)

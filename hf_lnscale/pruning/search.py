@@ -8,7 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name, write_atomically
@@ -116,26 +115,27 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     total = len(stack.layers)
     most = total - 1
     require_possible(goal, total)
+    params = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
-
-    def size_of_weights(modules: Iterable[nn.Module]) -> tuple[int, int]:
-        held = [p for module in modules for p in module.parameters()]
-        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held)
 
     @functools.cache
     def size_of(unit: Unit) -> tuple[int, int, int]:
         layer = layer_of(unit)
         whole = stack.layers[layer]
         modules = parts(whole, stack.family, unit[0]) if isinstance(unit, tuple) else [whole]
-        return *size_of_weights(modules), 0 if unit == ("mlp", layer) else cache_L[layer]
-
-    size_of_all = (*size_of_weights([model]), sum(cache_L))
+        held = [p for module in modules for p in module.parameters()]
+        cache = 0 if unit == ("mlp", layer) else cache_L[layer]
+        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held), cache
 
     def sizes(dropped: Sequence[Unit]) -> dict[str, Any]:
-        columns = zip(size_of_all, *map(size_of, dropped), strict=True)
-        before_after = [[whole, whole - sum(gone)] for whole, *gone in columns]
-        found: dict[str, Any] = dict(zip(("params", "weight_bytes", "cache_bytes"), before_after, strict=True))
-        return found | {"cache_of": {"tokens": cache_tokens, "batch": cache_batch}}
+        gone = [sum(column) for column in zip((0, 0, 0), *map(size_of, dropped), strict=True)]
+        return {
+            "params": [params, params - gone[0]],
+            "weight_bytes": [weights, weights - gone[1]],
+            "cache_bytes": [sum(cache_L), sum(cache_L) - gone[2]],
+            "cache_of": {"tokens": cache_tokens, "batch": cache_batch},
+        }
 
     def size(dropped: Sequence[Unit]) -> float:
         after: dict[str, list[int]] = sizes(dropped)
@@ -243,8 +243,8 @@ def search_layers(
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
     if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
-    healer = Healer(model, calibration, method=heal_method) if heal_method else None
-    search = _Search(model, target, method, units, calibration, healer, log, progress)
+    healer = _Healer(model, calibration, heal_method) if heal_method else None
+    search = _Search(model, stack, target, method, units, calibration, healer, log, progress)
     whole = losses_by_source(model, judged)
     before = perplexity_of(whole.mean)
     if not math.isfinite(before):
@@ -268,7 +268,7 @@ def search_layers(
                 log.write()
             if healer and target.budget is not None:
                 if "healed" not in step:
-                    with search.healed(step["layers"], progress):
+                    with healer.healed(step["layers"], progress):
                         step["healed"] = perplexity_of(losses_by_source(model, judged, step["layers"]).mean)
                     log.write()
                 healer.forget()
@@ -307,7 +307,7 @@ def search_layers(
     )
     if not (healer and layers):
         return plan, None
-    report = search.heal(layers, progress)
+    report = healer.heal(layers, progress)
     try:
         healed = _figures(losses_by_source(model, judged, layers), whole)
     except BaseException:
@@ -332,6 +332,35 @@ def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
     """Of `_figures`, what goes into `PruningPlan.errors`."""
     found = {name: figures.get("perplexity_error"), f"{name}_change": figures.get("change_error")}
     return {name: error for name, error in found.items() if error is not None}
+
+
+class _Healer:
+    """Heals the model for one set of layers after another, and keeps the last fit, so that it need not be repeated."""
+
+    def __init__(self, model: nn.Module, calibration: TokenBatches, method: str) -> None:
+        self.healer = Healer(model, calibration, method=method)
+        self.fit: tuple[HealReport, Callable[[], None]] | None = None
+
+    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
+        layers = tuple(sorted(layers))
+        if self.fit and self.fit[0].dropped == layers:
+            report, apply_again = self.fit
+            apply_again()
+            return report
+        return self.healer.heal(layers, progress)
+
+    @contextmanager
+    def healed(self, layers: Iterable[int], progress: bool) -> Iterator[HealReport]:
+        """Within it, the model is healed."""
+        report = self.heal(layers, progress)
+        try:
+            yield report
+        finally:
+            self.fit = report, report.set_aside()
+
+    def forget(self) -> None:
+        """Frees the full model's states: other numbers of layers have cuts in other places."""
+        self.healer.forget()
 
 
 class OtherSearchError(ArgumentError):
@@ -385,51 +414,24 @@ def _require_steps(found: dict[str, Any], num_layers: int) -> None:
             raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Search:
-    """What all steps of a search share; see `search_layers`.
-
-    Attributes:
-        fit: the last healing that was undone, with the function that applies it again.
-    """
+    """What all steps of a search share; see `search_layers`."""
 
     model: nn.Module
+    stack: Stack
     target: Target
     method: str
     units: str
     calibration: TokenBatches
-    healer: Healer | None
+    healer: _Healer | None
     log: _Log
     progress: bool
-    fit: tuple[HealReport, Callable[[], None]] | None = None
 
     def can_go(self, dropped: Iterable[int]) -> bool:
         """Whether layers are left that generation needs."""
-        counting = counting_layers(self.config)
+        counting = counting_layers(self.stack.model.config)
         return not counting or not counting <= set(dropped)
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return text_stack(self.model).model.config
-
-    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
-        """Heals the model, without a new fit if that was the last one."""
-        assert self.healer is not None
-        layers = tuple(sorted(layers))
-        if self.fit and self.fit[0].dropped == layers:
-            report, apply_again = self.fit
-            apply_again()
-            return report
-        return self.healer.heal(layers, progress)
-
-    @contextmanager
-    def healed(self, layers: Iterable[int], progress: bool = False) -> Iterator[HealReport]:
-        """Within it, the model is healed."""
-        report = self.heal(layers, progress)
-        try:
-            yield report
-        finally:
-            self.fit = report, report.set_aside()
 
 
 def _steps(search: _Search) -> Iterator[dict[str, Any]]:
@@ -442,8 +444,8 @@ def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
     """Each set is the one before it and the unit whose removal costs least."""
     yield from list(search.log.steps)
     gone = units_of(search.log.steps[-1]) if search.log.steps else []
-    total = search.config.num_hidden_layers
-    sublayers = droppable_units(search.config) if search.units == "sublayers" else []
+    total = len(search.stack.layers)
+    sublayers = droppable_units(search.stack.model.config) if search.units == "sublayers" else []
     while True:
         layers, touched = {unit for unit in gone if isinstance(unit, int)}, set(map(layer_of, gone))
         candidates: list[Unit] = [
@@ -452,7 +454,9 @@ def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
         ]
         if not candidates or len(layers) == total - 1:
             return
-        repaired = search.healed(layers) if search.method == "greedy_healed" and gone else nullcontext()
+        repaired: AbstractContextManager[Any] = nullcontext()
+        if search.method == "greedy_healed" and search.healer and gone:
+            repaired = search.healer.healed(layers, progress=False)
         with repaired:
             now, without = sweep(search.model, search.calibration, gone, candidates, "loss", search.progress)
         cost = {unit: loss.mean for unit, loss in without.items()}
@@ -468,7 +472,7 @@ def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
     """Sets that are each found without those of other sizes."""
     known = {len(step["layers"]): step for step in search.log.steps}
     scores: dict[str, LayerScores] = {}
-    for count in range(search.target.least, search.config.num_hidden_layers):
+    for count in range(search.target.least, len(search.stack.layers)):
         if count in known:
             yield known[count]
             continue
@@ -477,42 +481,37 @@ def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
         elif not scores:
             found = score_layers(search.model, search.calibration, search.method, progress=search.progress)
             scores = {search.method: found}
-        if search.method == "best_of":
-            sets = [layers for layers in _proposals(scores, count) if search.can_go(layers)]
-            step = _best_of(search, sets) if sets else None
-        else:
-            layers = scores[search.method].lowest(count)
-            step = {"layers": layers} if search.can_go(layers) else None
-        if step is None:
+        proposed = _proposals(scores, count) if search.method == "best_of" else [scores[search.method].lowest(count)]
+        if not (sets := [layers for layers in proposed if search.can_go(layers)]):
             return
-        yield search.log.add(step)
+        yield search.log.add(_best_of(search, sets) if search.method == "best_of" else {"layers": sets[0]})
 
 
-def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
+def _proposals(scores: dict[str, LayerScores], count: int) -> list[list[int]]:
     """Sets of layers that one pass over the data suggests."""
     distances = scores["angular"].scores[:, count - 1]
     starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
-    blocks = [tuple(range(start, start + count)) for start in starts]
-    return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
+    blocks = [list(range(start, start + count)) for start in starts]
+    least = sorted(scores["block_influence"].lowest(count))
+    return blocks if least in blocks else [*blocks, least]
 
 
-def _best_of(search: _Search, proposals: list[tuple[int, ...]]) -> dict[str, Any]:
+def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
     """The set of layers without which the model does best; with a healer, after healing."""
-    judged = search.healer.given if search.healer else search.calibration
+    judged = search.healer.healer.given if search.healer else search.calibration
     losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
-        {"layers": list(layers), "perplexity": perplexity_of(loss)}
-        for layers, loss in zip(proposals, losses, strict=True)
+        {"layers": layers, "perplexity": perplexity_of(loss)} for layers, loss in zip(proposals, losses, strict=True)
     ]
     tried.sort(key=lambda one: one["perplexity"])
     if search.healer:
         tried = tried[:HEALED]
         best: tuple[float, Any] = (math.inf, None)
         for one in logging.tqdm(tried, desc="healing proposals", disable=not search.progress, leave=False):
-            with search.healed(one["layers"]) as report:
+            with search.healer.healed(one["layers"], progress=False) as report:
                 one["healed"] = geometric_mean(report.sources[name].perplexity_after for name in judged.weights)
-            best = min(best, (one["healed"], search.fit), key=lambda pair: pair[0])
-        search.fit = best[1]
+            best = min(best, (one["healed"], search.healer.fit), key=lambda pair: pair[0])
+        search.healer.fit = best[1]
     chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": chosen["layers"], "tried": tried}
 
