@@ -311,8 +311,8 @@ class Cut:
         if whole:  # perhaps all of them
             normalize_layers(whole, text_config(config).num_hidden_layers)
         text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
-        parts = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
-        return cls(tuple(sorted(whole)), **parts, text=text)
+        sublayers = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
+        return cls(tuple(sorted(whole)), **sublayers, text=text)
 
 
 def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
