@@ -517,13 +517,12 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
             sub-layers cannot be taken out.
     """
     stack = text_stack(model)
-    config = stack.model.config
-    cut = Cut.of(config, layers, attention, mlp)
+    cut = Cut.of(stack.model.config, layers, attention, mlp)
     if not cut:
         return model
     require_droppable(model, stack, cut)
     _own_configs(model)
-    for one in _configs_of(model, config.model_type):
+    for one in _configs_of(model):
         prune_config(one, cut)
     for kind in SUBLAYERS:
         for position in getattr(cut, kind):
@@ -534,15 +533,16 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
 
 def note_text(model: nn.Module, text: KnownText) -> None:
     """Notes in a model's configuration the text that its layers were chosen or healed on."""
-    for config in _configs_of(model, text_stack(model).model.config.model_type):
+    for config in _configs_of(model):
         add_known_text(config, text)
 
 
-def _configs_of(model: nn.Module, model_type: str) -> list[PreTrainedConfig]:
+def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = {id(text_config(one)): one for one in configs}.values()
-    return [one for one in found if text_config(one).model_type == model_type]
+    text = text_stack(model).model.config
+    return [one for one in found if text_config(one).model_type == text.model_type]
 
 
 def _own_configs(model: nn.Module) -> None:
@@ -609,8 +609,8 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     there = record(saved).dropped
     if there is None:
         # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
-        full = text_config(type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp")))
-        held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
+        full = type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp"))
+        held, held_of = original_layers(full)
     else:
         held, held_of = there.kept, there.num_hidden_layers
     require_sublayers(config, saved)

@@ -110,14 +110,9 @@ class LayerScores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, with null for undefined scores."""
         content = {
-            "method": self.method,
-            "model": self.model,
-            "num_layers": self.num_layers,
-            "tokens": self.tokens,
-            "baseline": self.baseline,
-            "data": self.data,
-            "scores": _without_nan(self.scores.tolist()),
+            name: getattr(self, name) for name in ("method", "model", "num_layers", "tokens", "baseline", "data")
         }
+        content["scores"] = _without_nan(self.scores.tolist())
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
