@@ -205,6 +205,8 @@ def prune(
     if not plan.units:
         if record is not None:
             record.unlink(missing_ok=True)
+        if goal[0] != "max_perplexity_increase":
+            raise ArgumentError(*goal, problem="is met by the model as it is. Nothing was written.")
         raise ValueError(
             f"not one {'layer' if units == 'layers' else 'sub-layer'} can go: the cheapest raises perplexity from "
             f"{plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
