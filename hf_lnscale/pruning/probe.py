@@ -172,28 +172,13 @@ def probe(model: PreTrainedModel) -> Proposal:
     parameters = [id(parameter) for call in calls for parameter in call.layer.parameters()]
     if len(set(parameters)) < len(parameters):
         return Proposal(config.model_type, None, families.SHARED, families.SHARED)
+    family, no_scaling = _row(model, path, calls, ids_BT)
     said = config.to_dict()
     fields = tuple(name for name in families.DEPTH_FIELDS if said.get(name) is not None)
-    family = Family(layers=_from_the_base(model, path), depth_fields=fields)
-    no_scaling, no_dropping = "", "its configuration counts sub-layers as layers"
-    rows = [_pre_norms(call) for call in calls]
-    row = rows[0]
-    if any(other != row for other in rows) and not all(isinstance(other, str) for other in rows):
-        row = families.UNEQUAL
-    if isinstance(row, str):
-        no_scaling = row
+    family = replace(family, depth_fields=fields, no_scaling=no_scaling)
+    if len(calls) != config.num_hidden_layers:
+        no_dropping = "its configuration counts sub-layers as layers"
     else:
-        norms = [call.layer.get_submodule(name) for call in calls for name in row]
-        one_plus = {_one_plus_weight(norm) for norm in norms}
-        if len(one_plus) > 1 or None in one_plus:
-            weights = [norm._parameters.get("weight") for norm in norms]
-            no_scaling = families.NOT_LINEAR if any(w is not None for w in weights) else families.NO_WEIGHT
-        else:
-            family = replace(family, attention_norm=row[0], mlp_norm=row[1], one_plus_weight=bool(one_plus.pop()))
-            if not _scales_as_hooks_do(model, path, family, ids_BT):
-                no_scaling = families.NOT_LINEAR
-    family = replace(family, no_scaling=no_scaling)
-    if len(calls) == config.num_hidden_layers:
         no_dropping = _no_dropping(model, path, family, ids_BT)
     if no_dropping:
         family = replace(family, depth_fields=None)
@@ -371,6 +356,25 @@ def _one_plus_weight(norm: nn.Module) -> bool | None:
             if not zero(x_TD).any() and torch.allclose(scaled(x_TD), norm(x_TD) * 0.3, atol=1e-5):
                 return one_plus
     return None
+
+
+def _row(model: PreTrainedModel, path: str, calls: list[_Call], ids_BT: torch.Tensor) -> tuple[Family, str]:
+    """The row of a family, but for the fields over depth, and why it cannot be scaled; "" if it can."""
+    family = Family(layers=_from_the_base(model, path))
+    rows = [_pre_norms(call) for call in calls]
+    row = rows[0]
+    if any(other != row for other in rows) and not all(isinstance(other, str) for other in rows):
+        return family, families.UNEQUAL
+    if isinstance(row, str):
+        return family, row
+    norms = [call.layer.get_submodule(name) for call in calls for name in row]
+    if all(norm._parameters.get("weight") is None for norm in norms):
+        return family, families.NO_WEIGHT
+    one_plus = {_one_plus_weight(norm) for norm in norms}
+    if len(one_plus) > 1 or None in one_plus:
+        return family, families.NOT_LINEAR
+    family = replace(family, attention_norm=row[0], mlp_norm=row[1], one_plus_weight=bool(one_plus.pop()))
+    return family, "" if _scales_as_hooks_do(model, path, family, ids_BT) else families.NOT_LINEAR
 
 
 def _scales_as_hooks_do(model: PreTrainedModel, path: str, family: Family, ids_BT: torch.Tensor) -> bool:
