@@ -230,7 +230,7 @@ def prune(
         tokenizer.save_pretrained(folder)
         rows = _rows(plan)
         if checkpoint is not None:
-            del model  # one at a time
+            del model, search  # one at a time
             if placement.main_device.startswith("cuda"):
                 torch.cuda.empty_cache()  # for the processes that measure
             costs = measure(checkpoint, folder, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
