@@ -438,7 +438,7 @@ def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[
     for pattern in _strings(json.loads(json.dumps(said, default=str))):
         ways = _ways_to_read(pattern)
         for new, old in enumerate(kept):
-            if any(not means(name.format(new)) != (not means(name.format(old))) for name in names for means in ways):
+            if any(bool(means(one.format(new))) != bool(means(one.format(old))) for one in names for means in ways):
                 raise ValueError(
                     f"drop_layers: the quantization_config speaks of single layers ({pattern!r}), which would be "
                     "others afterwards; prune the checkpoint before it is quantized"

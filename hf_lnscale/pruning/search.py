@@ -381,6 +381,7 @@ class _Log:
                 self.values = read_object(self.path, key=dict, steps=list)
                 if missing := {"key", "steps"} - set(self.values):
                     raise ValueError(f"it has no {min(missing)}")
+                _require_steps(self.values)
                 differ = [name for name, value in key.items() if self.values["key"].get(name) != value]
                 if not differ:
                     _require_steps(self.values, key["model"]["num_hidden_layers"])
@@ -401,7 +402,7 @@ class _Log:
             write_atomically(self.path, json.dumps(self.values) + "\n")
 
 
-def _require_steps(found: dict[str, Any], num_layers: int) -> None:
+def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None:
     """Refuses figures and layers in the record of a search that no search could have written."""
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,8 +236,11 @@ def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
                 weight.mul_(1e-3)
     monkeypatch.setattr(
         search,
-        "sweep_losses",
-        lambda _, __, gone, **___: {i: (i not in (1, 4)) + i / 100 for i in range(6) if i not in gone},
+        "sweep",
+        lambda _, __, gone, candidates, *___: (
+            None,
+            {i: SimpleNamespace(mean=(i not in (1, 4)) + i / 100) for i in candidates},
+        ),
     )
     for method in ("best_of", "greedy", "greedy_healed"):
         for count in (2, 4):
