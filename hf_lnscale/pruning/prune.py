@@ -460,9 +460,10 @@ def _rows(
     ]
     if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
         figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
+    for name in ("prefill", "decode") if costs else ():
+        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
+        figures.append((f"{name}, tokens/s", speeds, str))
     if costs:
-        for name in ("prefill", "decode"):
-            figures.append((f"{name}, tokens/s", [getattr(cost, f"{name}_tokens_per_second") for cost in costs], str))
         figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
     rows = [
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
