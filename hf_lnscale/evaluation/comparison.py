@@ -379,15 +379,12 @@ def _model_dict(one: ModelFigures, reference: ModelFigures) -> dict[str, Any]:
     named = ("label", "parameters", "num_layers", "size_on_disk", "dtype")
     found: dict[str, Any] = {"name": public_name(one.name)} | {name: getattr(one, name) for name in named}
     differences: dict[str, Any] = {}
-    if one.perplexity:
-        it = one.perplexity
-        found["text"] = {name: asdict(getattr(it, name)) for name in ("perplexity", "loss", "bits_per_byte")} | {
-            name: getattr(it, name)
-            for name in ("nats", "num_tokens", "num_bytes", "num_documents", "unknown_tokens", "caution")
-        }
-        found["text"]["num_blocks"] = len(it.block_bytes)
+    if text := one.perplexity:
+        counts = ("nats", "num_tokens", "num_bytes", "num_documents", "unknown_tokens", "caution")
+        found["text"] = {name: asdict(getattr(text, name)) for name in ("perplexity", "loss", "bits_per_byte")}
+        found["text"] |= {name: getattr(text, name) for name in counts} | {"num_blocks": len(text.block_bytes)}
         if reference.perplexity:
-            differences |= {name: asdict(value) for name, value in it.minus(reference.perplexity).items()}
+            differences |= {name: asdict(value) for name, value in text.minus(reference.perplexity).items()}
     if one.speed:
         found["speed"] = asdict(one.speed)
     if one.tasks:

@@ -27,7 +27,7 @@ from ..core.record import SUBLAYERS, Dropped, KnownText, Record, add_known_text,
 from ..core.stack import Stack, own_stack, pretrained_modules, text_stack
 from ..core.sublayers import parts, take_out
 from ..core.warnings import warn
-from .plan import PruningPlan, read_plan
+from .plan import PruningPlan
 
 
 def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers") -> list[int]:
@@ -68,16 +68,10 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
 
 
 def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
-    """Reads a value of the `drop_layers` argument for a model with this configuration.
+    """Reads a value of `drop_layers`: indices, a `PruningPlan`, None, or a number N of layers.
 
-    Args:
-        value: indices, a `PruningPlan`, None, or an integer N: the deepest N layers but the last, which Gromov et al.
-            (arXiv 2403.17887, section 4.4) propose where nothing is measured. A plan whose figures are with healing is
-            warned of, as dropping does not heal.
-
-    Raises:
-        ValueError: for a wrong value, and for a plan that was made for another model.
-        UnsupportedArchitectureError: if the family is not in the table.
+    The deepest N layers but the last are those that Gromov et al. (arXiv 2403.17887, section 4.4) propose where nothing
+    is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
     """
     if value is None:
         return []
@@ -115,24 +109,7 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     return normalize_layers(value, num_layers)
 
 
-def _plan_at(value: Any) -> Any:
-    """The plan at a path; any other value as it is."""
-    return read_plan(value) if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") else value
-
-
-def _note_text(config: PreTrainedConfig, value: Any) -> None:
-    """Notes the text that a plan's layers were chosen on."""
-    if isinstance(value, PruningPlan) and value.units and (text := value.known_text):
-        add_known_text(config, text)
-
-
 # --- configurations -------------------------------------------------------------------------------------------------
-
-
-def kept_layers(num_layers: int, dropped: Iterable[int]) -> list[int]:
-    """The positions that stay, in order."""
-    gone = set(dropped)
-    return [layer for layer in range(num_layers) if layer not in gone]
 
 
 def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int], int]:
@@ -147,14 +124,19 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
 _WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
+def _kinds_of_layers(text: PreTrainedConfig) -> list[str]:
+    """The kind of each layer, if a configuration says it."""
+    return getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+
+
 def counting_layers(text: PreTrainedConfig) -> set[int]:
     """The layers of which one must stay: the cache of a hybrid model counts tokens in a layer without linear attention.
 
     Empty for a model that is not a hybrid.
     """
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    counting = {layer for layer, kind in enumerate(types) if kind not in _WITHOUT_TOKENS}
-    return counting if len(counting) < len(types) else set()
+    kinds = _kinds_of_layers(text)
+    counting = {layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_TOKENS}
+    return counting if len(counting) < len(kinds) else set()
 
 
 def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
@@ -221,12 +203,7 @@ _FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
 
 
 def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
-    """The rule of each field over depth that a configuration holds.
-
-    Raises:
-        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
-        ValueError: for a list of which it cannot be known which entries are whose.
-    """
+    """The rule of each field over depth that a configuration holds; refuses lists of which the rule is not known."""
     text = text_config(config)
     if family.rules is None:
         raise UnsupportedArchitectureError(
@@ -262,22 +239,12 @@ _NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "
 
 
 def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
-    """Refuses a configuration whose model would have other tensors than the layers that are left.
-
-    Raises:
-        ValueError: if a name or a shape differs.
-    """
+    """Refuses a configuration whose model would have other tensors than the layers that are left."""
     model_class = MODEL_MAPPING.get(type(before), None)
     if not isinstance(model_class, type):
         return  # code from outside transformers
-    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
-    wanted = {}
-    for name, shape in _shapes(model_class, before).items():
-        if match := pattern.match(name):
-            if int(match[2]) not in kept:
-                continue
-            name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
-        wanted[name] = shape
+    shapes = _shapes(model_class, before)
+    wanted = {new: shapes[old] for old, new in _renamed(shapes, _layer_names(path), kept).items()}
     try:
         built = _shapes(model_class, after)
     except Exception as error:
@@ -310,11 +277,13 @@ class Cut:
         layers: whole layers, those that lose both sub-layers, or lose one and had lost the other before, among them.
         attention: layers that lose their attention alone.
         mlp: layers that lose their MLP alone.
+        text: the text that a plan chose all of it on, if one did.
     """
 
     layers: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    text: KnownText | None = None
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.attention or self.mlp)
@@ -327,6 +296,8 @@ class Cut:
             ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
             UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
         """
+        if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
+            layers = PruningPlan.load(layers)
         if isinstance(layers, PruningPlan):
             attention = _or_planned(attention, layers, "attention")
             mlp = _or_planned(mlp, layers, "mlp")
@@ -339,15 +310,13 @@ class Cut:
         whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
         if whole:  # perhaps all of them
             normalize_layers(whole, text_config(config).num_hidden_layers)
-        return cls(tuple(sorted(whole)), *(tuple(sorted(given[kind] - whole)) for kind in SUBLAYERS))
+        text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
+        sublayers = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
+        return cls(tuple(sorted(whole)), **sublayers, text=text)
 
 
 def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
-    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says.
-
-    Raises:
-        ValueError: if both say something.
-    """
+    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says."""
     planned = list(getattr(plan, kind)) or None
     if planned and value is not None:
         raise ValueError(
@@ -382,10 +351,10 @@ def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: 
     if absent := before.intersection(found):
         raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
     if kind == "attention":
-        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-        if other := [layer for layer in found if types and types[layer] in _WITHOUT_TOKENS]:
+        kinds = _kinds_of_layers(text)
+        if other := [layer for layer in found if kinds and kinds[layer] in _WITHOUT_TOKENS]:
             raise ValueError(
-                f"{argument}: layers {other} have no attention with a KV cache, but {types[other[0]]}; the whole layer "
+                f"{argument}: layers {other} have no attention with a KV cache, but {kinds[other[0]]}; the whole layer "
                 "can go: drop_layers"
             )
         if getattr(text, "num_kv_shared_layers", None):
@@ -412,36 +381,32 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
     family = family or family_of(config, "drop_layers")
     rules = _rules(config, family)
     num_layers = text.num_hidden_layers
-    kept = kept_layers(num_layers, cut.layers)
+    kept = [layer for layer in range(num_layers) if layer not in cut.layers]
     _refuse_other_mentions(config, family, kept)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
         raise ValueError(
             f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
             "generate; keep one of them"
         )
-    before, original = original_layers(config)
-    gone = sorted(set(range(original)) - {before[layer] for layer in kept})
     found = record(config)
-    lacking = [
-        tuple(sorted({*(getattr(found.dropped, kind, ())), *(before[at] for at in getattr(cut, kind))} - set(gone)))
-        for kind in SUBLAYERS
-    ]
-    base = (found.dropped.base if found.dropped else "") or public_name(config.name_or_path or "")
+    past = found.dropped or Dropped((), num_layers)
+    gone = {*past.layers, *(past.kept[at] for at in cut.layers)}
+    lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - gone for kind in SUBLAYERS]
+    base = past.base or public_name(config.name_or_path or "")
+    dropped = Dropped(tuple(sorted(gone)), past.num_hidden_layers, base, *(tuple(sorted(one)) for one in lacking))
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
         for name in ("active", "folded", "on_disk")
         if (scaling := getattr(found, name)) is not None
     }
-    whole = copy.deepcopy(text)
-    try:
-        if cut.layers:
-            _follow(text, rules, kept)
-            _require_describable(whole, text, family.layers, kept)
-    except BaseException:
-        vars(text).clear()
-        vars(text).update(vars(whole))
-        raise
-    write(config, dataclasses.replace(found, **scalings, dropped=Dropped(tuple(gone), original, base, *lacking)))
+    if cut.layers:
+        after = copy.deepcopy(text)
+        _follow(after, rules, kept)
+        _require_describable(text, after, family.layers, kept)
+        vars(text).update(vars(after))
+    write(config, dataclasses.replace(found, **scalings, dropped=dropped))
+    if cut.text:
+        add_known_text(config, cut.text)
 
 
 def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
@@ -455,20 +420,37 @@ def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> N
         text.per_layer_config = {new: entries[old] for new, old in enumerate(kept) if old in entries}
 
 
+# What stands before the text decoder's layers in the names of whole models.
+_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
 def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[int]) -> None:
     """Refuses a quantization_config by which layers would be quantized otherwise under their new numbers."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
     said = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    modules = _modules_of_a_layer(text_config(config), family)
+    names = [
+        f"{before}{family.layers}.{{}}{module}"
+        for module in _modules_of_a_layer(text_config(config), family)
+        for before in _BEFORE_LAYERS
+    ]
     for pattern in _strings(json.loads(json.dumps(said, default=str))):
+        ways = _ways_to_read(pattern)
         for new, old in enumerate(kept):
-            if new != old and _meant(pattern, family, new, modules) != _meant(pattern, family, old, modules):
+            if any(bool(means(one.format(new))) != bool(means(one.format(old))) for one in names for means in ways):
                 raise ValueError(
                     f"drop_layers: the quantization_config speaks of single layers ({pattern!r}), which would be "
                     "others afterwards; prune the checkpoint before it is quantized"
                 )
+
+
+def _ways_to_read(pattern: str) -> list[Callable[[str], Any]]:
+    """Each library reads a pattern in another way."""
+    with suppress(re.error):
+        expression = re.compile(pattern)
+        return [lambda name: pattern in name, expression.search, expression.match, expression.fullmatch]
+    return [lambda name: pattern in name]
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -480,43 +462,21 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(one)
 
 
-# What stands before the text decoder's layers in the names of whole models.
-_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-
-
 def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
     """The names of all modules in any decoder layer, from the layer on, each with a dot in front; "" is the layer."""
     model_class = MODEL_MAPPING.get(type(text), None)
     names = (
         _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]
     )
-    pattern = re.compile(rf"(?:.*?\.)?{re.escape(family.layers)}\.\d+((?:\.\w+)+)\.\w+$")
-    found = {match[1] for name in names if (match := pattern.match(name))}
+    matches = map(_layer_names(family.layers).match, names)
+    found = {match[3].rpartition(".")[0] for match in matches if match}
     return {name[:end] for name in found for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}
-
-
-def _meant(pattern: str, family: Family, layer: int, modules: set[str]) -> set[tuple[int, str]]:
-    """The modules of a layer that a pattern means, in each of the ways in which libraries read one."""
-    ways: list[Callable[[str], Any]] = [lambda name: pattern in name]
-    with suppress(re.error):
-        expression = re.compile(pattern)
-        ways += [expression.search, expression.match, expression.fullmatch]
-    return {
-        (way, before + module)
-        for before in _BEFORE_LAYERS
-        for module in modules
-        for way, means in enumerate(ways)
-        if means(f"{before}{family.layers}.{layer}{module}")
-    }
 
 
 def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None, mlp: Any = None) -> None:
     """Writes values of `drop_layers`, `drop_attention` and `drop_mlp` into a configuration; a model built from it lacks
     what they name. All three count layers as they are in the configuration before."""
-    if any(one is not None for one in (value, attention, mlp)):
-        value = _plan_at(value)
-        prune_config(config, Cut.of(config, value, attention, mlp))
-        _note_text(config, value)
+    prune_config(config, Cut.of(config, value, attention, mlp))
 
 
 # --- models in memory -----------------------------------------------------------------------------------------------
@@ -557,15 +517,13 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
             sub-layers cannot be taken out.
     """
     stack = text_stack(model)
-    config, layers = stack.model.config, _plan_at(layers)
-    cut = Cut.of(config, layers, attention, mlp)
+    cut = Cut.of(stack.model.config, layers, attention, mlp)
     if not cut:
         return model
     require_droppable(model, stack, cut)
     _own_configs(model)
-    for one in _configs_of(model, config.model_type):
+    for one in _configs_of(model):
         prune_config(one, cut)
-        _note_text(one, layers)
     for kind in SUBLAYERS:
         for position in getattr(cut, kind):
             take_out(stack.layers[position], stack.family, kind, position)
@@ -575,15 +533,16 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
 
 def note_text(model: nn.Module, text: KnownText) -> None:
     """Notes in a model's configuration the text that its layers were chosen or healed on."""
-    for config in _configs_of(model, text_stack(model).model.config.model_type):
+    for config in _configs_of(model):
         add_known_text(config, text)
 
 
-def _configs_of(model: nn.Module, model_type: str) -> list[PreTrainedConfig]:
+def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = {id(text_config(one)): one for one in configs}.values()
-    return [one for one in found if text_config(one).model_type == model_type]
+    text = text_stack(model).model.config
+    return [one for one in found if text_config(one).model_type == text.model_type]
 
 
 def _own_configs(model: nn.Module) -> None:
@@ -650,8 +609,8 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     there = record(saved).dropped
     if there is None:
         # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
-        full = text_config(type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp")))
-        held, held_of = list(range(full.num_hidden_layers)), full.num_hidden_layers
+        full = type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp"))
+        held, held_of = original_layers(full)
     else:
         held, held_of = there.kept, there.num_hidden_layers
     require_sublayers(config, saved)
@@ -700,7 +659,9 @@ def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, na
         ValueError: if these are neither the layers of the model nor all of the original's.
     """
     wanted, original = original_layers(config)
-    found = {layer for _, layer, _ in _layer_names(names, model)[1].values()}
+    names = list(names)
+    layer = _layer_names_of(model, names)
+    found = {match[2] for name in names if (match := layer.match(name))}
     if len(found) == len(wanted):
         return None
     if len(found) == original:
@@ -738,35 +699,47 @@ def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int])
     Raises:
         ValueError: if the decoder's layers cannot be recognized by the names.
     """
-    others, layers = _layer_names(names, model)
-    at = {old: new for new, old in enumerate(positions)}
-    renamed = {name: name for name in others}
-    for name, (prefix, layer, rest) in layers.items():
-        if layer in at:
-            renamed[name] = f"{prefix}{at[layer]}{rest}"
+    names = list(names)
+    return _renamed(names, _layer_names_of(model, names), positions)
+
+
+def _renamed(names: Iterable[str], layer: re.Pattern[str], kept: list[int]) -> dict[str, str]:
+    """Names of tensors to their names when only some layers are kept; tensors of other layers are missing."""
+    numbers = {str(old): new for new, old in enumerate(kept)}
+    renamed = {}
+    for name in names:
+        if not (match := layer.match(name)):
+            renamed[name] = name
+        elif match[2] in numbers:
+            renamed[name] = f"{match[1]}{numbers[match[2]]}{match[3]}"
     return renamed
 
 
-def _layer_names(names: Iterable[str], model: PreTrainedModel) -> tuple[list[str], dict[str, tuple[str, int, str]]]:
-    """Names that are not of the decoder's layers, and those that are, each as prefix, number and rest."""
+def _layer_names(path: str) -> re.Pattern[str]:
+    """Matches names of tensors in the layers at a path: what is before the layer's number, the number, and the rest."""
+    return re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
+
+
+def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]:
+    """As `_layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
+
+    A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
+    tokens, which transformers ignores.
+    """
     family = family_of(model.config, "drop_layers")
-    # A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
-    # tokens, which transformers ignores.
-    pattern = re.compile(rf"^((?:.*?\.)?{re.escape(family.layers)}\.)(\d+)(\..*)$")
     marks = {f".{family.attention_norm}.weight"}
     if family.no_scaling and (stack := next((own for m in pretrained_modules(model) if (own := own_stack(m))), None)):
         marks = {f".{name}" for name, _ in stack.layers[0].named_parameters()}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-    found = {name: pattern.match(name) for name in names}
+    matches = map(_layer_names(family.layers).match, names)
     prefixes = {
         match[1]
-        for name, match in found.items()
-        if match and match[3] in marks and not any(re.search(one, name) for one in ignored)
+        for match in matches
+        if match and match[3] in marks and not any(re.search(one, match[0]) for one in ignored)
     }
     if len(prefixes) != 1:
         raise ValueError(
             f"drop_layers: the layers of {type(model).__name__} cannot be recognized by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
-    layers = {name: (m[1], int(m[2]), m[3]) for name, m in found.items() if m and m[1] in prefixes}
-    return [name for name in found if name not in layers], layers
+    return re.compile(rf"^({re.escape(*prefixes)})(\d+)(\..*)$")

@@ -10,103 +10,53 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..core.families import (
-    DEPTH_FIELDS,
-    ENCODER_DECODER,
-    HYPER,
-    MORE_NORMS,
-    MORE_READERS,
-    MULTIPLIED,
-    NO_CHECK,
-    NO_STACK,
-    NO_WEIGHT,
-    NOT_LINEAR,
-    ONE_SUBLAYER,
-    PARALLEL,
-    POST_LN,
-    POST_NORM,
-    RENAMED,
-    SHARED,
-    UNEQUAL,
-    Family,
-    UnsupportedArchitectureError,
-    text_config,
-)
+from ..core import families
+from ..core.families import Family, UnsupportedArchitectureError, text_config
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
 from ..measuring.stream import kv_cache
-from .layers import kept_layers, prune_config
+from .layers import prune_config
 
-_LAYERS, _WIDTH = 4, 32
 _MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
 # Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
-_SIZES: tuple[tuple[int | float, str], ...] = (
-    (
-        _LAYERS,
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_blocks",
-    ),
-    (96, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
-    (
-        _WIDTH,
-        "hidden_size d_model n_embd dim embedding_size embedding_dim word_embed_proj_dim emb_dim lru_width "
-        "input_embedding_size output_embedding_size attention_hidden_size",
-    ),
-    (
-        48,
-        "intermediate_size intermediate_size_mlp dense_intermediate_size ffn_dim n_inner dff d_ff dim_ff d_inner "
-        "decoder_ffn_dim encoder_ffn_dim ffn_hidden_size feed_forward_size",
-    ),
-    (
-        16,
-        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size qk_head_dim "
-        "shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size",
-    ),
-    (
-        4,
-        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_heads "
-        "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
-        "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num sliding_window window_size "
-        "sliding_window_size attention_chunk_size local_attention attention_window_size loop_layer_index_end",
-    ),
-    (
-        2,
-        "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_query_groups index_n_heads "
-        "num_experts_per_tok num_experts_per_token moe_k moe_topk first_k_dense_replace max_window_layers "
-        "num_dense_layers no_rope_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period "
-        "mamba_expand n_groups mamba_n_groups layer_group_size global_attn_every_n_layers "
-        "sliding_window_pattern moe_layer_end_index eos_token_id n_layers_per_attn_res_block loop_layer_index_start "
-        "loop_num_passes",
-    ),
-    (
-        1,
-        "n_shared_experts num_shared_experts moe_layer_start_index attn_layer_offset expert_layer_offset n_group "
-        "topk_group num_expert_group bos_token_id",
-    ),
-    (
-        8,
-        "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank index_head_dim swa_head_dim "
-        "linear_key_head_dim linear_value_head_dim linear_head_dim kv_channels attention_head_dim dim_head d_head "
-        "hidden_size_per_layer_input attention_head_size o_lora_rank rotary_dim mamba_d_state state_size "
-        "ssm_state_size time_step_rank mamba_dt_rank",
-    ),
-    (64, "max_position_embeddings n_positions n_ctx max_seq_len index_topk index_topk_blocks"),
-    (0, "num_nextn_predict_layers num_mtp_layers num_kv_shared_layers pad_token_id"),
-    (
-        0.0,
-        "attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob "
-        "attention_probs_dropout_prob activation_dropout layerdrop",
-    ),
-)
+_SIZES: dict[int, str] = {
+    96: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
+    64: "max_position_embeddings n_positions n_ctx max_seq_len index_topk index_topk_blocks",
+    48: "intermediate_size intermediate_size_mlp dense_intermediate_size ffn_dim n_inner dff d_ff dim_ff d_inner "
+    "decoder_ffn_dim encoder_ffn_dim ffn_hidden_size feed_forward_size",
+    32: "hidden_size d_model n_embd dim embedding_size embedding_dim word_embed_proj_dim emb_dim lru_width "
+    "input_embedding_size output_embedding_size attention_hidden_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size qk_head_dim "
+    "shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size",
+    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank index_head_dim swa_head_dim "
+    "linear_key_head_dim linear_value_head_dim linear_head_dim kv_channels attention_head_dim dim_head d_head "
+    "hidden_size_per_layer_input attention_head_size o_lora_rank rotary_dim mamba_d_state state_size "
+    "ssm_state_size time_step_rank mamba_dt_rank",
+    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_blocks "
+    "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_heads "
+    "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
+    "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num sliding_window window_size "
+    "sliding_window_size attention_chunk_size local_attention attention_window_size loop_layer_index_end",
+    2: "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_query_groups index_n_heads "
+    "num_experts_per_tok num_experts_per_token moe_k moe_topk first_k_dense_replace max_window_layers "
+    "num_dense_layers no_rope_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period "
+    "mamba_expand n_groups mamba_n_groups layer_group_size global_attn_every_n_layers "
+    "sliding_window_pattern moe_layer_end_index eos_token_id n_layers_per_attn_res_block loop_layer_index_start "
+    "loop_num_passes",
+    1: "n_shared_experts num_shared_experts moe_layer_start_index attn_layer_offset expert_layer_offset n_group "
+    "topk_group num_expert_group bos_token_id",
+    0: "num_nextn_predict_layers num_mtp_layers num_kv_shared_layers pad_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +131,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     """A configuration of a tiny model: sizes are set wherever the class has a field of a known name."""
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     known |= set(getattr(config_class, "__dataclass_fields__", ()))
-    values: dict[str, Any] = {name: value for value, names in _SIZES for name in names.split() if name in known}
+    values: dict[str, Any] = {name: value for value, names in _SIZES.items() for name in names.split() if name in known}
     if known & {"kv_lora_rank", "linear_num_heads"}:  # latent attention has as many of both heads
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
     return config_class(**(values | changes))
@@ -213,47 +163,29 @@ def probe(model: PreTrainedModel) -> Proposal:
     """
     config = text_config(model.config)
     if getattr(type(model.config), "is_encoder_decoder", False):  # of the class: a decoder alone is told otherwise
-        return Proposal(config.model_type, None, ENCODER_DECODER, ENCODER_DECODER)
+        return Proposal(config.model_type, None, families.ENCODER_DECODER, families.ENCODER_DECODER)
     ids_BT = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     found = _find_layers(model, ids_BT)
     if isinstance(found, str):
         return Proposal(config.model_type, None, found, found)
-    base, path, calls = found
-    layers = _layers(base, path)
-    parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    path, calls = found
+    parameters = [id(parameter) for call in calls for parameter in call.layer.parameters()]
     if len(set(parameters)) < len(parameters):
-        return Proposal(config.model_type, None, SHARED, SHARED)
-    family, no_scaling = Family(layers=path), ""
-    rows = [_pre_norms(*call) for call in calls]
-    if isinstance(rows[0], str) or any(row != rows[0] for row in rows):
-        reasons = [row for row in rows if isinstance(row, str)]
-        no_scaling = reasons[0] if len(reasons) == len(rows) else UNEQUAL
-    else:
-        norms = [layer.get_submodule(name) for layer in layers for name in rows[0]]
-        one_plus = {_one_plus_weight(norm) for norm in norms}
-        if len(one_plus) > 1 or None in one_plus:
-            no_scaling = NO_WEIGHT if all(norm._parameters.get("weight") is None for norm in norms) else NOT_LINEAR
-        else:
-            family = replace(
-                family, attention_norm=rows[0][0], mlp_norm=rows[0][1], one_plus_weight=bool(one_plus.pop())
-            )
-            if not _scales_as_hooks_do(model, base, family, ids_BT):
-                no_scaling = NOT_LINEAR
+        return Proposal(config.model_type, None, families.SHARED, families.SHARED)
+    family, no_scaling = _row(model, path, calls, ids_BT)
     said = config.to_dict()
-    fields = tuple(name for name in DEPTH_FIELDS if said.get(name) is not None)
+    fields = tuple(name for name in families.DEPTH_FIELDS if said.get(name) is not None)
     family = replace(family, depth_fields=fields, no_scaling=no_scaling)
-    if len(layers) != config.num_hidden_layers:
+    if len(calls) != config.num_hidden_layers:
         no_dropping = "its configuration counts sub-layers as layers"
     else:
-        no_dropping = _no_dropping(model, base, family, ids_BT)
+        no_dropping = _no_dropping(model, path, family, ids_BT)
     if no_dropping:
         family = replace(family, depth_fields=None)
     return Proposal(config.model_type, None if no_scaling and no_dropping else family, no_scaling, no_dropping)
 
 
 # --- the residual stream --------------------------------------------------------------------------------------------
-
-_Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor, torch.Tensor]  # layer, arguments, input, output
 
 
 def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -266,131 +198,143 @@ def _output(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[PreTrainedModel, str, list[_Call]] | str:
-    """The module that holds the decoder layers, their path and their calls; or why there is none."""
+class _Call(NamedTuple):
+    """A call of a layer with its input and output, which can be repeated."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    x_BTD: torch.Tensor
+    y_BTD: torch.Tensor
+
+    def again(
+        self, x_BTD: torch.Tensor, watched: dict[str, nn.Module], held: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
+        """Calls the layer with another input.
+
+        Args:
+            watched: parts of the layer.
+            held: what some of these return, whatever they are called with.
+
+        Returns:
+            The layer's output, and the inputs and the outputs of the parts that are watched.
+        """
+        inputs: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in watched.items():
+
+                def hold(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                    inputs[name], outputs[name] = _stream(args, kwargs), output
+                    return held.get(name)
+
+                hooks.enter_context(module.register_forward_hook(hold, with_kwargs=True))
+            output = self.layer(
+                *(x_BTD if value is self.x_BTD else value for value in self.args),
+                **{name: x_BTD if value is self.x_BTD else value for name, value in self.kwargs.items()},
+            )
+        return _output(output), inputs, outputs
+
+
+def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[str, list[_Call]] | str:
+    """The path of the decoder layers and their calls; or why there are none."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     calls: dict[str, list[_Call]] = {name: [] for name in lists}
     with ExitStack() as hooks, torch.no_grad():
-        for name, modules in lists.items():
-            for layer in modules:
+        for name, layers in lists.items():
 
-                def note(layer: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                    x, y = _stream(args, kwargs), _output(output)
-                    if x is not None and isinstance(y, torch.Tensor):
-                        calls[name].append((layer, args, kwargs, x, y))
+            def note(layer: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                x, y = _stream(args, kwargs), _output(output)
+                if x is not None and isinstance(y, torch.Tensor):
+                    calls[name].append(_Call(layer, args, kwargs, x, y))
 
+            for layer in layers:
                 hooks.enter_context(layer.register_forward_hook(note, with_kwargs=True))
         model(input_ids=ids_BT, use_cache=False)
     chained = [
         name
         for name, made in calls.items()
         if len(made) > 1
-        and [call[0] for call in made] == list(lists[name])
-        and all(torch.equal(before[4], after[3]) for before, after in itertools.pairwise(made))
+        and [call.layer for call in made] == list(lists[name])
+        and all(torch.equal(after.x_BTD, before.y_BTD) for before, after in itertools.pairwise(made))
     ]
     width = getattr(text_config(model.config), "hidden_size", None)  # missing where several stacks have their own
     if not chained or width is None:
-        return NO_STACK
-    name = max(chained, key=lambda one: len(calls[one]))
-    if calls[name][0][3].dim() != 3 or calls[name][0][3].shape[-1] != width:
-        return HYPER
-    holder, base = "", model
-    for prefix, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and name.startswith(f"{prefix}." if prefix else ""):
-            holder, base = prefix, module
-    return base, name.removeprefix(holder).removeprefix("."), calls[name]
+        return families.NO_STACK
+    path = max(chained, key=lambda one: len(calls[one]))
+    x_BTD = calls[path][0].x_BTD
+    return (path, calls[path]) if x_BTD.dim() == 3 and x_BTD.shape[-1] == width else families.HYPER
 
 
-def _pre_norms(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x_BTD: torch.Tensor, y_BTD: torch.Tensor
-) -> tuple[str, str] | str:
+def _from_the_base(model: PreTrainedModel, path: str) -> str:
+    """A path in a model as one in the innermost model of transformers that holds the module."""
+    holders = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    return path.removeprefix(max(filter(path.startswith, holders), key=len, default=""))
+
+
+def _pre_norms(call: _Call) -> tuple[str, str] | str:
     """The paths of a layer's two pre-norms, or why there are not two."""
-    candidates: dict[str, nn.Module] = {}
-    for name, module in layer.named_modules():
+    norms: dict[str, nn.Module] = {}
+    for name, module in call.layer.named_modules():
         kind = type(module).__name__.lower()
         # A gated norm holds a norm; the module that the stream goes into is meant.
-        outer = any(name.startswith(f"{one}.") for one in candidates)
+        outer = any(name.startswith(f"{one}.") for one in norms)
         whole = (kind.endswith("norm") and "attention" not in kind) or not list(module.children())
         if name and not outer and whole and "norm" in kind:
-            candidates[name] = module
+            norms[name] = module
 
-    def run(moved: torch.Tensor, held: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
-        """The layer's output with `moved` in place of x and norms held; inputs and outputs of the norms."""
-        inputs: dict[str, Any] = {}
-        outputs: dict[str, Any] = {}
-        with ExitStack() as hooks, torch.no_grad():
-            for name, norm in candidates.items():
-
-                def hold(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
-                    inputs[name], outputs[name] = _stream(args, kwargs), output
-                    return held.get(name)
-
-                hooks.enter_context(norm.register_forward_hook(hold, with_kwargs=True))
-            output = layer(
-                *(moved if value is x_BTD else value for value in args),
-                **{name: moved if value is x_BTD else value for name, value in kwargs.items()},
-            )
-        return _output(output), inputs, outputs
-
+    x_BTD = call.x_BTD
     d_BTD = torch.randn(x_BTD.shape, generator=torch.Generator().manual_seed(1), dtype=x_BTD.dtype)
-
-    def factor(after: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
-        """By which multiple of d, channel by channel, something has moved; None if by anything else."""
-        if after is None or before is None or not after.numel() == before.numel() == d_BTD.numel():
-            return None
-        moved_BTD = after.reshape(d_BTD.shape) - before.reshape(d_BTD.shape)  # some flatten batch and tokens
-        factor_D = (moved_BTD * d_BTD).mean((0, 1)) / d_BTD.square().mean((0, 1))
-        return factor_D if torch.allclose(moved_BTD, factor_D * d_BTD, atol=1e-3) else None
-
-    def is_one(factor_D: torch.Tensor) -> bool:
-        return torch.allclose(factor_D, torch.ones_like(factor_D), atol=1e-3)
-
-    y, at, outputs = run(x_BTD, {})
-    if any(isinstance(out, torch.Tensor) and out.shape == y.shape and torch.equal(out, y) for out in outputs.values()):
-        return POST_LN
-    same = {name: x for name, x in at.items() if x is not None and x.numel() == x_BTD.numel()}
-    level = [name for name, x in same.items() if torch.equal(x.reshape(x_BTD.shape), x_BTD)]
-    held = {name: outputs[name] for name in level}
-    found = [level]
-    factors: list[torch.Tensor] = []
+    y_BTD, at, outputs = call.again(x_BTD, norms, {})
+    tensors = {name: out for name, out in outputs.items() if isinstance(out, torch.Tensor)}
+    if any(out.shape == y_BTD.shape and torch.equal(out, y_BTD) for out in tensors.values()):
+        return families.POST_LN
+    # Level by level, the norms that d reaches once the outputs of those before them are held.
+    level = [name for name, x in at.items() if x is not None and _equal(x, x_BTD)]
+    found, held, factors = [level], {name: outputs[name] for name in level}, list[torch.Tensor]()
     while level:
-        moved_y, moved, _ = run(x_BTD + d_BTD, held)
-        factors_of = {name: factor(moved[name], at[name]) for name in at if name not in held}
+        moved_BTD, moved, _ = call.again(x_BTD + d_BTD, norms, held)
+        factors_of = {name: _factor(d_BTD, at[name], moved[name]) for name in at if name not in held}
         reached = {name: by for name, by in factors_of.items() if by is not None and by.abs().max() > 1e-3}
         level = list(reached)
         held |= {name: outputs[name] for name in level}
         found, factors = [*found, level], [*factors, *reached.values()]
     if not held:
-        held = {n: out for n, out in outputs.items() if isinstance(out, torch.Tensor) and out.numel() == y.numel()}
-        moves = factor(run(x_BTD + d_BTD, held)[0], y)
-        return POST_NORM if moves is not None and is_one(moves) else MORE_READERS
-    if (moves := factor(moved_y, y)) is None:
-        return MORE_READERS
+        whole_outputs = {name: out for name, out in tensors.items() if out.numel() == y_BTD.numel()}
+        moves = _factor(d_BTD, y_BTD, call.again(x_BTD + d_BTD, norms, whole_outputs)[0])
+        return families.POST_NORM if moves is not None and _is_one(moves) else families.MORE_READERS
+    if (moves := _factor(d_BTD, y_BTD, moved_BTD)) is None:
+        return families.MORE_READERS
     if moves.abs().max() < 1e-3:
-        return POST_LN
-    if not all(is_one(by) for by in (*factors, moves)):
-        return MULTIPLIED
+        return families.POST_LN
+    if not all(map(_is_one, (*factors, moves))):
+        return families.MULTIPLIED
     if [len(names) for names in found] == [1, 1, 0]:
         return found[0][0], found[1][0]
     if len(held) > 2:
-        return MORE_NORMS
-    return PARALLEL if len(held) == 2 or len(_readers(layer, outputs[found[0][0]], run, x_BTD)) > 1 else ONE_SUBLAYER
+        return families.MORE_NORMS
+    _, inputs, _ = call.again(x_BTD, dict(call.layer.named_children()), {})
+    normed_BTD = outputs[found[0][0]]
+    readers = [x for x in inputs.values() if x is not None and _equal(x, normed_BTD)]
+    return families.PARALLEL if len(held) == 2 or len(readers) > 1 else families.ONE_SUBLAYER
 
 
-def _readers(layer: nn.Module, out_BTD: torch.Tensor, run: Any, x_BTD: torch.Tensor) -> list[str]:
-    """The direct parts of a layer that read the output of its one norm."""
-    found: list[str] = []
-    with ExitStack() as hooks:
-        for name, part in layer.named_children():
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two states are the same; some modules flatten batch and tokens."""
+    return a.numel() == b.numel() and torch.equal(a.reshape(b.shape), b)
 
-            def note(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                x = _stream(args, kwargs)
-                if x is not None and x.shape == out_BTD.shape and torch.equal(x, out_BTD):
-                    found.append(name)
 
-            hooks.enter_context(part.register_forward_pre_hook(note, with_kwargs=True))
-        run(x_BTD, {})
-    return found
+def _factor(d_BTD: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor | None:
+    """By which multiple of d, channel by channel, something has moved; None if by anything else."""
+    if after is None or before is None or not after.numel() == before.numel() == d_BTD.numel():
+        return None
+    moved_BTD = after.reshape(d_BTD.shape) - before.reshape(d_BTD.shape)
+    factor_D = (moved_BTD * d_BTD).mean((0, 1)) / d_BTD.square().mean((0, 1))
+    return factor_D if torch.allclose(moved_BTD, factor_D * d_BTD, atol=1e-3) else None
+
+
+def _is_one(factor_D: torch.Tensor) -> bool:
+    return torch.allclose(factor_D, torch.ones_like(factor_D), atol=1e-3)
 
 
 # --- the scale ------------------------------------------------------------------------------------------------------
@@ -414,91 +358,98 @@ def _one_plus_weight(norm: nn.Module) -> bool | None:
     return None
 
 
-def _scales_as_hooks_do(model: PreTrainedModel, base: PreTrainedModel, family: Family, ids_BT: torch.Tensor) -> bool:
+def _row(model: PreTrainedModel, path: str, calls: list[_Call], ids_BT: torch.Tensor) -> tuple[Family, str]:
+    """The row of a family, but for the fields over depth, and why it cannot be scaled; "" if it can."""
+    family = Family(layers=_from_the_base(model, path))
+    rows = [_pre_norms(call) for call in calls]
+    row = rows[0]
+    if any(other != row for other in rows) and not all(isinstance(other, str) for other in rows):
+        return family, families.UNEQUAL
+    if isinstance(row, str):
+        return family, row
+    norms = [call.layer.get_submodule(name) for call in calls for name in row]
+    if all(norm._parameters.get("weight") is None for norm in norms):
+        return family, families.NO_WEIGHT
+    one_plus = {_one_plus_weight(norm) for norm in norms}
+    if len(one_plus) > 1 or None in one_plus:
+        return family, families.NOT_LINEAR
+    family = replace(family, attention_norm=row[0], mlp_norm=row[1], one_plus_weight=bool(one_plus.pop()))
+    return family, "" if _scales_as_hooks_do(model, path, family, ids_BT) else families.NOT_LINEAR
+
+
+def _scales_as_hooks_do(model: PreTrainedModel, path: str, family: Family, ids_BT: torch.Tensor) -> bool:
     """Whether a model with scaled norms gives the outputs of one whose norms' outputs are multiplied."""
-    outputs = []
-    for by_hooks in (True, False):
-        changed = copy.deepcopy(model)
-        for place, layer in enumerate(_layers(changed, _path(model, base, family))):
-            for name in family.pre_norms:
-                norm, scale = layer.get_submodule(name), (place + 2) ** -0.5
-                if by_hooks:
-                    norm.register_forward_hook(lambda _, args, output, scale=scale: output * scale)
-                else:
-                    scale_norm(norm, scale, family.one_plus_weight, False)
-        with torch.no_grad():
-            outputs.append(changed(input_ids=ids_BT, use_cache=False)[0])
-    return torch.allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    by_hooks, by_weights = copy.deepcopy(model), copy.deepcopy(model)
+    for position in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+        scale = (position + 2) ** -0.5
+        for name in family.pre_norms:
+            hooked, scaled = (one.get_submodule(f"{path}.{position}.{name}") for one in (by_hooks, by_weights))
+            hooked.register_forward_hook(lambda _, args, output, scale=scale: output * scale)
+            scale_norm(scaled, scale, family.one_plus_weight, False)
+    return _same_outputs(by_hooks, by_weights, ids_BT)
 
 
-def _layers(model: nn.Module, path: str) -> nn.ModuleList:
-    found = model.get_submodule(path)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
-def _path(model: PreTrainedModel, base: PreTrainedModel, family: Family) -> str:
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    return f"{prefix}.{family.layers}".removeprefix(".")
+@torch.no_grad()
+def _same_outputs(one: PreTrainedModel, other: PreTrainedModel, ids_BT: torch.Tensor) -> bool:
+    first, second = (model(input_ids=ids_BT, use_cache=False)[0] for model in (one, other))
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
 # --- deletion -------------------------------------------------------------------------------------------------------
 
+_CUTS = ([0], [1], [2], [3], [0, 2], [1, 2])
 
-def _no_dropping(model: PreTrainedModel, base: PreTrainedModel, family: Family, ids_BT: torch.Tensor) -> str:
+
+def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torch.Tensor) -> str:
     """Why no layers can be dropped; "" if a smaller configuration gives the outputs of the model without them."""
     on_disk = revert_weight_conversion(model, model.state_dict())
     pre_norms = [name for name in on_disk if name.endswith(".weight") and family.layer_of_pre_norm(name) is not None]
-    if not family.no_scaling and len(pre_norms) < 2 * _LAYERS:
-        return RENAMED
-    path, refusals = _path(model, base, family), []
-    cuts = [[0], [1], [2], [3], [0, 2], [1, 2]]
+    total = text_config(model.config).num_hidden_layers
+    if not family.no_scaling and len(pre_norms) < 2 * total:
+        return families.RENAMED
     try:
-        with_cache = _cache_error(model, ids_BT)
+        if _cache_error(model, ids_BT) > 1e-3:
+            return families.NO_CHECK
     except Exception:
-        with_cache = math.inf
-    if with_cache is not None and with_cache > 1e-3:
-        return NO_CHECK
-    for dropped in cuts:
+        return families.NO_CHECK
+    whole, refusals = model.state_dict(), []
+    for dropped in _CUTS:
         config = copy.deepcopy(model.config)
         try:
             prune_config(config, dropped, family)
         except ValueError as error:
             refusals.append(str(error).removeprefix("drop_layers: "))
             continue
-        kept = kept_layers(_LAYERS, dropped)
+        kept = [layer for layer in range(total) if layer not in dropped]
         smaller = tiny_model(type(model), config, model.dtype)
-        weights = {}
-        for name, tensor in model.state_dict().items():
-            number, _, rest = name.removeprefix(f"{path}.").partition(".")
-            if name.startswith(f"{path}.") and int(number) in dropped:
-                continue
-            weights[f"{path}.{kept.index(int(number))}.{rest}" if name.startswith(f"{path}.") else name] = tensor
-        smaller.load_state_dict(weights)
+        smaller.load_state_dict({name: whole[_renumbered(name, path, kept)] for name in smaller.state_dict()})
         skipping = copy.deepcopy(model)
         for layer in dropped:
-
-            def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                x = _stream(args, kwargs)
-                return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
-
-            _layers(skipping, path)[layer].register_forward_hook(skip, with_kwargs=True)
-        with torch.no_grad():
-            expected = skipping(input_ids=ids_BT, use_cache=False)[0]
-            got = smaller(input_ids=ids_BT, use_cache=False)[0]
-        if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+            skipping.get_submodule(f"{path}.{layer}").register_forward_hook(_hand_on, with_kwargs=True)
+        if not _same_outputs(smaller, skipping, ids_BT):
             return f"a model of the remaining configuration differs from one without layers {dropped}"
-        if with_cache is not None and (difference := _cache_error(smaller, ids_BT) or 0.0) > 1e-3:
+        if (difference := _cache_error(smaller, ids_BT)) > 1e-3:
             return f"without layers {dropped} the KV cache gives other outputs, by {difference:.1g}"
-    return refusals[0] if len(refusals) == len(cuts) else ""
+    return refusals[0] if len(refusals) == len(_CUTS) else ""
+
+
+def _renumbered(name: str, path: str, numbers: list[int]) -> str:
+    """The name of a tensor, with the number of its layer, if it is of one, replaced by that in a list."""
+    return re.sub(rf"(?<=^{re.escape(path)}\.)\d+", lambda match: str(numbers[int(match[0])]), name)
+
+
+def _hand_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A hook by which a layer returns its input."""
+    x = _stream(args, kwargs)
+    return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
 
 
 @torch.no_grad()
-def _cache_error(model: PreTrainedModel, ids_BT: torch.Tensor) -> float | None:
-    """The largest relative difference that a cache makes to the output at the last token; None without a cache."""
+def _cache_error(model: PreTrainedModel, ids_BT: torch.Tensor) -> float:
+    """The largest relative difference that a cache makes to the output at the last token; 0 without a cache."""
     whole = model(input_ids=ids_BT, use_cache=False)[0][:, -1]
     cache = kv_cache(model(input_ids=ids_BT[:, :-1], use_cache=True))
     if not cache:
-        return None
+        return 0.0
     last = model(input_ids=ids_BT[:, -1:], use_cache=True, **cache)[0][:, -1]
     return float((last - whole).abs().max() / whole.abs().max())

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,35 +180,33 @@ def prune(
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             problem = "is not a causal language model; load it, and prune it in memory"
             raise ArgumentError("model", checkpoint, problem=problem)
-        _require_prunable(config, goal, units)
-        windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
-        if tokenizer is None:
-            tokenizer = load_tokenizer(checkpoint)
-        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, config)
-        model = placement.load(checkpoint)
+        windows, inner = replace(windows, seq_len=window_length(windows.seq_len, [config])), None
     else:
-        stack = text_stack(model)
-        if target is not None and tokenizer is None:
-            if not stack.model.config.name_or_path:
-                raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
-            tokenizer = load_tokenizer(stack.model.config.name_or_path)
-        _require_prunable(
-            next(part.config for part in model.modules() if isinstance(part, PreTrainedModel)), goal, units
-        )
-        calibration, judged, cautions = _split(data, held_out, tokenizer, windows, stack.model.config, stack.model)
+        config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
+        inner = text_stack(model).model
+    _require_prunable(config, goal, units)
+    if tokenizer is None and (checkpoint is not None or target is not None):
+        if not (name := checkpoint or config.name_or_path):
+            raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
+        tokenizer = load_tokenizer(name)
+    text = _split(data, held_out, tokenizer, windows, config, inner)
+    if checkpoint is not None:
+        model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
 
-    search = (model, goal, method, units, heal, calibration, judged, cautions, cache_tokens, cache_batch)
+    search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
     try:
-        plan, report = _choose_and_heal(*search, resume or record, progress)
+        plan, report = search(resume or record, progress)
     except OtherSearchError:
         if record is None:
             raise
         record.unlink()  # an interrupted search left it
-        plan, report = _choose_and_heal(*search, record, progress)
+        plan, report = search(record, progress)
     if not plan.units:
         if record is not None:
             record.unlink(missing_ok=True)
+        if goal[0] != "max_perplexity_increase":
+            raise ArgumentError(*goal, problem="is met by the model as it is. Nothing was written.")
         raise ValueError(
             f"not one {'layer' if units == 'layers' else 'sub-layer'} can go: the cheapest raises perplexity from "
             f"{plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
@@ -226,25 +225,23 @@ def prune(
     if target is None:
         return Pruned(plan, model, _rows(plan))
 
-    with atomic_directory(target, force) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with atomic_directory(target, force) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         rows = _rows(plan)
         if checkpoint is not None:
-            del model  # one at a time
+            del model, search  # one at a time
             if placement.main_device.startswith("cuda"):
                 torch.cuda.empty_cache()  # for the processes that measure
-            costs = measure(
-                checkpoint, partial, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-            )
-            sizes = [size_on_disk(path) for path in (checkpoint, partial)]
+            costs = measure(checkpoint, folder, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            sizes = [size_on_disk(path) for path in (checkpoint, folder)]
             before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
             plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
             rows = _rows(plan, costs, sizes)
-            model = _read_again(partial, plan, judged, placement)
+            model = _read_again(folder, plan, text[1], placement)
             model.config.name_or_path = model.name_or_path = str(target)
-        plan.save(partial / PLAN_FILE)
-        _card(checkpoint, plan, rows, command, model.config).save(partial / "README.md")
+        plan.save(folder / PLAN_FILE)
+        _card(checkpoint, plan, rows, command, model.config).save(folder / "README.md")
     if record is not None:
         record.unlink(missing_ok=True)
     return Pruned(plan, model, rows, target)
@@ -319,10 +316,8 @@ def plan_pruning(
         heal = heal or "refit"
     method, heal = _require_methods(method, units, heal, goal)
     inner = text_stack(model).model
-    calibration, judged, cautions = _split(data, held_out, tokenizer, windows, inner.config, inner)
-    plan, report = _choose_and_heal(
-        model, goal, method, units, heal, calibration, judged, cautions, cache_tokens, cache_batch, resume, progress
-    )
+    text = _split(data, held_out, tokenizer, windows, inner.config, inner)
+    plan, report = _choose_and_heal(model, goal, method, units, heal, text, cache_tokens, cache_batch, resume, progress)
     if report is not None:
         report.undo()
         report.forget()
@@ -335,15 +330,14 @@ def _choose_and_heal(
     method: str,
     units: str,
     heal: str | None,
-    calibration: TokenBatches,
-    judged: TokenBatches,
-    cautions: list[str],
+    text: tuple[TokenBatches, TokenBatches, list[str]],
     cache_tokens: int,
     cache_batch: int,
     resume: str | os.PathLike[str] | None,
     progress: bool,
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Checks what needs the model, and searches; see `search_layers`."""
+    """Checks what needs the model, and searches; see `search_layers`. The text is what `_split` returns."""
+    calibration, judged, cautions = text
     if units == "sublayers":
         droppable_units(text_stack(model).model.config)
     target = search_target(model, goal, cache_tokens, cache_batch)

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
+from ..core.display import as_text, terminal
 from ..core.json_file import read_object
 from ..core.stack import Stack, text_stack
 from ..measuring.angles import BlockAngles, cosine_distance
@@ -111,14 +110,9 @@ class LayerScores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, with null for undefined scores."""
         content = {
-            "method": self.method,
-            "model": self.model,
-            "num_layers": self.num_layers,
-            "tokens": self.tokens,
-            "baseline": self.baseline,
-            "data": self.data,
-            "scores": _without_nan(self.scores.tolist()),
+            name: getattr(self, name) for name in ("method", "model", "num_layers", "tokens", "baseline", "data")
         }
+        content["scores"] = _without_nan(self.scores.tolist())
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -149,21 +143,17 @@ class LayerScores:
         if self.baseline is not None:
             title += f"; full model {_number(self.baseline)}"
         if self.method == "angular":
-            table = Table("block of", "layers", "angular distance")
+            header: tuple[str, ...] = ("block of", "layers", "angular distance")
+            rows = []
             for n in range(1, self.num_layers):
                 block = self.best_block(n)
                 layers = str(block[0]) if n == 1 else f"{block[0]} to {block[-1]}"
-                table.add_row(str(n), layers, _number(self.scores[block[0], n - 1].item()))
+                rows.append((str(n), layers, _number(self.scores[block[0], n - 1].item())))
         else:
-            table = Table("layer", _UNITS[self.method], "rank, 1 goes first")
-            rank = {layer: place for place, layer in enumerate(self.order(), start=1)}
-            for layer, score in enumerate(self.scores.tolist()):
-                table.add_row(str(layer), _number(score), str(rank[layer]))
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(title, soft_wrap=True, highlight=False, markup=False)
-            console.print(table)
-        return capture.get()
+            header = ("layer", _UNITS[self.method], "rank, 1 goes first")
+            rank = {layer: str(place) for place, layer in enumerate(self.order(), start=1)}
+            rows = [(str(layer), _number(score), rank[layer]) for layer, score in enumerate(self.scores.tolist())]
+        return f"{title}\n{as_text(terminal(header, rows))}"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
@@ -282,80 +272,43 @@ def score_stream(
     progress: bool = True,
 ) -> dict[str, LayerScores]:
     """Scores by the methods that read the residual stream alone, in one pass for all of them; see `score_layers`."""
-    stack = text_stack(model)
-    meters = {
-        name: _Angular(len(stack.layers), tokens) if name == "angular" else _BlockInfluence(len(stack.layers))
-        for name in methods
-    }
+    stack, methods = text_stack(model), tuple(methods)
+    influence_L, angles = torch.zeros(len(stack.layers), dtype=torch.float64), BlockAngles(len(stack.layers))
+    picked: list[torch.Tensor] = []  # states of the tokens that are compared, at each place
+    distances: list[torch.Tensor] = []  # summed over tokens, of each layer
+    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last state and its norms
+    count = 0
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
-        for meter in meters.values():
-            meter.visit(place, x_BTD)
+        nonlocal before
+        if "angular" in methods:
+            picked.append(x_BTD[picked_BT.to(x_BTD.device)])
+        if "block_influence" in methods:
+            x_BTD = upcast(x_BTD)
+            norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
+            if place and before:
+                y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
+                distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
+                distances.append(distance_BT[batch.attention_mask.to(x_BTD.device)].sum())
+            before = (x_BTD, norm_BT)
 
     with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, ", ".join(meters), progress):
-            for meter in meters.values():
-                meter.start(batch)
+        for batch in _track(batches, ", ".join(methods), progress):
+            picked, distances = [], []
+            picked_BT = last_tokens(batch) if tokens == "last" else batch.attention_mask
             stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            for meter in meters.values():
-                meter.finish()
-    model_name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
+            count += int(batch.attention_mask.sum())
+            if picked:
+                angles.add(picked)
+            if distances:
+                # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
+                influence_L += torch.tensor([value.item() for value in distances], dtype=torch.float64)
+    found = {"block_influence": influence_L / _require_tokens(count), "angular": angles.mean()}
+    name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
     return {
-        name: LayerScores(name, meter.scores(), model_name, about, tokens=tokens if name == "angular" else None)
-        for name, meter in meters.items()
+        method: LayerScores(method, found[method], name, about, tokens=tokens if method == "angular" else None)
+        for method in methods
     }
-
-
-class _BlockInfluence:
-    """Mean over all tokens of the cosine distance between each layer's input and output."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.total_L = torch.zeros(num_layers, dtype=torch.float64)
-        self.count = 0
-
-    def start(self, batch: Batch) -> None:
-        self.real_BT, self.sums = batch.attention_mask, list[torch.Tensor]()
-        self.before: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.count += int(batch.attention_mask.sum())
-
-    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
-        x_BTD = upcast(x_BTD)
-        norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
-        if self.before is not None:
-            y_BTD, other_BT = (state.to(x_BTD.device) for state in self.before)
-            distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
-            self.sums.append(distance_BT[self.real_BT.to(x_BTD.device)].sum())
-        self.before = (x_BTD, norm_BT)
-
-    def finish(self) -> None:
-        # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
-        self.total_L += torch.tensor([value.item() for value in self.sums], dtype=torch.float64)
-        self.before = None
-
-    def scores(self) -> torch.Tensor:
-        return self.total_L / _require_tokens(self.count)
-
-
-class _Angular:
-    """Angular distances over every block, at the last token of each sequence or at all tokens."""
-
-    def __init__(self, num_layers: int, tokens: str) -> None:
-        self.angles, self.tokens = BlockAngles(num_layers), tokens
-
-    def start(self, batch: Batch) -> None:
-        self.picked_BT = last_tokens(batch) if self.tokens == "last" else batch.attention_mask
-        self.states: list[torch.Tensor] = []
-
-    def visit(self, place: int, x_BTD: torch.Tensor) -> None:
-        self.states.append(x_BTD[self.picked_BT.to(x_BTD.device)])
-
-    def finish(self) -> None:
-        self.angles.add(self.states)
-        self.states.clear()
-
-    def scores(self) -> torch.Tensor:
-        _require_tokens(self.angles.count)
-        return self.angles.mean()
 
 
 # --- weights ----------------------------------------------------------------------------------------

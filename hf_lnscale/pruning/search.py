@@ -26,15 +26,7 @@ from ..core.record import SUBLAYERS
 from ..core.stack import Stack, text_stack
 from ..core.sublayers import Unit, parts
 from ..measuring.known_text import sketch
-from ..measuring.losses import (
-    SourceLosses,
-    layer_of,
-    losses_by_source,
-    perplexity_of,
-    sweep,
-    sweep_losses,
-    token_losses,
-)
+from ..measuring.losses import SourceLosses, layer_of, losses_by_source, perplexity_of, sweep, token_losses
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode, kv_cache
 from ..measuring.text import TokenBatches
@@ -98,7 +90,8 @@ class Target:
         words: the goal, as written into a plan.
         reached: whether a set of units (layers, and attention or MLPs of layers) is enough.
         sizes: what is left without a set of units: parameters, bytes of weights and of the KV cache.
-        saves: what a unit saves: bytes of weights and of the KV cache where a cache counts, else parameters.
+        saves: what a unit saves if others are gone (a layer whose MLP is gone, its attention): bytes of weights and of
+            the KV cache where a cache counts, else parameters.
         least: no set of fewer layers is enough.
         budget: largest relative increase of perplexity, or None.
     """
@@ -106,7 +99,7 @@ class Target:
     words: dict[str, Any]
     reached: Callable[[Sequence[Unit]], bool]
     sizes: Callable[[Sequence[Unit]], dict[str, Any]]
-    saves: Callable[[Unit], float]
+    saves: Callable[[Unit, Sequence[Unit]], float]
     least: int = 1
     budget: float | None = None
 
@@ -122,7 +115,6 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     total = len(stack.layers)
     most = total - 1
     require_possible(goal, total)
-
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
@@ -149,28 +141,29 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         after: dict[str, list[int]] = sizes(dropped)
         return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
 
-    def saves(unit: Unit) -> float:
-        return sum(size_of(unit)[1:]) if cache_tokens else size_of(unit)[0]
-
-    if name == "drop":
-        value = normalize_layers(value, total, "drop")
-        return Target({name: value}, lambda dropped: len(dropped) == len(value), sizes, saves, least=len(value))
-    words = {name: value}
-    if name == "num_layers":
-        return Target(words, lambda dropped: len(dropped) == value, sizes, saves, least=value)
+    def saves(unit: Unit, gone: Sequence[Unit]) -> float:
+        units = (unit, *(one for one in gone if layer_of(one) == unit))
+        whole, *before = (sum(size_of(one)[1:]) if cache_tokens else size_of(one)[0] for one in units)
+        return whole - sum(before)
 
     def one_left(dropped: Sequence[Unit]) -> bool:
         return sum(isinstance(one, int) for one in dropped) == most
 
+    if name == "drop":
+        given = normalize_layers(value, total, name)
+        return Target({name: given}, lambda dropped: len(dropped) == len(given), sizes, saves, least=len(given))
+    if name == "num_layers":
+        return Target({name: value}, lambda dropped: len(dropped) == value, sizes, saves, least=value)
     if name == "max_perplexity_increase":
-        return Target(words, one_left, sizes, saves, budget=value)
-    if name == "target_memory":
-        words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
+        return Target({name: value}, one_left, sizes, saves, budget=value)
+    cache_of = {"cache_tokens": cache_tokens, "cache_batch": cache_batch} if name == "target_memory" else {}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
         raise ArgumentError(name, value, f"at least {smallest}, the size of this model with a single layer left")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
-    return Target(words, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least)
+    return Target(
+        {name: value} | cache_of, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least
+    )
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
@@ -251,6 +244,7 @@ def search_layers(
     if not given:  # the target is not part of the log's key: steps do not depend on it
         how = {**how, "target": target.words}
     healer = _Healer(model, calibration, heal_method) if heal_method else None
+    search = _Search(model, stack, target, method, units, calibration, healer, log, progress)
     whole = losses_by_source(model, judged)
     before = perplexity_of(whole.mean)
     if not math.isfinite(before):
@@ -266,10 +260,7 @@ def search_layers(
     bar = logging.tqdm(
         total=target.words.get("num_layers"), desc=f"Dropping layers ({how['search']})", disable=not progress
     )
-    if given:
-        steps: Iterator[dict[str, Any]] = iter([{"layers": given}])
-    else:
-        steps = _steps(model, stack, method, healer, calibration, target, log, progress, units)
+    steps = iter([{"layers": given}]) if given else _steps(search)
     with bar:
         while not target.reached(units_of(chosen)) and (step := next(steps, None)):
             if "perplexity" not in step:
@@ -387,25 +378,24 @@ class _Log:
             self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)  # of a run that was killed
         if self.path and self.path.exists():
             try:
-                found = read_object(self.path, key=dict, steps=list)
-                if missing := {"key", "steps"} - set(found):
+                self.values = read_object(self.path, key=dict, steps=list)
+                if missing := {"key", "steps"} - set(self.values):
                     raise ValueError(f"it has no {min(missing)}")
-                _require_steps(found)
-                if differ := [name for name, value in key.items() if found["key"].get(name) != value]:
-                    raise OtherSearchError(
-                        "resume", path, problem=f"is the record of another search, with other {' and '.join(differ)}"
-                    )
-                _require_steps(found, key["model"]["num_hidden_layers"])
-            except OtherSearchError:
-                raise
+                _require_steps(self.values)
+                differ = [name for name, value in key.items() if self.values["key"].get(name) != value]
+                if not differ:
+                    _require_steps(self.values, key["model"]["num_hidden_layers"])
             except ValueError as error:
                 raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
-            self.values = found
+            if differ:
+                problem = f"is the record of another search, with other {' and '.join(differ)}"
+                raise OtherSearchError("resume", path, problem=problem)
+        self.steps: list[dict[str, Any]] = self.values["steps"]
 
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.values["steps"]
-        return found
+    def add(self, step: dict[str, Any]) -> dict[str, Any]:
+        self.steps.append(step)
+        self.write()
+        return step
 
     def write(self) -> None:
         if self.path:
@@ -425,126 +415,104 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
             raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
 
 
-def _steps(
-    model: nn.Module,
-    stack: Stack,
-    method: str,
-    healer: _Healer | None,
-    calibration: TokenBatches,
-    target: Target,
-    log: _Log,
-    progress: bool,
-    units: str,
-) -> Iterator[dict[str, Any]]:
-    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, in order of removal, and
-    with `attention` and `mlp` if sub-layers are taken out."""
+@dataclass(frozen=True)
+class _Search:
+    """What all steps of a search share; see `search_layers`."""
 
-    def done(step: dict[str, Any]) -> dict[str, Any]:
-        log.steps.append(step)
-        log.write()
-        return step
+    model: nn.Module
+    stack: Stack
+    target: Target
+    method: str
+    units: str
+    calibration: TokenBatches
+    healer: _Healer | None
+    log: _Log
+    progress: bool
 
-    most = len(stack.layers) - 1
-    counting = counting_layers(stack.model.config)
-
-    def can_go(dropped: Iterable[int]) -> bool:
+    def can_go(self, dropped: Iterable[int]) -> bool:
+        """Whether layers are left that generation needs."""
+        counting = counting_layers(self.stack.model.config)
         return not counting or not counting <= set(dropped)
 
-    if units == "sublayers":
-        yield from list(log.steps)
-        gone = units_of(log.steps[-1]) if log.steps else []
-        parts_of_layers = droppable_units(stack.model.config)
-        while candidates := _candidates(gone, parts_of_layers, most, can_go):
-            now, found_of = sweep(model, calibration, gone, candidates, "loss", progress)
-            saved = {unit: target.saves(unit) for unit in (*candidates, *gone)}
-            for unit in gone:  # what is left of its layer saves the rest
-                if layer_of(unit) in candidates:
-                    saved[layer_of(unit)] -= saved[unit]
-            cost = {unit: (one.mean - now.mean) / max(saved[unit], 1) for unit, one in found_of.items()}
-            unit = min(candidates, key=lambda one: cost[one])
-            step = by_kind([*gone, unit])
-            gone = units_of(step)
-            yield done({**step, "calibration_loss": found_of[unit].mean})
-        return
-    if method in STEPWISE:
-        yield from list(log.steps)
-        dropped: list[int] = log.steps[-1]["layers"] if log.steps else []
-        for _ in range(len(log.steps), most):
-            repaired: AbstractContextManager[Any] = nullcontext()
-            if method == "greedy_healed" and healer and dropped:
-                repaired = healer.healed(dropped, progress=False)
-            with repaired:
-                losses = sweep_losses(model, calibration, dropped, progress=progress)
-            found = [(loss, layer) for layer, loss in losses.items() if can_go((*dropped, layer))]
-            if not found:
-                return
-            loss, layer = min(found)
-            dropped = [*dropped, layer]
-            yield done({"layers": dropped, "calibration_loss": loss})
-        return
-    # Sets of one size are found without those of another.
-    known = {len(step["layers"]): step for step in log.steps}
+
+def _steps(search: _Search) -> Iterator[dict[str, Any]]:
+    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, and with `attention` and
+    `mlp` if sub-layers are taken out."""
+    return _greedy(search) if search.method in STEPWISE else _by_number(search)
+
+
+def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
+    """Each set is the one before it and the unit whose removal costs least."""
+    yield from list(search.log.steps)
+    gone = units_of(search.log.steps[-1]) if search.log.steps else []
+    total = len(search.stack.layers)
+    sublayers = droppable_units(search.stack.model.config) if search.units == "sublayers" else []
+    while True:
+        layers, touched = {unit for unit in gone if isinstance(unit, int)}, set(map(layer_of, gone))
+        candidates: list[Unit] = [
+            *(layer for layer in range(total) if layer not in layers and search.can_go((*layers, layer))),
+            *(unit for unit in sublayers if layer_of(unit) not in touched),
+        ]
+        if not candidates or len(layers) == total - 1:
+            return
+        repaired: AbstractContextManager[Any] = nullcontext()
+        if search.method == "greedy_healed" and search.healer and gone:
+            repaired = search.healer.healed(layers, progress=False)
+        with repaired:
+            now, without = sweep(search.model, search.calibration, gone, candidates, "loss", search.progress)
+        cost = {unit: loss.mean for unit, loss in without.items()}
+        if search.units == "sublayers":
+            cost = {unit: (loss - now.mean) / max(search.target.saves(unit, gone), 1) for unit, loss in cost.items()}
+        unit = min(candidates, key=lambda one: cost[one])
+        step = by_kind([*gone, unit])
+        gone = units_of(step)
+        yield search.log.add({**step, "calibration_loss": without[unit].mean})
+
+
+def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
+    """Sets that are each found without those of other sizes."""
+    known = {len(step["layers"]): step for step in search.log.steps}
     scores: dict[str, LayerScores] = {}
-    for count in range(target.least, most + 1):
-        if count not in known and not scores:
-            if method == "best_of":
-                scores = score_stream(model, calibration, progress=progress)
-            else:
-                scores = {method: score_layers(model, calibration, method, progress=progress)}
+    for count in range(search.target.least, len(search.stack.layers)):
         if count in known:
             yield known[count]
-        elif method == "best_of":
-            if not (proposals := list(filter(can_go, _proposals(scores, count)))):
-                return
-            yield done(_best_of(model, proposals, healer, calibration, progress))
-        elif can_go(layers := scores[method].lowest(count)):
-            yield done({"layers": layers})
-        else:
+            continue
+        if not scores and search.method == "best_of":
+            scores = score_stream(search.model, search.calibration, progress=search.progress)
+        elif not scores:
+            found = score_layers(search.model, search.calibration, search.method, progress=search.progress)
+            scores = {search.method: found}
+        proposed = _proposals(scores, count) if search.method == "best_of" else [scores[search.method].lowest(count)]
+        if not (sets := [layers for layers in proposed if search.can_go(layers)]):
             return
+        yield search.log.add(_best_of(search, sets) if search.method == "best_of" else {"layers": sets[0]})
 
 
-def _candidates(
-    gone: Sequence[Unit], parts_of_layers: Sequence[Unit], most: int, can_go: Callable[[Iterable[int]], bool]
-) -> list[Unit]:
-    """What can go next: layers, and attention or MLPs of layers that have both."""
-    layers, touched = {one for one in gone if isinstance(one, int)}, set(map(layer_of, gone))
-    if len(layers) == most:
-        return []
-    whole = [layer for layer in range(most + 1) if layer not in layers and can_go((*layers, layer))]
-    return [*whole, *(unit for unit in parts_of_layers if layer_of(unit) not in touched)]
-
-
-def _proposals(scores: dict[str, LayerScores], count: int) -> list[tuple[int, ...]]:
+def _proposals(scores: dict[str, LayerScores], count: int) -> list[list[int]]:
     """Sets of layers that one pass over the data suggests."""
     distances = scores["angular"].scores[:, count - 1]
     starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
-    blocks = [tuple(range(start, start + count)) for start in starts]
-    return list(dict.fromkeys([*blocks, tuple(sorted(scores["block_influence"].lowest(count)))]))
+    blocks = [list(range(start, start + count)) for start in starts]
+    least = sorted(scores["block_influence"].lowest(count))
+    return blocks if least in blocks else [*blocks, least]
 
 
-def _best_of(
-    model: nn.Module,
-    proposals: list[tuple[int, ...]],
-    healer: _Healer | None,
-    calibration: TokenBatches,
-    progress: bool,
-) -> dict[str, Any]:
+def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
     """The set of layers without which the model does best; with a healer, after healing."""
-    judged = healer.healer.given if healer else calibration
-    losses = losses_of_sets(model, judged, proposals, progress)
+    judged = search.healer.healer.given if search.healer else search.calibration
+    losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
-        {"layers": list(layers), "perplexity": perplexity_of(loss)}
-        for layers, loss in zip(proposals, losses, strict=True)
+        {"layers": layers, "perplexity": perplexity_of(loss)} for layers, loss in zip(proposals, losses, strict=True)
     ]
     tried.sort(key=lambda one: one["perplexity"])
-    if healer:
+    if search.healer:
         tried = tried[:HEALED]
         best: tuple[float, Any] = (math.inf, None)
-        for one in logging.tqdm(tried, desc="healing proposals", disable=not progress, leave=False):
-            with healer.healed(one["layers"], progress=False) as report:
+        for one in logging.tqdm(tried, desc="healing proposals", disable=not search.progress, leave=False):
+            with search.healer.healed(one["layers"], progress=False) as report:
                 one["healed"] = geometric_mean(report.sources[name].perplexity_after for name in judged.weights)
-            best = min(best, (one["healed"], healer.fit), key=lambda pair: pair[0])
-        healer.fit = best[1]
+            best = min(best, (one["healed"], search.healer.fit), key=lambda pair: pair[0])
+        search.healer.fit = best[1]
     chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": chosen["layers"], "tried": tried}
 

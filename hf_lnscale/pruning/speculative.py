@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..core.families import text_config
-from ..core.stack import Stack, text_stack
+from ..core.stack import text_stack
 from .layers import delete_layers, normalize_layers, prune_config
 from .plan import PruningPlan
 
@@ -69,7 +69,9 @@ def draft_model(
     draft: PreTrainedModel = _view(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
     stack = text_stack(draft)
     if dropped:
-        prune_config(_whole_config(draft, stack), dropped)
+        # The outermost configuration whose text part is the one that the decoder reads.
+        configs = [part.config for part in draft.modules() if isinstance(part, PreTrainedModel)]
+        prune_config(next(config for config in configs if text_config(config) is stack.model.config), dropped)
         delete_layers(stack, dropped)
     settings = getattr(draft, "generation_config", None)  # a model without a head has none
     if settings is not None:
@@ -78,12 +80,6 @@ def draft_model(
         settings.assistant_confidence_threshold = 0.0
     draft.eval()
     return draft
-
-
-def _whole_config(draft: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
-    """The outermost configuration whose text part is the one that the decoder reads."""
-    parts = [part.config for part in draft.modules() if isinstance(part, PreTrainedModel)]
-    return next(config for config in parts if text_config(config) is stack.model.config)
 
 
 class _Shared(TorchFunctionMode):

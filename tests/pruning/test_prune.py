@@ -289,6 +289,12 @@ def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sharp", "text.txt"]
 
 
+@pytest.mark.parametrize("goal", [{"target_params": 10**6}, {"target_memory": 10**7}, {"drop": []}])
+def test_a_target_that_the_model_meets_already_is_refused(goal):
+    with pytest.raises(ValueError, match=rf"{next(iter(goal))} .* is met by the model as it is"):
+        hf_lnscale.prune(model(), tiny.tokens(8, 16), progress=False, **goal)
+
+
 @pytest.mark.parametrize("goal", [{"num_layers": 2}, {"max_perplexity_increase": 0.5}])
 def test_no_set_is_healed_twice(goal, monkeypatch):
     """What the search ends with is healed in place: the fit of the proposal that won is kept, bit for bit."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,8 +236,11 @@ def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
                 weight.mul_(1e-3)
     monkeypatch.setattr(
         search,
-        "sweep_losses",
-        lambda _, __, gone, **___: {i: (i not in (1, 4)) + i / 100 for i in range(6) if i not in gone},
+        "sweep",
+        lambda _, __, gone, candidates, *___: (
+            None,
+            {i: SimpleNamespace(mean=(i not in (1, 4)) + i / 100) for i in candidates},
+        ),
     )
     for method in ("best_of", "greedy", "greedy_healed"):
         for count in (2, 4):
@@ -257,9 +261,9 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    sweep = search.sweep_losses
+    sweep = search.sweep
     file = tmp_path / "search.json"
-    monkeypatch.setattr(search, "sweep_losses", interrupted)
+    monkeypatch.setattr(search, "sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         plan(num_layers=3, resume=file)
     assert len(json.loads(file.read_text())["steps"]) == 1
