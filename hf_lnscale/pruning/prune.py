@@ -358,10 +358,10 @@ def _choose_and_heal(
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
             "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
         )
-    if units == "layers":
-        cost = estimate_cost(model, target, method, heal, calibration, judged)
-        each = " for each number of layers that is tried" if target.budget is not None else ""
-        logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
+    cost = estimate_cost(model, target, method if units == "layers" else units, heal, calibration, judged)
+    each = " for each number of layers that is tried" if target.budget is not None else ""
+    each = " for each layer, attention or MLP that goes" if units == "sublayers" else each
+    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
     plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress, units)
     return replace(plan, notes={**plan.notes, "cautions": cautions}), report
 
