@@ -2,8 +2,8 @@
 
 When layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut is
 changed so that its output comes close to the state that the full model has after the cut: the weights that produce its
-MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLP before a missing MLP, and
-that of a layer without attention, are refitted in the same way.
+MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and behind an
+MLP that is missing, and that of a layer without attention, are refitted in the same way.
 
 Five things decide whether that repairs a model or damages it:
 
@@ -69,11 +69,12 @@ def heal(
     """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
 
     It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before it
-    is changed, for a missing attention the MLP of its layer; for what is before all MLPs that are left, the first. They
-    are healed from the first to the last, each on the states that the pruned model, healed so far, produces, to match
-    those of the full model before the next MLP's layer. A step that does not lower the mean loss over the sources of
-    held-out text is taken back, and one that raises it on any of them is moved back towards the old weights (W + t (V -
-    W), t = 1/2, 1/4, 1/8) until it does not, so that the result is never worse on a judged source than before.
+    is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; for what is
+    before all MLPs that are left, the first. They are healed from the first to the last, each on the states that the
+    pruned model, healed so far, produces, to match those of the full model before the next MLP's layer. A step that
+    does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of them
+    is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the result is
+    never worse on a judged source than before.
 
     With r the residual stream that the MLP's output u is added to, and y the full model's state to match, less what a
     layer without MLP adds to the stream in between, the methods minimize, over all real tokens of the calibration data,
@@ -317,7 +318,7 @@ class _Gap(NamedTuple):
     Attributes:
         layer: the layer of the MLP.
         end: that of the next one, or the number of layers.
-        gone: what is missing there.
+        gone: what is missing there; nothing for one that only stands behind a missing MLP.
     """
 
     layer: int
@@ -327,12 +328,13 @@ class _Gap(NamedTuple):
 
 def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:
     """Divides what is missing among the MLPs that are left, in order."""
-    total, units, start = len(stack.layers), units_of(vars(cut)), 0
+    total, units, start, behind = len(stack.layers), units_of(vars(cut)), 0, False
     left = [layer for layer in range(total) if layer not in (*cut.layers, *cut.mlp)]
     left = [layer for layer in left if "mlp" not in missing(stack.layers[layer], stack.family)]
     found = []
     for layer, end in zip(left, [*left[1:], total], strict=True):
-        if gone := tuple(unit for unit in units if start <= layer_of(unit) < end):
+        gone = tuple(unit for unit in units if start <= layer_of(unit) < end)
+        if gone or behind:
             found.append(_Gap(layer, end, gone))
-        start = end
+        start, behind = end, any(start <= position < end for position in cut.mlp)
     return found
