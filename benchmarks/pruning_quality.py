@@ -19,7 +19,7 @@ given it is that of the geometric mean. Peers are written anew from their papers
 - ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares, or by cosine
   distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens a batch).
 - attention alone: of as many layers, which frees as much KV cache; those whose attention each costs least, measured one
-  by one on a quarter of the tokens. Nothing is repaired.
+  by one on a quarter of the tokens. Nothing is repaired; or, healed, by `hf_lnscale.heal` on that text.
 - prune: `hf_lnscale.prune` as it comes, given that text; and without it (`data=None`), on Python's English and code.
 """
 
@@ -229,11 +229,22 @@ def sleb(model: Any, data: Data, count: int) -> nn.Module:
     return cut(model, sleb_steps(model, data, data.most)[count - 1])
 
 
-def attention_alone(model: Any, data: Data, count: int) -> nn.Module:
+@functools.cache
+def attention_losses(model: Any, data: Data) -> dict[int, float]:
     candidates = [("attention", layer) for layer in range(model.config.num_hidden_layers)]
     losses = sweep_losses(model, data.quarter, candidates=candidates, progress=False)
-    gone = sorted(layer for _, layer in sorted(losses, key=losses.__getitem__)[:count])
-    return hf_lnscale.drop_layers(copy.deepcopy(model), [], attention=gone)
+    return {layer: loss for (_, layer), loss in losses.items()}
+
+
+def attention_alone(model: Any, data: Data, count: int, heal: bool = False) -> nn.Module:
+    losses, model = attention_losses(model, data), copy.deepcopy(model)
+    gone = sorted(sorted(losses, key=losses.__getitem__)[:count])
+    if heal:
+        hf_lnscale.heal(
+            model, [], data.text, attention=gone, tokenizer=data.tokenizer, windows=data.windows, progress=False,
+            cross_validate=False,
+        )  # fmt: skip
+    return hf_lnscale.drop_layers(model, [], attention=gone)
 
 
 def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
@@ -250,6 +261,7 @@ RULES: dict[str, Callable[[Any, Data, int], nn.Module]] = {
     "ReplaceMe, least squares": replace_me("least squares"),
     "ReplaceMe, cosine": replace_me("cosine"),
     "attention alone": attention_alone,
+    "attention alone, healed": functools.partial(attention_alone, heal=True),
     "prune": lambda model, data, count: pruned(model, data.text, data, count),
     "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
 }

@@ -65,7 +65,7 @@ def prune(
         str | None, typer.Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")
     ] = None,
     units: Annotated[
-        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves. Not healed.")
+        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
     ] = "layers",
     heal: Annotated[
         str,

@@ -72,11 +72,11 @@ def work_of_search(
     features: int,
     more: int = 1,
 ) -> Work:
-    """Work of one number of layers: of the smallest that can reach the target.
+    """Work of one number of layers, of the smallest that can reach the target; of sub-layers that of one step.
 
     Args:
         num_layers: layers of the model, L.
-        target, method, heal: see `search_layers`.
+        target, method, heal: see `search_layers`; the method is "sublayers" where these are chosen.
         calibration, judged: tokens.
         features: input features of the weights that are fitted.
         more: how many times as many tokens healing is fitted on and judged by.
@@ -95,6 +95,9 @@ def work_of_search(
         layers += calibration * total + each * (total + tried * kept / 2)
         head += tried * each
         fits *= min(HEALED, tried)
+    elif method == "sublayers":  # of each layer three candidates
+        layers += calibration * total * (1 + 3 * total / 2)
+        head += calibration * (3 * total + 1)
     elif method in STEPWISE:
         for left in range(num_layers, num_layers - dropped, -1):
             layers += calibration * left * (1 + (left - 1) / 2)

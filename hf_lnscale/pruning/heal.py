@@ -2,7 +2,8 @@
 
 When layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut is
 changed so that its output comes close to the state that the full model has after the cut: the weights that produce its
-MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3).
+MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and behind an
+MLP that is missing, and that of a layer without attention, are refitted in the same way.
 
 Five things decide whether that repairs a model or damages it:
 
@@ -22,25 +23,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..core.record import known_text, remember_source
-from ..core.stack import text_stack
+from ..core.stack import Stack, text_stack
+from ..core.sublayers import Unit, missing
 from ..core.warnings import warn
 from ..measuring.known_text import caution, sequences_of, sketch
-from ..measuring.losses import SourceLosses, perplexity_of
+from ..measuring.losses import SourceLosses, layer_of, perplexity_of
 from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode
 from ..measuring.text import Windows, token_batches
-from .heal_fit import Cut, Stream, require_changeable
+from .heal_fit import Repair, Stream, require_changeable
 from .heal_report import HEALED_IN_MEMORY, Copy, HealedLayer, HealedSource, HealReport, restore
-from .layers import normalize_layers, note_text
-from .plan import PruningPlan
+from .layers import Cut, normalize_layers, note_text
+from .plan import PruningPlan, units_of
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
 
@@ -54,6 +57,8 @@ def heal(
     layers: Iterable[int] | PruningPlan,
     data: Any = None,
     *,
+    attention: Iterable[int] | None = None,
+    mlp: Iterable[int] | None = None,
     method: str = "refit",
     held_out: Any = None,
     tokenizer: Any = None,
@@ -63,14 +68,17 @@ def heal(
 ) -> HealReport:
     """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
 
-    It removes nothing: call `drop_layers(model, layers)` afterwards. The last kept layers before each cut are healed
-    from the first to the last, each on the states that the pruned model, healed so far, produces, to match those of the
-    full model. A step that does not lower the mean loss over the sources of held-out text is taken back, and one that
-    raises it on any of them is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not,
-    so that the result is never worse on a judged source than before.
+    It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before it
+    is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; for what is
+    before all MLPs that are left, the first. They are healed from the first to the last, each on the states that the
+    pruned model, healed so far, produces, to match those of the full model before the next MLP's layer. A step that
+    does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of them
+    is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the result is
+    never worse on a judged source than before.
 
-    With r the residual stream that the MLP's output u is added to, and y the full model's state after the cut, the
-    methods minimize, over all real tokens of the calibration data, each source of text counting by its weight:
+    With r the residual stream that the MLP's output u is added to, and y the full model's state to match, less what a
+    layer without MLP adds to the stream in between, the methods minimize, over all real tokens of the calibration data,
+    each source of text counting by its weight:
 
     - "refit": |y - r - V a|^2 + ridge |V - W|^2, where a, of shape (I,), is the input of `down_proj`, W its weight
       and V the new one. Needs two matrices of (I, I) and three of (I, D) in double precision beside the model. Experts
@@ -87,6 +95,7 @@ def heal(
     Args:
         model: the full causal language model, in memory.
         layers: positions to drop; negative ones count from the end. Or a plan.
+        attention, mlp: positions of layers that lose their attention or MLP alone, as in `drop_layers`.
         data: calibration data, as `token_batches` takes it; one source of text or several, with weights. A source of
             weight 0 is judged, not fitted. None takes English and Python code, see `measuring.sample.default_sources`.
         method: one of `METHODS`.
@@ -99,7 +108,7 @@ def heal(
         progress: show a bar.
 
     Returns:
-        A report, with figures before and after. A cut before the first kept layer cannot be healed; the report says so.
+        A report, with figures before and after.
 
     Raises:
         ValueError: for unknown names, layers that do not exist, data without tokens to predict, a model without a
@@ -113,7 +122,7 @@ def heal(
     config = healer.stack.model.config
     if warning := caution(config, sequences_of(healer.judged)):
         warn(f"held-out data: {warning}")
-    report = healer.heal(layers, progress=progress)
+    report = healer.heal(layers, attention=attention, mlp=mlp, progress=progress)
     if report.kept:
         report.text_before.append(known_text(config))
         note_text(model, sketch(healer.fitted))
@@ -191,16 +200,23 @@ class Healer:
         self._losses_full: SourceLosses | None = None
 
     @contextmanager
-    def healed(self, layers: Iterable[int] | PruningPlan, progress: bool = True) -> Iterator[HealReport]:
+    def healed(self, layers: Iterable[int] | PruningPlan, **options: Any) -> Iterator[HealReport]:
         """Within it, the model is healed; afterwards its weights are what they were, bit for bit."""
-        report = self.heal(layers, progress)
+        report = self.heal(layers, **options)
         try:
             yield report
         finally:
             report.undo()
             report.forget()
 
-    def heal(self, layers: Iterable[int] | PruningPlan, progress: bool = True) -> HealReport:
+    def heal(
+        self,
+        layers: Iterable[int] | PruningPlan,
+        *,
+        attention: Iterable[int] | None = None,
+        mlp: Iterable[int] | None = None,
+        progress: bool = True,
+    ) -> HealReport:
         """See `heal`. The model must be the full one as it was: undo the last report first.
 
         Raises:
@@ -210,15 +226,15 @@ class Healer:
             raise ValueError("model: it is still healed for another set of layers; call undo() on that report first")
         stack = self.stack
         if isinstance(layers, PruningPlan):
-            layers.require_whole_layers("layers")
-            layers.require_made_for(stack.model.config)
-            layers = layers.layers
-        dropped = normalize_layers(layers, len(stack.layers), "layers")
-        cuts = _cuts(dropped, len(stack.layers))
-        for layer, _ in cuts:
-            if layer is not None:
-                require_changeable(self.model, stack, layer)
+            given: Any = replace(layers, perplexity={})  # that it has to be healed is known here
+        else:
+            given = normalize_layers(layers, len(stack.layers), "layers")
+        cut = Cut.of(stack.model.config, given, attention, mlp)
+        gaps = _gaps(stack, cut)
+        for gap in gaps:
+            require_changeable(self.model, stack, gap.layer)
 
+        dropped = tuple(units_of(vars(cut)))
         originals: list[Copy] = []
         left_out: dict[str, float] = {}
         try:
@@ -226,21 +242,18 @@ class Healer:
                 if self._halves.tuples is None:
                     self._halves.tuples = returns_tuples(stack)
                 # Before any weight is changed.
-                full = self._keep([place for layer, end in cuts for place in (layer or 0, end)])
-                pruned = [streams[cuts[0][0] or 0].without(dropped) for streams in full]
+                start = min([*(gap.layer for gap in gaps), *map(layer_of, dropped)], default=0)
+                full = self._keep([start, *(gap.end for gap in gaps)])
+                pruned = [streams[start].without(dropped) for streams in full]
                 if self._losses_full is None:
                     self._losses_full = full[1][max(full[1])].losses()
                 losses = before = pruned[1].losses()
                 steps = []
-                for layer, end in logging.tqdm(cuts, desc="heal", disable=not progress, leave=False):
-                    gone = tuple(i for i in dropped if (-1 if layer is None else layer) < i < end)
-                    if layer is None:
-                        steps.append(HealedLayer(None, gone, self.method, reason="no layer is kept before the cut"))
-                        continue
+                for layer, end, gone in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
                     pruned = [stream.at(layer) for stream in pruned]
-                    targets = [streams[end] for streams in full]
-                    cut = Cut(stack, layer, self.method, self.fitted.weights, targets, pruned)
-                    step, losses, changes = cut.heal(gone, losses, originals, self.cross_validate)
+                    targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
+                    repair = Repair(stack, layer, self.method, self.fitted.weights, targets, pruned)
+                    step, losses, changes = repair.heal(gone, losses, originals, self.cross_validate)
                     for name, change in changes.items():
                         left_out[name] = left_out.get(name, 0.0) + change
                     steps.append(step)
@@ -251,7 +264,7 @@ class Healer:
         if originals:
             remember_source(stack.model.config, HEALED_IN_MEMORY)
         return HealReport(
-            dropped=tuple(dropped),
+            dropped=dropped,
             method=self.method,
             steps=tuple(steps),
             perplexity_full=perplexity_of(self._losses_full.mean),
@@ -292,14 +305,36 @@ def why_not_healable(model: nn.Module) -> str | None:
     try:
         stack = text_stack(model)
         for layer in range(len(stack.layers)):
-            require_changeable(model, stack, layer)
+            if "mlp" not in missing(stack.layers[layer], stack.family):
+                require_changeable(model, stack, layer)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _cuts(dropped: list[int], num_layers: int) -> list[tuple[int | None, int]]:
-    """For each cut the kept layer before it, and the place in the full model's stream that its output is to match."""
-    kept = [i for i in range(num_layers) if i not in dropped]
-    pairs: list[tuple[int | None, int]] = list(zip([None, *kept], [*kept, num_layers], strict=True))
-    return [(layer, end) for layer, end in pairs if end > (0 if layer is None else layer + 1)]
+class _Gap(NamedTuple):
+    """What is missing around one MLP.
+
+    Attributes:
+        layer: the layer of the MLP.
+        end: that of the next one, or the number of layers.
+        gone: what is missing there; nothing for one that only stands behind a missing MLP.
+    """
+
+    layer: int
+    end: int
+    gone: tuple[Unit, ...]
+
+
+def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:
+    """Divides what is missing among the MLPs that are left, in order."""
+    total, units, start, behind = len(stack.layers), units_of(vars(cut)), 0, False
+    left = [layer for layer in range(total) if layer not in (*cut.layers, *cut.mlp)]
+    left = [layer for layer in left if "mlp" not in missing(stack.layers[layer], stack.family)]
+    found = []
+    for layer, end in zip(left, [*left[1:], total], strict=True):
+        gone = tuple(unit for unit in units if start <= layer_of(unit) < end)
+        if gone or behind:
+            found.append(_Gap(layer, end, gone))
+        start, behind = end, any(start <= position < end for position in cut.mlp)
+    return found

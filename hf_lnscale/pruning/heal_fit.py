@@ -1,4 +1,4 @@
-"""One step of healing: the weights of one kept layer are fitted, judged, and written or left as they are.
+"""One step of healing: the weights of one kept MLP are fitted, judged, and written or left as they are.
 
 Shapes: B sequences, T tokens, N tokens of a batch that are real, D hidden size, I width of the MLP, F features.
 """
@@ -15,9 +15,10 @@ from torch import nn
 
 from ..core.families import UnsupportedArchitectureError, family_of, submodule
 from ..core.stack import Stack
+from ..core.sublayers import Unit
 from ..measuring.losses import SourceLosses
 from ..measuring.split_model import SplitModel
-from ..measuring.stream import hidden_states, layer_output
+from ..measuring.stream import hidden_states, layer_output, upcast
 from ..measuring.text import TokenBatches
 from .heal_report import Copy, HealedLayer, copies, restore
 
@@ -104,15 +105,15 @@ class Stream:
         self,
         halves: SplitModel,
         batches: TokenBatches,
-        removed: Iterable[int] = (),
+        removed: Iterable[Unit] = (),
         place: int = 0,
         states: list[tuple[torch.Tensor, torch.device]] | None = None,
     ) -> None:
         self.halves, self.batches, self.removed = halves, batches, frozenset(removed)
         self.place, self.states = place, states
 
-    def without(self, removed: Iterable[int]) -> Stream:
-        """The same states, to go on without some of the layers that follow."""
+    def without(self, removed: Iterable[Unit]) -> Stream:
+        """The same states, to go on without some of the layers and sub-layers that follow."""
         return Stream(self.halves, self.batches, removed, self.place, self.states)
 
     def state(self, index: int) -> torch.Tensor:
@@ -125,26 +126,41 @@ class Stream:
         return self.halves.hidden(self.batches.batches[index], self.removed, start)
 
     def at(self, place: int) -> Stream:
-        """The states before layer `place`, which is not removed, or after the last layer."""
+        """The states before layer `place`, or after the last layer."""
         if place == self.place:
             return self
-        layers = self.halves.stack.layers
+        run = [(i, layer) for i, layer in enumerate(self.halves.stack.layers) if i not in self.removed]
         states: list[tuple[torch.Tensor, torch.device]] = []
 
         def stop(state_BTD: torch.Tensor) -> None:
             states.append((state_BTD.cpu(), state_BTD.device))
             raise _Reached
 
-        if place < len(layers):
-            hook = layers[place].register_forward_pre_hook(
+        if following := next((layer for i, layer in run if i >= place), None):
+            hook = following.register_forward_pre_hook(
                 lambda layer, args, kwargs: stop(hidden_states(args, kwargs)), with_kwargs=True
             )
         else:
-            hook = layers[-1].register_forward_hook(lambda layer, args, output: stop(layer_output(output)))
+            hook = run[-1][1].register_forward_hook(lambda layer, args, output: stop(layer_output(output)))
         with hook:
             for index in range(len(self.batches)):
                 with suppress(_Reached):
                     self._pass(index)
+        return Stream(self.halves, self.batches, self.removed, place, states)
+
+    def target(self, pruned: Stream, place: int) -> Stream:
+        """What a pruned model's states should be in an earlier place, so that they become these.
+
+        These, less what it adds in between; the change of that with the states is left out.
+        """
+        if pruned.removed.issuperset(range(place, self.place)):
+            return self
+        near = pruned.at(place)
+        far = near.at(self.place)
+        states = []
+        for index in range(len(self.batches)):
+            y_BTD, near_BTD, far_BTD = (upcast(stream.state(index)) for stream in (self, near, far))
+            states.append(((y_BTD + near_BTD - far_BTD).cpu(), y_BTD.device))
         return Stream(self.halves, self.batches, self.removed, place, states)
 
     def observe(
@@ -232,8 +248,11 @@ class _Fit(NamedTuple):
     gain_D: torch.Tensor | None
 
 
-class Cut:
-    """The kept layer before a cut, with the states it reads in the pruned model and those of the full model after."""
+class Repair:
+    """A kept layer whose MLP makes up for what is missing around it.
+
+    It is given the states that the layer reads in the pruned model, and those of the full model to match behind it.
+    """
 
     def __init__(
         self,
@@ -262,7 +281,7 @@ class Cut:
 
     def heal(
         self,
-        gone: tuple[int, ...],
+        gone: tuple[Unit, ...],
         before: SourceLosses,
         originals: list[tuple[nn.Parameter, torch.Tensor]],
         cross_validate: bool,

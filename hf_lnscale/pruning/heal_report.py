@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..core.display import as_text, terminal
-from ..core.record import KnownText, remember_source, write_known_text
+from ..core.record import SUBLAYERS, KnownText, named_parts, remember_source, write_known_text
+from ..core.sublayers import Unit
 from ..measuring.losses import perplexity_of
+from .plan import by_kind
 
 # How the name of a healed model says that its weights are not those of the checkpoint any more.
 HEALED_IN_MEMORY = "healed"
@@ -34,16 +36,16 @@ def restore(copies: list[Copy]) -> None:
 
 @dataclass(frozen=True)
 class HealedLayer:
-    """One kept layer before a cut, and the fit that was tried on it. Losses are means over the judged sources.
+    """One kept MLP, and the fit that was tried on it. Losses are means over the judged sources.
 
     Attributes:
-        layer: its position in the full model; None for a cut with no kept layer before it.
-        dropped: positions of the layers that are cut out right after it.
+        layer: the position of its layer in the full model.
+        dropped: what it makes up for: positions of layers, and pairs such as ("attention", 3).
         method: the method of the fit; "linear" where a mixture of experts rules out "refit".
         ridge: the penalty that was chosen, in units of the median second moment of the features; infinity leaves the
             layer as it is.
         blend: the fraction of the fitted change that was made; below 1 if all of it made a source of text worse.
-        error_before: relative error of the residual stream after the cut on held-out tokens: the root of the mean over
+        error_before: relative error of the residual stream behind it on held-out tokens: the root of the mean over
             tokens of |state - full model's state|^2 / |full model's state|^2.
         error_after: the same with the chosen fit.
         loss_before: of the pruned model on held-out data before this step, nats a token.
@@ -52,17 +54,17 @@ class HealedLayer:
         reason: why they were not, or "".
     """
 
-    layer: int | None
-    dropped: tuple[int, ...]
+    layer: int
+    dropped: tuple[Unit, ...]
     method: str
-    ridge: float = math.inf
-    blend: float = 1.0
-    error_before: float | None = None
-    error_after: float | None = None
-    loss_before: float | None = None
-    loss_after: float | None = None
-    kept: bool = False
-    reason: str = ""
+    ridge: float
+    blend: float
+    error_before: float
+    error_after: float
+    loss_before: float
+    loss_after: float
+    kept: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class HealReport:
     geometric means over the sources of text, each counted once.
 
     Attributes:
-        dropped: positions of the layers that are removed.
+        dropped: what is removed: positions of layers, and pairs such as ("attention", 3).
         method: as given.
         steps: one entry for each layer that was tried, in order.
         perplexity_full: of the model with all its layers.
@@ -105,7 +107,7 @@ class HealReport:
         text_before: what the model knew of its calibration text before, if healing was noted; for `undo`.
     """
 
-    dropped: tuple[int, ...]
+    dropped: tuple[Unit, ...]
     method: str
     steps: tuple[HealedLayer, ...]
     perplexity_full: float
@@ -163,10 +165,10 @@ class HealReport:
         """For JSON. An infinite `ridge` is None."""
         steps = [asdict(step) for step in self.steps]
         for step in steps:
-            step["dropped"] = list(step["dropped"])
+            step["dropped"] = _plain(step["dropped"])
             step["ridge"] = None if math.isinf(step["ridge"]) else step["ridge"]
         return {
-            "dropped": list(self.dropped),
+            "dropped": _plain(self.dropped),
             "method": self.method,
             "perplexity": {
                 "full": self.perplexity_full,
@@ -181,24 +183,19 @@ class HealReport:
 
     def __str__(self) -> str:
         title = (
-            f"Healing without layers {', '.join(map(str, self.dropped))}: perplexity {self.perplexity_before:.2f} to "
+            f"Healing without {_named(self.dropped)}: perplexity {self.perplexity_before:.2f} to "
             f"{self.perplexity_after:.2f} (all layers {self.perplexity_full:.2f})"
         )
         steps, sources = [], []
         for step in self.steps:
             done = f"{step.blend:g} of it" if step.blend < 1 else "yes"
-            before_after = ["", ""]
-            if step.loss_before is not None and step.loss_after is not None:
-                before_after = [
-                    f"{step.error_before:.3f} to {step.error_after:.3f}",
-                    f"{perplexity_of(step.loss_before):.2f} to {perplexity_of(step.loss_after):.2f}",
-                ]
             steps.append([
-                "-" if step.layer is None else str(step.layer),
-                ", ".join(map(str, step.dropped)),
+                str(step.layer),
+                _named(step.dropped),
                 step.method,
                 "-" if math.isinf(step.ridge) else f"{step.ridge:g}",
-                *before_after,
+                f"{step.error_before:.3f} to {step.error_after:.3f}",
+                f"{perplexity_of(step.loss_before):.2f} to {perplexity_of(step.loss_after):.2f}",
                 done if step.kept else f"no: {step.reason}",
             ])  # fmt: skip
         for name, source in self.sources.items():
@@ -212,6 +209,15 @@ class HealReport:
                 "-" if source.perplexity_left_out is None else f"{source.perplexity_left_out:.2f}",
             ])  # fmt: skip
         return as_text(
-            terminal(["layer", "cut after it", "method", "ridge", "error", "perplexity", "kept"], steps, title),
+            terminal(["layer", "makes up for", "method", "ridge", "error", "perplexity", "kept"], steps, title),
             terminal(["source", "weight", "all layers", "without", "healed", "never fitted"], sources, "Perplexity"),
         )
+
+
+def _named(units: Iterable[Unit]) -> str:
+    found = by_kind(units)
+    return named_parts(*(found.get(kind, ()) for kind in ("layers", *SUBLAYERS)))
+
+
+def _plain(units: Iterable[Unit]) -> list[Any]:
+    return [list(unit) if isinstance(unit, tuple) else unit for unit in units]

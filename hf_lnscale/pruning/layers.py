@@ -82,10 +82,11 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
         if "healed" in value.perplexity:
+            gone = "plan.layers" + "".join(f", {kind}=plan.{kind}" for kind in SUBLAYERS if getattr(value, kind))
             warn(
                 f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} is that of the healed model; "
                 f"without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
-                "hf_lnscale.heal(model, plan.layers, data) and then hf_lnscale.drop_layers(model, plan.layers); or use "
+                f"hf_lnscale.heal(model, plan, data) and then hf_lnscale.drop_layers(model, {gone}); or use "
                 "`hf-lnscale prune`."
             )
         return normalize_layers(value.layers, num_layers)

@@ -137,8 +137,8 @@ def prune(
         drop: drop these layers, counted from 0, negative ones from the end.
         cache_tokens, cache_batch: see `target_memory`.
         method: how layers are chosen, see `plan_pruning`.
-        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`; then nothing is
-            healed, and `drop` and `num_layers` cannot set the target.
+        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`; then `drop`
+            and `num_layers` cannot set the target.
         heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
             if it lowers the perplexity on held-out data.
         held_out: data as above, to judge by; None holds out the last quarter of `data`.
@@ -352,10 +352,10 @@ def _choose_and_heal(
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
             "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
         )
-    if units == "layers":
-        cost = estimate_cost(model, target, method, heal, calibration, judged)
-        each = " for each number of layers that is tried" if target.budget is not None else ""
-        logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
+    cost = estimate_cost(model, target, method if units == "layers" else units, heal, calibration, judged)
+    each = " for each number of layers that is tried" if target.budget is not None else ""
+    each = " for each layer, attention or MLP that goes" if units == "sublayers" else each
+    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
     plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress, units)
     return replace(plan, notes={**plan.notes, "cautions": cautions}), report
 
@@ -381,9 +381,7 @@ def _require_methods(method: str | None, units: str, heal: str | None, goal: tup
     if goal[0] in ("num_layers", "drop"):
         problem = "counts layers; with `units=sublayers`, give `target_params`, `target_memory` or "
         raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
-    if heal not in (None, "auto"):
-        raise ArgumentError("heal", heal, problem="heals behind whole layers; with `units=sublayers`, `heal=None`")
-    return method, None
+    return method, heal
 
 
 def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any], units: str) -> None:

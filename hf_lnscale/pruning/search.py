@@ -268,8 +268,8 @@ def search_layers(
                 log.write()
             if healer and target.budget is not None:
                 if "healed" not in step:
-                    with healer.healed(step["layers"], progress):
-                        step["healed"] = perplexity_of(losses_by_source(model, judged, step["layers"]).mean)
+                    with healer.healed(units_of(step), progress):
+                        step["healed"] = perplexity_of(losses_by_source(model, judged, units_of(step)).mean)
                     log.write()
                 healer.forget()
             used.append(step)
@@ -305,11 +305,11 @@ def search_layers(
         notes=target.sizes(gone),
         **lacking,
     )
-    if not (healer and layers):
+    if not (healer and gone):
         return plan, None
-    report = healer.heal(layers, progress)
+    report = healer.heal(gone, progress)
     try:
-        healed = _figures(losses_by_source(model, judged, layers), whole)
+        healed = _figures(losses_by_source(model, judged, gone), whole)
     except BaseException:
         report.undo()
         raise
@@ -335,24 +335,24 @@ def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
 
 
 class _Healer:
-    """Heals the model for one set of layers after another, and keeps the last fit, so that it need not be repeated."""
+    """Heals the model for one set of units after another, and keeps the last fit, so that it need not be repeated."""
 
     def __init__(self, model: nn.Module, calibration: TokenBatches, method: str) -> None:
         self.healer = Healer(model, calibration, method=method)
         self.fit: tuple[HealReport, Callable[[], None]] | None = None
 
-    def heal(self, layers: Iterable[int], progress: bool) -> HealReport:
-        layers = tuple(sorted(layers))
-        if self.fit and self.fit[0].dropped == layers:
+    def heal(self, units: Iterable[Unit], progress: bool) -> HealReport:
+        parts = by_kind(units)
+        if self.fit and list(self.fit[0].dropped) == units_of(parts):
             report, apply_again = self.fit
             apply_again()
             return report
-        return self.healer.heal(layers, progress)
+        return self.healer.heal(**parts, progress=progress)
 
     @contextmanager
-    def healed(self, layers: Iterable[int], progress: bool) -> Iterator[HealReport]:
+    def healed(self, units: Iterable[Unit], progress: bool) -> Iterator[HealReport]:
         """Within it, the model is healed."""
-        report = self.heal(layers, progress)
+        report = self.heal(units, progress)
         try:
             yield report
         finally:

@@ -18,7 +18,7 @@ DATA = token_batches([tiny.tokens(16, 16, seed=seed) for seed in range(4)])
 CALIBRATION, JUDGED = DATA.split(0.25)
 
 
-RUNS = [(method, heal, 1) for method in SEARCH_METHODS for heal in (None, "linear")]
+RUNS = [(method, heal, 1) for method in (*SEARCH_METHODS, "sublayers") for heal in (None, "linear")]
 
 
 # Beside the default sources twice as much is fitted and judged.
@@ -39,8 +39,11 @@ def test_the_work_of_a_search(method, heal, more):
     for layer in decoder_layers(model):
         layer.register_forward_hook(lambda _, args, __: count("layers", args[0].shape[0] * args[0].shape[1]))
     model.lm_head.register_forward_hook(lambda _, args, __: count("head", args[0].shape[0] * args[0].shape[1]))
-    target = search_target(model, ("num_layers", 3))
-    search_layers(model, target, method, heal, calibration, judged, progress=False)
+    target, units = search_target(model, ("num_layers", 3)), "layers"
+    if method == "sublayers":  # one step
+        params = sum(parameter.numel() for parameter in model.parameters())
+        target, units = search_target(model, ("target_params", params - 1)), "sublayers"
+    search_layers(model, target, method, heal, calibration, judged, progress=False, units=units)
     said = work_of_search(L, target, method, heal, calibration.num_tokens, judged.num_tokens, features=32, more=more)
     # Backward passes are not run by hooks, and penalties are not all tried.
     backward = 2 * CALIBRATION.num_tokens if method == "taylor" else 0
@@ -70,5 +73,7 @@ def test_memory_and_words(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="hf_lnscale"):
         plan_pruning(model, DATA, num_layers=1, method="greedy", progress=False)
         plan_pruning(model, DATA, max_perplexity_increase=0.5, heal="linear", method="angular", progress=False)
+        plan_pruning(model, DATA, target_params=weights // 4 - 1, units="sublayers", progress=False)
     assert caplog.messages[0].startswith("choosing layers: about ")
     assert caplog.messages[1].startswith("choosing layers and healing for each number of layers that is tried: about ")
+    assert caplog.messages[2].startswith("choosing layers for each layer, attention or MLP that goes: about ")

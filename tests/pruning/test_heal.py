@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 import oracles
 import tiny
-from hf_lnscale import draft_model, plan_pruning
+from hf_lnscale import PruningPlan, draft_model, plan_pruning, prune
 from hf_lnscale.core.families import UnsupportedArchitectureError
 from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Batch, Windows
@@ -354,13 +354,95 @@ def test_bfloat16_is_rounded_once():
     assert (after != expected.bfloat16()).float().mean() < 1e-3
 
 
-def test_a_cut_before_the_first_kept_layer_is_noted():
+class silent:
+    """Attention and MLPs of some layers add nothing."""
+
+    def __init__(self, model: nn.Module, attention=(), mlp=()) -> None:
+        layers = oracles.decoder_layers(model)
+        self.parts = [*(layers[i].self_attn for i in attention), *(layers[i].mlp for i in mlp)]
+
+    def __enter__(self) -> None:
+        def nothing(_module, _args, output):
+            return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else output * 0
+
+        self.hooks = [part.register_forward_hook(nothing) for part in self.parts]
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def test_what_is_missing_inside_layers_is_made_up_for_by_the_mlp_before_its_end():
+    """And of an MLP by the next one. What attention adds in between is left as it is."""
+    model = speaker(num_hidden_layers=8)
+    plain, ids = copy.deepcopy(model), text_of(model, sequences=48)
+    gone = {"attention": [2], "mlp": [4]}
+    report = quietly(model, [6], ids, held_out=ids, method="refit", **gone)
+    assert [(step.layer, step.dropped) for step in report.steps] == [
+        (2, (("attention", 2),)),
+        (3, (("mlp", 4),)),
+        (5, (6,)),
+    ]
+    assert report.dropped == (6, ("attention", 2), ("mlp", 4))
+    expected = copy.deepcopy(plain)
+    with silent(expected, **gone):
+        for step, end in zip(report.steps, (2, 4, 6), strict=True):
+            assert step.loss_before == pytest.approx(math.log(perplexity(expected, ids, [6])))
+            assert step.kept
+            target, *_ = states(plain, ids, end)
+            out, *_ = states(expected, ids, min(end, 5), [6])
+            *_, x = states(expected, ids, step.layer, [6], down=True)
+            with torch.no_grad():
+                down = expected.model.layers[step.layer].mlp.down_proj
+                down.weight += step.blend * ridge_regression(x, target - out, step.ridge).T
+            torch.testing.assert_close(model.model.layers[step.layer].mlp.down_proj.weight, down.weight)
+        assert report.perplexity_after == pytest.approx(perplexity(expected, ids, [6]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite", "qwen2_moe", "phi3"])
+def test_healed_without_sublayers_it_is_as_good_as_said_and_no_source_is_worse(family):
+    model = speaker(family)
+    sources = {"own": text_of(model, sequences=32), "other": tiny.tokens(32, 12)}
+    whole = copy.deepcopy(model)
+    report = quietly(model, [], sources, held_out=sources, method="refit", attention=[-2], mlp=[1])
+    assert report.dropped == (("attention", 2), ("mlp", 1))
+    unhealed, healed = (drop_layers(one, attention=[2], mlp=[1]) for one in (whole, model))
+    for name, source in report.sources.items():
+        assert source.perplexity_before == pytest.approx(perplexity(unhealed, sources[name]))
+        assert source.perplexity_after == pytest.approx(perplexity(healed, sources[name]))
+        assert source.perplexity_after <= source.perplexity_before
+    assert report.sources["own"].perplexity_after < report.sources["own"].perplexity_before
+
+
+@pytest.mark.parametrize(
+    ("layers", "mlp", "changed"),
+    [([0], None, [1]), ([], [0], [1, 2]), ([], [3], [2]), ([3], [2], [1]), ([0, 1], [2], [3]), ([], [1, 2], [0, 3])],
+)
+def test_at_both_ends_of_the_model(layers, mlp, changed):
     model = speaker()
     ids = text_of(model)
-    first, second = quietly(model, [0, 2], ids, held_out=ids).steps
-    assert (first.layer, first.dropped, first.kept) == (None, (0,), False)
-    assert "no layer is kept before the cut" in first.reason
-    assert (second.layer, second.dropped) == (1, (2,))
+    report = quietly(model, layers, ids, held_out=ids, mlp=mlp)
+    assert [step.layer for step in report.steps] == changed
+    drop_layers(model, layers, mlp=mlp)
+    assert perplexity(model, ids) == pytest.approx(report.perplexity_after)
+
+
+def test_healed_without_sublayers_saved_and_read_in_another_process(tmp_path, run_python):
+    model, ids = speaker(), tiny.tokens(2, 8)
+    text = text_of(model)
+    assert quietly(model, [1], text, held_out=text, attention=[3]).kept
+    drop_layers(model, [1], attention=[3]).save_pretrained(tmp_path / "model")
+    torch.save((ids, logits(model, ids)), tmp_path / "expected.pt")
+    code = """
+        import sys
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        ids, expected = torch.load(sys.argv[2])
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float64)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    """
+    run_python(code, tmp_path / "model", tmp_path / "expected.pt", plugin=True)
 
 
 def test_the_report_says_it_all():
@@ -372,10 +454,10 @@ def test_the_report_says_it_all():
     assert report.data["held_out"]["num_sequences"] == 6
     stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert stored["perplexity"]["after"] == report.perplexity_after
-    assert [step["layer"] for step in stored["steps"]] == [None, 1]
+    assert [(step["layer"], step["dropped"]) for step in stored["steps"]] == [(1, [0, 2])]
     text = str(report)
     assert f"{report.perplexity_before:.2f} to {report.perplexity_after:.2f}" in text
-    assert "no layer is kept before" in " ".join(text.split())
+    assert "layers 0, 2" in text
 
 
 @pytest.mark.parametrize("method", ["refit", "linear"])
@@ -723,3 +805,22 @@ def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
     assert heal(model, plan.layers, text, method="linear", windows=Windows(taken, 16), **sizes).to_dict() == plan.heal
     drop_layers(model, plan.layers)
     assert perplexity(model, ids[30:40]) == pytest.approx(plan.perplexity["healed"], rel=1e-6)
+
+
+@pytest.mark.parametrize("goal", [{"target_params": 0.9}, {"max_perplexity_increase": 0.3}])
+def test_sublayers_that_are_chosen_are_healed(goal, tmp_path):
+    model = speaker()
+    ids = text_of(model, sequences=48)
+    if "target_params" in goal:
+        goal = {"target_params": int(goal["target_params"] * sum(one.numel() for one in model.parameters()))}
+    options = {"units": "sublayers", "held_out": ids, "progress": False}
+    found = prune(copy.deepcopy(model), ids, **goal, **options)
+    assert found.plan.perplexity["healed"] < found.plan.perplexity["after"]
+    assert perplexity(found.model, ids) == pytest.approx(found.plan.perplexity["healed"])
+    assert all(("healed" in step) == ("max_perplexity_increase" in goal) for step in found.plan.steps)
+
+    plan = PruningPlan.load(found.plan.save(tmp_path))
+    assert plan.attention or plan.mlp
+    assert heal(model, plan, ids, progress=False).to_dict() == plan.heal
+    drop_layers(model, plan.layers, attention=plan.attention, mlp=plan.mlp)
+    torch.testing.assert_close(logits(model, ids), logits(found.model, ids))

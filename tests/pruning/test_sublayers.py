@@ -449,8 +449,8 @@ def test_what_measures_and_prunes_works_on_it():
     partial = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
     draft, expected = draft_model(partial, [2]), drop_layers(copy.deepcopy(partial), [2])
     assert torch.equal(generated(draft), generated(expected))
-    with pytest.raises(ValueError, match="healing is not possible"):
-        heal(drop_layers(tiny.model(), mlp=[1]), [2], ids)
+    (step,) = heal(drop_layers(tiny.model(), mlp=[1]), [2], ids).steps
+    assert step.layer == 0
     assert diagnose(drop_layers(tiny.model(), attention=[1], mlp=[0]), ids, progress=False)
 
 
@@ -508,7 +508,7 @@ def test_chosen_one_by_one_by_loss_for_what_is_saved(cache_tokens):
 def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
     model, ids = tiny.loud(dtype=torch.float32), tiny.tokens(8, 16)
     goal = {"target_memory": weight(model, 4096) - 1, "cache_tokens": 4096}
-    found = prune(copy.deepcopy(model), ids, units="sublayers", held_out=ids, progress=False, **goal)
+    found = prune(copy.deepcopy(model), ids, units="sublayers", heal=None, held_out=ids, progress=False, **goal)
     plan = found.plan
     assert plan.attention or plan.mlp
     path = plan.save(tmp_path / "plan.json")
@@ -517,9 +517,8 @@ def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
         assert torch.equal(again(ids).logits, found.model(ids).logits)
     assert torch.tensor(loss_of(found.model, ids)).exp().item() == pytest.approx(plan.perplexity["after"], rel=1e-5)
     assert "attention of layers" in str(found) or "MLPs of layers" in str(found)
-    for whole_only in (lambda: draft_model(model, plan), lambda: heal(model, plan, ids)):
-        with pytest.raises(ValueError, match="the plan drops attention or MLPs alone"):
-            whole_only()
+    with pytest.raises(ValueError, match="the plan drops attention or MLPs alone"):
+        draft_model(model, plan)
     broken = json.loads(path.read_text()) | {"mlp": [-1]}
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match="its mlp must be different integers from 0, got"):
@@ -529,7 +528,6 @@ def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
 NOT_TOGETHER = {
     "units": ({"units": "heads", "num_layers": 1}, "units must be one of layers, sublayers, got 'heads'"),
     "num_layers": ({"units": "sublayers", "num_layers": 1}, "num_layers 1 counts layers; with units=sublayers"),
-    "heal": ({"units": "sublayers", "target_params": 9, "heal": "refit"}, "heal 'refit' heals behind whole layers"),
     "method": ({"units": "sublayers", "target_params": 9, "method": "angular"}, "'angular' chooses whole layers"),
 }
 
