@@ -444,12 +444,13 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     )
 
 
-def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
+def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Family:
     """The row of a model's text decoder, if it can lose its attention or its MLP alone.
 
     Args:
         config: of the model.
         kind: "attention" or "mlp".
+        argument: what a refusal speaks of.
 
     Raises:
         UnsupportedArchitectureError: if it cannot; the message says why.
@@ -463,7 +464,7 @@ def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
         )
     if reason:
         raise UnsupportedArchitectureError(
-            f"drop_{kind} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
+            f"{argument} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
             "drop_layers"
         )
     return family

@@ -121,6 +121,37 @@ def test_equals_the_model_whose_sublayer_adds_nothing(variant, tmp_path):
     assert again.config.get_text_config().dropped_layers == cut.config.get_text_config().dropped_layers
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next", "mixtral"])
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_every_layer_may_lose_it_at_once_or_in_steps(family, kind, tmp_path):
+    full = tiny.model(family)
+    full.save_pretrained(tmp_path / "full")
+    layers = [1, 3] if (family, kind) == ("qwen3_next", "attention") else [0, 1, 2, 3]
+    lacking = {"attention": [], "mlp": []} | {kind: layers}
+    zero = zeroed(reload(family, tmp_path / "full"), **lacking, in_place=True)
+    in_steps = AutoConfig.from_pretrained(tmp_path / "full")
+    setattr(in_steps, f"drop_{kind}", layers[:1])
+    setattr(in_steps, f"drop_{kind}", layers[1:])
+    for cut in (
+        drop_layers(reload(family, tmp_path / "full"), **{kind: layers}),
+        reload(family, tmp_path / "full", **{f"drop_{kind}": layers}),
+        reload(family, tmp_path / "full", config=in_steps),
+    ):
+        assert_adds_nothing(cut, zero)
+    cut.save_pretrained(tmp_path / "cut")
+    assert torch.equal(reload(family, tmp_path / "cut")(tiny.tokens()).logits, zero(tiny.tokens()).logits)
+
+
+def test_a_search_may_take_all_attention():
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(100)
+    goal = {"target_memory": weight(drop_layers(copy.deepcopy(model), attention=range(4)), 4096), "cache_tokens": 4096}
+    found = prune(model, ids, held_out=ids, units="sublayers", heal=None, progress=False, **goal)
+    assert found.plan.attention == (0, 1, 2, 3)
+
+
 def test_no_kv_cache_for_what_has_no_attention():
     cut = drop_layers(tiny.model(), attention=[0, 3])
     cache = cut(tiny.tokens(2, 12), use_cache=True).past_key_values
@@ -268,7 +299,14 @@ WRONG = {
     "no list": ({"drop_mlp": 2}, "drop_mlp must be a list of layer indices, got 2"),
     "a word": ({"drop_mlp": "12"}, "drop_mlp must be a list of layer indices, got '12'"),
     "twice": ({"drop_attention": [1, -3]}, "drop_attention: layer 1 is given twice"),
-    "nothing left": ({"drop_attention": [0, 1, 2], "drop_mlp": [0, 1, 2], "drop_layers": [3]}, "are all 4 layers"),
+    "nothing left": (
+        {"drop_attention": [0, 1, 2], "drop_mlp": [0, 1, 2], "drop_layers": [3]},
+        "^drop_layers and drop_attention and drop_mlp: nothing would be left of 4 layers",
+    ),
+    "both of all": (
+        {"drop_attention": [0, 1, 2, 3], "drop_mlp": [0, 1, 2, 3]},
+        "^drop_attention and drop_mlp: nothing would be left of 4 layers",
+    ),
 }
 
 
@@ -280,19 +318,28 @@ def test_wrong_values_are_refused(case, tmp_path):
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, **keywords),
         lambda: AutoModelForCausalLM.from_config(tiny.config(), **keywords),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny.config(), **keywords),
-        lambda: drop_layers(
-            tiny.model(), *[keywords[key] for key in ["drop_layers"] if key in keywords],
-            **{key.removeprefix("drop_"): value for key, value in keywords.items() if key != "drop_layers"},
-        ),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             refused()
+    in_memory = {key.removeprefix("drop_"): value for key, value in keywords.items()}
+    with pytest.raises(ValueError, match=re.sub("drop_(attention|mlp)", r"\1", message)):
+        drop_layers(tiny.model(), **in_memory)
 
 
 def test_what_is_missing_already_is_refused():
     cut = drop_layers(tiny.model(), attention=[1])
-    with pytest.raises(ValueError, match=r"drop_attention: layers \[1\] have none; it was dropped before"):
+    with pytest.raises(ValueError, match=r"^attention: layers \[1\] have none; it was dropped before"):
         drop_layers(cut, attention=[1, 2])
+
+
+def test_a_plan_of_all_layers_is_named():
+    plan = plan_pruning(tiny.model(), tiny.tokens(8, 16), num_layers=1, progress=False)
+    for layers, parts, message in (
+        ((0, 1, 2, 3), {}, r"^drop_layers: the plan: \[0, 1, 2, 3\] are all 4 layers"),
+        ((), {"attention": (0, 1, 2, 3), "mlp": (0, 1, 2, 3)}, "^drop_layers: nothing would be left"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drop_layers(tiny.model(), dataclasses.replace(plan, layers=layers, **parts))
 
 
 FAMILIES = {
@@ -543,7 +590,7 @@ def test_what_does_not_go_together(case):
 
 def test_a_family_without_sublayers_is_refused_when_they_are_to_be_chosen():
     model = AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
-    with pytest.raises(ValueError, match="drop_attention is not supported for model_type 'bloom'"):
+    with pytest.raises(ValueError, match="units='sublayers' is not supported for model_type 'bloom'"):
         plan_pruning(model, tiny.tokens(8, 16), target_params=1000, units="sublayers", progress=False)
 
 
@@ -567,7 +614,7 @@ def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_tak
     ids = tiny.tokens(8, 16)
     plan = plan_pruning(tiny.model(), ids, held_out=ids, num_layers=1, progress=False)
     plan = dataclasses.replace(plan, layers=(), attention=(0,))
-    with pytest.raises(ValueError, match=r"drop_attention: \[3\] and the plan's \[0\] exclude each other"):
+    with pytest.raises(ValueError, match=r"^attention: \[3\] and the plan's \[0\] exclude each other"):
         drop_layers(tiny.model(), plan, attention=[3])
     both = drop_layers(tiny.model(), plan, mlp=[3])
     assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}
