@@ -39,6 +39,7 @@ from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.core.record import known_text, record
 from hf_lnscale.pruning.layers import droppable_units
+from hf_lnscale.pruning.search import search_target
 from oracles import decoder_layers
 
 # Of the hybrids, layers 1 and 3 alone have attention with a KV cache.
@@ -508,10 +509,11 @@ def loss_of(model, ids):
 
 
 def weight(model, cache_tokens):
-    """Parameters, or bytes with keys and values, of 2 heads of 8 numbers, of each layer with attention."""
+    """Parameters, or bytes with keys and values, of 2 heads of 8 numbers, of each layer with attention; a layer without
+    it counts each token by a number."""
     params = sum(parameter.numel() for parameter in model.parameters())
-    attending = sum(hasattr(layer.self_attn, "q_proj") for layer in decoder_layers(model))
-    return params if not cache_tokens else 4 * (params + cache_tokens * attending * 2 * 2 * 8)
+    held = [2 * 2 * 8 if hasattr(layer.self_attn, "q_proj") else 1 for layer in decoder_layers(model)]
+    return params if not cache_tokens else 4 * (params + cache_tokens * sum(held))
 
 
 @pytest.mark.parametrize("cache_tokens", [0, 4096])
@@ -550,6 +552,35 @@ def test_chosen_one_by_one_by_loss_for_what_is_saved(cache_tokens):
     assert plan.perplexity["after"] == pytest.approx(torch.tensor(losses).exp().item(), rel=1e-5)
     assert plan.notes["params"][1] == sum(parameter.numel() for parameter in chosen.parameters())
     assert len(plan.steps) == 3
+
+
+SIZED = {
+    "llama": (torch.bfloat16, {}),
+    "gemma2": (torch.float32, {"sliding_window": 8}),
+    "deepseek_v3": (torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("family", SIZED)
+def test_the_sizes_in_a_plan_are_those_of_the_model_without_its_units(family):
+    """Its cache as well, of more tokens than a window has, each layer's a whole one."""
+    dtype, changes = SIZED[family]
+    full = tiny.model(family, **changes).to(dtype)
+    target = search_target(full, ("max_perplexity_increase", 1.0), cache_tokens=24, cache_batch=2)
+    for layers, attention, mlp in (([2], [0], [3]), ([], [0, 1, 2, 3], []), ([1], [], [0])):
+        sizes = target.sizes([*layers, *(("attention", at) for at in attention), *(("mlp", at) for at in mlp)])
+        cut = drop_layers(copy.deepcopy(full), layers, attention=attention, mlp=mlp)
+        parameters = list(cut.parameters())
+        held = [
+            tensor
+            for layer in cut(tiny.tokens(2, 24), use_cache=True).past_key_values.layers
+            for tensor in (layer.keys, layer.values)
+        ]
+        if family == "gemma2":  # a window keeps one token less than it is wide, as the next one comes on top
+            held = [torch.zeros(*t.shape[:2], 8, t.shape[-1]) if t.shape[-2] == 7 else t for t in held]
+        assert sizes["params"][1] == sum(one.numel() for one in parameters)
+        assert sizes["weight_bytes"][1] == sum(one.numel() * one.element_size() for one in parameters)
+        assert sizes["cache_bytes"][1] == sum(one.numel() * one.element_size() for one in held)
 
 
 def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
