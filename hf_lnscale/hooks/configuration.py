@@ -74,6 +74,29 @@ def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_dict
 
 
+def post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the constructor: its keywords mean the same in any order."""
+
+    def __post_init__(self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
+        drops = pop_drops(kwargs)
+        original(self, *args, **kwargs)
+        set_drops(self, drops)
+        set_ln_scaling(self, ln_scaling)
+
+    return __post_init__
+
+
+def update(original: Callable[..., Any]) -> Callable[..., Any]:
+    def update(self: PreTrainedConfig, config_dict: Any, *args: Any, **kwargs: Any) -> None:
+        values = dict(config_dict)
+        drops, scaling = pop_drops(values), values.pop("ln_scaling", None)
+        original(self, values, *args, **kwargs)
+        set_drops(self, drops)
+        set_ln_scaling(self, scaling)
+
+    return update
+
+
 def to_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_dict(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         values = original(self, *args, **kwargs)

@@ -66,6 +66,9 @@ _PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
 HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
     *(Hook(CONFIGURATION, _CONFIG, name, f"configuration:{name}_property") for name in DROPS),
+    # Keywords of the constructor that are no fields of its class, and the values of a dict, are assigned one by one.
+    Hook(CONFIGURATION, _CONFIG, "__post_init__", "configuration:post_init", ("self",)),
+    Hook(CONFIGURATION, _CONFIG, "update", "configuration:update", ("self", "config_dict")),
     Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", ("cls", "config_dict")),
     Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", ("self",)),
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", ("self", "json_file_path", "use_diff")),

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -195,6 +196,27 @@ def test_with_dropped_layers_all_three_count_the_model_that_is_loaded(tmp_path):
     assert torch.equal(
         more(tiny.tokens()).logits, drop_layers(zeroed(full, [3, 5], [4]), [0, 1, 2])(tiny.tokens()).logits
     )
+
+
+FLAGS = {"drop_layers": [1], "drop_attention": [2], "drop_mlp": [2, 3], "ln_scaling": {"depths": [1, 4, 6]}}
+
+
+@pytest.mark.parametrize("order", [list(FLAGS), list(FLAGS)[::-1]])
+@pytest.mark.parametrize("how", ["constructor", "for_model", "update", "from_dict"])
+def test_flags_given_at_once_mean_the_same_in_any_order(order, how):
+    flags = {name: FLAGS[name] for name in order}
+    plain = tiny.config(num_hidden_layers=5)
+    if how == "update":
+        config = plain
+        config.update(flags)
+    elif how == "from_dict":
+        config = tf.LlamaConfig.from_dict(plain.to_dict(), **flags)
+    else:
+        make = tf.LlamaConfig if how == "constructor" else partial(AutoConfig.for_model, "llama")
+        config = make(**flags, **{key: value for key, value in plain.to_dict().items() if key != "model_type"})
+    assert str(record(config).dropped) == "layers 1, 2; MLPs of layers 3"
+    assert record(config).active.depths == (1, 4, 6)
+    assert config.num_hidden_layers == 3
 
 
 def test_a_layer_that_loses_both_is_dropped(tmp_path):
@@ -494,8 +516,8 @@ def test_what_measures_and_prunes_works_on_it():
     smaller = drop_layers(cut, plan)
     assert record(smaller.config).dropped.layers == plan.layers
     assert set(record(smaller.config).dropped.attention) == {1} - gone
-    partial = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
-    draft, expected = draft_model(partial, [2]), drop_layers(copy.deepcopy(partial), [2])
+    lacking = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
+    draft, expected = draft_model(lacking, [2]), drop_layers(copy.deepcopy(lacking), [2])
     assert torch.equal(generated(draft), generated(expected))
     with pytest.raises(ValueError, match="healing is not possible"):
         heal(drop_layers(tiny.model(), mlp=[1]), [2], ids)
