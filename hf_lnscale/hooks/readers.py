@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -121,11 +122,17 @@ def require_same_layers(name: str, delta: str, **where: Any) -> None:
     """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
 
     Raises:
-        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way.
+        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way; or if the
+            second lacks sub-layers of the first.
     """
-    first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
-    layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
-    if layers_of[0] != layers_of[1] or first.folded != second.folded:
+    configs = [AutoConfig.from_pretrained(one, **where) for one in (name, delta)]
+    first, second = map(record, configs)
+    # Models that lack none need not count their layers.
+    differ = (first.dropped or second.dropped) and operator.ne(*map(layers.original_layers, configs))
+    lacking = [(kind, set(gone) - set(first.sublayers.get(kind, ()))) for kind, gone in second.sublayers.items()]
+    if not differ and (names := [f"{kind} of layers {sorted(gone)}" for kind, gone in lacking if gone]):
+        raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
+    if differ or first.folded != second.folded:
         raise ArgumentError(
             "delta",
             delta,

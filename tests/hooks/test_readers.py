@@ -240,6 +240,8 @@ def deltas(tmp_path_factory):
         scaled = tiny.model(seed=seed, ln_scaling=True, **size)
         scaled.save_pretrained(folder / f"scaled {name}")
         hf_lnscale.fold_ln_scaling(scaled).save_pretrained(folder / f"folded {name}")
+        partial = hf_lnscale.drop_layers(tiny.model(seed=seed, **size), attention=[1])
+        partial.save_pretrained(folder / f"partial {name}")
     for path in folder.iterdir():
         tokenizer.save_pretrained(path)
     return folder
@@ -253,13 +255,19 @@ def with_delta(folder, base, delta, **flags):
 
 @pytest.mark.parametrize(
     ("base", "delta", "flags"),
-    [("base", "delta", {"drop_layers": [1]}), ("cut base", "cut delta", {}), ("scaled base", "scaled delta", {})],
+    [
+        ("base", "delta", {"drop_layers": [1]}),
+        ("cut base", "cut delta", {}),
+        ("scaled base", "scaled delta", {}),
+        ("partial base", "partial delta", {}),
+        ("partial base", "delta", {}),
+    ],
 )
 def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas):
     found = with_delta(deltas, base, delta, **flags)
     both = [AutoModelForCausalLM.from_pretrained(deltas / name).state_dict() for name in (base, delta)]
     wanted = AutoModelForCausalLM.from_pretrained(deltas / base)
-    wanted.load_state_dict({name: both[0][name] + both[1][name] for name in both[0]})
+    wanted.load_state_dict({name: both[0][name] + both[1][name] for name in both[0]})  # all that the model has
     if flags:
         del wanted.model.layers[1]
     assert equal(weights(found), weights(wanted))
@@ -272,6 +280,11 @@ def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas
 def test_a_delta_of_other_layers_or_scale_is_refused(base, delta, deltas):
     with pytest.raises(ValueError, match=r"delta .* not of the same layer, or not of the same scale"):
         with_delta(deltas, base, delta)
+
+
+def test_a_delta_that_lacks_a_sublayer_is_refused(deltas):
+    with pytest.raises(ValueError, match=r"delta .* lacks the attention of layers \[1\], which the model has"):
+        with_delta(deltas, "base", "partial delta")
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
