@@ -103,6 +103,10 @@ HOOKS = (
         ("self", "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
     ),
     Hook(
+        MODELS, _MODEL, "_save_to_state_dict", "readers:save_to_state_dict",
+        ("self", "destination", "prefix", "keep_vars"),
+    ),
+    Hook(
         MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters",
         ("self", "model"),
     ),

@@ -21,24 +21,60 @@ from transformers.modeling_utils import load_state_dict
 from ..core.apply import set_ln_scaling_step
 from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
-from ..core.record import is_flagged, record
+from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, record
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import layers
 from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
 
 
+def save_to_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes in the metadata that torch keeps in a state, beside its keys, what the model lacks."""
+
+    def save_to_state_dict(self: PreTrainedModel, destination: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        original(self, destination, prefix, *args, **kwargs)
+        if is_flagged(self.config) and (dropped := record(self.config).dropped) and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][MARK] = dropped.to_dict()
+
+    return save_to_state_dict
+
+
+def _require_own_state(model: PreTrainedModel, num_layers: int, there: Dropped) -> None:
+    """Refuses the state of a model of other layers, or that lacks sub-layers which this one has.
+
+    Raises:
+        CheckpointError: if so. A model without a record may be of any layers, if it has as many.
+    """
+    other = (there.layers, there.num_hidden_layers) if num_layers == len(there.kept) else ((), num_layers)
+    here = record(model.config).dropped or Dropped(*other)
+    absent = [f"{kind} {layer}" for kind in SUBLAYERS for layer in {*getattr(there, kind)} - {*getattr(here, kind)}]
+    if absent or (here.layers, here.num_hidden_layers) != (there.layers, there.num_hidden_layers):
+        raise CheckpointError(
+            f"the state_dict is that of a model of {there.num_hidden_layers} layers without {there}, but this "
+            f"{type(model).__name__} is one of {here.num_hidden_layers} without {str(here) or 'a gap'}. By their "
+            "names, weights would go to other layers, or be missing"
+        )
+
+
 def load_from_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_from_state_dict(
-        self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self: PreTrainedModel,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        if is_flagged(self.config) and record(self.config).dropped and (stack := own_stack(self)):
-            # A state has no configuration; one with more layers than the model is of another.
+        if MARK in local_metadata and (there := record({DROPPED: local_metadata[MARK]}).dropped):
+            if stack := own_stack(self):
+                _require_own_state(self, len(stack.layers), there)
+        elif is_flagged(self.config) and record(self.config).dropped and (stack := own_stack(self)):
+            # Such a state has no configuration; one with more layers than the model is of another.
             layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
             found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
             if max(found, default=0) >= len(stack.layers):
                 raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
-        return original(self, state_dict, prefix, *args, **kwargs)
+        return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
 
     return load_from_state_dict
 
