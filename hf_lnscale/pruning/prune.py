@@ -352,6 +352,9 @@ def _choose_and_heal(
         raise ArgumentError("heal", heal, problem=f"is not possible: {reason}")
     if heal == "auto":
         heal = None if reason else "refit"
+    if reason:
+        cautions = [*cautions, f"the cut is not healed: {reason}."]
+        warn(cautions[-1])
     if heal and calibration.num_sequences < 2:
         raise ArgumentError(
             "data",

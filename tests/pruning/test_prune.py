@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning
+from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning, prune
 from hf_lnscale.evaluation import evaluate
 from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.pruning import heal_fit, search
@@ -52,6 +52,16 @@ def run(*arguments, expect=0):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done.stdout + done.stderr
+
+
+def test_why_a_cut_is_not_healed():
+    """Two layers share a weight, which cannot be changed for one of them."""
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[2].mlp.down_proj.weight
+    with pytest.warns(UserWarning, match="the cut is not healed: .*down_proj"):
+        found = prune(model, ids, num_layers=1, held_out=ids, progress=False)
+    assert any(one.startswith("the cut is not healed: ") for one in found.plan.notes["cautions"])
+    assert found.plan.heal is None
 
 
 @pytest.mark.slow
