@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -73,6 +74,8 @@ def test_prune(checkpoint, text, tmp_path):
     assert "LayerNorm Scaling is active" in printed
     for word in ("layers", "parameters", "checkpoint", "perplexity", "prefill", "decode", "peak memory"):
         assert word in printed
+    # Measured once.
+    assert not re.search(r"peak memory.*%", printed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no record of the search, no temporary folder
     found = PruningPlan.load(tmp_path / "out")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
