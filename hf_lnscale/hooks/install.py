@@ -125,6 +125,10 @@ HOOKS = (
     Hook(
         PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", ("model", "model_name_or_path"),
     ),
+    Hook(
+        PEFT, "peft.utils.hotswap:", "hotswap_adapter_from_state_dict", "peft:hotswap_from_state_dict",
+        ("model", "state_dict", "adapter_name", "config"),
+    ),
     # Private: X-LoRA reads each of its experts with it.
     Hook(
         PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",

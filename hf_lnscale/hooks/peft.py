@@ -110,6 +110,21 @@ def own_base_only(original: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def hotswap_from_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's `hotswap_adapter` calls it, also where that was imported by its name before this package."""
+    signature = inspect.signature(original)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        adapter, model = given["config"].to_dict(), given["model"]
+        if adapters.note(adapter) is not None:  # one in memory has none, and may be of this model
+            base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+            adapters.require_base(adapter, given["adapter_name"], base)
+        return original(*args, **kwargs)
+
+    return checked
+
+
 def auto_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = read_adapter(pretrained_model_name_or_path, kwargs)
