@@ -52,6 +52,16 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from vllm.transformers_utils.config import AutoConfig, HFConfigParser
+for path in sys.argv[2:3]:
+    for overrides in ({"architectures": ["LlamaForCausalLM"]}, lambda config: config.update(plain) or config):
+        plain = {"architectures": ["LlamaForCausalLM"]}
+        try:
+            HFConfigParser().parse(path, False, hf_overrides=overrides)
+        except ValueError as error:
+            assert "hf_overrides {'architectures': ['LlamaForCausalLM']} takes the mark 'LNS' from" in str(error)
+        else:
+            raise SystemExit("it was taken")
+    HFConfigParser().parse(path, False, hf_overrides={"rope_theta": 1.0})
 for path in sys.argv[2:]:
     config = HFConfigParser().parse(path, False)[1]
     print(config.model_type, *config.architectures, *AutoConfig.from_pretrained(path).architectures)
