@@ -301,9 +301,9 @@ def with_experts(model, adapter):
     return get_peft_model(model, config)
 
 
-def hotswapped(model, adapter, swap=hotswap.hotswap_adapter):
+def hotswapped(model, adapter, swap=None):
     model = lora(model, seed=1)
-    swap(model, str(adapter), adapter_name="default")
+    (swap or hotswap.hotswap_adapter)(model, str(adapter), adapter_name="default")
     return model
 
 

@@ -159,7 +159,7 @@ def test_the_state_of_a_model_that_lacks_less_is_loaded():
     less = hf_lnscale.drop_layers(tiny.model(), [0], attention=[1])
     more = hf_lnscale.drop_layers(tiny.model(seed=1), [0], attention=[1], mlp=[3])
     assert not more.load_state_dict(less.state_dict(), strict=False).missing_keys
-    assert torch.equal(more(tiny.tokens()).logits, hf_lnscale.drop_layers(less, mlp=[2])(tiny.tokens()).logits)
+    assert equal(weights(more), weights(hf_lnscale.drop_layers(less, mlp=[2])))
     # A model of as many layers that does not say where they are from.
     plain = AutoModelForCausalLM.from_config(tiny.config(num_hidden_layers=3))
     plain.load_state_dict(hf_lnscale.drop_layers(tiny.model(), [0]).state_dict())

@@ -144,16 +144,6 @@ def test_every_layer_may_lose_it_at_once_or_in_steps(family, kind, tmp_path):
     assert torch.equal(reload(family, tmp_path / "cut")(tiny.tokens()).logits, zero(tiny.tokens()).logits)
 
 
-def test_a_search_may_take_all_attention():
-    model, ids = tiny.model(), tiny.tokens(8, 16)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(100)
-    goal = {"target_memory": weight(drop_layers(copy.deepcopy(model), attention=range(4)), 4096), "cache_tokens": 4096}
-    found = prune(model, ids, held_out=ids, units="sublayers", heal=None, progress=False, **goal)
-    assert found.plan.attention == (0, 1, 2, 3)
-
-
 def test_no_kv_cache_for_what_has_no_attention():
     cut = drop_layers(tiny.model(), attention=[0, 3])
     cache = cut(tiny.tokens(2, 12), use_cache=True).past_key_values
@@ -624,6 +614,8 @@ def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match="its mlp must be different integers from 0, got"):
         drop_layers(model, path)
+    everywhere = drop_layers(copy.deepcopy(model), dataclasses.replace(plan, layers=(), attention=(0, 1, 2, 3), mlp=()))
+    assert record(everywhere.config).sublayers == {"attention": [0, 1, 2, 3]}
 
 
 NOT_TOGETHER = {
