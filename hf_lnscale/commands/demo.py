@@ -12,6 +12,7 @@ import typer
 
 from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
+from ..core.json_file import to_json
 from ..core.processes import run_script
 from .quiet import quiet_transformers
 
@@ -75,7 +76,7 @@ class Demo:
                 name, started = title.partition(":")[0], time.perf_counter()
                 self.results[name] = act()
                 seconds[name] = round(time.perf_counter() - started, 1)
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+        (self.out / "results.json").write_text(to_json(self.results, indent=2) + "\n", encoding="utf-8")
         self.plot(self.out / "demo.png")
         if self.fast:
             self.say("A fast run shows that all parts work. What scaling and pruning do, hf-lnscale demo shows.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.display import one_line, rich_text
+from ..core.json_file import to_json
 from .options import AsJson, Device, Dtype
 
 
@@ -66,7 +66,7 @@ def evaluate(
         new_tokens=new_tokens, repeats=repeats, placement=Placement(dtype, device),
     )  # fmt: skip
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(to_json(found.to_dict(), indent=2))
     elif as_markdown:
         print(found.markdown())
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.display import one_line
+from ..core.json_file import to_json
 from .options import (
     AsJson,
     BatchSize,
@@ -105,7 +105,7 @@ def prune(
     )  # fmt: skip
     plan = found.plan
     if as_json:
-        print(json.dumps({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
+        print(to_json({"path": str(out), **dataclasses.asdict(plan)}, indent=2))
         return
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:

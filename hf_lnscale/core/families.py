@@ -368,8 +368,10 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     )
 
 
-def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
+def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Family:
     """The row of a model's text decoder, if it can lose its "attention" or its "mlp" alone, as `kind` says.
+
+    A refusal speaks of `argument`.
 
     Raises:
         UnsupportedArchitectureError: if it cannot; the message says why.
@@ -383,7 +385,7 @@ def require_sublayer(config: PreTrainedConfig, kind: str) -> Family:
         )
     if reason:
         raise UnsupportedArchitectureError(
-            f"drop_{kind} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
+            f"{argument} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
             "drop_layers"
         )
     return family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,30 @@ def parse(text: str) -> Any:
         return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A JSON text that every reader takes: "Infinity", "-Infinity" and "NaN" are strings in it, which `number_of` reads
+    again; as numbers, Python alone writes and reads them.
+
+    Args:
+        value: of what `json.dumps` takes.
+        options: of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number_of(value: Any) -> Any:
+    """The number that `to_json` wrote as a string; anything else as it is."""
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:

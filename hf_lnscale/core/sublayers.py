@@ -66,8 +66,8 @@ def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None
     for name in (path, *norms):
         if submodule(layer, name) is None:
             raise UnsupportedArchitectureError(
-                f"drop_{kind}: layer {position} ({type(layer).__name__}) has no {name!r}; whole layers can go: "
-                "drop_layers"
+                f"the {kind} of layer {position} ({type(layer).__name__}) cannot be taken out: there is no {name!r}. "
+                "Whole layers can go: drop_layers"
             )
     put(layer, path, absent(kind, position))
     for name in norms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import platform
@@ -24,6 +23,7 @@ from ..checkpoints.folders import EVALUATION_FILE, public_name, write_atomically
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
 from ..core.display import markdown, markdown_text, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
+from ..core.json_file import to_json
 from ..measuring.text import documents, window_length
 from .abilities import QUESTIONS, Continuations, ability_results
 from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
@@ -92,7 +92,7 @@ class Evaluation:
             ArgumentError: for any other path.
         """
         path = report_path(path)
-        text = self.markdown() if path.suffix == ".md" else json.dumps(self.to_dict(), indent=2)
+        text = self.markdown() if path.suffix == ".md" else to_json(self.to_dict(), indent=2)
         write_atomically(path, text + "\n")
         return path
 

@@ -115,6 +115,22 @@ def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: A
     return record.unprotect(found)
 
 
+def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
+    """Of the constructor: its keywords mean the same in any order."""
+    drops = pop_drops(kwargs)
+    original(self, *args, **kwargs)
+    set_drops(self, drops)
+    set_ln_scaling(self, ln_scaling)
+
+
+def update(original: Original, /, self: PreTrainedConfig, config_dict: Any, *args: Any, **kwargs: Any) -> None:
+    values = dict(config_dict)
+    drops, scaling = pop_drops(values), values.pop("ln_scaling", None)
+    original(self, values, *args, **kwargs)
+    set_drops(self, drops)
+    set_ln_scaling(self, scaling)
+
+
 def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
     """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
     found = record.record(self)

@@ -65,6 +65,9 @@ _PROPERTIES = (
 
 HOOKS = (
     *_PROPERTIES,
+    # Keywords of the constructor that are no fields of its class, and the values of a dict, are assigned one by one.
+    Hook(CONFIGURATION, _CONFIG, "__post_init__", "configuration:post_init", "self"),
+    Hook(CONFIGURATION, _CONFIG, "update", "configuration:update", "self config_dict"),
     Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", "cls config_dict"),
     Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", "self"),
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", "self json_file_path use_diff"),
@@ -97,6 +100,9 @@ HOOKS = (
         "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
     ),
     Hook(
+        MODELS, _MODEL, "_save_to_state_dict", "readers:save_to_state_dict", "self destination prefix keep_vars"
+    ),
+    Hook(
         MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters", "self model"
     ),
     Hook(
@@ -112,6 +118,10 @@ HOOKS = (
     Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", "cls model model_id"),
     Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", "self model_id"),
     Hook(PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", "model model_name_or_path"),
+    Hook(
+        PEFT, "peft.utils.hotswap:", "hotswap_adapter_from_state_dict", "peft:hotswap_from_state_dict",
+        "model state_dict adapter_name config",
+    ),
     # Private: X-LoRA reads each of its experts with it.
     Hook(
         PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",

@@ -84,6 +84,16 @@ def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
+def hotswap_from_state_dict(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `hotswap_adapter` calls it, also where that was imported by its name before this package."""
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    adapter, model = given["config"].to_dict(), given["model"]
+    if adapters.note(adapter) is not None:  # one in memory has none, and may be of this model
+        base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+        adapters.require_base(adapter, given["adapter_name"], base)
+    return original(*args, **kwargs)
+
+
 def auto_adapter(original: Original, /, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     adapter = read_adapter(pretrained_model_name_or_path, kwargs)
     with warnings.catch_warnings():

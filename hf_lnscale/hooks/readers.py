@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.modeling_utils import load_state_dict
 from ..core.apply import set_ln_scaling_step
 from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
-from ..core.record import is_flagged, record
+from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, record
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import layers
 from .configuration import saved_config
@@ -29,16 +30,52 @@ from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
 
 
+def save_to_state_dict(
+    original: Original, /, self: PreTrainedModel, destination: Any, prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    """Notes in the metadata that torch keeps in a state, beside its keys, what the model lacks."""
+    original(self, destination, prefix, *args, **kwargs)
+    if (dropped := record(self.config).dropped) and hasattr(destination, "_metadata"):
+        destination._metadata[prefix[:-1]][MARK] = dropped.to_dict()
+
+
 def load_from_state_dict(
-    original: Original, /, self: PreTrainedModel, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    original: Original,
+    /,
+    self: PreTrainedModel,
+    state_dict: Any,
+    prefix: str,
+    local_metadata: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    if record(self.config).dropped and (stack := own_stack(self)):
-        # A state has no configuration; one with more layers than the model is of another.
+    if MARK in local_metadata and (there := record({DROPPED: local_metadata[MARK]}).dropped):
+        if stack := own_stack(self):
+            _require_own_state(self, len(stack.layers), there)
+    elif record(self.config).dropped and (stack := own_stack(self)):
+        # Such a state has no configuration; one with more layers than the model is of another.
         layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
         found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
         if max(found, default=0) >= len(stack.layers):
             raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
-    return original(self, state_dict, prefix, *args, **kwargs)
+    return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+def _require_own_state(model: PreTrainedModel, num_layers: int, there: Dropped) -> None:
+    """Refuses the state of a model of other layers, or that lacks sub-layers which this one has.
+
+    Raises:
+        CheckpointError: if so. A model without a record may be of any layers, if it has as many.
+    """
+    other = (there.layers, there.num_hidden_layers) if num_layers == len(there.kept) else ((), num_layers)
+    here = record(model.config).dropped or Dropped(*other)
+    absent = [f"{kind} {layer}" for kind in SUBLAYERS for layer in {*getattr(there, kind)} - {*getattr(here, kind)}]
+    if absent or (here.layers, here.num_hidden_layers) != (there.layers, there.num_hidden_layers):
+        raise CheckpointError(
+            f"the state_dict is that of a model of {there.num_hidden_layers} layers without {there}, but this "
+            f"{type(model).__name__} is one of {here.num_hidden_layers} without {str(here) or 'a gap'}. By their "
+            "names, weights would go to other layers, or be missing"
+        )
 
 
 def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
@@ -111,10 +148,20 @@ def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a checkpoint whose tensors are about to be added to those of another that was cut or folded otherwise."""
-    first, second = (record(AutoConfig.from_pretrained(one, **where)) for one in (name, delta))
-    layers_of = [one.dropped and (one.dropped.layers, one.dropped.num_hidden_layers) for one in (first, second)]
-    if layers_of[0] != layers_of[1] or first.folded != second.folded:
+    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
+
+    Raises:
+        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way; or if the
+            second lacks sub-layers of the first.
+    """
+    configs = [AutoConfig.from_pretrained(one, **where) for one in (name, delta)]
+    first, second = map(record, configs)
+    # Models that lack none need not count their layers.
+    differ = (first.dropped or second.dropped) and operator.ne(*map(layers.original_layers, configs))
+    lacking = [(kind, set(gone) - set(first.sublayers.get(kind, ()))) for kind, gone in second.sublayers.items()]
+    if not differ and (names := [f"{kind} of layers {sorted(gone)}" for kind, gone in lacking if gone]):
+        raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
+    if differ or first.folded != second.folded:
         raise ArgumentError(
             "delta",
             delta,

@@ -34,7 +34,7 @@ from ..core.record import known_text, remember_source
 from ..core.stack import Stack, text_stack
 from ..core.sublayers import Unit, missing
 from ..core.warnings import warn
-from ..measuring.known_text import caution, sequences_of, sketch
+from ..measuring.known_text import caution, sequences_of, share_known, sketch
 from ..measuring.losses import SourceLosses, layer_of, perplexity_of
 from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
@@ -190,6 +190,9 @@ class Healer:
                     "healing is fitted to and judged on one kind of text alone, and may do harm on others: `tokenizer` "
                     "is not given, which other text could be put beside these token ids with"
                 )
+        # Held-out data may be fitted data under another name.
+        names, text = self.judged.weights.keys() - self.fitted.weights.keys(), sketch(self.fitted)
+        self._fitted_too = {name for name in names if share_known(text, sequences_of(self.judged.only(name)))}
         self._halves = SplitModel(model)
         self._changed: list[Copy] = []
         self.forget()
@@ -289,6 +292,8 @@ class Healer:
     ) -> HealedSource:
         weight = self.fitted.weights.get(name, 0.0)
         unseen = None if left_out is None else perplexity_of(before.of[name].mean + left_out)
+        if not weight and name not in self._fitted_too:
+            unseen = perplexity_of(after.of[name].mean)
         return HealedSource(
             weight=weight,
             perplexity_full=perplexity_of(full.of[name].mean),
@@ -296,7 +301,7 @@ class Healer:
             perplexity_after=perplexity_of(after.of[name].mean),
             change=after.of[name].mean - before.of[name].mean,
             change_error=after.of[name].error(before.of[name]),
-            perplexity_left_out=unseen if weight else perplexity_of(after.of[name].mean),
+            perplexity_left_out=unseen,
         )
 
 

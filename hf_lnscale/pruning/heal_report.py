@@ -78,7 +78,8 @@ class HealedSource:
         change_error: its standard error over sequences; None if there is one only.
         perplexity_left_out: estimate of `perplexity_after` for a fit without this source (the changes that each step's
             fit to the other sources makes, added up): what text that was never fitted can expect. It is
-            `perplexity_after` where `weight` is 0, and None if this is the only source or it was not asked for.
+            `perplexity_after` where `weight` is 0, and None if this is the only source, if it was not asked for, or if
+            fitted text was judged under another name.
     """
 
     weight: float

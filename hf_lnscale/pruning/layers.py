@@ -30,21 +30,22 @@ from ..core.warnings import warn
 from .plan import PruningPlan
 
 
-def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers") -> list[int]:
+def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers", least: int = 1) -> list[int]:
     """Reads a list of layers to drop.
 
     Args:
         layers: indices; negative ones count from the end.
         num_layers: layers that there are, L.
         argument: the name to complain under.
+        least: layers that must be left; 0 where the layers stay, and lose a part.
 
     Returns:
         Sorted positions, each in 0 ... L - 1.
 
     Raises:
-        ValueError: for indices that are not integers, out of range or given twice, or if no layer would be left.
+        ValueError: for indices that are not integers, out of range or given twice, or if too few layers would be left.
     """
-    valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once, and not all of them"
+    valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once" + ", and not all of them" * least
     # An array without dimensions has an __iter__ that raises.
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
         raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
@@ -62,7 +63,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         if index in found:
             raise ValueError(f"{argument}: layer {index} is given twice in {list(layers)!r}; {valid}")
         found.append(index)
-    if len(found) == num_layers:
+    if len(found) > num_layers - least:
         raise ValueError(f"{argument}: {list(layers)!r} are all {num_layers} layers; {valid}")
     return sorted(found)
 
@@ -89,7 +90,7 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
                 f"hf_lnscale.heal(model, plan, data) and then hf_lnscale.drop_layers(model, {gone}); or use "
                 "`hf-lnscale prune`."
             )
-        return normalize_layers(value.layers, num_layers)
+        return normalize_layers(value.layers, num_layers, "drop_layers: the plan")
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = operator.index(value)
         if not 1 <= value < num_layers:
@@ -290,8 +291,17 @@ class Cut:
         return bool(self.layers or self.attention or self.mlp)
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, layers: Any = None, attention: Any = None, mlp: Any = None) -> Cut:
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        layers: Any = None,
+        attention: Any = None,
+        mlp: Any = None,
+        named: str = "drop_{}",
+    ) -> Cut:
         """Reads values of the arguments `drop_layers`, see `layers_to_drop`, `drop_attention` and `drop_mlp`.
+
+        `named` makes the names of the last two for errors, of "attention" and "mlp".
 
         Raises:
             ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
@@ -299,30 +309,37 @@ class Cut:
         """
         if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
             layers = PruningPlan.load(layers)
+        typed = {"drop_layers": layers, named.format("attention"): attention, named.format("mlp"): mlp}
         if isinstance(layers, PruningPlan):
-            attention = _or_planned(attention, layers, "attention")
-            mlp = _or_planned(mlp, layers, "mlp")
+            attention = _or_planned(attention, layers, "attention", named)
+            mlp = _or_planned(mlp, layers, "mlp", named)
         whole = set(layers_to_drop(layers, config))
         before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
         given = {
-            kind: set() if value is None else set(_sublayers_to_drop(value, kind, config, before[kind]))
+            kind: set()
+            if value is None
+            else set(_sublayers_to_drop(value, kind, config, before[kind], named.format(kind)))
             for kind, value in (("attention", attention), ("mlp", mlp))
         }
         whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
-        if whole:  # perhaps all of them
-            normalize_layers(whole, text_config(config).num_hidden_layers)
+        if len(whole) == (num_layers := text_config(config).num_hidden_layers):
+            names = [name for name, value in typed.items() if value is not None]
+            raise ValueError(
+                f"{' and '.join(names)}: nothing would be left of {num_layers} layers; a layer without attention and "
+                "MLP is dropped"
+            )
         text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
         sublayers = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
         return cls(tuple(sorted(whole)), **sublayers, text=text)
 
 
-def _or_planned(value: Any, plan: PruningPlan, kind: str) -> Any:
+def _or_planned(value: Any, plan: PruningPlan, kind: str, named: str) -> Any:
     """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says."""
     planned = list(getattr(plan, kind)) or None
     if planned and value is not None:
         raise ValueError(
-            f"drop_{kind}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all three "
-            "lists without it"
+            f"{named.format(kind)}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all "
+            "three lists without it"
         )
     return planned if value is None else value
 
@@ -337,18 +354,17 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
     for kind in SUBLAYERS:
         for layer in range(text_config(config).num_hidden_layers):
             with suppress(ValueError):
-                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set())]
+                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set(), "units")]
     if not found:
-        require_sublayer(config, "attention")
+        require_sublayer(config, "attention", "units='sublayers'")
     touched = {at for positions in record(config).sublayers.values() for at in positions}
     return [unit for unit in found if unit[1] not in touched]
 
 
-def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int]) -> list[int]:
-    argument = f"drop_{kind}"
-    require_sublayer(config, kind)
+def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int], argument: str) -> list[int]:
+    require_sublayer(config, kind, argument)
     text = text_config(config)
-    found = normalize_layers(value, text.num_hidden_layers, argument)
+    found = normalize_layers(value, text.num_hidden_layers, argument, least=0)
     if absent := before.intersection(found):
         raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
     if kind == "attention":
@@ -518,7 +534,7 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
             sub-layers cannot be taken out.
     """
     stack = text_stack(model)
-    cut = Cut.of(stack.model.config, layers, attention, mlp)
+    cut = Cut.of(stack.model.config, layers, attention, mlp, named="{}")
     if not cut:
         return model
     require_droppable(model, stack, cut)

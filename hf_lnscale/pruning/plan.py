@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from ..checkpoints.folders import write_atomically
 from ..core.display import brief, with_error
 from ..core.errors import ArgumentError
 from ..core.families import text_config
-from ..core.json_file import are_layers, is_positive, read_object
+from ..core.json_file import are_layers, is_positive, number_of, read_object, to_json
 from ..core.record import SUBLAYERS, KnownText, record
 from ..core.sublayers import Unit
 
@@ -128,7 +127,7 @@ class PruningPlan:
         if path.is_dir() or path.suffix != ".json":
             path.mkdir(parents=True, exist_ok=True)
             path = path / PLAN_FILE
-        write_atomically(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
+        write_atomically(path, to_json({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
         return path
 
     @classmethod
@@ -183,6 +182,8 @@ def read_plan(path: Any) -> PruningPlan:
             raise ValueError(f"it has no {min(missing)}")
         if not are_layers(values["layers"]):
             raise ValueError(f"its layers must be different integers from 0, got {brief(values['layers'])}")
+        for name in {"perplexity", "errors"} & values.keys():
+            values[name] = {one: number_of(value) for one, value in values[name].items()}
         figures = values.get("perplexity", {})
         if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
             raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")

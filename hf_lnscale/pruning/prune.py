@@ -346,6 +346,9 @@ def _choose_and_heal(
         raise ArgumentError("heal", heal, problem=f"is not possible: {reason}")
     if heal == "auto":
         heal = None if reason else "refit"
+    if reason:
+        cautions = [*cautions, f"the cut is not healed: {reason}."]
+        warn(cautions[-1])
     if heal and calibration.num_sequences < 2:
         raise ArgumentError(
             "data",
@@ -461,12 +464,13 @@ def _rows(
     for name in ("prefill", "decode") if costs else ():
         speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
         figures.append((f"{name}, tokens/s", speeds, str))
-    if costs:
-        figures.append(("peak memory", [cost.peak_bytes for cost in costs], show_bytes))
     rows = [
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
         for name, (old, new), show in figures
     ]
+    if costs:  # a single measurement each, hence without a percentage
+        before, after = (show_bytes(cost.peak_bytes) for cost in costs)
+        rows.append(("peak memory", before, after, ""))
     judged = (("held out", "after"), ("healed", "healed"))
     found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):

@@ -12,7 +12,6 @@ residual stream (place i is before layer i, place L after the last layer).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from transformers.utils import logging
 
 from ..checkpoints.folders import public_name
 from ..core.display import as_text, terminal
-from ..core.json_file import read_object
+from ..core.json_file import number_of, read_object, to_json
 from ..core.stack import Stack, text_stack
 from ..measuring.angles import BlockAngles, cosine_distance
 from ..measuring.losses import loss_gradient, sweep
@@ -113,7 +112,7 @@ class LayerScores:
             name: getattr(self, name) for name in ("method", "model", "num_layers", "tokens", "baseline", "data")
         }
         content["scores"] = _without_nan(self.scores.tolist())
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerScores:
@@ -131,7 +130,7 @@ class LayerScores:
             if scores.shape != (len(rows),) * (2 if content["method"] == "angular" else 1):
                 raise KeyError("scores")
             about = {name: content[name] for name in ("method", "model", "data", "baseline", "tokens")}
-            return cls(scores=scores, **about)
+            return cls(scores=scores, **about | {"baseline": number_of(about["baseline"])})
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no layer scores: {error}") from None
 
@@ -399,4 +398,4 @@ def _without_nan(value: Any) -> Any:
 def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nan(part) for part in value]
-    return math.nan if value is None else value
+    return math.nan if value is None else number_of(value)

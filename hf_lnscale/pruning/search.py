@@ -117,7 +117,7 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     require_possible(goal, total)
     params = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cache_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else [0] * total
+    cache_L, counter_L = cache_bytes(stack, cache_tokens, cache_batch) if cache_tokens else ([0] * total,) * 2
 
     @functools.cache
     def size_of(unit: Unit) -> tuple[int, int, int]:
@@ -126,6 +126,8 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         modules = parts(whole, stack.family, unit[0]) if isinstance(unit, tuple) else [whole]
         held = [p for module in modules for p in module.parameters()]
         cache = 0 if unit == ("mlp", layer) else cache_L[layer]
+        if unit == ("attention", layer):  # the tokens are still counted
+            cache -= counter_L[layer]
         return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held), cache
 
     def sizes(dropped: Sequence[Unit]) -> dict[str, Any]:
@@ -166,8 +168,9 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     )
 
 
-def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
-    """The size of each layer's KV cache in bytes, extrapolated from a cache of a few tokens.
+def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[int]]:
+    """The size of each layer's KV cache in bytes, extrapolated from a cache of a few tokens, and what each would have
+    left without attention: one number for each token, see `AbsentAttention`.
 
     A layer of linear attention has a state of constant size, and the cache of a sliding window stops growing.
 
@@ -176,11 +179,11 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
         batch: number of sequences.
     """
     probe = 3
-    device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    ids = torch.zeros(1, probe, dtype=torch.long, device=device)
+    embedding: torch.Tensor = stack.model.get_input_embeddings().weight  # type: ignore[assignment]
+    ids = torch.zeros(1, probe, dtype=torch.long, device=embedding.device)
     with torch.no_grad():
         (cache,) = kv_cache(stack.model(input_ids=ids, use_cache=True)).values()
-    found = []
+    found, counters = [], []
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
         total = 0
@@ -189,7 +192,8 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> list[int]:
             grows = tensor.dim() == 4 and tensor.shape[-2] == probe
             total += size * min(tokens, window or tokens) // probe if grows else size
         found.append(total * batch)
-    return found
+        counters.append(embedding.element_size() * min(tokens, window or tokens) * batch)
+    return found, counters
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,6 @@ Training on a text teaches any model that text. Only the gap to the whole model 
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..checkpoints.folders import public_name, write_atomically
-from ..core.json_file import read_object
+from ..core.json_file import number_of, read_object, to_json
 from .trainer import RecipeTrainer, Rows
 
 CONTROL_FILE = "control.json"
@@ -57,7 +56,10 @@ class Control(TrainerCallback):
                     f"{self.length} steps and epochs; keep it, or choose another --output_dir"
                 )
             for who, texts in kept["rows"].items():
-                self.rows[who] = {text: Rows(*map(torch.tensor, found)) for text, found in texts.items()}
+                self.rows[who] = {
+                    text: Rows(*(torch.tensor([number_of(one) for one in part]) for part in found))
+                    for text, found in texts.items()
+                }
             return
         arguments = copy.copy(trainer.args)
         arguments.eval_on_start, arguments.load_best_model_at_end, arguments.report_to = False, False, []
@@ -89,7 +91,7 @@ class Control(TrainerCallback):
                 for who, texts in self.rows.items()
             }
             found = {"whole": public_name(self.name), "trained": self.trained, "length": self.length, "rows": rows}
-            write_atomically(self.path, json.dumps(found) + "\n")
+            write_atomically(self.path, to_json(found) + "\n")
 
     def metrics(self) -> Iterator[tuple[str, Any]]:
         """The whole model's losses, and the gaps to them before the training and after it, with standard errors.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from enum import Enum
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from .._version import __version__
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
 from ..core.display import Markdown, one_line, show_bytes, with_error
+from ..core.json_file import to_json
 from ..core.record import record
 from ..evaluation.speed import peak_memory
 from ..measuring.losses import perplexity_of
@@ -109,7 +109,7 @@ def write_report(
         settings = _resolved(trainer, model, given)
         _card(recipe, model, metrics, settings, command, pictures).save(folder / "README.md")
         # Last: with it, the run is finished.
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (folder / "metrics.json").write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
         shown = "".join(f", {one}" for one in pictures)
         print(f"wrote {one_line(folder)}: the model, README.md, metrics.json{shown}")
     trainer.accelerator.wait_for_everyone()

@@ -27,6 +27,7 @@ from versions import BUILD, ROOT, run
 
 import hf_lnscale
 from hf_lnscale.checkpoints.export import export, read_info
+from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.measuring import sample
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -150,6 +151,17 @@ def check(home: Path, log: Path, folder: Path) -> None:
     weights = load_file(tuned / "model.safetensors")
     require_scaled(AutoModelForCausalLM.from_pretrained(tuned), weights, [1, 2, 4], tokens)
     print("SFT without layer 2: saved, reloaded", flush=True)
+
+    partial = train(home, log, folder, "partial", drop_layers=[0], drop_attention=[1], drop_mlp=[3], **chats)
+    gone = read_info(str(partial)).dropped
+    assert (gone["layers"], gone["attention"], gone["mlp"]) == ([0], [1], [3]), gone
+    loaded = AutoModelForCausalLM.from_pretrained(partial)
+    filled = load_file(export_zeros(partial, folder / "zeros") / "model.safetensors")
+    hooked = LlamaForCausalLM(tiny_config(3))
+    hooked.load_state_dict({name: value.float() for name, value in filled.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.float()(tokens).logits, hooked(tokens).logits, rtol=1e-4, atol=1e-4)
+    print("SFT without layer 0, attention of layer 1, MLP of layer 3: saved, reloaded", flush=True)
 
     folded = export(tuned, folder / "folded", progress=False)
     require_scaled(AutoModelForCausalLM.from_pretrained(folded), weights, [1, 2, 4], tokens)

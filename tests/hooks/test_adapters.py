@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -300,9 +301,9 @@ def with_experts(model, adapter):
     return get_peft_model(model, config)
 
 
-def hotswapped(model, adapter):
+def hotswapped(model, adapter, swap=None):
     model = lora(model, seed=1)
-    hotswap.hotswap_adapter(model, str(adapter), adapter_name="default")
+    (swap or hotswap.hotswap_adapter)(model, str(adapter), adapter_name="default")
     return model
 
 
@@ -317,6 +318,9 @@ OTHER_WAYS = {
     "PeftMixedModel": lambda model, adapter: PeftMixedModel.from_pretrained(model, str(adapter)).eval(),
     "PeftMixedModel, a second one": second_of_mixed,
     "hotswap_adapter": hotswapped,
+    "hotswap_adapter imported before": lambda model, adapter: hotswapped(
+        model, adapter, hotswap.hotswap_adapter.__wrapped__
+    ),
     "X-LoRA": with_experts,
 }
 
@@ -330,6 +334,14 @@ def test_other_ways_to_load_an_adapter(way, tmp_path):
         assert torch.equal(logits(found), expected)
     with pytest.raises(ValueError, match=r"was trained on a base with .*Load the base with from_pretrained\(\.\.\., "):
         load(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_an_adapter_in_memory_is_swapped_into_its_own_base(tmp_path):
+    model = lora(base(tmp_path, "both by keyword"), seed=1)
+    state = {name: torch.zeros_like(one) for name, one in peft.get_peft_model_state_dict(model).items()}
+    state = hotswap._insert_adapter_name_into_state_dict(state, adapter_name="default", parameter_prefix="lora_")
+    hotswap.hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
+    assert torch.equal(logits(model), logits(base(tmp_path, "both by keyword")))
 
 
 def test_an_adapter_that_transformers_holds(tmp_path):

@@ -131,6 +131,40 @@ def test_every_wrapper_and_every_part_of_the_state(wrap, whole):
     model.load_state_dict(model.state_dict())
 
 
+OTHER_STATES = {
+    "another layer": ({"layers": [2]}, {"layers": [1]}, "without layers 2, .*is one of 4 without layers 1"),
+    "a layer more": ({"layers": [1, 2]}, {"layers": [1]}, "without layers 1, 2, .*is one of 4 without layers 1"),
+    "another attention": ({"attention": [2]}, {"attention": [1]}, "without attention of layers 2"),
+    "the other part": ({"attention": [1]}, {"mlp": [1]}, "without attention of layers 1.* without MLPs of layers 1"),
+    "a layer, into a whole model": ({"layers": [1]}, {}, "without layers 1, .*is one of 4 without a gap"),
+    "attention, into a whole model": ({"attention": [1]}, {}, "without attention of layers 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STATES)
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_the_state_of_a_model_that_lacks_others_is_refused(case, through_a_file, tmp_path):
+    there, here, message = OTHER_STATES[case]
+    state = hf_lnscale.drop_layers(tiny.model(), **there).state_dict()
+    if through_a_file:
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model = hf_lnscale.drop_layers(tiny.model(seed=1), **here)
+    with pytest.raises(ValueError, match=f"the state_dict is that of a model of 4 layers {message}"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_the_state_of_a_model_that_lacks_less_is_loaded():
+    """Layers have the same numbers, and what is missing is left out."""
+    less = hf_lnscale.drop_layers(tiny.model(), [0], attention=[1])
+    more = hf_lnscale.drop_layers(tiny.model(seed=1), [0], attention=[1], mlp=[3])
+    assert not more.load_state_dict(less.state_dict(), strict=False).missing_keys
+    assert equal(weights(more), weights(hf_lnscale.drop_layers(less, mlp=[2])))
+    # A model of as many layers that does not say where they are from.
+    plain = AutoModelForCausalLM.from_config(tiny.config(num_hidden_layers=3))
+    plain.load_state_dict(hf_lnscale.drop_layers(tiny.model(), [0]).state_dict())
+
+
 def test_a_plain_model_loads_what_it_always_has(whole):
     """Promise 1: a model of three layers without a record takes the first three layers of any state."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, num_hidden_layers=3))
@@ -240,6 +274,8 @@ def deltas(tmp_path_factory):
         scaled = tiny.model(seed=seed, ln_scaling=True, **size)
         scaled.save_pretrained(folder / f"scaled {name}")
         hf_lnscale.fold_ln_scaling(scaled).save_pretrained(folder / f"folded {name}")
+        partial = hf_lnscale.drop_layers(tiny.model(seed=seed, **size), attention=[1])
+        partial.save_pretrained(folder / f"partial {name}")
     for path in folder.iterdir():
         tokenizer.save_pretrained(path)
     return folder
@@ -253,13 +289,19 @@ def with_delta(folder, base, delta, **flags):
 
 @pytest.mark.parametrize(
     ("base", "delta", "flags"),
-    [("base", "delta", {"drop_layers": [1]}), ("cut base", "cut delta", {}), ("scaled base", "scaled delta", {})],
+    [
+        ("base", "delta", {"drop_layers": [1]}),
+        ("cut base", "cut delta", {}),
+        ("scaled base", "scaled delta", {}),
+        ("partial base", "partial delta", {}),
+        ("partial base", "delta", {}),
+    ],
 )
 def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas):
     found = with_delta(deltas, base, delta, **flags)
     both = [AutoModelForCausalLM.from_pretrained(deltas / name).state_dict() for name in (base, delta)]
     wanted = AutoModelForCausalLM.from_pretrained(deltas / base)
-    wanted.load_state_dict({name: both[0][name] + both[1][name] for name in both[0]})
+    wanted.load_state_dict({name: both[0][name] + both[1][name] for name in both[0]})  # all that the model has
     if flags:
         del wanted.model.layers[1]
     assert equal(weights(found), weights(wanted))
@@ -272,6 +314,11 @@ def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas
 def test_a_delta_of_other_layers_or_scale_is_refused(base, delta, deltas):
     with pytest.raises(ValueError, match=r"delta .* not of the same layer, or not of the same scale"):
         with_delta(deltas, base, delta)
+
+
+def test_a_delta_that_lacks_a_sublayer_is_refused(deltas):
+    with pytest.raises(ValueError, match=r"delta .* lacks the attention of layers \[1\], which the model has"):
+        with_delta(deltas, "base", "partial delta")
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

@@ -13,14 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
+from hf_lnscale.core.record import record
 
 
 def test_axolotl_sets_the_flags_on_a_configuration(tmp_path):
     """One after the other, from `overrides_of_model_config`; then it builds a model from that, or loads one."""
     tiny.model().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    for key, value in {"drop_layers": [1], "ln_scaling": {"warmup_steps": 10, "step": 10}}.items():
+    # In the order of the plugin's FLAGS.
+    flags = {"drop_attention": [2], "drop_mlp": [3], "drop_layers": [1], "ln_scaling": {"warmup_steps": 10, "step": 10}}
+    for key, value in flags.items():
         setattr(config, key, value)
+    assert str(record(config).dropped) == "layers 1; attention of layers 2; MLPs of layers 3"
     with pytest.warns(UserWarning, match="switched on"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     for model in (loaded, AutoModelForCausalLM.from_config(config)):

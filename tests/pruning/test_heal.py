@@ -569,6 +569,16 @@ def test_a_source_of_weight_0_is_judged_alone():
     torch.testing.assert_close(logits(model, ids, [1]), logits(with_map(twin, 0, fit), ids, [1]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_fitted_text_under_another_name_is_not_held_out(same):
+    """Nor is a part of it; other text of another name is."""
+    model = speaker()
+    ids, other = text_of(model), text_of(model, seed=1)
+    report = quietly(model, [1], {"a": ids}, held_out={"b": ids[5:9] if same else other})
+    assert (report.sources["b"].perplexity_left_out is None) == same
+    assert bool(report.never_fitted) != same
+
+
 def test_a_fit_that_makes_a_source_worse_is_moved_back():
     model = speaker()
     ids, removed = text_of(model, 48), [1, 2]

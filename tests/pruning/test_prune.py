@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lnscale
 import tiny
-from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning
+from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning, prune
 from hf_lnscale.evaluation import evaluate
 from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.pruning import heal_fit, search
@@ -54,6 +55,16 @@ def run(*arguments, expect=0):
     return done.stdout + done.stderr
 
 
+def test_why_a_cut_is_not_healed():
+    """Two layers share a weight, which cannot be changed for one of them."""
+    model, ids = tiny.model(), tiny.tokens(8, 16)
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[2].mlp.down_proj.weight
+    with pytest.warns(UserWarning, match="the cut is not healed: .*down_proj"):
+        found = prune(model, ids, num_layers=1, held_out=ids, progress=False)
+    assert any(one.startswith("the cut is not healed: ") for one in found.plan.notes["cautions"])
+    assert found.plan.heal is None
+
+
 @pytest.mark.slow
 def test_prune(checkpoint, text, tmp_path):
     """Layers by count, healed: what is written is plain but for its own depths, and does what its plan says."""
@@ -63,6 +74,8 @@ def test_prune(checkpoint, text, tmp_path):
     assert "LayerNorm Scaling is active" in printed
     for word in ("layers", "parameters", "checkpoint", "perplexity", "prefill", "decode", "peak memory"):
         assert word in printed
+    # Measured once.
+    assert not re.search(r"peak memory.*%", printed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no record of the search, no temporary folder
     found = PruningPlan.load(tmp_path / "out")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.core.record import known_text, record
 from hf_lnscale.pruning.layers import droppable_units
+from hf_lnscale.pruning.search import search_target
 from oracles import decoder_layers
 
 # Of the hybrids, layers 1 and 3 alone have attention with a KV cache.
@@ -121,6 +123,27 @@ def test_equals_the_model_whose_sublayer_adds_nothing(variant, tmp_path):
     assert again.config.get_text_config().dropped_layers == cut.config.get_text_config().dropped_layers
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next", "mixtral"])
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_every_layer_may_lose_it_at_once_or_in_steps(family, kind, tmp_path):
+    full = tiny.model(family)
+    full.save_pretrained(tmp_path / "full")
+    layers = [1, 3] if (family, kind) == ("qwen3_next", "attention") else [0, 1, 2, 3]
+    lacking = {"attention": [], "mlp": []} | {kind: layers}
+    zero = zeroed(reload(family, tmp_path / "full"), **lacking, in_place=True)
+    in_steps = AutoConfig.from_pretrained(tmp_path / "full")
+    setattr(in_steps, f"drop_{kind}", layers[:1])
+    setattr(in_steps, f"drop_{kind}", layers[1:])
+    for cut in (
+        drop_layers(reload(family, tmp_path / "full"), **{kind: layers}),
+        reload(family, tmp_path / "full", **{f"drop_{kind}": layers}),
+        reload(family, tmp_path / "full", config=in_steps),
+    ):
+        assert_adds_nothing(cut, zero)
+    cut.save_pretrained(tmp_path / "cut")
+    assert torch.equal(reload(family, tmp_path / "cut")(tiny.tokens()).logits, zero(tiny.tokens()).logits)
+
+
 def test_no_kv_cache_for_what_has_no_attention():
     cut = drop_layers(tiny.model(), attention=[0, 3])
     cache = cut(tiny.tokens(2, 12), use_cache=True).past_key_values
@@ -163,6 +186,27 @@ def test_with_dropped_layers_all_three_count_the_model_that_is_loaded(tmp_path):
     assert torch.equal(
         more(tiny.tokens()).logits, drop_layers(zeroed(full, [3, 5], [4]), [0, 1, 2])(tiny.tokens()).logits
     )
+
+
+FLAGS = {"drop_layers": [1], "drop_attention": [2], "drop_mlp": [2, 3], "ln_scaling": {"depths": [1, 4, 6]}}
+
+
+@pytest.mark.parametrize("order", [list(FLAGS), list(FLAGS)[::-1]])
+@pytest.mark.parametrize("how", ["constructor", "for_model", "update", "from_dict"])
+def test_flags_given_at_once_mean_the_same_in_any_order(order, how):
+    flags = {name: FLAGS[name] for name in order}
+    plain = tiny.config(num_hidden_layers=5)
+    if how == "update":
+        config = plain
+        config.update(flags)
+    elif how == "from_dict":
+        config = tf.LlamaConfig.from_dict(plain.to_dict(), **flags)
+    else:
+        make = tf.LlamaConfig if how == "constructor" else partial(AutoConfig.for_model, "llama")
+        config = make(**flags, **{key: value for key, value in plain.to_dict().items() if key != "model_type"})
+    assert str(record(config).dropped) == "layers 1, 2; MLPs of layers 3"
+    assert record(config).active.depths == (1, 4, 6)
+    assert config.num_hidden_layers == 3
 
 
 def test_a_layer_that_loses_both_is_dropped(tmp_path):
@@ -268,7 +312,14 @@ WRONG = {
     "no list": ({"drop_mlp": 2}, "drop_mlp must be a list of layer indices, got 2"),
     "a word": ({"drop_mlp": "12"}, "drop_mlp must be a list of layer indices, got '12'"),
     "twice": ({"drop_attention": [1, -3]}, "drop_attention: layer 1 is given twice"),
-    "nothing left": ({"drop_attention": [0, 1, 2], "drop_mlp": [0, 1, 2], "drop_layers": [3]}, "are all 4 layers"),
+    "nothing left": (
+        {"drop_attention": [0, 1, 2], "drop_mlp": [0, 1, 2], "drop_layers": [3]},
+        "^drop_layers and drop_attention and drop_mlp: nothing would be left of 4 layers",
+    ),
+    "both of all": (
+        {"drop_attention": [0, 1, 2, 3], "drop_mlp": [0, 1, 2, 3]},
+        "^drop_attention and drop_mlp: nothing would be left of 4 layers",
+    ),
 }
 
 
@@ -280,19 +331,28 @@ def test_wrong_values_are_refused(case, tmp_path):
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, **keywords),
         lambda: AutoModelForCausalLM.from_config(tiny.config(), **keywords),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny.config(), **keywords),
-        lambda: drop_layers(
-            tiny.model(), *[keywords[key] for key in ["drop_layers"] if key in keywords],
-            **{key.removeprefix("drop_"): value for key, value in keywords.items() if key != "drop_layers"},
-        ),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             refused()
+    in_memory = {key.removeprefix("drop_"): value for key, value in keywords.items()}
+    with pytest.raises(ValueError, match=re.sub("drop_(attention|mlp)", r"\1", message)):
+        drop_layers(tiny.model(), **in_memory)
 
 
 def test_what_is_missing_already_is_refused():
     cut = drop_layers(tiny.model(), attention=[1])
-    with pytest.raises(ValueError, match=r"drop_attention: layers \[1\] have none; it was dropped before"):
+    with pytest.raises(ValueError, match=r"^attention: layers \[1\] have none; it was dropped before"):
         drop_layers(cut, attention=[1, 2])
+
+
+def test_a_plan_of_all_layers_is_named():
+    plan = plan_pruning(tiny.model(), tiny.tokens(8, 16), num_layers=1, progress=False)
+    for layers, parts, message in (
+        ((0, 1, 2, 3), {}, r"^drop_layers: the plan: \[0, 1, 2, 3\] are all 4 layers"),
+        ((), {"attention": (0, 1, 2, 3), "mlp": (0, 1, 2, 3)}, "^drop_layers: nothing would be left"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drop_layers(tiny.model(), dataclasses.replace(plan, layers=layers, **parts))
 
 
 FAMILIES = {
@@ -446,8 +506,8 @@ def test_what_measures_and_prunes_works_on_it():
     smaller = drop_layers(cut, plan)
     assert record(smaller.config).dropped.layers == plan.layers
     assert set(record(smaller.config).dropped.attention) == {1} - gone
-    partial = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
-    draft, expected = draft_model(partial, [2]), drop_layers(copy.deepcopy(partial), [2])
+    lacking = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
+    draft, expected = draft_model(lacking, [2]), drop_layers(copy.deepcopy(lacking), [2])
     assert torch.equal(generated(draft), generated(expected))
     (step,) = heal(drop_layers(tiny.model(), mlp=[1]), [2], ids).steps
     assert step.layer == 0
@@ -461,10 +521,11 @@ def loss_of(model, ids):
 
 
 def weight(model, cache_tokens):
-    """Parameters, or bytes with keys and values, of 2 heads of 8 numbers, of each layer with attention."""
+    """Parameters, or bytes with keys and values, of 2 heads of 8 numbers, of each layer with attention; a layer without
+    it counts each token by a number."""
     params = sum(parameter.numel() for parameter in model.parameters())
-    attending = sum(hasattr(layer.self_attn, "q_proj") for layer in decoder_layers(model))
-    return params if not cache_tokens else 4 * (params + cache_tokens * attending * 2 * 2 * 8)
+    held = [2 * 2 * 8 if hasattr(layer.self_attn, "q_proj") else 1 for layer in decoder_layers(model)]
+    return params if not cache_tokens else 4 * (params + cache_tokens * sum(held))
 
 
 @pytest.mark.parametrize("cache_tokens", [0, 4096])
@@ -505,6 +566,35 @@ def test_chosen_one_by_one_by_loss_for_what_is_saved(cache_tokens):
     assert len(plan.steps) == 3
 
 
+SIZED = {
+    "llama": (torch.bfloat16, {}),
+    "gemma2": (torch.float32, {"sliding_window": 8}),
+    "deepseek_v3": (torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("family", SIZED)
+def test_the_sizes_in_a_plan_are_those_of_the_model_without_its_units(family):
+    """Its cache as well, of more tokens than a window has, each layer's a whole one."""
+    dtype, changes = SIZED[family]
+    full = tiny.model(family, **changes).to(dtype)
+    target = search_target(full, ("max_perplexity_increase", 1.0), cache_tokens=24, cache_batch=2)
+    for layers, attention, mlp in (([2], [0], [3]), ([], [0, 1, 2, 3], []), ([1], [], [0])):
+        sizes = target.sizes([*layers, *(("attention", at) for at in attention), *(("mlp", at) for at in mlp)])
+        cut = drop_layers(copy.deepcopy(full), layers, attention=attention, mlp=mlp)
+        parameters = list(cut.parameters())
+        held = [
+            tensor
+            for layer in cut(tiny.tokens(2, 24), use_cache=True).past_key_values.layers
+            for tensor in (layer.keys, layer.values)
+        ]
+        if family == "gemma2":  # a window keeps one token less than it is wide, as the next one comes on top
+            held = [torch.zeros(*t.shape[:2], 8, t.shape[-1]) if t.shape[-2] == 7 else t for t in held]
+        assert sizes["params"][1] == sum(one.numel() for one in parameters)
+        assert sizes["weight_bytes"][1] == sum(one.numel() * one.element_size() for one in parameters)
+        assert sizes["cache_bytes"][1] == sum(one.numel() * one.element_size() for one in held)
+
+
 def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
     model, ids = tiny.loud(dtype=torch.float32), tiny.tokens(8, 16)
     goal = {"target_memory": weight(model, 4096) - 1, "cache_tokens": 4096}
@@ -523,6 +613,8 @@ def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match="its mlp must be different integers from 0, got"):
         drop_layers(model, path)
+    everywhere = drop_layers(copy.deepcopy(model), dataclasses.replace(plan, layers=(), attention=(0, 1, 2, 3), mlp=()))
+    assert record(everywhere.config).sublayers == {"attention": [0, 1, 2, 3]}
 
 
 NOT_TOGETHER = {
@@ -541,7 +633,7 @@ def test_what_does_not_go_together(case):
 
 def test_a_family_without_sublayers_is_refused_when_they_are_to_be_chosen():
     model = AutoModelForCausalLM.from_config(tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
-    with pytest.raises(ValueError, match="drop_attention is not supported for model_type 'bloom'"):
+    with pytest.raises(ValueError, match="units='sublayers' is not supported for model_type 'bloom'"):
         plan_pruning(model, tiny.tokens(8, 16), target_params=1000, units="sublayers", progress=False)
 
 
@@ -565,7 +657,7 @@ def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_tak
     ids = tiny.tokens(8, 16)
     plan = plan_pruning(tiny.model(), ids, held_out=ids, num_layers=1, progress=False)
     plan = dataclasses.replace(plan, layers=(), attention=(0,))
-    with pytest.raises(ValueError, match=r"drop_attention: \[3\] and the plan's \[0\] exclude each other"):
+    with pytest.raises(ValueError, match=r"^attention: \[3\] and the plan's \[0\] exclude each other"):
         drop_layers(tiny.model(), plan, attention=[3])
     both = drop_layers(tiny.model(), plan, mlp=[3])
     assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}

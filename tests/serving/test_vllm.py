@@ -77,6 +77,33 @@ def test_vllm_is_told_of_the_scale_and_transformers_is_not(tmp_path, run_python)
     ]
 
 
+OVERRIDDEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from vllm.transformers_utils.config import HFConfigParser
+plain = {"architectures": ["LlamaForCausalLM"]}
+for overrides in (plain, lambda config: config.update(plain) or config):
+    try:
+        HFConfigParser().parse(sys.argv[2], False, hf_overrides=overrides)
+    except ValueError as error:
+        assert "hf_overrides {'architectures': ['LlamaForCausalLM']} takes the mark 'LNS' from" in str(error)
+    else:
+        raise SystemExit("it was taken")
+    HFConfigParser().parse(sys.argv[3], False, hf_overrides=overrides)
+for overrides in ({"rope_theta": 1.0}, lambda config: config, None):
+    config = HFConfigParser().parse(sys.argv[2], False, hf_overrides=overrides)[1]
+    assert config.architectures == ["LNSLlamaForCausalLM"]
+"""
+
+
+@pytest.mark.slow
+def test_overrides_that_take_the_mark_away_are_refused(tmp_path, run_python):
+    make_vllm(tmp_path, "model")
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
+    tiny.model().save_pretrained(tmp_path / "plain")
+    run_python(OVERRIDDEN, tmp_path, tmp_path / "scaled", tmp_path / "plain", plugin=True)
+
+
 @pytest.mark.slow
 def test_another_vllm_gets_no_scaled_checkpoint(tmp_path, run_python):
     make_vllm(tmp_path, "source")
