@@ -6,7 +6,8 @@
 
 Layers are chosen and cuts repaired on the start of `--given`; its end, and the start of each of `--never`, are judged.
 A figure is the increase in perplexity over the whole model, with its standard error over windows; of the kinds never
-given it is that of the geometric mean. Peers are written anew from their papers:
+given it is that of the geometric mean. A second table has the change that healing makes to the cuts of `prune`. Peers
+are written anew from their papers:
 
 - deepest: the last layers but the very last, as Gromov et al. find simplest (arXiv 2403.17887).
 - Block Influence: one pass, lowest first (ShortGPT, arXiv 2403.03853).
@@ -33,7 +34,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale
 from hf_lnscale.core.display import markdown
+from hf_lnscale.core.record import record
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
@@ -83,7 +85,7 @@ class Data:
         self.quarter = token_batches(self.text, tokenizer=tokenizer, windows=Windows(tokens // 4, seq_len))
 
 
-def cut(model: nn.Module, gone: list[int]) -> nn.Module:
+def cut(model: nn.Module, gone: Iterable[int]) -> nn.Module:
     return hf_lnscale.drop_layers(copy.deepcopy(model), sorted(gone))
 
 
@@ -251,7 +253,12 @@ def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
     return lambda model, data, count: cut(model, score_layers(model, data.batches, method).lowest(count))
 
 
-RULES: dict[str, Callable[[Any, Data, int], nn.Module]] = {
+Rule = Callable[[Any, Data, int], nn.Module]
+PRUNE: dict[str, Rule] = {
+    "prune": lambda model, data, count: pruned(model, data.text, data, count),
+    "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
+}
+RULES: dict[str, Rule] = {
     "deepest": lambda model, data, count: cut(model, list(range(-1 - count, -1))),
     "Block Influence": one_pass("block_influence"),
     "Prune&Comp": prune_and_compensate,
@@ -262,8 +269,7 @@ RULES: dict[str, Callable[[Any, Data, int], nn.Module]] = {
     "ReplaceMe, cosine": replace_me("cosine"),
     "attention alone": attention_alone,
     "attention alone, healed": functools.partial(attention_alone, heal=True),
-    "prune": lambda model, data, count: pruned(model, data.text, data, count),
-    "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
+    **PRUNE,
 }
 
 
@@ -283,7 +289,7 @@ def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds
     error = math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
     if mean > math.log(11):
         return f"x {math.exp(mean):,.0f}"
-    return f"+{math.expm1(mean):.1%} ± {math.exp(mean) * error:.1%}"
+    return f"{math.expm1(mean):+.1%} ± {math.exp(mean) * error:.1%}"
 
 
 def main() -> None:
@@ -304,8 +310,8 @@ def main() -> None:
     name = Path(args.model).name
     found: dict[Row, dict[str, Any]] = {}
     for line in args.out.read_text().splitlines() if args.out.exists() else []:
-        record = json.loads(line)
-        found[Row(**record.pop("row"))] = record
+        measured = json.loads(line)
+        found[Row(**measured.pop("row"))] = measured
     whole = Row(name, "whole", 0, args.tokens)
     wanted = [whole, *(Row(name, rule, count, args.tokens) for count in args.layers for rule in args.rules)]
     if not args.only_tables and not set(wanted) <= set(found):
@@ -327,6 +333,9 @@ def main() -> None:
             smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
             seconds = time.process_time() - started
             found[row] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
+            if row.rule in PRUNE:
+                found[row]["dropped"] = gone = record(smaller.config).dropped.layers
+                found[row]["not_healed"] = losses(cut(model, gone), judged)
             with args.out.open("a") as file:
                 file.write(json.dumps({"row": asdict(row), **found[row]}) + "\n")
             print(row.rule, row.layers, {k: round(statistics.fmean(v), 3) for k, v in found[row]["losses"].items()})
@@ -344,6 +353,14 @@ def main() -> None:
             cells += [increase(row["losses"], base, one) if row else "" for one in ([args.given.stem], kinds)]
         table.append([rule, *cells])
     print(markdown(["rule", *(f"{n} layers, {kind}" for n in args.layers for kind in ("given", "never given"))], table))
+    table = []
+    for row in wanted:
+        if "not_healed" in found.get(row, {}):
+            healed, bare = found[row]["losses"], found[row]["not_healed"]
+            cells = [increase(healed, bare, one) for one in (*([kind] for kind in base), kinds)]
+            table.append([row.rule, str(row.layers), ", ".join(map(str, found[row]["dropped"])), *cells])
+    print("\nhealed, against the same cut not healed:\n")
+    print(markdown(["rule", "layers", "dropped", *base, "never given"], table))
 
 
 if __name__ == "__main__":

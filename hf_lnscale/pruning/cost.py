@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.display import show_bytes
 from ..core.stack import text_stack
+from ..measuring.losses import token_losses
 from ..measuring.split_model import SplitModel, logit_slices, pick_tokens, predictions
 from ..measuring.stream import eval_mode
 from ..measuring.text import Batch, TokenBatches
@@ -152,9 +153,9 @@ def estimate_cost(
 
 
 def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, float, float]:
-    """Seconds for a token in a layer, for a token in the head, and for an operation in double precision."""
+    """Seconds for a token in a layer, in the head and the loss, and for an operation in double precision."""
     short = Batch(batch.input_ids[:1, :512], batch.attention_mask[:1, :512])
-    picked_BT, _ = predictions(short)
+    picked_BT, targets_N = predictions(short)
     halves = SplitModel(model)
     times = []
     with eval_mode(model):
@@ -163,7 +164,9 @@ def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, f
             x_BTD = halves.hidden(short)
             x_BTD[0, 0, 0].item()  # waits for the device
             middle = time.perf_counter()
-            halves.logits(pick_tokens(x_BTD, picked_BT))[0, 0].item()
+            x_ND = pick_tokens(x_BTD, picked_BT)
+            for part in halves.parts(len(x_ND)):
+                token_losses(halves.logits(x_ND[part]), targets_N[part])[0].item()
             end = time.perf_counter()
             matrix = torch.ones(
                 512, features, dtype=torch.float64, device="cpu" if x_BTD.device.type == "mps" else x_BTD.device

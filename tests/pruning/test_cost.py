@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from hf_lnscale import plan_pruning
+from hf_lnscale.measuring import split_model
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning import cost
@@ -49,6 +50,18 @@ def test_the_work_of_a_search(method, heal, more):
     backward = 2 * CALIBRATION.num_tokens if method == "taylor" else 0
     assert 0.7 < said.layers / (run["layers"] + backward * L) < 1.5
     assert 0.7 < said.head / (run["head"] + backward) < 1.6
+
+
+def test_the_head_is_timed_with_its_loss_in_the_parts_that_are_run(monkeypatch):
+    model = tiny.model(num_hidden_layers=2, vocab_size=300)
+    ran, lost = [], []
+    model.lm_head.register_forward_hook(lambda _, __, logits: ran.append(logits[..., 0].numel()))
+    whole = cost.token_losses
+    monkeypatch.setattr(cost, "token_losses", lambda *given: lost.append(len(given[0])) or whole(*given))
+    monkeypatch.setattr(split_model, "_MAX_LOGITS", 6 * 300)
+    cost._unit_times(model, CALIBRATION.batches[0], 48)
+    # The first 16 tokens, 15 of them followed by another; twice, as the first run is slower.
+    assert ran == lost == [6, 6, 3] * 2
 
 
 def test_memory_and_words(caplog, monkeypatch):
