@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..core.config import is_integer
+from ..core.display import brief
 from ..core.json_file import parse
 
 # The source of data that is not text.
@@ -282,14 +283,14 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
     sources: dict[str, tuple[str, float]] = {}
     for argument in arguments:
         name, path, weight = "", argument, 1.0
-        if not Path(argument).is_file():
+        if not os.path.isfile(argument):
             head, equals, tail = argument.partition("=")
             if equals and not set(head) & set("/\\"):
                 name, path = head, tail
                 if not name:
                     raise ValueError(f"data: {argument!r} has no name before '='; {valid}")
             front, colon, number = path.rpartition(":")
-            if colon and not Path(path).is_file():
+            if colon and not os.path.isfile(path):
                 with suppress(ValueError):  # no number: a part of the path
                     path, weight = front, float(number)
         name = name or Path(path).stem
@@ -361,8 +362,10 @@ def require_file(data: Any) -> None:
     if isinstance(data, Mapping):
         for value in data.values():
             require_file(value[0] if _is_weighted(value) else value)
-    if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
-        raise FileNotFoundError(f"data: there is no file {str(data)!r} (a text itself must be in a list: data=['...'])")
+    # Not Path.is_file(), which fails on a name that is too long, as that of a whole text is.
+    if isinstance(data, (str, os.PathLike)) and not os.path.isfile(data):
+        name = brief(os.fspath(data))
+        raise FileNotFoundError(f"data: there is no file {name} (a text itself must be in a list: data=['...'])")
 
 
 def _file_rows(path: Path) -> Iterator[Any]:
