@@ -12,7 +12,7 @@ from torch import nn
 from .config import LNScalingConfig, is_integer
 from .families import UnsupportedArchitectureError, family_of, text_config
 from .norm import ScaledNorm, scale_norm, scale_parameter, scaled_classes, unscale_norm, unscale_parameter, write_scale
-from .record import FOLDED, get_ln_scaling, record, set_ln_scaling, write
+from .record import FOLDED, get_ln_scaling, record, require_valid, set_ln_scaling, write
 from .stack import Stack, own_stack, pretrained_modules, text_stack
 from .sublayers import missing, take_out
 
@@ -34,6 +34,8 @@ def apply_from_config(model: PreTrainedModel) -> None:
     for stack in stacks:
         own = record(stack.model.config)
         for kind, positions in own.sublayers.items():
+            if positions[-1] >= len(stack.layers):
+                require_valid(stack.model.config)  # num_hidden_layers was changed
             for position in positions:
                 if kind not in missing(stack.layers[position], stack.family):
                     take_out(stack.layers[position], stack.family, kind, position)

@@ -51,8 +51,8 @@ HOOKED = {
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
     (modeling_utils, "safe_save_file"),
-    (PreTrainedModel, "_load_from_state_dict"),
     (PreTrainedModel, "_save_to_state_dict"),
+    (PreTrainedModel, "_load_from_state_dict"),
     (AveragedModel, "update_parameters"),
     (DefaultLoadPlanner, "set_up_planner"),
     (PeftAdapterMixin, "load_adapter"),
@@ -191,7 +191,7 @@ def test_disable_does_not_undo_another_library(monkeypatch):
 
 # What each hook relies on. A failure here says: transformers changed, read hooks/install.py again.
 SIGNATURES = {
-    (PreTrainedConfig, "__post_init__"): ["self"],
+    (PreTrainedConfig, "__post_init__"): ["self", "kwargs"],
     (PreTrainedConfig, "update"): ["self", "config_dict"],
     (PreTrainedConfig, "from_dict"): ["cls", "config_dict", "kwargs"],
     (PreTrainedConfig, "to_dict"): ["self"],
@@ -211,8 +211,8 @@ SIGNATURES = {
         "expected_keys",
     ],
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
-    (PreTrainedModel, "_load_from_state_dict"): ["self", "state_dict", "prefix"],
     (PreTrainedModel, "_save_to_state_dict"): ["self", "destination", "prefix", "keep_vars"],
+    (PreTrainedModel, "_load_from_state_dict"): ["self", "state_dict", "prefix"],
     (AveragedModel, "update_parameters"): ["self", "model"],
     (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],

@@ -345,6 +345,13 @@ def test_what_is_missing_already_is_refused():
         drop_layers(cut, attention=[1, 2])
 
 
+def test_a_number_of_layers_that_was_changed_afterwards():
+    config = tiny.config(drop_attention=[3])
+    config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="which leaves 4 layers, but num_hidden_layers is 2"):
+        AutoModelForCausalLM.from_config(config)
+
+
 def test_a_plan_of_all_layers_is_named():
     plan = plan_pruning(tiny.model(), tiny.tokens(8, 16), num_layers=1, progress=False)
     for layers, parts, message in (
