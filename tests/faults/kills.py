@@ -158,7 +158,8 @@ def verbs() -> dict[str, Verb]:
     def convert(out: Path) -> None:
         smollm2.cached_assets_path = lambda **names: out.parent
         with leaving_on_sigterm("demo"):
-            smollm2.convert_smollm2()
+            if not smollm2.smollm2_folder().is_dir():  # as the demo does
+                smollm2.convert_smollm2()
 
     def train(out: Path) -> list[Any]:
         words = [*recipe.SMALL, "--save_steps", "2", "--num_samples", "0", "--resume_from_checkpoint", "true"]
