@@ -288,7 +288,7 @@ def test_prune_that_finds_no_layer_writes_nothing(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sharp", "text.txt"]
 
 
-@pytest.mark.parametrize("goal", [{"num_layers": 2}, {"max_perplexity_increase": 0.5}])
+@pytest.mark.parametrize("goal", [{"num_layers": 2}, {"max_perplexity_increase": 9.0}])  # all that can go
 def test_no_set_is_healed_twice(goal, monkeypatch):
     """What the search ends with is healed in place: the fit of the proposal that won is kept, bit for bit."""
     healings = []
