@@ -147,6 +147,17 @@ def loud(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: A
     return built.to(dtype)
 
 
+def speaker(family: str = "llama", **changes: Any) -> PreTrainedModel:
+    """One in float64 whose layers and logits are large enough for a missing layer to matter to what it says."""
+    built = model(family, **changes).double()
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if parameter.dim() >= 2 and "norm" not in name:
+                parameter.mul_(4.0)
+        built.get_output_embeddings().weight.mul_(2.0)
+    return built
+
+
 def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -158,6 +169,21 @@ def randomize_norms(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def said_by(speaker: torch.nn.Module, sequences: int = 64, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Token ids (B, T) that a model says itself, so that whatever makes it differ from itself raises the loss.
+
+    Every release of torch draws the same numbers with torch.rand, but not the same tokens with torch.multinomial.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(3, 90, (sequences, 1), generator=generator)
+    while ids_BT.shape[1] < length:
+        shares_BV = speaker(input_ids=ids_BT, use_cache=False).logits[:, -1].double().softmax(-1)
+        drawn_B1 = torch.rand(sequences, 1, dtype=torch.float64, generator=generator)
+        ids_BT = torch.cat([ids_BT, torch.searchsorted(shares_BV.cumsum(-1), drawn_B1)], dim=1)
+    return ids_BT
 
 
 def write_gguf(built: PreTrainedModel, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Folders that appear under their name when they are complete, and the names by which others may know them.
 
-A folder is written into a hidden one beside it, `.NAME.PID.partial`, which holds a lock for as long as its process
+A folder is written into a hidden one beside it, `.NAME.XXXXXXXX.partial`, which holds a lock for as long as its process
 lives. What a killed process leaves is found by that lock: the next run for the same folder removes it, and puts back a
 folder that was being replaced.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import tempfile
@@ -116,9 +117,14 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
             raise PathExistsError(
                 "out", str(target), problem=f"was filled meanwhile and is left alone; the result is in {kept}"
             )
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(partial, target)
+        try:
+            if target.exists():
+                os.replace(target, replaced)
+            os.replace(partial, target)
+        except BaseException:  # SIGTERM among them, which can also come right after either
+            if replaced.exists() and not target.exists():
+                os.replace(replaced, target)
+            raise
 
 
 @contextmanager
@@ -126,22 +132,27 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside a file or folder to be; if this process is killed, the next for that target removes it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_killed_runs(target)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
-    scratch.mkdir()
+    scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     lock = FileLock(scratch / ".lock")
-    lock.acquire()
-    try:
+    with contextlib.ExitStack() as cleanup:
+        # Twice, and before it is made: SIGTERM can come amid either.
+        for _ in range(2):
+            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+        cleanup.callback(lock.release)
+        scratch.mkdir()
+        lock.acquire()
         yield scratch
-    finally:
-        _remove(scratch, lock, target)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is complete whenever it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _clean_up_after_killed_runs(target: Path) -> None:

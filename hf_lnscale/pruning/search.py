@@ -260,7 +260,7 @@ def search_layers(
 
     chosen: dict[str, Any] = {"layers": [], "perplexity": before}
     used: list[dict[str, Any]] = []
-    outside = 0
+    outside, fit = 0, None
     bar = logging.tqdm(
         total=target.words.get("num_layers"), desc=f"Dropping layers ({how['search']})", disable=not progress
     )
@@ -285,6 +285,7 @@ def search_layers(
                 continue
             bar.update(len(step["layers"]) - len(chosen["layers"]))
             chosen, outside = step, 0
+            fit = healer.fit if healer else None  # larger sets that are tried have others
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(step["layers"]))
 
     layers, gone = tuple(sorted(chosen["layers"])), units_of(chosen)
@@ -311,6 +312,7 @@ def search_layers(
     )
     if not (healer and gone):
         return plan, None
+    healer.fit = fit
     report = healer.heal(gone, progress)
     try:
         healed = _figures(losses_by_source(model, judged, gone), whole)

@@ -1,6 +1,7 @@
 """Output folders: complete or absent, nothing of others deleted, and what a killed run leaves found by the next."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lnscale.checkpoints.folders import atomic_directory, require_free
+from hf_lnscale.checkpoints.folders import atomic_directory, require_free, write_atomically
 
 
 def write(target, force=False, content="new"):
@@ -84,6 +85,37 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         raise KeyError
     assert (target / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "nth", "found"),
+    [(Path, "mkdir", 2, "old"), (os, "replace", 1, "old"), (os, "replace", 2, "new"), (shutil, "rmtree", 1, "new")],
+)
+def test_sigterm_leaves_one_or_the_other(owner, name, nth, found, tmp_path, monkeypatch):
+    """It raises SystemExit anywhere: here, right after a folder is made, after a rename, or amid the removal."""
+    target, original, calls = checkpoint(tmp_path / "out"), getattr(owner, name), []
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if name != "rmtree" or len(calls) != nth:
+            original(*args, **kwargs)
+        if len(calls) == nth:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(owner, name, stopped)
+    with pytest.raises(SystemExit), atomic_directory(target, force=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert len(calls) >= nth
+    assert (target / "config.json").read_text() == found
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_text_that_is_not_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "text").write_text("old")
+    with pytest.raises(UnicodeEncodeError):  # amid the writing, as on a full disk
+        write_atomically(tmp_path / "text", "new" * 10**5 + "\ud800")
+    assert (tmp_path / "text").read_text() == "old"
+    assert os.listdir(tmp_path) == ["text"]
 
 
 KILLED = """

@@ -2,7 +2,7 @@
 
     make compat-versions                            # every set
     make compat-versions ARGS="oldest newest"       # some of them
-    make compat-versions ARGS="oldest --python python3.10"
+    make compat-versions ARGS="oldest --python python3.10"  # the oldest Python, too
     make compat-versions ARGS="axolotl -- -k fold"  # after --: arguments for pytest
 
 Each set has an environment of its own in build/compat/, which is kept: a second run installs only what has changed.
@@ -28,7 +28,7 @@ COMPARED = ("transformers", "trl", "peft", "accelerate")
 # day, and "pinned" everything to constraints.txt.
 SETS: dict[str, dict[str, str]] = {
     # transformers 5.16.1 puts adapters on a model itself with PEFT 0.19.1 or newer alone.
-    "oldest": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.19.1", "accelerate": "1.13.0"},
+    "oldest": {"torch": "2.6.0", "transformers": "5.16.1", "trl": "1.9.0", "peft": "0.19.1", "accelerate": "1.13.0"},
     "axolotl": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.20.0", "accelerate": "1.13.0"},
     "sglang": {"transformers": "5.19.0"},
     "vllm": {"transformers": "5.20.*"},
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
     parser.add_argument("--python", default=sys.executable, help="the Python of new environments")
-    parser.add_argument("--torch", default=pinned_torch[1], help="version of torch, %(default)s by default")
+    parser.add_argument("--torch", help=f"version of torch; by default the set's, or {pinned_torch[1]}")
     args = parser.parse_args(sys.argv[1:end])
     if unknown := set(args.sets) - set(SETS):
         parser.error(f"unknown sets: {', '.join(sorted(unknown))}; valid are {', '.join(SETS)}")
@@ -131,9 +131,8 @@ def main() -> None:
     lines, failures = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"], []
     for name in args.sets or SETS:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        line, failed = row(
-            name, *install(name, args.python, args.torch), pytest_args or ["-n", "2", "--dist", "loadgroup"]
-        )
+        torch = args.torch or SETS[name].get("torch", pinned_torch[1])
+        line, failed = row(name, *install(name, args.python, torch), pytest_args or ["-n", "2", "--dist", "loadgroup"])
         lines.append(line)
         failures += [f"{name}: {test}" for test in failed]
     print("\n".join([*lines, *([""] if failures else []), *failures]))

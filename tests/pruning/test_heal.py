@@ -30,20 +30,10 @@ from hf_lnscale.pruning import heal as heal_module
 from hf_lnscale.pruning import heal_fit
 from hf_lnscale.pruning.heal import Healer, HealReport, heal, healed
 from hf_lnscale.pruning.layers import drop_layers
+from tiny import speaker
 
 NORM_AFTER = ("gemma2", "gemma3_text")
 LINEAR = [family for family in tiny.FAMILIES if family not in NORM_AFTER]
-
-
-def speaker(family: str = "llama", **changes) -> nn.Module:
-    """A tiny model in float64 whose layers and logits are large enough for a missing layer to matter."""
-    model = tiny.model(family, **changes).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "norm" not in name:
-                parameter.mul_(4.0)
-        model.get_output_embeddings().weight.mul_(2.0)
-    return model
 
 
 @torch.no_grad()
@@ -805,7 +795,7 @@ def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
     words = models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ids = text_of(model, sequences=48, length=16)
+    ids = tiny.said_by(model, 48)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token}" for token in ids.flatten().tolist()))
     sizes = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer), "progress": False}

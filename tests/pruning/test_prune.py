@@ -213,9 +213,8 @@ def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tm
 
 
 def test_the_text_that_a_model_was_healed_on_is_known_to_it():
-    full = model()
-    torch.manual_seed(0)
-    said = full.generate(tiny.tokens(64, 1), max_new_tokens=31, do_sample=True, top_k=0, eos_token_id=None)
+    full = tiny.speaker(num_hidden_layers=L)
+    said = tiny.said_by(full, length=32)
     report = hf_lnscale.heal(full, [2, 3], said, progress=False)
     assert report.kept
     assert full.config.calibration_text["source"] == "token ids"
@@ -319,9 +318,8 @@ def test_no_set_is_healed_twice(goal, monkeypatch):
         return heal(healer, layers, *args, **options)
 
     monkeypatch.setattr(search.Healer, "heal", counted)
-    full = model()
-    torch.manual_seed(0)  # the model's own text, on which healing helps
-    said = full.generate(tiny.tokens(64, 1), max_new_tokens=15, do_sample=True, top_k=0, eos_token_id=None)
+    full = tiny.speaker(num_hidden_layers=L)
+    said = tiny.said_by(full)  # the model's own text, on which healing helps
     by_hand = copy.deepcopy(full)
     found = hf_lnscale.prune(full, said, progress=False, **goal)
     assert len(healings) == len(set(healings)) >= 4
@@ -490,7 +488,7 @@ def test_what_cannot_be_dropped_is_refused_before_the_search(monkeypatch):
 
 
 def test_a_cut_that_fails_leaves_the_weights_as_they_were(monkeypatch):
-    full = model()
+    full = tiny.speaker(num_hidden_layers=L)
     before = copy.deepcopy(full.state_dict())
 
     def fail(*_, **kinds):
@@ -498,8 +496,7 @@ def test_a_cut_that_fails_leaves_the_weights_as_they_were(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(prune_module, "drop_layers", fail)
-    torch.manual_seed(0)  # the model's own text, on which every layer matters and healing helps
-    said = full.generate(tiny.tokens(64, 1), max_new_tokens=15, do_sample=True, top_k=0, eos_token_id=None)
+    said = tiny.said_by(full)  # the model's own text, on which every layer matters and healing helps
     with pytest.raises(MemoryError):
         hf_lnscale.prune(full, said, drop=[4], progress=False)
     assert all(torch.equal(before[name], value) for name, value in full.state_dict().items())
