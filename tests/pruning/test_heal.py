@@ -418,7 +418,15 @@ def test_healed_without_sublayers_it_is_as_good_as_said_and_no_source_is_worse(f
 
 @pytest.mark.parametrize(
     ("layers", "mlp", "changed"),
-    [([0], None, [1]), ([], [0], [1, 2]), ([], [3], [2]), ([3], [2], [1]), ([0, 1], [2], [3]), ([], [1, 2], [0, 3])],
+    [
+        ([0], None, []),
+        ([0, 2], None, [1]),
+        ([], [0], [1, 2]),
+        ([], [3], [2]),
+        ([3], [2], [1]),
+        ([0, 1], [2], [3]),
+        ([], [1, 2], [0, 3]),
+    ],
 )
 def test_at_both_ends_of_the_model(layers, mlp, changed):
     model = speaker()
