@@ -99,6 +99,7 @@ def work_of_search(
     elif method == "sublayers":  # of each layer three candidates
         layers += calibration * total * (1 + 3 * total / 2)
         head += calibration * (3 * total + 1)
+        fits *= 2  # of an MLP those before and behind it are refitted
     elif method in STEPWISE:
         for left in range(num_layers, num_layers - dropped, -1):
             layers += calibration * left * (1 + (left - 1) / 2)

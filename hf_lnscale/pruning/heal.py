@@ -68,13 +68,13 @@ def heal(
 ) -> HealReport:
     """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
 
-    It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before it
-    is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; for what is
-    before all MLPs that are left, the first. They are healed from the first to the last, each on the states that the
+    It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before
+    it is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; layers
+    before all that stay are not made up for. Each is healed, from the first to the last, on the states that the
     pruned model, healed so far, produces, to match those of the full model before the next MLP's layer. A step that
-    does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of them
-    is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the result is
-    never worse on a judged source than before.
+    does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of
+    them is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the
+    result is never worse on a judged source than before.
 
     With r the residual stream that the MLP's output u is added to, and y the full model's state to match, less what a
     layer without MLP adds to the stream in between, the methods minimize, over all real tokens of the calibration data,
@@ -108,7 +108,7 @@ def heal(
         progress: show a bar.
 
     Returns:
-        A report, with figures before and after.
+        A report, with figures before and after. It has no step for a cut before all layers that stay.
 
     Raises:
         ValueError: for unknown names, layers that do not exist, data without tokens to predict, a model without a
@@ -339,7 +339,7 @@ def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:
     found = []
     for layer, end in zip(left, [*left[1:], total], strict=True):
         gone = tuple(unit for unit in units if start <= layer_of(unit) < end)
-        if gone or behind:
+        if behind or not set(gone) <= set(range(layer)):  # whole layers before all MLPs are not made up for
             found.append(_Gap(layer, end, gone))
         start, behind = end, any(start <= position < end for position in cut.mlp)
     return found
