@@ -71,7 +71,7 @@ def heal(
     It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before it
     is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; layers before
     all that stay are not made up for. Each is healed, from the first to the last, on the states that the pruned model,
-    healed so far, produces, to match those of the full model before the next MLP's layer. A step that does not lower the
+    healed so far, produces, to match the full model's before the next MLP's layer. A step that does not lower the
     mean loss over the sources of held-out text is taken back, and one that raises it on any of them is moved back
     towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the result is never worse on a
     judged source than before.
