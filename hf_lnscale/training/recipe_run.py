@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,6 @@ class Run(TrainerCallback):
         self.trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
         if self.trained and arguments.load_best_model_at_end:
             resumed = state["best_model_checkpoint"] or resumed
-        stop = StopOnSignal()
         model: Any = trainer.model
         held_out: Any = trainer.eval_dataset
         config = text_stack(model).model.config
@@ -212,17 +211,13 @@ class Run(TrainerCallback):
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
             trainer.add_callback(progress)
-        trainer.add_callback(stop)
         # Without padding there is no mask that marks it.
-        arguments.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
+        arguments.include_num_input_tokens_seen = "all" if trainer.padding_free else "non_padding"
         arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
-        try:
+        with StopOnSignal() as stop, suppress(_AlreadyTrained):
+            trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=resumed)
-        except _AlreadyTrained:
-            pass
-        finally:
-            stop.restore()
         seconds = time.perf_counter() - started
         if stop.stopped is not None:
             self._leave(trainer, stop.stopped)
@@ -269,12 +264,14 @@ class StopOnSignal(TrainerCallback):
     A second Ctrl-C stops immediately and saves nothing.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.stopped: int | None = None  # the signal after which training ended
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal: int | None = None
+    stopped: int | None = None  # the signal after which training ended
 
-    def restore(self) -> None:
+    def __enter__(self) -> StopOnSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
