@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -243,5 +243,4 @@ class RecipeParser(TrlParser):
         if "--config" in words[:-1]:
             at = words.index("--config") + 1
             words[at] = str(find_config(self.recipe, words[at]))
-        parsed: tuple[Any, ...] = super().parse_args_and_config(words, **kwargs)
-        return parsed
+        return cast(tuple[Any, ...], super().parse_args_and_config(words, **kwargs))

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
 
+from ..core.json_file import parse
 from .arguments import RecipeConfig
 from .scripts import recipes_folder
 
@@ -28,12 +29,13 @@ ROLES = {
 _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
 
-def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[str, ...]:
-    """The columns to read: those of the first format that the row has completely."""
-    allowed = set(columns or row)
+def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[tuple[str, ...], str]:
+    """The columns of the first format that the row has completely, and the key of `CHAT_FEATURES` that it becomes."""
     for names in _FORMATS:
-        if all(name in allowed and row.get(name) is not None for name in names):
-            return names
+        if all((not columns or name in columns) and row.get(name) is not None for name in names):
+            if "prompt" not in names:
+                return names, "messages"
+            return names, "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
     hint = "; for raw text there is continue_pretrain.py" if isinstance(row.get("text"), str) else ""
     has = ", ".join(str(name) for name, value in row.items() if value is not None) or "nothing"
     raise ValueError(
@@ -44,48 +46,49 @@ def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple
 
 def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
     """The key of `CHAT_FEATURES` that a row is converted to."""
-    if "prompt" not in _format(row, where, columns):
-        return "messages"
-    return "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
+    return _format(row, where, columns)[1]
 
 
 def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
     """Converts a row to one with the columns of `CHAT_FEATURES[kind]`; `where` locates it in error messages."""
-    names = _format(row, where, columns)
-    if (found := chat_kind(row, where, columns)) != kind:
+    names, found = _format(row, where, columns)
+    if found != kind:
         raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
+    given = {name: row[name] for name in names}
     if kind == "prompt and completion":
-        for name in names:
-            if not isinstance(row[name], str):
-                raise ValueError(f"dataset_name: {where}: {name} is not text, but {row[name]!r}")
-        return {name: row[name] for name in names}
+        for name, text in given.items():
+            if not isinstance(text, str):
+                raise ValueError(f"dataset_name: {where}: {name} is not text, but {text!r}")
+        return given
     if names == ("instruction", "output"):
         question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
         turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
-        chat = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
-    else:
-        chat = {"messages" if name == "conversations" else name: row[name] for name in names}
-    chat = {name: _messages(value, f"{where}: {name}") for name, value in chat.items()}
-    answers = chat["messages" if "messages" in chat else "completion"]
-    if not any(message["role"] == "assistant" for message in answers):
+        given = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
+    elif names == ("conversations",):
+        given = {"messages": row["conversations"]}
+    chat: dict[str, Any] = {name: _messages(value, f"{where}: {name}") for name, value in given.items()}
+    if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
         raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        tools = _decode(tools, f"{where}: tools")
+    tools = _decoded(row.get("tools") or None, f"{where}: tools")
     keywords = row.get("chat_template_kwargs") or {}
     return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
-def _decode(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; `where` locates it in the error message."""
     try:
-        return json.loads(text)
+        return parse(text)
     except ValueError as error:
         raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
 
 
+def _decoded(value: Any, where: str) -> Any:
+    """A value that may be given as JSON: in CSV; tools and arguments also elsewhere, in OpenAI's format."""
+    return parse_json(value, where) if isinstance(value, str) else value
+
+
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):  # as in CSV
-        value = _decode(value, where)
+    value = _decoded(value, where)
     if not isinstance(value, list) or not value:
         raise ValueError(f"dataset_name: {where} must be a list of messages, got {value!r}")
     return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
@@ -105,13 +108,13 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         known = ", ".join(["system", "user", "assistant", "tool", *ROLES])
         raise ValueError(f"dataset_name: {where} has the role {said!r}; valid are {known}")
     if said == "function_call":
-        call = _decode(str(content), where)
+        call = _decoded(content, where)
         content, calls = "", call if isinstance(call, list) else [call]
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise ValueError(f"dataset_name: {where} has a content that is not text: {str(content)[:80]}")
         content = "".join(part["text"] for part in content)
-    if content is None and calls:
+    elif content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"dataset_name: {where} ({role}) has no content" + (f", but {content!r}" if content else ""))
@@ -124,9 +127,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"dataset_name: {where} has a tool call without a function's name: {call!r}")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):  # as in OpenAI's format; templates that write JSON would quote it once more
-        arguments = _decode(arguments, f"{where}: arguments of {function['name']!r}")
+    # As an object: templates that write JSON would quote a text once more.
+    arguments = _decoded(function.get("arguments") or {}, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
     return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
 

@@ -24,6 +24,10 @@ CONTROL_FILE = "control.json"
 TEXTS = ("eval", "eval_other")  # prefixes of metrics
 
 
+def _tensor(numbers: list[Any]) -> torch.Tensor:
+    return torch.tensor([number_of(one) for one in numbers], dtype=torch.float64)
+
+
 class Control(TrainerCallback):
     """Keeps the whole model's losses, and those of the cut one before it is trained, for each row evaluated on.
 
@@ -55,11 +59,10 @@ class Control(TrainerCallback):
                     f"control: the unpruned model was trained for another length, {kept['length']} in place of "
                     f"{self.length} steps and epochs; keep it, or choose another --output_dir"
                 )
-            for who, texts in kept["rows"].items():
-                self.rows[who] = {
-                    text: Rows(*(torch.tensor([number_of(one) for one in part]) for part in found))
-                    for text, found in texts.items()
-                }
+            self.rows = {
+                who: {text: Rows(*map(_tensor, parts)) for text, parts in texts.items()}
+                for who, texts in kept["rows"].items()
+            }
             return
         arguments = copy.copy(trainer.args)
         arguments.eval_on_start, arguments.load_best_model_at_end, arguments.report_to = False, False, []
@@ -87,7 +90,7 @@ class Control(TrainerCallback):
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
             rows = {
-                who: {text: [part.tolist() for part in found] for text, found in texts.items()}
+                who: {text: [part.tolist() for part in parts] for text, parts in texts.items()}
                 for who, texts in self.rows.items()
             }
             found = {"whole": public_name(self.name), "trained": self.trained, "length": self.length, "rows": rows}

@@ -1,6 +1,6 @@
 """Residual variance, angular distance and gradient norm of each layer while a model trains.
 
-Shapes: B batch, T tokens, D hidden size, L layers, S measured steps.
+Shapes: B batch, T tokens, D hidden size, L layers, P forward passes, S measured steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,10 +23,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ..core.config import is_integer
 from ..core.errors import ArgumentError, require_packages
 from ..core.stack import text_stack
 from ..measuring.angles import layer_angle
-from ..measuring.moments import Moments, mean_where, pooled_moments
+from ..measuring.moments import mean_where, pooled_moments
 from ..measuring.stream import hidden_states, layer_output
 
 logger = logging.get_logger(__name__)
@@ -57,11 +57,8 @@ class DepthStatsCallback(TrainerCallback):
 
     They go to the loggers of `report_to` and to `trainer.state.log_history`, hence to `trainer_state.json`; the
     progress bar does not print them. Each covers one optimizer step: all its micro-batches, on all processes. Padding,
-    passes without gradients (generation, reference models) and recomputation under gradient checkpointing are not
-    counted.
-
-    Other steps run without hooks. On measured steps a compiled model runs eagerly: compiled code does not call hooks
-    that were added later, and compiling again would cost more.
+    passes without gradients and recomputation under gradient checkpointing are not counted. Other steps run without
+    hooks; on measured ones a compiled model runs eagerly (docs/depth-stats.md).
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -71,17 +68,17 @@ class DepthStatsCallback(TrainerCallback):
 
     Raises:
         ValueError: if `every_n_steps` is not a positive integer or `skip_tokens` is negative, and with
-            `nn.DataParallel`; start one process per device.
+            `nn.DataParallel`.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
 
     _counting_BT: torch.Tensor | None  # during a measured pass: 1 for each token that is counted
     _passes: list[list[torch.Tensor]]  # for each pass, L x (tokens, mean, variance, angular distance)
-    _squares_L: torch.Tensor | None
+    _norms_L: torch.Tensor | None
 
     def __init__(self, trainer: Trainer, every_n_steps: int = 100, skip_tokens: int = 1) -> None:
         for argument, value, least in (("every_n_steps", every_n_steps, 1), ("skip_tokens", skip_tokens, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_integer(value) or value < least:
                 raise ArgumentError(argument, value, f"an integer >= {least}")
         if trainer.args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
             problem = "DepthStatsCallback does not work with nn.DataParallel; start one process per device (torchrun)"
@@ -101,13 +98,13 @@ class DepthStatsCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._measuring:
-            self._squares_L = _gradient_squares(model)
+            self._norms_L = _gradient_norms(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._measuring:
-            passes, squares_L = self._passes, self._squares_L
+            logs = _over_processes(self._passes, self._norms_L)
             self._stop()
-            self._log(_over_processes(passes, squares_L))
+            self._log(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop()
@@ -115,20 +112,19 @@ class DepthStatsCallback(TrainerCallback):
     def _start(self, model: nn.Module) -> None:
         stack = text_stack(model)
         self._measuring = ExitStack()
-        for hook in (
-            stack.model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
-            stack.model.register_forward_hook(self._after_pass, always_call=True),
-            *(layer.register_forward_hook(self._after_layer, with_kwargs=True) for layer in stack.layers),
-        ):
-            self._measuring.enter_context(hook)
+        enter = self._measuring.enter_context
+        enter(stack.model.register_forward_pre_hook(self._before_pass, with_kwargs=True))
+        enter(stack.model.register_forward_hook(self._after_pass, always_call=True))
+        for layer in stack.layers:
+            enter(layer.register_forward_hook(self._after_layer, with_kwargs=True))
         if any(map(_is_compiled, (*self.trainer.model_wrapped.modules(), *model.modules()))):
-            self._measuring.enter_context(torch.compiler.set_stance("force_eager"))
+            enter(torch.compiler.set_stance("force_eager"))
 
     def _stop(self) -> None:
         if self._measuring:
             self._measuring.close()
         self._measuring = None
-        self._counting_BT, self._passes, self._squares_L = None, [], None
+        self._counting_BT, self._passes, self._norms_L = None, [], None
 
     def _before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # The recomputation of checkpointed layers comes in the backward, after the pass.
@@ -159,30 +155,25 @@ class DepthStatsCallback(TrainerCallback):
                 callback.on_log(trainer.args, state, trainer.control, logs=dict(logs), model=trainer.model)
 
 
-def _over_processes(passes: list[list[torch.Tensor]], squares_L: torch.Tensor | None) -> dict[str, float]:
+def _over_processes(passes: list[list[torch.Tensor]], norms_L: torch.Tensor | None) -> dict[str, float]:
     """One number per layer and measure, the same on every process. Every process must call it."""
     # The only synchronization with the device.
     counted = [torch.stack([layer.to(one[0].device) for layer in one]).tolist() for one in passes if one]
-    squares = None if squares_L is None else squares_L.tolist()
-    everywhere = gather_object([(counted, squares)])
-    moments: defaultdict[int, Moments] = defaultdict(lambda: Moments(1))
-    distances: dict[int, float] = {}
-    for layers in (layers for counted, _ in everywhere for layers in counted):
-        for i, (tokens, mean, variance, distance) in enumerate(layers):
-            if tokens:
-                moments[i].add(int(tokens), *torch.tensor([[mean], [variance]], dtype=torch.float64))
-                distances[i] = distances.get(i, 0.0) + tokens * distance
-    logs = {_key("residual_variance", i): one.variance for i, one in moments.items()}
-    logs |= {_key("angular_distance", i): distances[i] / one.count for i, one in moments.items()}
-    if all(squares is not None for _, squares in everywhere):
-        for i, parts in enumerate(zip(*(squares for _, squares in everywhere), strict=True)):
-            if not math.isnan(parts[0]):
-                logs[_key("gradient_norm", i)] = math.sqrt(sum(parts))
-    return logs
-
-
-def _key(measure: str, layer: int) -> str:
-    return f"depth/{measure}/layer_{layer:02}"
+    found: dict[str, torch.Tensor] = {}
+    if everywhere := gather_object(counted):
+        tokens_PL, mean_PL, variance_PL, distance_PL = torch.tensor(everywhere, dtype=torch.float64).unbind(-1)
+        share_PL = tokens_PL / tokens_PL.sum(0)
+        between_PL = (mean_PL - (share_PL * mean_PL).sum(0)) ** 2
+        found["residual_variance"] = (share_PL * (variance_PL + between_PL)).sum(0)
+        found["angular_distance"] = (share_PL * distance_PL).sum(0)
+    if norms_L is not None:
+        found["gradient_norm"] = norms_L
+    return {
+        f"depth/{measure}/layer_{i:02}": value
+        for measure, values_L in found.items()
+        for i, value in enumerate(values_L.tolist())
+        if not math.isnan(value)
+    }
 
 
 def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
@@ -214,34 +205,23 @@ def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: 
 
 
 @torch.no_grad()
-def _gradient_squares(model: nn.Module) -> torch.Tensor | None:
-    """This process's share of the squared gradient norm of each layer, shape (L,), to be summed over processes.
+def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
+    """The norm of each layer's gradient, shape (L,), the same on every process; NaN for a layer without gradients.
 
-    NaN for a layer without gradients; None if the gradients are not stored in the parameters.
+    None if the gradients are not stored in the parameters.
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
         logger.warning_once("DepthStatsCallback: no gradient norms with DeepSpeed ZeRO-3 and FSDP1; FSDP2 has them")
         return None
-    squares = []
+    norms = []
     for layer in text_stack(model).layers:
-        parts = [_square(parameter.grad) for parameter in layer.parameters() if parameter.grad is not None]
-        squares.append(torch.stack(parts).sum() if parts else torch.tensor(math.nan))
-    return torch.stack([square.to(squares[0].device) for square in squares])
-
-
-def _square(gradient: torch.Tensor) -> torch.Tensor:
-    copies = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if isinstance(gradient, DTensor):
-        for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
-            if placement.is_partial():
-                raise RuntimeError("DepthStatsCallback: a gradient is a partial sum; it was not reduced")
-            if not placement.is_replicate():
-                copies //= size
-        gradient = gradient.to_local()
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    return norm**2 / copies
+        gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        parts = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+        norms.append(torch.stack(parts).norm() if parts else torch.tensor(math.nan))
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -258,7 +238,7 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
         run: a Trainer, its `state.log_history`, a `trainer_state.json`, a checkpoint, or the `output_dir` of a run.
 
     Returns:
-        The S measured steps, and for each measure a tensor of shape (S, L), float64, NaN if nothing was logged.
+        The S measured steps, and for each measure a tensor of shape (S, L), float64, NaN where nothing was logged.
 
     Raises:
         FileNotFoundError: if there is no `trainer_state.json`.
@@ -271,23 +251,21 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
             path = Path(get_last_checkpoint(str(path)) or path)
         path = path / "trainer_state.json" if path.is_dir() else path
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    found: dict[str, dict[int, dict[int, Any]]] = {measure: {} for measure in MEASURES}
-    for entry in history:
-        for key, value in entry.items():
-            if match := _KEY.fullmatch(key):
-                found[match[1]].setdefault(int(entry["step"]), {})[int(match[2])] = value
-    steps = sorted({step for values in found.values() for step in values})
-    if not steps:
-        problem = f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
-        raise ArgumentError("run", problem=problem)
-    num_layers = 1 + max(layer for values in found.values() for layers in values.values() for layer in layers)
-    tensors = {
-        measure: torch.tensor(
-            [[values.get(step, {}).get(layer, math.nan) for layer in range(num_layers)] for step in steps],
-            dtype=torch.float64,
-        )
-        for measure, values in found.items()
+    found = {
+        (int(entry["step"]), match[1], int(match[2])): value
+        for entry in history
+        for key, value in entry.items()
+        if (match := _KEY.fullmatch(key))
     }
+    if not found:
+        raise ArgumentError(
+            "run", problem=f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
+        )
+    steps = sorted({step for step, _, _ in found})
+    num_layers = 1 + max(layer for _, _, layer in found)
+    tensors = {measure: torch.full((len(steps), num_layers), math.nan, dtype=torch.float64) for measure in MEASURES}
+    for (step, measure, layer), value in found.items():
+        tensors[measure][steps.index(step), layer] = value
     return steps, tensors
 
 

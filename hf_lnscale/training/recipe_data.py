@@ -12,27 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
+import datasets
 import pyarrow.parquet
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    Value,
-    concatenate_datasets,
-    interleave_datasets,
-    load_dataset,
-    load_from_disk,
-)  # fmt: skip
+from datasets import Dataset, Features, IterableDataset, Value
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import remove_none_values
 
 from .._version import __version__
-from ..core.json_file import parse
 from ..measuring import sample
 from .arguments import DataArguments
-from .chats import CHAT_FEATURES, chat_kind, to_chat
+from .chats import CHAT_FEATURES, chat_kind, parse_json, to_chat
 
 # A text file in a folder is one document, unless it is larger than this many bytes. A larger file, and one that is
 # named by itself, is cut into rows of LINES_A_ROW lines, since rows are what is shuffled and held out.
@@ -139,54 +128,62 @@ def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test
         kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
         raise ValueError(f"datasets: all must be of one kind; {'; '.join(kinds)}")
     if all(part.fraction is None for part in parts):
-        return concatenate_datasets(loaded)
+        return datasets.concatenate_datasets(loaded)
     fractions = [part.fraction or 0.0 for part in parts]
     if min(fractions) <= 0:
         raise ValueError(f"datasets: fraction must be positive for all or given for none, got {fractions}")
     shares = [fraction / sum(fractions) for fraction in fractions]
-    return interleave_datasets(loaded, shares, seed=seed, stopping_strategy="first_exhausted")
+    return datasets.interleave_datasets(loaded, shares, seed=seed, stopping_strategy="first_exhausted")
 
 
 def _first(data: Any, rows: int) -> Dataset:
     """The first rows, in memory: in a stream, Trainer could not tell which of the last ones are repeated."""
-    if isinstance(data, IterableDataset):
-        return Dataset.from_list(list(data.take(rows)), features=data.features)
-    return data.select(range(min(rows, len(data))))
+    return Dataset.from_list(list(itertools.islice(data, rows)), features=data.features)
 
 
 def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | None = None) -> Any:
     """Loads one dataset with its rows converted, without the files of the split `test`."""
     path, name = Path(part.path), repr(part.path)
+    files, raw, where = [], None, f"row 1 of {name}"
     if path.exists() and not _is_saved(path):
         files = _files(path, part.split, test)
-        where, first = next(itertools.chain.from_iterable(map(_read, files)), ("", None))
-        if first is None:
-            raise ValueError(f"dataset_name: {name} is empty")
-        convert, features = prepare(first, where, part.columns)
-        make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        # The version is part of the cache key: another release may convert rows differently.
-        data = make(_rows, gen_kwargs={"files": files, "convert": convert, "version": __version__}, features=features)
+        where, first = next(itertools.chain.from_iterable(map(_read, files)), (name, None))
     else:
-        if path.suffix in SUFFIXES or (part.path.startswith((".", "/")) and not path.exists()):
-            raise FileNotFoundError(f"dataset_name: there is no file {name}")
-        raw = _load_saved(path, part.split, streaming) if path.exists() else load_dataset(
-            part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, split=part.split,
-            streaming=streaming,
-        )  # fmt: skip
+        raw = _load_raw(part, streaming)
         first = next(iter(raw), None)
-        if first is None:
-            raise ValueError(f"dataset_name: {name} is empty")
-        convert, features = prepare(first, f"row 1 of {name}", part.columns)
+    if first is None:
+        raise ValueError(f"dataset_name: {name} is empty")
+    convert, features = prepare(first, where, part.columns)
+    # The version is part of the cache key: another release may convert rows differently.
+    given = {"convert": convert, "version": __version__}
+    if raw is None:
+        make = IterableDataset.from_generator if streaming else Dataset.from_generator
+        data = make(_rows, gen_kwargs={"files": files, **given}, features=features)
+    else:
+        given |= {"name": name, "columns": list(features), "typed": "Json(" not in repr(raw.features)}
         data = raw.map(
             _convert_batch, batched=True, with_indices=True, remove_columns=list(first), features=features,
-            fn_kwargs={
-                "convert": convert, "name": name, "columns": list(features), "version": __version__,
-                "typed": "Json(" not in repr(raw.features),
-            },
+            fn_kwargs=given,
         )  # fmt: skip
     if next(iter(data), None) is None:
         raise ValueError(f"dataset_name: {name} has no row with text")
     return data
+
+
+def _load_raw(part: DatasetConfig, streaming: bool) -> Any:
+    """Loads a dataset on the Hub, or what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    path = Path(part.path)
+    if not path.exists():
+        if path.suffix in SUFFIXES or part.path.startswith((".", "/")):
+            raise FileNotFoundError(f"dataset_name: there is no file {part.path!r}")
+        where = {"data_dir": part.data_dir, "data_files": part.data_files}
+        return datasets.load_dataset(part.path, part.name, **where, split=part.split, streaming=streaming)
+    data = datasets.load_from_disk(part.path)
+    if isinstance(data, datasets.DatasetDict):
+        if part.split not in data:
+            raise ValueError(f"dataset_name: {part.path!r} has no split {part.split!r}; it has {', '.join(data)}")
+        data = data[part.split]
+    return data.to_iterable_dataset() if streaming else data
 
 
 def _convert_batch(batch: dict[str, list[Any]], indices: list[int], convert: Convert, name: str, columns: list[str],
@@ -231,8 +228,6 @@ def _files(path: Path, split: str, test: str | None) -> list[_File]:
     if len(kinds) != 1 or None in kinds:
         what = "mixes, or is not one of," if kinds else "holds none of"
         raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"dataset_name: {str(path)!r} is empty")
     stats = [(file.resolve(), file.stat()) for file in files]
     return [_File(str(file), stat.st_size, stat.st_mtime_ns, path.is_dir()) for file, stat in stats]
 
@@ -251,16 +246,6 @@ def _has_split(path: Path, split: str) -> bool:
 
 def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _load_saved(path: Path, split: str, streaming: bool) -> Any:
-    """Loads what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    data = load_from_disk(str(path))
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise ValueError(f"dataset_name: {str(path)!r} has no split {split!r}; it has {', '.join(data)}")
-        data = data[split]
-    return data.to_iterable_dataset() if streaming else data
 
 
 def _rows(files: list[_File], convert: Convert, version: str) -> Iterator[Row]:
@@ -308,17 +293,10 @@ def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, 
     if may_be_list:
         text = lines.read()
         if text.lstrip().startswith("["):
-            yield from _numbered(name, _parse(text, name))
+            yield from _numbered(name, parse_json(text, name))
             return
         lines = io.StringIO(text)
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"line {number} of {name}"
-            yield where, _parse(line, where)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
+            yield where, parse_json(line, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -24,8 +24,7 @@ def load_tokenizer(model: ModelConfig, training: RecipeConfig) -> Any:
     name = model.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
-    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
-        raise ValueError(f"model_name_or_path: there is no folder {name!r}")
+    _require_folder("model_name_or_path", name)
     locate(name)  # refuses adapters
     family_of(_config(model, training))
     return AutoTokenizer.from_pretrained(name, **_common(model, training))
@@ -56,8 +55,7 @@ def load_model(
             print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
     kwargs |= {"dtype": model.dtype, "attn_implementation": model.attn_implementation, **_common(model, training)}
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), **kwargs)
-    return loaded
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(str(name), **kwargs))
 
 
 def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
@@ -65,23 +63,27 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
     if is_deepspeed_zero3_enabled():
         raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would shard the teacher; use ZeRO-2 or FSDP2")
     require_same_tokenizer("teacher", name, tokenizer)
-    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return teacher
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
 
 
 def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
     """Refuses a model that does not exist, or has another tokenizer than the student's."""
-    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
-        raise ValueError(f"{argument}: there is no folder {name!r}")
+    _require_folder(argument, name)
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):  # a folder without one
-        vocabulary = tokenizer.get_vocab()
+        return
     if vocabulary != tokenizer.get_vocab():
         raise ValueError(
             f"{argument}: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
             f"{len(tokenizer)}; they must be the same"
         )
+
+
+def _require_folder(argument: str, name: str) -> None:
+    """Refuses a path that is none, where transformers would speak of a name on the Hub."""
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ValueError(f"{argument}: there is no folder {name!r}")
 
 
 def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArguments) -> None:

@@ -11,13 +11,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
@@ -52,8 +52,7 @@ _IDENTITY = (
 def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | None = None) -> None:
     """Parses the command line and calls a recipe's `main` with the parsed dataclasses, the training arguments last.
 
-    Before training starts, a user error is one line on stderr and exit code 1. Any other error, and every error during
-    training, shows its traceback.
+    A user error before training is one line on stderr and exit code 1; any other shows its traceback.
     """
     words = sys.argv[1:] if words is None else words
     training: RecipeConfig | None = None
@@ -121,10 +120,11 @@ class Run(TrainerCallback):
             if not isinstance(there, dict):
                 raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
             for key in {**there, **self.identity}:
-                if there.get(key) != self.identity.get(key):
+                theirs, ours = there.get(key), self.identity.get(key)
+                if theirs != ours:
                     raise FileExistsError(
-                        f"{shown} holds another run: its {key} is {brief(there.get(key))}, that of this one "
-                        f"{self.identity.get(key)!r}; choose another --output_dir"
+                        f"{shown} holds another run: its {key} is {brief(theirs)}, that of this one {ours!r}; choose "
+                        "another --output_dir"
                     )
             if not resuming:
                 raise FileExistsError(
@@ -138,7 +138,7 @@ class Run(TrainerCallback):
             return self._last_checkpoint()
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
-        if not _read(Path(wanted) / "trainer_state.json"):
+        if not _is_complete(Path(wanted)):
             raise FileNotFoundError(
                 f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: not a checkpoint, or not complete"
             )
@@ -158,10 +158,10 @@ class Run(TrainerCallback):
         raise SystemExit(0)
 
     def _last_checkpoint(self) -> str | None:
-        """The last complete one: Trainer writes its state last, and may have been killed before."""
-        found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-            if "global_step" in _read(path / "trainer_state.json"):
+        steps = [path.name.rpartition("-")[2] for path in self.folder.glob("checkpoint-*")]
+        for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+            path = self.folder / f"checkpoint-{step}"
+            if _is_complete(path):
                 return str(path)
             if self.training.process_index == 0:
                 print(f"{path} is not complete and is skipped", file=sys.stderr)
@@ -191,15 +191,13 @@ class Run(TrainerCallback):
         self.trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
         if self.trained and arguments.load_best_model_at_end:
             resumed = state["best_model_checkpoint"] or resumed
-        stop = StopOnSignal()
         model: Any = trainer.model
-        config = text_stack(model).model.config
-        scaling = record(config).active
         held_out: Any = trainer.eval_dataset
-        rows = (torch.as_tensor(row["input_ids"]) for row in held_out)
-        if (known := caution(config, rows)) and arguments.process_index == 0:
+        config = text_stack(model).model.config
+        known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))
+        if known and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
-        if scaling is not None and scaling.warming_up:
+        if (scaling := record(config).active) and scaling.warming_up:
             trainer.add_callback(LNScalingWarmupCallback())
         if self.training.depth_stats_steps:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
@@ -213,20 +211,16 @@ class Run(TrainerCallback):
         # The progress bar last, so that it does not begin before one of the others refuses the run.
         if (progress := trainer.pop_callback(ProgressCallback)) is not None:
             trainer.add_callback(progress)
-        trainer.add_callback(stop)
         # Without padding there is no mask that marks it.
-        arguments.include_num_input_tokens_seen = "all" if getattr(trainer, "padding_free", False) else "non_padding"
+        arguments.include_num_input_tokens_seen = "all" if trainer.padding_free else "non_padding"
         arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
-        try:
+        with StopOnSignal() as stop, suppress(_AlreadyTrained):
+            trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=resumed)
-        except _AlreadyTrained:
-            pass
-        finally:
-            stop.restore()
         seconds = time.perf_counter() - started
-        if stop.stopped and stop.signal is not None:
-            self._leave(trainer, stop.signal)
+        if stop.stopped is not None:
+            self._leave(trainer, stop.stopped)
         command = public_command(self.training.command)
         before = since, state.get("num_input_tokens_seen", 0)
         write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds, self.control)
@@ -243,17 +237,21 @@ class Run(TrainerCallback):
                 f"{self.folder / f'checkpoint-{step}'}. To continue: {again}",
                 file=sys.stderr,
             )
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        trainer.accelerator.end_training()
         raise SystemExit(128 + number)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if it cannot be read."""
+    """The JSON object in a file; empty if it cannot be read."""
     try:
         return read_object(path)
     except (OSError, ValueError):
         return {}
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Trainer writes its state last, and may have been killed before."""
+    return "global_step" in _read(checkpoint / "trainer_state.json")
 
 
 class _AlreadyTrained(Exception):
@@ -266,12 +264,14 @@ class StopOnSignal(TrainerCallback):
     A second Ctrl-C stops immediately and saves nothing.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.stopped = False
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal: int | None = None
+    stopped: int | None = None  # the signal after which training ended
 
-    def restore(self) -> None:
+    def __enter__(self) -> StopOnSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -285,8 +285,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
             # The signal reaches the processes at different times; a checkpoint needs all of them at the same step.
-            number = torch.tensor(self.signal or 0, device=args.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = int(number) or None
+            self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
         if self.signal is not None:
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.stopped = self.signal
+            control.should_save = control.should_training_stop = True

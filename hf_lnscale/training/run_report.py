@@ -24,15 +24,22 @@ from .control import Control
 from .depth_stats import plot_depth_stats
 from .trainer import RecipeTrainer
 
-# Training arguments that the card shows with their final values, in addition to the recipe's own.
+# Training arguments that the card shows in addition to those that make a run another one.
 _SETTINGS = (
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "optim", "max_grad_norm", "bf16",
-    "gradient_checkpointing", "max_length", "packing", "loss_type", "assistant_only_loss", "eval_strategy",
-    "eval_steps", "early_stopping_patience", "chat_template_path",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "gradient_checkpointing",
+    "eval_strategy", "eval_steps", "early_stopping_patience",
 )  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _PEFT_ONLY = ("lora_", "use_dora", "use_rslora", "bnb_")
+_SCALED = "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
+_WITHOUT_SUBLAYERS = Markdown(
+    "It lacks attention or MLP in layers: `import hf_lnscale` before loading, or write a plain checkpoint with "
+    "`hf-lnscale export --format zeros`."
+)
+_ADAPTER = Markdown(
+    "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores the base "
+    "model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes one that `hf-lnscale export` takes."
+)
 
 
 def write_report(
@@ -50,8 +57,7 @@ def write_report(
     Args:
         recipe: name of the script.
         trainer: after training.
-        given: the arguments of the recipe, for the card.
-        command: the command line, for the card.
+        given, command: the arguments of the recipe and its command line, for the card.
         resumed: the checkpoint that this process started from.
         since: the step of that checkpoint (-1 without one) and the tokens seen by then.
         seconds: spent training in this process, including evaluations and checkpoints.
@@ -68,8 +74,10 @@ def write_report(
     loss, error = found["eval_loss"], found.get("eval_loss_stderr")
     state = trainer.state
     step_before, tokens_before = since
-    evaluations = [entry for entry in state.log_history[:-1] if "eval_loss" in entry and entry["step"] > step_before]
-    before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    # The last one is the report's own.
+    evaluating = sum(entry["eval_runtime"] for entry in evaluations[:-1] if entry["step"] > step_before)
+    before = next((entry for entry in evaluations if entry["step"] == 0), {})
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": recipe,
@@ -87,8 +95,7 @@ def write_report(
         "train_rows": trainer.num_rows[0],
         "eval_rows": trainer.num_rows[1],
         "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": (state.num_input_tokens_seen - tokens_before)
-        / (seconds - sum(entry["eval_runtime"] for entry in evaluations)),
+        "tokens_per_second": (state.num_input_tokens_seen - tokens_before) / (seconds - evaluating),
         "wall_seconds": seconds,
         "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,
@@ -118,9 +125,9 @@ def write_report(
 def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments for the card, with the values that the run used in place of defaults."""
     arguments, state = trainer.args, trainer.state
-    found = dict(given) if given.get("use_peft") else {k: v for k, v in given.items() if not k.startswith(_PEFT_ONLY)}
-    settings = ((key, getattr(arguments, key, None)) for key in _SETTINGS)
-    found |= {key: value.value if isinstance(value, Enum) else value for key, value in settings}
+    shown = {key: one for key, one in given.items() if given.get("use_peft") or not key.startswith(_PEFT_ONLY)}
+    found = {key: getattr(arguments, key, one) for key, one in (shown | dict.fromkeys(_SETTINGS)).items()}
+    found = {key: one.value if isinstance(one, Enum) else one for key, one in found.items()}
     found |= {
         "max_steps": state.max_steps,
         "warmup_steps": arguments.get_warmup_steps(state.max_steps),
@@ -163,31 +170,16 @@ def _card(
     base, data = settings.get("model_name_or_path"), settings["datasets"]
     adapter, found = hasattr(model, "peft_config"), record(model.config)
     notes: list[str] = []
-    if found.active:
-        notes.append(
-            Markdown(
-                "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
-                + ("." if adapter else ", or write a plain checkpoint with `hf-lnscale export`.")
-            )
-        )
     if found.dropped:
         gone = str(found.dropped)
         notes.append(f"{gone[0].upper()}{gone[1:]} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
-    if found.sublayers and not adapter:
-        notes.append(
-            Markdown(
-                "It lacks attention or MLP in layers: `import hf_lnscale` before loading, or write a plain checkpoint "
-                "with `hf-lnscale export --format zeros`."
-            )
-        )
+    if found.active:
+        plain = "" if adapter else ", or write a plain checkpoint with `hf-lnscale export`"
+        notes.append(Markdown(f"{_SCALED}{plain}."))
     if adapter:
-        notes.append(
-            Markdown(
-                "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores "
-                "the base model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes a model that "
-                "`hf-lnscale export` takes."
-            )
-        )
+        notes.append(_ADAPTER)
+    elif found.sublayers:
+        notes.append(_WITHOUT_SUBLAYERS)
     if whole := metrics.get("whole_model"):
         notes.append(f"Gaps are nats per token above {whole}; other text is some that comes with Python.")
     settings["datasets"] = [public_name(name) for name in data]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from ..measuring.stream import eval_mode
+
 MAX_NEW_TOKENS = 64
 
 
@@ -35,18 +37,14 @@ class SamplesCallback(TrainerCallback):
             return
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         tokenizer: Any = self.trainer.processing_class
-        was_training = model.training
-        model.eval()
         path = Path(args.output_dir or "") / "samples.jsonl"
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file, eval_mode(model), self.trainer.compute_loss_context_manager():
             for prompt, reference in self.rows:
                 ids = torch.tensor([prompt], device=args.device)
-                with torch.no_grad(), self.trainer.compute_loss_context_manager():
-                    made = model.generate(
-                        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
-                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                    )  # fmt: skip
+                made = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                )  # fmt: skip
                 texts = {"prompt": prompt, "generated": made[0, len(prompt) :], "reference": reference}
                 line = {"step": state.global_step} | {key: tokenizer.decode(ids) for key, ids in texts.items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        model.train(was_training)

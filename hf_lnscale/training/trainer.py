@@ -50,13 +50,10 @@ class Rows(NamedTuple):
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, on any number of processes.
+    """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, each once, on any number of processes.
 
-    Trainer averages the means of the batches: a token of a short answer counts more than one of a long answer, and
-    samples that fill up the last batch of several processes count twice.
-
-    `eval_loss_stderr` is the standard error of that mean over the rows evaluated on, windows or documents (over
-    batches, where TRL joins their rows to one). It is missing if there is one row only.
+    (Trainer averages the means of the batches.) `eval_loss_stderr` is its standard error over the rows evaluated on,
+    windows or documents (over batches, where TRL joins their rows to one); it is missing if there is one row only.
 
     Args:
         other_dataset: text of another kind, evaluated as `eval_other` whenever the evaluation data is.
@@ -110,9 +107,9 @@ class RecipeTrainer(SFTTrainer):
         self._evaluated: list[list[torch.Tensor]] = []  # for each batch, loss and number of tokens of each row
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if not any(tokens_B.any() for _, tokens_B in self._evaluated):
+        self.rows[prefix] = rows = Rows(*map(torch.cat, zip(*self._evaluated, strict=True)))
+        if not rows.tokens.any():
             raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
-        self.rows[prefix] = rows = Rows(*(torch.cat(parts) for parts in zip(*self._evaluated, strict=True)))
         output.metrics.update({f"{prefix}_loss": rows.mean, f"{prefix}_tokens": int(rows.tokens.sum())})
         if (error := rows.stderr) is not None:
             output.metrics[f"{prefix}_loss_stderr"] = error
@@ -124,12 +121,8 @@ class RecipeTrainer(SFTTrainer):
         other: dict[str, float] = {}
         if eval_dataset is None and self.other_dataset is not None:
             # Before the evaluation data, whose end the callbacks are told of.
-            other = self.evaluation_loop(
-                self.get_eval_dataloader(self.other_dataset),
-                description="Evaluation",
-                prediction_loss_only=True,
-                metric_key_prefix="eval_other",
-            ).metrics
+            batches = self.get_eval_dataloader(self.other_dataset)
+            other = self.evaluation_loop(batches, "Evaluation", True, metric_key_prefix="eval_other").metrics
             self.log(other)
         return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **other}
 
@@ -138,9 +131,8 @@ class DistillationTrainer(RecipeTrainer):
     """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
 
     This is the loss of Minitron for models pruned in depth (arXiv 2408.11796: logits only; 2407.14679, best practice 6,
-    adds hidden states where many layers were dropped). TRL's DistillationTrainer has the student generate the text,
-    which needs a student that can write. TRL's kernel computes the divergence tile by tile over the vocabulary, so
-    that the (B, T, V) logits of neither model are materialized.
+    adds hidden states where many layers were dropped). TRL's kernel computes it tile by tile over the vocabulary: the
+    (B, T, V) logits of neither model are materialized.
 
     Args:
         teacher: a causal language model with the student's tokenizer, whole in every process. Its head may be padded to
@@ -170,12 +162,12 @@ class DistillationTrainer(RecipeTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        labels_BT = inputs["labels"]
-        without_labels = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        inputs = {**inputs, "use_cache": False}
+        labels_BT = inputs.pop("labels")
         with torch.no_grad():
-            hidden_BTD = self.teacher.base_model(**without_labels).last_hidden_state
-        divergence_N = model(**without_labels, labels=labels_BT, teacher=(hidden_BTD, self.teacher)).loss
-        tokens = (labels_BT[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            hidden_BTD = self.teacher.base_model(**inputs).last_hidden_state
+        divergence_N = model(**inputs, labels=labels_BT, teacher=(hidden_BTD, self.teacher)).loss
+        tokens = len(divergence_N) if num_items_in_batch is None else num_items_in_batch
         loss = divergence_N.sum() / torch.as_tensor(tokens, device=divergence_N.device).clamp(min=1)
         # `num_items_in_batch` counts the tokens of every process, over which the gradients are averaged.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -190,21 +182,20 @@ def _add_divergence(student: PreTrainedModel) -> None:
     """
     forward = student.forward
 
-    def forward_with_teacher(self: Any, *args: Any, teacher: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    def forward_with_teacher(self: Any, *args: Any, teacher: Any = None, **kwargs: Any) -> Any:
         if teacher is None:
-            return forward(*args, **({"labels": labels} if labels is not None else {}), **kwargs)
+            return forward(*args, **kwargs)
         teacher_hidden_BTD, teacher_model = teacher
-        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
         # The hidden state at a position predicts the token at the next one.
-        predicted_BT = labels[:, 1:] != -100
-        head, teacher_head = _head(self), _head(teacher_model)
+        predicted_BT = kwargs.pop("labels")[:, 1:] != -100
+        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
         # Both have the same tokenizer; the rows after its tokens are padding.
-        both = min(part.shape[0] for part in (head[0], teacher_head[0]) if part is not None)
+        both = min(model.get_output_embeddings().weight.shape[0] for model in (self, teacher_model))
         divergence_N, _ = ChunkedDivergenceFunction.apply(
             hidden_BTD[:, :-1][predicted_BT],
-            *(part[:both] if part is not None else None for part in head),
+            *_head(self, both),
             teacher_hidden_BTD[:, :-1][predicted_BT],
-            *(part[:both] if part is not None else None for part in teacher_head),
+            *_head(teacher_model, both),
             0.0,  # forward KL
             1.0,  # temperature
             *_logit_transform(self.config),
@@ -215,13 +206,19 @@ def _add_divergence(student: PreTrainedModel) -> None:
     student.forward = types.MethodType(forward_with_teacher, student)
 
 
-def _head(model: PreTrainedModel) -> list[torch.Tensor | None]:
+def _head(model: PreTrainedModel, tokens: int) -> list[torch.Tensor | None]:
+    """Weight and bias of the output head, those of its first tokens."""
     head = model.get_output_embeddings()
-    parts = (head.weight, getattr(head, "bias", None))
-    return [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    parts = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
+    return [part if part is None else part[:tokens] for part in parts]
 
 
 def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """A family's transform of its logits: a factor (Granite divides) and a soft cap (Gemma)."""
-    text = config.get_text_config()
-    return 1.0 / getattr(text, "logits_scaling", 1.0), getattr(text, "final_logit_softcapping", None)
+    """A family's transform of its logits: a factor, named as TRL finds them, and a soft cap (Gemma)."""
+    text: Any = config.get_text_config()
+    named = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    factor: Any = next((one for one in named if one is not None), None)
+    if factor is None:
+        factor = getattr(text, "logits_scaling", 1.0)
+        factor = factor if text.model_type == "hyperclovax" else 1.0 / factor  # Granite divides
+    return factor, getattr(text, "final_logit_softcapping", None)

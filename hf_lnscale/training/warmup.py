@@ -21,9 +21,9 @@ from ..core.stack import text_stack
 class LNScalingWarmupCallback(TrainerCallback, ExportableState):
     """Ramps a model's exponent up from 0 to its value, one update per optimizer step.
 
-    The model's configuration sets the length and the shape of the ramp: `ln_scaling={"warmup_steps": 1000}`. Each step
-    is trained with the exponent for the number of steps done before it, so the first step trains a Pre-LN model. A
-    resumed run continues from its checkpoint's position, and a new run from the position of the model.
+    The model's configuration sets length and shape of the ramp. Each step is trained with the exponent for the number
+    of steps done before it, so the first step trains a Pre-LN model. A resumed run continues from its checkpoint's
+    position, and a new run from the position of the model.
 
         model = AutoModelForCausalLM.from_pretrained(name, ln_scaling={"warmup_steps": 1000})
         Trainer(model=model, ..., callbacks=[LNScalingWarmupCallback()]).train()

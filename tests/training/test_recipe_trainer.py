@@ -1,7 +1,9 @@
 """What RecipeTrainer and DistillationTrainer compute, against formulas and against models scaled by hooks."""
 
+import copy
 import math
 
+import kinds
 import pytest
 import torch
 from datasets import Dataset
@@ -148,6 +150,23 @@ def test_distillation_loss_is_the_divergence_and_so_is_its_gradient(family, tmp_
         if gradients[name].grad is not None:
             torch.testing.assert_close(parameter.grad.double(), gradients[name].grad, rtol=1e-3, atol=1e-6, msg=name)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+MULTIPLIED = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
+
+
+@pytest.mark.parametrize("family", MULTIPLIED)
+def test_logits_that_a_family_multiplies(family, tmp_path):
+    data, pair = rows([7, 12]), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        pair.append(kinds.model_class(family)(kinds.config(family, **{MULTIPLIED[family]: 20.0})).eval())
+    teacher, student = (copy.deepcopy(model) for model in pair)
+    expected = torch.cat([divergence(pair[1], pair[0], row["input_ids"]) for row in data]).mean().item()
+    made = distiller(tmp_path, student, teacher, data)
+    batch = made._prepare_inputs(made.data_collator([made.train_dataset[i] for i in range(2)]))
+    assert expected > 0.01
+    assert made.compute_loss(made.model, batch).item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_heads_that_are_padded(tmp_path):
