@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
@@ -24,9 +24,9 @@ BATCH = 8  # sequences
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for models, picture and results.json.")] = Path("lnscale-demo"),
-    fast: Annotated[bool, typer.Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    out: Annotated[Path, Option(help="Folder for models, picture and results.json.")] = Path("lnscale-demo"),
+    fast: Annotated[bool, Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
+    seed: Annotated[int, Option(help="Seed of both trainings.")] = 0,
 ) -> None:
     """See the curse of depth, and the cures, in minutes.
 

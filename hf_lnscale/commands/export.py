@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from ..core.display import one_line
 from .options import Checkpoint, Force
@@ -14,16 +15,15 @@ from .options import Checkpoint, Force
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
+    out: Annotated[Path, Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
     format: Annotated[
         Literal["safetensors", "zeros", "gguf"],
-        typer.Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
+        Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
     ] = "safetensors",
     converter: Annotated[
-        Path | None,
-        typer.Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH."),
+        Path | None, Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH.")
     ] = None,
-    outtype: Annotated[str, typer.Option(help="Weights in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
+    outtype: Annotated[str, Option(help="Weights in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
     force: Force = False,
 ) -> None:
     """Fold the scale into the weights, for any runtime; or GGUF.

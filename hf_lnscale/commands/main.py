@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from .._version import __version__
 from ..core.display import one_line
@@ -71,9 +72,9 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     context.obj.debug = debug

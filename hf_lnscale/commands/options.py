@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 Checkpoint = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub."),
+    str, Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub.")
 ]
-Data = Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")]
+Data = Annotated[Path, Option(help="Text, or JSON lines with a column text or messages, to measure on.")]
 SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in a window; 512, or the number of positions of the model if smaller.")
+    int | None, Option(help="Tokens in a window; 512, or the number of positions of the model if smaller.")
 ]
-BatchSize = Annotated[int, typer.Option(help="Windows at a time.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: auto (the checkpoint's own), fp32, bf16, fp16.")]
-Device = Annotated[str | None, typer.Option(help="Device to compute on; a GPU if there is one.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BatchSize = Annotated[int, Option(help="Windows at a time.")]
+Dtype = Annotated[str, Option(help="Type of the weights: auto (the checkpoint's own), fp32, bf16, fp16.")]
+Device = Annotated[str | None, Option(help="Device to compute on; a GPU if there is one.")]
+Force = Annotated[bool, Option("--force", help="Replace what an earlier run wrote there.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", start=1)}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from ..core.display import one_line
 from ..core.json_file import to_json
@@ -28,19 +28,19 @@ from .options import (
 
 def prune(
     model: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="[NAME=]FILE[:WEIGHT]",
             help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
             "--data code=b.jsonl:0.5. Without it: English and Python code that come with Python.",
         ),
     ] = None,
-    num_layers: Annotated[int | None, typer.Option("--layers", help="Drop this many layers.")] = None,
+    num_layers: Annotated[int | None, Option("--layers", help="Drop this many layers.")] = None,
     max_perplexity_increase: Annotated[
         Any,
-        typer.Option(
+        Option(
             "--max-ppl-increase",
             parser=parse_increase,
             metavar="SHARE",
@@ -48,33 +48,25 @@ def prune(
         ),
     ] = None,
     target_params: Annotated[
-        Any,
-        typer.Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M."),
+        Any, Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M.")
     ] = None,
     target_memory: Annotated[
-        Any,
-        typer.Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB."),
+        Any, Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB.")
     ] = None,
-    cache_tokens: Annotated[int, typer.Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
-    cache_batch: Annotated[int, typer.Option(help="Sequences in that cache.")] = 1,
+    cache_tokens: Annotated[int, Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
+    cache_batch: Annotated[int, Option(help="Sequences in that cache.")] = 1,
     drop: Annotated[
-        Any,
-        typer.Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14."),
+        Any, Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")
-    ] = None,
+    method: Annotated[str | None, Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")] = None,
     units: Annotated[
-        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
+        str, Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
     ] = "layers",
     heal: Annotated[
-        str,
-        typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
+        str, Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible.")
     ] = "auto",
-    held_out: Annotated[Path | None, typer.Option(help="Data to judge by, instead of a quarter of --data.")] = None,
-    num_tokens: Annotated[
-        int, typer.Option("--tokens", help="Tokens of the data to use; a quarter is held out.")
-    ] = 65_536,
+    held_out: Annotated[Path | None, Option(help="Data to judge by, instead of a quarter of --data.")] = None,
+    num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use; a quarter is held out.")] = 65_536,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..core.processes import environment_with_flags
 
@@ -61,9 +62,9 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
 def run(
     context: typer.Context,
     program: Annotated[
-        str, typer.Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
+        str, Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
     ],
-    module: Annotated[bool, typer.Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
+    module: Annotated[bool, Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
 ) -> None:
     """Run any Python program with the flags on, unchanged.
 

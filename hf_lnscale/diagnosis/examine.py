@@ -37,6 +37,10 @@ from .measure import (
 
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
+_OPTIONAL = (
+    "loss_added", "loss_added_error", "perplexity_without", "gradient_norm", "gradient_norm_error",
+    "state_gradient_norm", "jacobian_distance", "jacobian_distance_error",
+)  # fmt: skip
 _PARTS = {
     "stream": "the stream",
     "loss": "the loss without each layer",
@@ -102,29 +106,42 @@ def diagnose(
     costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
     costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
     notes: list[str] = []
-    full, without, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
+    full = cuts = None
     with _Progress(costs, batches.num_tokens, progress) as bar:
         with bar.part("stream") as advance:
             streamed = stream(model, batches, advance)
         _require_sound(stack, streamed)
+        columns = _columns(streamed)
         if loss:
             with bar.part("loss") as advance:
                 full, without = sweep(model, batches, (), None, "loss", advance)
             if not full.mean < MOST_NATS:
                 problem = f"its loss is {full.mean:.4g} nats per token on this data; nothing can be compared with that"
                 raise ArgumentError("model", problem=problem)
+            added = [one.mean - full.mean for one in without.values()]
+            added = [one if math.isfinite(one) else math.inf for one in added]  # the model without it overflows
+            columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
+            columns["perplexity_without"] = [
+                math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
+            ]
             with bar.part("cuts"):
-                cuts = _nested_cuts(model, batches, full, without, bar)
+                order = sorted(without, key=added.__getitem__)
+                cuts = _nested_cuts(model, batches, full, without[order[0]], order, bar)
         if gradients:
             with bar.part("gradients") as advance, _noting("gradients", notes):
-                weights_NL, states_L = gradient_norms(model, batches, advance)
-            if states_L is not None and not weights_have_gradients(stack):
-                notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
+                weights_NL, columns["state_gradient_norm"] = gradient_norms(model, batches, advance)
+                columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
+                if not weights_have_gradients(stack):
+                    notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
         if jacobian:
             with bar.part("jacobian") as advance, _noting("jacobian_distance", notes):
-                distances_SL = jacobian_distances(model, few, jacobian_probes, advance)
+                square_L, error_L = _mean_and_error(jacobian_distances(model, few, jacobian_probes, advance))
+                columns["jacobian_distance"] = square_L.sqrt()
+                # The error of a root: half of the square's, over the root.
+                columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
     residual = _residual(streamed)
-    layers = _layers(streamed, full, without, weights_NL, states_L, distances_SL)
+    rows = zip(range(len(stack.layers)), *map(_listed, columns.values()), strict=True)
+    layers = [dict(zip(("layer", *columns), row, strict=True)) for row in rows]
     notes += _leave_out_infinite(layers, stack)
     baseline = None if full is None else _baseline(full)
     about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
@@ -221,41 +238,28 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
 
 
 def _nested_cuts(
-    model: nn.Module, batches: TokenBatches, full: MeanLoss, without: dict[int, MeanLoss], bar: _Progress
+    model: nn.Module, batches: TokenBatches, full: MeanLoss, first: MeanLoss, order: list[int], bar: _Progress
 ) -> list[dict[str, Any]]:
     """Layers removed together, in the order of what each costs alone, until the largest budget is exceeded.
 
-    Layers cost more together than the sum of what they cost alone, so each cut is measured.
+    Layers cost more together than the sum of what they cost alone, so each cut is measured; `first` is the loss of the
+    first, known from the sweep.
     """
-    added = _losses_added(full, without)
-    order = sorted(range(len(added)), key=added.__getitem__)
     cuts: list[dict[str, Any]] = []
     for count in range(1, len(order)):
         removed = order[:count]
-        # The first is known from the sweep.
-        one = without[removed[0]] if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
+        one = first if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
         found, error = one.mean, one.error(full)
         if not found < MOST_NATS:  # or not a number
             break
-        cuts.append(
-            {
-                "layers": removed,
-                "perplexity": math.exp(found),
-                # Delta method, in pairs of sequences.
-                "increase_error": None if error is None else math.exp(found - full.mean) * error,
-            }
-        )
+        # Delta method, in pairs of sequences.
+        increase_error = None if error is None else math.exp(found - full.mean) * error
+        cuts.append({"layers": removed, "perplexity": math.exp(found), "increase_error": increase_error})
         if count > 1:
             bar.advance(1.0, more=count > 2)
         if found > full.mean + math.log1p(max(verdict.BUDGETS)):
             break
     return cuts
-
-
-def _losses_added(full: MeanLoss, without: dict[int, MeanLoss]) -> list[float]:
-    """The loss added by removing each layer; infinite where the model without it overflows."""
-    added = [one.mean - full.mean for one in without.values()]
-    return [one if math.isfinite(one) else math.inf for one in added]
 
 
 # --- the results, in the form of diagnosis.json -----------------------------------------------------------------------
@@ -319,15 +323,8 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     return places
 
 
-def _layers(
-    streamed: Streamed,
-    full: MeanLoss | None,
-    without: dict[int, MeanLoss] | None,
-    weights_NL: torch.Tensor | None,
-    states_L: torch.Tensor | None,
-    distances_SL: torch.Tensor | None,
-) -> list[dict[str, Any]]:
-    """A dict for each layer, made of a column for each measure: L values, or None if it was not taken."""
+def _columns(streamed: Streamed) -> dict[str, Any]:
+    """The measures by name, L values each: those of the pass, and room for those that can be left out."""
     means, errors = streamed.means, streamed.errors
     columns: dict[str, Any] = {}
     for name in ("attention", "mlp"):
@@ -335,24 +332,7 @@ def _layers(
         columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
     columns["block_influence"], columns["block_influence_error"] = means["influence"][:, 0], errors["influence"][:, 0]
     columns["angular_distance"] = streamed.angles_LL[:, 0]
-    columns |= dict.fromkeys(("loss_added", "loss_added_error", "perplexity_without"))
-    if full is not None and without is not None:
-        added = columns["loss_added"] = _losses_added(full, without)
-        columns["loss_added_error"] = [one.error(full) for one in without.values()]
-        perplexities = [math.exp(min(full.mean + one, MOST_NATS)) for one in added]
-        columns["perplexity_without"] = [one if math.isfinite(added[i]) else None for i, one in enumerate(perplexities)]
-    columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
-    columns["state_gradient_norm"] = states_L
-    square, square_error = _mean_and_error(distances_SL)
-    distance: Any = None if square is None else square.sqrt()
-    columns["jacobian_distance"] = distance
-    # The error of a root: half of the square's, over the root.
-    columns["jacobian_distance_error"] = None if square_error is None else square_error / (2 * distance)
-    found = {name: _listed(values) for name, values in columns.items() if values is not None}
-    return [
-        {"layer": layer} | {name: found[name][layer] if name in found else None for name in columns}
-        for layer in range(len(streamed.angles_LL))
-    ]
+    return columns | dict.fromkeys(_OPTIONAL, [None] * len(streamed.angles_LL))
 
 
 def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]:
@@ -370,11 +350,10 @@ def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]
     return notes
 
 
-def _mean_and_error(samples_NL: torch.Tensor | None) -> tuple[Any, Any]:
-    """The mean over samples, shape (L,), and its standard error; None without samples, or with one for the error."""
-    if samples_NL is None or not len(samples_NL):
-        return None, None
-    return samples_NL.mean(0), samples_NL.std(0) / len(samples_NL) ** 0.5 if len(samples_NL) > 1 else None
+def _mean_and_error(samples_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over samples and its standard error, shape (L,); NaN for too few samples."""
+    number, mean_L = len(samples_NL), samples_NL.mean(0)
+    return mean_L, samples_NL.std(0) / number**0.5 if number > 1 else torch.full_like(mean_L, math.nan)
 
 
 def _listed(values: Any) -> list[Any]:
