@@ -123,28 +123,27 @@ class Demo:
         about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
         self.say(about + "± is the standard error over the held-out text alone.")
         figures: dict[str, Any] = {}
+        columns: list[dict[str, str]] = []
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
-            figures[name] = {"evaluation_losses": self.train(model, train, held_out)}
+            losses = self.train(model, train, held_out)
             found = diagnose(model, held_out, gradients=False, jacobian=False, progress=False)
-            figures[name] |= {
-                "residual_variance": [place["variance"] for place in found.residual],
-                "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
-                "loss_added": found.values("loss_added"),
-                "loss_added_error": found.values("loss_added_error"),
-            }
+            loss_error = (found.baseline or {}).get("loss_error")
+            variances = [place["variance"] for place in found.residual]
+            added, errors = found.values("loss_added"), found.values("loss_added_error")
+            figures[name] = {
+                "evaluation_losses": losses, "residual_variance": variances, "evaluation_loss_error": loss_error,
+                "loss_added": added, "loss_added_error": errors,
+            }  # fmt: skip
+            columns.append({
+                "evaluation loss, nats per token": with_error(losses[-1], loss_error),
+                "residual variance after layer 0": f"{variances[1]:.3g}",
+                f"residual variance after layer {len(added) - 1}": f"{variances[-1]:.3g}",
+                **{f"loss added without layer {i}": with_error(*pair, sign="+")
+                   for i, pair in enumerate(zip(added, errors, strict=True))},
+            })  # fmt: skip
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
-        columns = []
-        for one in figures.values():
-            added = zip(one["loss_added"], one["loss_added_error"], strict=True)
-            loss = one["evaluation_losses"][-1], one["evaluation_loss_error"]
-            columns.append({
-                "evaluation loss, nats per token": with_error(*loss),
-                "residual variance after layer 0": f"{one['residual_variance'][1]:.3g}",
-                f"residual variance after layer {len(found.layers) - 1}": f"{one['residual_variance'][-1]:.3g}",
-                **{f"loss added without layer {i}": with_error(*pair, sign="+") for i, pair in enumerate(added)},
-            })  # fmt: skip
         self.console.print(terminal(("", *figures), [(name, *(one[name] for one in columns)) for name in columns[0]]))
         return figures
 

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def diagnose(
     costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
     notes: list[str] = []
     full = cuts = None
-    with _Progress(costs, batches.num_tokens, progress) as bar:
+    with closing(_Progress(costs, batches.num_tokens, progress)) as bar:
         with bar.part("stream") as advance:
             streamed = stream(model, batches, advance)
         _require_sound(stack, streamed)
@@ -157,7 +157,7 @@ def diagnose(
         angular=[_listed(row) for row in streamed.angles_LL],
         cuts=cuts,
         verdict=judged,
-        cost=bar.found(),
+        cost=bar.found,
         notes=notes,
         versions={"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
     )
@@ -370,7 +370,7 @@ class _Progress:
 
     def __init__(self, costs: dict[str, float], num_tokens: int, show: bool) -> None:
         self.costs, self.total = costs, sum(costs.values())
-        self.seconds: dict[str, float] = {}
+        self.found: dict[str, dict[str, float]] = {}  # for each part the passes announced, and the seconds it took
         if show:
             parts = ", ".join(f"{passes:.1f} for {_PARTS[part]}" for part, passes in costs.items())
             print(f"about {self.total:.0f} forward passes over {num_tokens:,} tokens: {parts}", file=sys.stderr)
@@ -381,10 +381,7 @@ class _Progress:
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} passes [{elapsed}<{remaining}]",
         )
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.bar.refresh()  # updates in quick succession are not all drawn
         self.bar.close()
 
@@ -401,11 +398,5 @@ class _Progress:
         self.bar.set_description(_PARTS[name].partition(" (")[0])
         started = time.perf_counter()
         yield lambda fraction: self.advance(fraction * self.costs[name])
-        self.seconds[name] = time.perf_counter() - started
-
-    def found(self) -> dict[str, dict[str, float]]:
-        """For each part the passes that were announced, and the seconds that it took."""
-        return {
-            part: {"passes": round(passes, 2), "seconds": round(self.seconds[part], 3)}
-            for part, passes in self.costs.items()
-        }
+        seconds = time.perf_counter() - started
+        self.found[name] = {"passes": round(self.costs[name], 2), "seconds": round(seconds, 3)}

@@ -79,9 +79,8 @@ def diagnose_checkpoints(
     if len(found) == 2 and found[0].name == found[1].name:
         found = [replace(one, model={**one.model, "name": f"{one.name} ({i})"}) for i, one in enumerate(found, start=1)]
     with atomic_directory(target, force) as partial:
-        found[0].save(partial / FILE)
-        if compare is not None:
-            found[1].save(partial / COMPARED)
+        for one, name in zip(found, (FILE, COMPARED), strict=False):
+            one.save(partial / name)
         if draw:
             png.save_all(found, partial)
         found[0].report(partial / REPORT, *found[1:])

@@ -307,8 +307,8 @@ def _percent(fit: dict[str, float]) -> str:
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
     """Rows of the differences between two diagnoses: name, value in the first, value in the second."""
     first, second = _figures(before), _figures(after)
-    shown = [(name, first[name], second[name]) for name in first if first[name] or second[name]]
-    return [(name, one or "not measured", other or "not measured") for name, one, other in shown]
+    shown = [name for name in first if first[name] or second[name]]
+    return [(name, first[name] or "not measured", second[name] or "not measured") for name in shown]
 
 
 def _figures(one: Any) -> dict[str, str | None]:
