@@ -16,10 +16,10 @@ from ..core.json_file import to_json
 from ..core.processes import run_script
 from .quiet import quiet_transformers
 
-FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
-        "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
-FAST = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4,
-        "max_position_embeddings": 64, "vocab_size": 512}  # fmt: skip
+FULL: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
+FAST: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 172,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": 512}  # fmt: skip
 BATCH = 8  # sequences
 
 
@@ -122,8 +122,7 @@ class Demo:
         )
         about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
         self.say(about + "± is the standard error over the held-out text alone.")
-        figures: dict[str, Any] = {}
-        columns: list[dict[str, str]] = []
+        figures, columns = dict[str, Any](), list[dict[str, str]]()
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
             losses = self.train(model, train, held_out)
@@ -152,8 +151,7 @@ class Demo:
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
-        config: dict[str, Any] = {**self.shape, "eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
-        return LlamaForCausalLM(LlamaConfig(**config))
+        return LlamaForCausalLM(LlamaConfig(**self.shape, eos_token_id=end, bos_token_id=end, ln_scaling=ln_scaling))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
         """Trains in place with a small version of the paper's recipe; returns the evaluation losses over the run."""
@@ -237,10 +235,8 @@ class Demo:
 
 # Run by a separate Python process, which imports only transformers.
 PLAIN_PROCESS = """
-import json, sys
-import torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
 scaled, folded, logits = sys.argv[1:4]
 torch.set_num_threads(int(sys.argv[4]))  # the order of sums, and with it the last bit, can depend on it
 with torch.no_grad():

@@ -99,7 +99,12 @@ def diagnose(
             raise ArgumentError(name, value, "an integer of at least 1")
     stack = text_stack(model)
     if loss or gradients:
-        _require_head(model)
+        try:
+            SplitModel(model)
+        except ArgumentError:
+            problem = f"{type(model).__name__} has no language head to predict tokens with; load it with "
+            problem += "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`"
+            raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
     wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
@@ -139,9 +144,7 @@ def diagnose(
                 columns["jacobian_distance"] = square_L.sqrt()
                 # The error of a root: half of the square's, over the root.
                 columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
-    residual = _residual(streamed)
-    rows = zip(range(len(stack.layers)), *map(_listed, columns.values()), strict=True)
-    layers = [dict(zip(("layer", *columns), row, strict=True)) for row in rows]
+    residual, layers = _residual(streamed), _rows(columns)
     notes += _leave_out_infinite(layers, stack)
     baseline = None if full is None else _baseline(full)
     about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
@@ -154,7 +157,7 @@ def diagnose(
         baseline=baseline,
         residual=residual,
         layers=layers,
-        angular=[_listed(row) for row in streamed.angles_LL],
+        angular=[[*map(_number, row)] for row in streamed.angles_LL.tolist()],
         cuts=cuts,
         verdict=judged,
         cost=bar.found,
@@ -172,24 +175,12 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"{what}: {error}")
 
 
-def _require_head(model: nn.Module) -> None:
-    try:
-        SplitModel(model)
-    except ValueError:
-        raise ArgumentError(
-            "model",
-            problem=f"{type(model).__name__} has no language head to predict tokens with; load it with "
-            "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`",
-        ) from None
-
-
 def _require_sound(stack: Stack, streamed: Streamed) -> None:
     """Refuses a residual stream that is not finite, or zero after a layer."""
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
-            problem = f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}"
-            raise ArgumentError("model", problem=problem)
+            raise ArgumentError("model", problem=f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}")
         if place and not typical:
             problem = f"{where} is zero for a token; are the weights those of a trained model?"
             raise ArgumentError("model", problem=problem)
@@ -289,44 +280,31 @@ def _dtype(stack: Stack) -> str:
 
 def _baseline(full: MeanLoss) -> dict[str, float | None]:
     error, perplexity = full.error(), math.exp(full.mean)
-    return {
-        "loss": full.mean,
-        "loss_error": error,
-        "perplexity": perplexity,
-        # Delta method: d exp(x) = exp(x) dx.
-        "perplexity_error": None if error is None else perplexity * error,
-    }
+    spread = None if error is None else perplexity * error  # delta method: d exp(x) = exp(x) dx
+    return {"loss": full.mean, "loss_error": error, "perplexity": perplexity, "perplexity_error": spread}
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
-    typical_P, errors = streamed.typical_P, streamed.errors
-    # Delta method: d exp(x) = exp(x) dx.
-    typical_error, growth_error = map(
-        _listed, (typical_P * errors["typical"], typical_P / typical_P[1] * errors["growth"])
-    )
-    places = []
-    for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
-        whole = first.merged(rest)
-        places.append(
-            {
-                "place": place,
-                "variance": whole.variance,
-                "variance_without_first": rest.variance,
-                "typical": typical_P[place].item(),
-                "typical_error": typical_error[place],
-                "growth_error": growth_error[place],
-                "largest_channel": int(whole.channels_D.argmax()),
-                "largest_channel_variance": whole.channels_D.max().item(),
-                "largest_channel_variance_without_first": rest.channels_D.max().item(),
-            }
-        )
-    return places
+    typical_P, errors, rest = streamed.typical_P, streamed.errors, streamed.rest
+    whole = [first.merged(others) for first, others in zip(streamed.first, rest, strict=True)]
+    return _rows({
+        "place": range(len(rest)),
+        "variance": [one.variance for one in whole],
+        "variance_without_first": [one.variance for one in rest],
+        "typical": typical_P,
+        # Delta method: d exp(x) = exp(x) dx.
+        "typical_error": typical_P * errors["typical"],
+        "growth_error": typical_P / typical_P[1] * errors["growth"],
+        "largest_channel": [int(one.channels_D.argmax()) for one in whole],
+        "largest_channel_variance": [one.channels_D.max().item() for one in whole],
+        "largest_channel_variance_without_first": [one.channels_D.max().item() for one in rest],
+    })  # fmt: skip
 
 
 def _columns(streamed: Streamed) -> dict[str, Any]:
     """The measures by name, L values each: those of the pass, and room for those that can be left out."""
     means, errors = streamed.means, streamed.errors
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {"layer": range(len(streamed.angles_LL))}
     for name in ("attention", "mlp"):
         columns[f"{name}_ratio"], columns[f"{name}_ratio_error"] = means[name][:, 1], errors[name][:, 1]
         columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
@@ -356,10 +334,14 @@ def _mean_and_error(samples_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return mean_L, samples_NL.std(0) / number**0.5 if number > 1 else torch.full_like(mean_L, math.nan)
 
 
-def _listed(values: Any) -> list[Any]:
-    """A tensor, or a list, as a list with None in place of NaN."""
-    values = values.tolist() if isinstance(values, torch.Tensor) else values
-    return [None if value is None or math.isnan(value) else value for value in values]
+def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Columns, tensors or other sequences of one length, as a dict for each row, with None in place of NaN."""
+    lists = [values.tolist() if isinstance(values, torch.Tensor) else values for values in columns.values()]
+    return [dict(zip(columns, map(_number, row), strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _number(value: Any) -> Any:
+    return None if value is None or math.isnan(value) else value
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,24 @@ SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of 
 # A layer does almost nothing if perplexity rises by less than this without it.
 IDLE = 0.01
 BUDGETS = (0.05, 0.10)
+# Signs that compare the halves of the layers: the measure, how much of it the other half must have (if neither half
+# adds anything, as in a model that has learned nothing, the difference is noise), the sentence, the name in a comparison.
+_HALVES = {
+    "near_identity": (
+        "jacobian_distance",
+        0.0,
+        "Distance of a layer's Jacobian from the identity: median {deeper_half:.2f} in the deeper half of the layers, "
+        "{first_half:.2f} in the other half.",
+        "distance of the Jacobian from the identity",
+    ),
+    "deep_layers_worth_little": (
+        "loss_added",
+        math.log1p(IDLE),
+        "Loss added by removing a layer: median {deeper_half:.3f} nats in the deeper half, {first_half:.3f} in the "
+        "other half.",
+        "loss added by removing a layer, nats",
+    ),
+}
 # Massive activations: these few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
 # One kind of growth fits better than another if the other misses by more than this many times as much, plus 1 %.
@@ -120,9 +138,7 @@ def judge(
     grown, spikes = growth(residual), massive(residual)
     signs = {
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
-        "near_identity": _halves(layers, "jacobian_distance"),
-        # If neither half adds anything, as in a model that has learned nothing, the difference is noise.
-        "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
+        **{sign: _halves(layers, field, least) for sign, (field, least, _, _) in _HALVES.items()},
     }
     idle, inside = None, None
     known: list[dict[str, Any]] = []
@@ -149,14 +165,14 @@ def judge(
         "sentences": [
             *_on_growth(grown),
             *_on_massive(spikes),
-            *_on_signs(signs),
+            *(text.format(**found) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
             *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
     }
 
 
-def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict[str, Any] | None:
+def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, Any] | None:
     """The median over the deeper half of the layers against that over the other half; a sign if the latter is more
     than `least`. Medians, because the first and last layers are unlike the others in most models."""
     values = [one[name] for one in layers]
@@ -164,12 +180,8 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict
         return None
     middle = len(values) // 2
     first, deep = median(values[:middle]), median(values[middle:])
-    return {
-        "present": first > least and deep < SHARE * first,
-        "first_half": first,
-        "deeper_half": deep,
-        "threshold": SHARE,
-    }
+    present = first > least and deep < SHARE * first
+    return {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
 
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
@@ -225,21 +237,6 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
     elif spikes["factor_without_first"] < spikes["factor"] / 2:
         text += f"; {times(spikes['factor_without_first'])} without the first token of each sequence"
     return [text + ". This is not growth of the stream, and the fits leave it out."]
-
-
-def _on_signs(signs: dict[str, Any]) -> list[str]:
-    sentences = []
-    if near := signs["near_identity"]:
-        sentences.append(
-            f"Distance of a layer's Jacobian from the identity: median {near['deeper_half']:.2f} in the deeper half of "
-            f"the layers, {near['first_half']:.2f} in the other half."
-        )
-    if worth := signs["deep_layers_worth_little"]:
-        sentences.append(
-            f"Loss added by removing a layer: median {worth['deeper_half']:.3f} nats in the deeper half, "
-            f"{worth['first_half']:.3f} in the other half."
-        )
-    return sentences
 
 
 def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
@@ -320,12 +317,8 @@ def _figures(one: Any) -> dict[str, str | None]:
         "growth of a typical token, first to last layer, times": with_error(grown["factor"], grown.get("factor_error")),
         "kind of growth": grown["kind"] or "undecided",
     }
-    signs = {
-        "near_identity": "distance of the Jacobian from the identity",
-        "deep_layers_worth_little": "loss added by removing a layer, nats",
-    }
     for half in ("first_half", "deeper_half"):
-        for sign, name in signs.items():
+        for sign, (_, _, _, name) in _HALVES.items():
             values = judged["signs"][sign]
             found[f"{name}, median of the {half.replace('_', ' ')}"] = number(values[half]) if values else None
     idle, removable = judged["idle_layers"], judged["removable"]
