@@ -239,8 +239,7 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 scaled, folded, logits = sys.argv[1:4]
 torch.set_num_threads(int(sys.argv[4]))  # the order of sums, and with it the last bit, can depend on it
-with torch.no_grad():
-    torch.save(AutoModelForCausalLM.from_pretrained(folded)(torch.arange(50)[None]).logits, logits)
+torch.save(AutoModelForCausalLM.from_pretrained(folded)(torch.arange(50)[None]).logits.detach(), logits)
 refusals = {}
 for model_class in (AutoModelForCausalLM, LlamaForCausalLM):
     try:

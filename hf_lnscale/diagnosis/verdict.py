@@ -22,7 +22,7 @@ SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of 
 IDLE = 0.01
 BUDGETS = (0.05, 0.10)
 # Signs that compare the halves of the layers: the measure, how much of it the other half must have (if neither half
-# adds anything, as in a model that has learned nothing, the difference is noise), the sentence, the name in a comparison.
+# adds anything, as in a model that has learned nothing, the difference is noise), the sentence, the name in `compare`.
 _HALVES = {
     "near_identity": (
         "jacobian_distance",
