@@ -23,12 +23,7 @@ _READ_WEIGHTS = (
 
 
 def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
-    """The command line that runs a program.
-
-    Args:
-        program: a script, a command of this Python environment or of PATH, or with `module` the name of a module.
-        arguments: its arguments.
-        module: run `python -m program`.
+    """The command line that runs a program: a script, a command of this Python environment or of PATH, or a module.
 
     Raises:
         FileNotFoundError: if there is no such program; the message says where it was looked for.

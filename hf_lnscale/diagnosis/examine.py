@@ -207,12 +207,8 @@ def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
 
 
 def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
-    """Cost of each part in forward passes, by the arithmetic of layers and head.
-
-    Args:
-        share: fraction of the data that the Jacobian is measured on.
-        probes: random vectors for each of its sequences.
-    """
+    """Cost of each part in forward passes, by the arithmetic of layers and head; the Jacobian is measured on a `share`
+    of the data, with `probes` random vectors for each sequence."""
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
     # The embedding is a lookup, not a matrix product, and the head is one; a tied matrix counts once as well.

@@ -43,12 +43,9 @@ def diagnose_checkpoints(
     Args:
         checkpoint: folder or name on the Hub.
         data: path of a text, or other data as for `diagnose` that can be read more than once.
-        out: folder to write.
+        out: folder to write; an existing diagnosis there is replaced with `force`.
         compare: a second checkpoint, shown next to the first.
-        windows: how text is cut.
-        placement: where the models are computed, and the type of their weights.
         draw: write plots as PNG and SVG, which needs matplotlib.
-        force: replace an existing diagnosis at `out`.
         settings: passed to `diagnose`.
 
     Raises:

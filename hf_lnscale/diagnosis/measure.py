@@ -60,11 +60,7 @@ class Streamed:
 
 
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """One forward pass over the batches; `advance` is called with each fraction of the work done.
-
-    Raises:
-        ValueError: if no sequence has a second token.
-    """
+    """One forward pass over the batches; `advance` is called with each fraction of the work done."""
     stack = text_stack(model)
     pass_ = _Pass(stack)
     with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
@@ -247,17 +243,13 @@ def gradient_norms(
     """Norms of the gradient of the loss, the mean cross-entropy of the next token.
 
     From the last layer to the first, each layer runs again on its recorded input, so that only the graph and the
-    gradients of one layer are in memory. `advance` is called with each fraction of the work done.
+    gradients of one layer are in memory; NotDifferentiableError if one has none.
 
     Returns:
         weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights;
             NaN for weights without gradients (quantized, offloaded).
         states_L: norm of the gradient of a sequence's summed loss with respect to a token's state before the layer;
             mean over tokens, without the first of each sequence.
-
-    Raises:
-        ValueError: for a model without a language head, and if there is no token to predict.
-        NotDifferentiableError: if a layer has no gradient.
     """
     halves = SplitModel(model)
     layers = halves.stack.layers
@@ -308,22 +300,13 @@ def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Ten
 def jacobian_distances(
     model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object]
 ) -> torch.Tensor:
-    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence.
+    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence of two
+    tokens or more; shape (S, L), the mean over the `probes`. NotDifferentiableError if a layer has no gradient.
 
     J has (T - 1) D rows: the outputs of all tokens of a sequence but the first, with respect to all its inputs. For u
     with independent entries +1 and -1 the mean of |(J - I)^T u|^2 is |J - I|_F^2 (Hutchinson 1990), and |I|_F^2 is
     (T - 1) D. Each product from the left is one backward pass, which every attention kernel and most kernels for
     quantized weights support, unlike forward products.
-
-    Args:
-        probes: products for each sequence.
-        advance: called with each fraction of the work done.
-
-    Returns:
-        Shape (S, L), the mean over the probes; sequences of a single token are left out.
-
-    Raises:
-        NotDifferentiableError: if a layer has no gradient.
     """
     stack = text_stack(model)
     generators: dict[torch.device, torch.Generator] = {}

@@ -22,19 +22,12 @@ _FORMAT = 1
 
 
 class Column(NamedTuple):
-    """A measure in the tables of layers.
+    """A measure in the tables of layers."""
 
-    Attributes:
-        title: heading in the report.
-        description: explanation of the heading.
-        field: see `DiagnosisData.values`.
-        short: heading in a terminal; "" leaves the measure out there.
-    """
-
-    title: str
-    description: str
-    field: str
-    short: str = ""
+    title: str  # heading in the report
+    description: str  # explanation of the heading
+    field: str  # see `DiagnosisData.values`
+    short: str = ""  # heading in a terminal; "" leaves the measure out there
 
 
 COLUMNS = (

@@ -51,13 +51,9 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
     arXiv 2502.05795, section 3: without a remedy the variance lies between a linear and an exponential function of
     depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors compare.
 
-    Args:
-        values: variance after layer 1, 2, ..., L; L at least 3.
-
-    Returns:
-        Kind -> its parameters, and `off_by`: the factor by which the fit misses on average (root mean square of the
-        logarithm). With l the number of layers passed: "linear" is start * (1 + slope * (l - 1)), "polynomial" is
-        start * l ** power, "exponential" is start * rate ** (l - 1).
+    Of the values after l = 1, 2, ..., L layers, L at least 3, "linear" is start * (1 + slope * (l - 1)), "polynomial"
+    start * l ** power, "exponential" start * rate ** (l - 1); `off_by` is the factor by which the fit misses on average
+    (root mean square of the logarithm).
     """
     y_L = np.log(np.asarray(values, dtype=np.float64))
     depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
@@ -128,12 +124,9 @@ def judge(
     data: dict[str, Any] | None = None,
     num_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """The verdict: facts in numbers, and sentences made of them.
+    """The verdict on the parts of a diagnosis: facts in numbers, and sentences made of them.
 
-    Args:
-        residual, layers, baseline, cuts: the parts of a diagnosis.
-        data: description of the text it is based on; without one, there is enough text.
-        num_tokens: how many tokens of text were to be measured on; None if that is not known.
+    Without `data`, the description of the text, there is enough text; `num_tokens` were to be measured on, if known.
     """
     grown, spikes = growth(residual), massive(residual)
     signs = {
