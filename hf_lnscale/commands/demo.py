@@ -151,7 +151,8 @@ class Demo:
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
-        return LlamaForCausalLM(LlamaConfig(**self.shape, eos_token_id=end, bos_token_id=end, ln_scaling=ln_scaling))
+        config = self.shape | {"eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
+        return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
         """Trains in place with a small version of the paper's recipe; returns the evaluation losses over the run."""
@@ -207,9 +208,8 @@ class Demo:
         )  # fmt: skip
         self.console.print(str(found), markup=False)
         self.say("Chosen by Block Influence (ShortGPT) in one pass; hf-lnscale prune chooses better, in minutes.")
-        plan = found.plan
-        kept = {"perplexity": plan.perplexity, "errors": plan.errors, "model": plan.model_name}
-        return {"layers": list(plan.layers), **kept}
+        cut = found.plan
+        return {"layers": list(cut.layers), "perplexity": cut.perplexity, "errors": cut.errors, "model": cut.model_name}
 
     def plot(self, path: Path) -> None:
         """The curse, the growth in both small models, their evaluation loss, and what their layers do."""
