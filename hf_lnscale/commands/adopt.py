@@ -7,8 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..core.display import one_line
-from .options import BatchSize, Device, Force
+from .options import BatchSize, Device, Force, written
 
 
 def adopt(
@@ -31,7 +30,7 @@ def adopt(
     Measures its perplexity without the scale and with it, and refuses unless
     the scale makes it better by more than two standard errors.
     """
-    from ..checkpoints.names import Placement
+    from ..checkpoints.names import Placement, read_config
     from ..evaluation.adopt import adopt as run
 
     done = run(
@@ -39,4 +38,4 @@ def adopt(
         placement=Placement(device=device), force=force,
     )  # fmt: skip
     print(done)
-    print(f"wrote {one_line(out)}: its LayerNorm Scaling is active; hf-lnscale export makes it a plain checkpoint")
+    print(written(out, read_config(str(out))))

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from ..core.display import one_line
-from .options import Checkpoint, Force
+from .options import Checkpoint, Force, written
 
 
 def export(
@@ -39,21 +39,13 @@ def export(
         print(f"wrote {one_line(export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force))}")
         return
     from ..checkpoints.names import read_config
-    from ..core.record import record
 
     if format == "zeros":
-        from ..checkpoints.zeros import export_zeros
-
-        path = export_zeros(checkpoint, out, force=force)
+        from ..checkpoints.zeros import export_zeros as write
     else:
         from ..checkpoints.export import export as write
-
-        path = write(checkpoint, out, force=force)
-    if record(read_config(path)).sublayers:
-        state = "folded, but layers lack attention or MLP: needs hf_lnscale to load; --format zeros does not"
-    else:
-        state = "a plain checkpoint, loads without hf_lnscale"
-    print(f"wrote {one_line(path)}: {state}")
+    path = write(checkpoint, out, force=force)
+    print(written(path, read_config(path)))
 
 
 def fold() -> None:

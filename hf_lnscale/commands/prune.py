@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..core.display import one_line
 from ..core.json_file import to_json
 from .options import (
     AsJson,
@@ -23,6 +22,7 @@ from .options import (
     parse_count,
     parse_increase,
     parse_layers,
+    written,
 )
 
 
@@ -81,7 +81,6 @@ def prune(
     """
     from ..checkpoints.folders import public_command
     from ..checkpoints.names import Placement
-    from ..core.record import record
     from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
@@ -102,12 +101,4 @@ def prune(
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if record(found.model.config).sublayers:
-        state = (
-            "layers lack attention or MLP, as before: needs hf_lnscale; hf-lnscale export --format zeros removes that"
-        )
-    elif record(found.model.config).active:
-        state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
-    else:
-        state = "a plain checkpoint, loads without hf_lnscale"
-    print(f"wrote {one_line(out)}: {state}")
+    print(written(out, found.model.config))
