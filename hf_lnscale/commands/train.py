@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from typer import Argument
 
 from ..core.errors import require_packages
 
 
 def train(
-    context: typer.Context, recipe: Annotated[str, Argument(help="pretrain, continue, sft or heal.")] = ""
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="pretrain, continue, sft or heal.")] = "",
 ) -> None:
     """Train a model by a recipe: pretrain, continue, sft or heal.
 

@@ -107,9 +107,9 @@ def diagnose(
             raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
-    wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
+    wanted = {"stream": True, "loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
     costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
-    costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
+    costs = {part: passes for part, passes in costs.items() if wanted[part]}
     notes: list[str] = []
     full = cuts = None
     with closing(_Progress(costs, batches.num_tokens, progress)) as bar:

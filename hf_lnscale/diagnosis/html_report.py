@@ -92,10 +92,11 @@ def _axis(values: list[float], scale: str) -> _Axis:
     """A vertical axis that covers all values, or if it is logarithmic all positive ones: maps them to heights in the
     figure, and has ticks."""
     forward = math.log10 if scale == "log" else _symlog
+    # On a linear axis zero is seen; values that are not positive have no place on a logarithmic one.
+    shown = [v for v in values if v > 0] or [1.0] if scale == "log" else [0.0, *values]
+    low, high = forward(min(shown)), forward(max(shown))
+    pad = 0.06 * (high - low) + 0.03
     if scale == "log":
-        positive = [value for value in values if value > 0] or [1.0]
-        low, high = math.log10(min(positive)), math.log10(max(positive))
-        pad = 0.06 * (high - low) + 0.03
         low, high = low - pad, high + pad
         decades = range(math.floor(low), math.ceil(high) + 1)
         ticks = [10.0**d * m for d in decades for m in ((1,) if high - low > 2 else (1, 2, 5))]
@@ -105,8 +106,6 @@ def _axis(values: list[float], scale: str) -> _Axis:
             # Within one decade: near both ends, and in the middle.
             ticks = [10 ** (low + (high - low) * share) for share in (0.1, 0.5, 0.9)]
     else:
-        low, high = min(0.0, *map(forward, values)), max(0.0, *map(forward, values))
-        pad = 0.06 * (high - low) + 0.03
         low, high = low - (pad if low < 0 else 0), high + pad
         ticks = sorted({sign * 10.0**d for sign in (-1, 1) for d in range(-2, 6)} | {0.0})
 

@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -276,12 +277,8 @@ def _layers(layers: list[int]) -> str:
 
 def ranges(layers: list[int]) -> str:
     """Sorted numbers as text: [1, 2, 3, 7] is "1-3, 7"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    # Neighbours differ from their places in the list by the same number.
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
