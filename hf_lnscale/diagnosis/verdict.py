@@ -58,16 +58,6 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
     """
     y_L = np.log(np.asarray(values, dtype=np.float64))
     depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
-
-    def straight(x_L: np.ndarray) -> tuple[float, float, float]:
-        slope, start = np.polyfit(x_L, y_L, 1)
-        return start, slope, float(np.sqrt(np.mean((start + slope * x_L - y_L) ** 2)))
-
-    start, power, off = straight(np.log(depth_L))
-    fits = {"polynomial": {"start": math.exp(start), "power": power, "off_by": math.exp(off)}}
-    start, rate, off = straight(depth_L - 1)
-    fits["exponential"] = {"start": math.exp(start), "rate": math.exp(rate), "off_by": math.exp(off)}
-
     # The best start for a given slope is known, so the search is over the slope, finer and finer around the best. With
     # slopes below -1 / (L - 1) the variance would be negative.
     falling = -1 / (len(y_L) - 1)
@@ -80,8 +70,14 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
         around = slopes[max(best - 1, 0)], slopes[min(best + 1, len(slopes) - 1)]
         slope, start, off = slopes[best], starts[best], math.sqrt(errors[best])
         slopes = np.linspace(*around, 400)
-    fits["linear"] = {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}
-    return {kind: fits[kind] for kind in ("linear", "polynomial", "exponential")}
+    fits = {"linear": {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}}
+    # The logarithms of these are straight lines over another depth.
+    straight = ("polynomial", "power", np.log(depth_L), float), ("exponential", "rate", depth_L - 1, math.exp)
+    for kind, parameter, x_L, value in straight:
+        slope, start = np.polyfit(x_L, y_L, 1)
+        off = np.sqrt(np.mean((start + slope * x_L - y_L) ** 2))
+        fits[kind] = {"start": math.exp(start), parameter: value(slope), "off_by": math.exp(off)}
+    return fits
 
 
 def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def judge(
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
         **{sign: _halves(layers, field, least) for sign, (field, least, _, _) in _HALVES.items()},
     }
-    idle, inside = None, None
+    idle = inside = None
     known: list[dict[str, Any]] = []
     if baseline:
         known = [one for one in layers if one["loss_added"] is not None]
@@ -142,10 +138,8 @@ def judge(
         inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
-    few = ends = None
-    if data is not None:
-        few = too_little(data["num_tokens"], data["num_sequences"])
-        ends = ends_early(data["num_tokens"], num_tokens, data["seq_len"])
+    few = too_little(data["num_tokens"], data["num_sequences"]) if data else None
+    ends = ends_early(data["num_tokens"], num_tokens, data["seq_len"]) if data else None
     headline = f"{count} of {len(measured)} signs of the curse of depth"
     return {
         "headline": "too little text to count signs of the curse of depth" if few else headline,
