@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from ..core.display import one_line
-from .options import BatchSize, Device, Force
+from .options import BatchSize, Device, Force, written
 
 
 def adopt(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A folder, or a name on the Hub.")],
+    out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[
-        Path | None, typer.Option(help="Text, or JSON lines with a column text or messages; else English of Python's.")
+        Path | None, Option(help="Text, or JSON lines with a column text or messages; else English of Python's.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")
+        str | None, Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")
     ] = None,
-    max_bytes: Annotated[int, typer.Option(help="Use only this many bytes of the text, from its start.")] = 65_536,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; 256, as in the paper's training.")] = None,
+    max_bytes: Annotated[int, Option(help="Use only this many bytes of the text, from its start.")] = 65_536,
+    seq_len: Annotated[int | None, Option(help="Tokens in a window; 256, as in the paper's training.")] = None,
     batch_size: BatchSize = 4,
     device: Device = None,
     force: Force = False,
@@ -31,7 +30,7 @@ def adopt(
     Measures its perplexity without the scale and with it, and refuses unless
     the scale makes it better by more than two standard errors.
     """
-    from ..checkpoints.names import Placement
+    from ..checkpoints.names import Placement, read_config
     from ..evaluation.adopt import adopt as run
 
     done = run(
@@ -39,4 +38,4 @@ def adopt(
         placement=Placement(device=device), force=force,
     )  # fmt: skip
     print(done)
-    print(f"wrote {one_line(out)}: its LayerNorm Scaling is active; hf-lnscale export makes it a plain checkpoint")
+    print(written(out, read_config(str(out))))

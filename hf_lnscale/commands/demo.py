@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
@@ -16,17 +16,17 @@ from ..core.json_file import to_json
 from ..core.processes import run_script
 from .quiet import quiet_transformers
 
-FULL = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4,
-        "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
-FAST = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4,
-        "max_position_embeddings": 64, "vocab_size": 512}  # fmt: skip
+FULL: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
+FAST: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 172,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": 512}  # fmt: skip
 BATCH = 8  # sequences
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for models, picture and results.json.")] = Path("lnscale-demo"),
-    fast: Annotated[bool, typer.Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    out: Annotated[Path, Option(help="Folder for models, picture and results.json.")] = Path("lnscale-demo"),
+    fast: Annotated[bool, Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
+    seed: Annotated[int, Option(help="Seed of both trainings.")] = 0,
 ) -> None:
     """See the curse of depth, and the cures, in minutes.
 
@@ -122,29 +122,27 @@ class Demo:
         )
         about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
         self.say(about + "± is the standard error over the held-out text alone.")
-        figures: dict[str, Any] = {}
+        figures, columns = dict[str, Any](), list[dict[str, str]]()
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
-            figures[name] = {"evaluation_losses": self.train(model, train, held_out)}
+            losses = self.train(model, train, held_out)
             found = diagnose(model, held_out, gradients=False, jacobian=False, progress=False)
-            figures[name] |= {
-                "residual_variance": [place["variance"] for place in found.residual],
-                "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
-                "loss_added": found.values("loss_added"),
-                "loss_added_error": found.values("loss_added_error"),
-            }
+            loss_error = (found.baseline or {}).get("loss_error")
+            variances = [place["variance"] for place in found.residual]
+            added, errors = found.values("loss_added"), found.values("loss_added_error")
+            figures[name] = {
+                "evaluation_losses": losses, "residual_variance": variances, "evaluation_loss_error": loss_error,
+                "loss_added": added, "loss_added_error": errors,
+            }  # fmt: skip
+            columns.append({
+                "evaluation loss, nats per token": with_error(losses[-1], loss_error),
+                "residual variance after layer 0": f"{variances[1]:.3g}",
+                f"residual variance after layer {len(added) - 1}": f"{variances[-1]:.3g}",
+                **{f"loss added without layer {i}": with_error(*pair, sign="+")
+                   for i, pair in enumerate(zip(added, errors, strict=True))},
+            })  # fmt: skip
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
-        columns = []
-        for one in figures.values():
-            added = zip(one["loss_added"], one["loss_added_error"], strict=True)
-            loss = one["evaluation_losses"][-1], one["evaluation_loss_error"]
-            columns.append({
-                "evaluation loss, nats per token": with_error(*loss),
-                "residual variance after layer 0": f"{one['residual_variance'][1]:.3g}",
-                f"residual variance after layer {len(found.layers) - 1}": f"{one['residual_variance'][-1]:.3g}",
-                **{f"loss added without layer {i}": with_error(*pair, sign="+") for i, pair in enumerate(added)},
-            })  # fmt: skip
         self.console.print(terminal(("", *figures), [(name, *(one[name] for one in columns)) for name in columns[0]]))
         return figures
 
@@ -153,7 +151,7 @@ class Demo:
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
         set_seed(self.seed)
-        config: dict[str, Any] = {**self.shape, "eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
+        config = self.shape | {"eos_token_id": end, "bos_token_id": end, "ln_scaling": ln_scaling}
         return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
@@ -210,9 +208,8 @@ class Demo:
         )  # fmt: skip
         self.console.print(str(found), markup=False)
         self.say("Chosen by Block Influence (ShortGPT) in one pass; hf-lnscale prune chooses better, in minutes.")
-        plan = found.plan
-        kept = {"perplexity": plan.perplexity, "errors": plan.errors, "model": plan.model_name}
-        return {"layers": list(plan.layers), **kept}
+        cut = found.plan
+        return {"layers": list(cut.layers), "perplexity": cut.perplexity, "errors": cut.errors, "model": cut.model_name}
 
     def plot(self, path: Path) -> None:
         """The curse, the growth in both small models, their evaluation loss, and what their layers do."""
@@ -238,14 +235,11 @@ class Demo:
 
 # Run by a separate Python process, which imports only transformers.
 PLAIN_PROCESS = """
-import json, sys
-import torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
 scaled, folded, logits = sys.argv[1:4]
 torch.set_num_threads(int(sys.argv[4]))  # the order of sums, and with it the last bit, can depend on it
-with torch.no_grad():
-    torch.save(AutoModelForCausalLM.from_pretrained(folded)(torch.arange(50)[None]).logits, logits)
+torch.save(AutoModelForCausalLM.from_pretrained(folded)(torch.arange(50)[None]).logits.detach(), logits)
 refusals = {}
 for model_class in (AutoModelForCausalLM, LlamaForCausalLM):
     try:

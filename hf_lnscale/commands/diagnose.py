@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..core.display import one_line
 from .options import BatchSize, Checkpoint, Data, Device, Dtype, Force, SeqLen
@@ -15,23 +15,19 @@ from .options import BatchSize, Checkpoint, Data, Device, Dtype, Force, SeqLen
 def diagnose(
     checkpoint: Checkpoint,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for report.html, diagnosis.json and the plots.")],
-    compare: Annotated[str | None, typer.Option(help="A second checkpoint, shown beside the first.")] = None,
-    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
-    gradients: Annotated[bool, typer.Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
-    jacobian: Annotated[
-        bool, typer.Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")
-    ] = True,
-    draw: Annotated[bool, typer.Option("--plots/--no-plots", help="Write PNG and SVG files; needs matplotlib.")] = True,
-    num_tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the data to use.")] = 16_384,
+    out: Annotated[Path, Option(help="Folder for report.html, diagnosis.json and the plots.")],
+    compare: Annotated[str | None, Option(help="A second checkpoint, shown beside the first.")] = None,
+    loss: Annotated[bool, Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
+    gradients: Annotated[bool, Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
+    jacobian: Annotated[bool, Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")] = True,
+    draw: Annotated[bool, Option("--plots/--no-plots", help="Write PNG and SVG files; needs matplotlib.")] = True,
+    num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use.")] = 16_384,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = None,
-    device_map: Annotated[str | None, typer.Option(help="Such as auto: spread over devices, or offloaded.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")
-    ] = False,
+    device_map: Annotated[str | None, Option(help="Such as auto: spread over devices, or offloaded.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")] = False,
     force: Force = False,
 ) -> None:
     """See what each layer of a model does and is worth: a report.

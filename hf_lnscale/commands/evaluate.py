@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..core.display import one_line, rich_text
 from ..core.json_file import to_json
@@ -14,36 +14,34 @@ from .options import AsJson, Device, Dtype
 
 
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Models to measure; the first is the reference.")
-    ],
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to measure; the first is the reference.")],
     data: Annotated[
-        Path | None, typer.Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
+        Path | None, Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness, as in hellaswag,arc_easy; or task files.")
+        str | None, Option(help="Tasks of lm-evaluation-harness, as in hellaswag,arc_easy; or task files.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only this many documents of each task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Use only this many bytes of the text, from its start.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between the starts of windows; half a window.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, at a time.")] = 4,
+    include_path: Annotated[Path | None, Option(help="A folder with task files.")] = None,
+    limit: Annotated[int | None, Option(help="Use only this many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Examples before each question of a task.")] = None,
+    max_bytes: Annotated[int | None, Option(help="Use only this many bytes of the text, from its start.")] = None,
+    seq_len: Annotated[int | None, Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
+    stride: Annotated[int | None, Option(help="Tokens between the starts of windows; half a window.")] = None,
+    batch_size: Annotated[int, Option(help="Windows, or requests of a task, at a time.")] = 4,
     abilities: Annotated[
-        bool, typer.Option("--abilities", help="Sums, copying, MMLU questions, agreement with the first model.")
+        bool, Option("--abilities", help="Sums, copying, MMLU questions, agreement with the first model.")
     ] = False,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that speed is measured with.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed runs; their median is shown.")] = 5,
+    speed: Annotated[bool, Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
+    prompt_tokens: Annotated[int, Option(help="Tokens of the prompt that speed is measured with.")] = 512,
+    new_tokens: Annotated[int, Option(help="Tokens to decode after it.")] = 32,
+    repeats: Annotated[int, Option(help="Timed runs; their median is shown.")] = 5,
     dtype: Dtype = "auto",
     device: Device = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the result too: to a .json or .md file, or into the model's folder.")
+        Path | None, Option(help="Write the result too: to a .json or .md file, or into the model's folder.")
     ] = None,
     as_json: AsJson = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_markdown: Annotated[bool, Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Measure models side by side: quality, speed, memory, size.
 

@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from ..core.display import one_line
-from .options import Checkpoint, Force
+from .options import Checkpoint, Force, written
 
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
+    out: Annotated[Path, Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
     format: Annotated[
         Literal["safetensors", "zeros", "gguf"],
-        typer.Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
+        Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
     ] = "safetensors",
     converter: Annotated[
-        Path | None,
-        typer.Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH."),
+        Path | None, Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH.")
     ] = None,
-    outtype: Annotated[str, typer.Option(help="Weights in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
+    outtype: Annotated[str, Option(help="Weights in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
     force: Force = False,
 ) -> None:
     """Fold the scale into the weights, for any runtime; or GGUF.
@@ -39,21 +39,13 @@ def export(
         print(f"wrote {one_line(export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force))}")
         return
     from ..checkpoints.names import read_config
-    from ..core.record import record
 
     if format == "zeros":
-        from ..checkpoints.zeros import export_zeros
-
-        path = export_zeros(checkpoint, out, force=force)
+        from ..checkpoints.zeros import export_zeros as write
     else:
         from ..checkpoints.export import export as write
-
-        path = write(checkpoint, out, force=force)
-    if record(read_config(path)).sublayers:
-        state = "folded, but layers lack attention or MLP: needs hf_lnscale to load; --format zeros does not"
-    else:
-        state = "a plain checkpoint, loads without hf_lnscale"
-    print(f"wrote {one_line(path)}: {state}")
+    path = write(checkpoint, out, force=force)
+    print(written(path, read_config(path)))
 
 
 def fold() -> None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from .._version import __version__
 from ..core.display import one_line
@@ -71,9 +72,9 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     context.obj.debug = debug
@@ -81,15 +82,9 @@ def _options(
 
 _quiet = quiet_transformers()  # a decorator too
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command()(_quiet(demo))
-app.command()(_quiet(info))
-app.command()(_quiet(diagnose))
-app.command(context_settings={**_PASS_ON, "help_option_names": []}, no_args_is_help=False)(_quiet(train))
-app.command()(_quiet(evaluate))
-app.command()(_quiet(prune))
-app.command()(_quiet(export))
-app.command()(_quiet(adopt))
-app.command()(_quiet(push))
+_OWN_HELP: dict[str, Any] = {"context_settings": {**_PASS_ON, "help_option_names": []}, "no_args_is_help": False}
+for verb in (demo, info, diagnose, train, evaluate, prune, export, adopt, push):
+    app.command(**(_OWN_HELP if verb is train else {}))(_quiet(verb))
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run)
 app.command()(env)
 app.command(hidden=True, context_settings=_PASS_ON)(fold)

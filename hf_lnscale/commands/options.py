@@ -1,30 +1,32 @@
-"""Options and parsers of values that several verbs share."""
+"""What several verbs share: options, parsers of values, the line about a checkpoint that was written."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
+
+from ..core.display import one_line
 
 Checkpoint = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub."),
+    str, Argument(metavar="MODEL", help="A folder, a .gguf file or the folder that it is in, or a name on the Hub.")
 ]
-Data = Annotated[Path, typer.Option(help="Text, or JSON lines with a column text or messages, to measure on.")]
+Data = Annotated[Path, Option(help="Text, or JSON lines with a column text or messages, to measure on.")]
 SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in a window; 512, or the number of positions of the model if smaller.")
+    int | None, Option(help="Tokens in a window; 512, or the number of positions of the model if smaller.")
 ]
-BatchSize = Annotated[int, typer.Option(help="Windows at a time.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: auto (the checkpoint's own), fp32, bf16, fp16.")]
-Device = Annotated[str | None, typer.Option(help="Device to compute on; a GPU if there is one.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BatchSize = Annotated[int, Option(help="Windows at a time.")]
+Dtype = Annotated[str, Option(help="Type of the weights: auto (the checkpoint's own), fp32, bf16, fp16.")]
+Device = Annotated[str | None, Option(help="Device to compute on; a GPU if there is one.")]
+Force = Annotated[bool, Option("--force", help="Replace what an earlier run wrote there.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 
-_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", start=1)}}
-_UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", start=1)}
-_COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+_UNITS = {"": 1, "b": 1, **{f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", start=1)}}
+_UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", start=1)}
+_COUNTS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 
 
 def parse_increase(value: str) -> float:
@@ -62,8 +64,20 @@ def parse_count(value: str) -> int:
 
 
 def _quantity(value: str, units: dict[str, float], what: str, valid: str) -> float:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, flags=re.IGNORECASE)
-    named = {name.lower(): factor for name, factor in units.items()}
-    if not match or match[2].lower() not in named or not float(match[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if not match or match[2] not in units or not float(match[1]):
         raise typer.BadParameter(f"{value!r} is not a valid {what}; use {valid}")
-    return float(match[1]) * named[match[2].lower()]
+    return float(match[1]) * units[match[2]]
+
+
+def written(path: object, config: Any) -> str:
+    """The line about a checkpoint that was written: where, and what it takes to load it."""
+    from ..core.record import record
+
+    if record(config).sublayers:
+        state = "layers lack attention or MLP: needs hf_lnscale to load; hf-lnscale export --format zeros does not"
+    elif record(config).active:
+        state = "its LayerNorm Scaling is active; hf-lnscale export makes it a plain checkpoint"
+    else:
+        state = "a plain checkpoint, loads without hf_lnscale"
+    return f"wrote {one_line(path)}: {state}"

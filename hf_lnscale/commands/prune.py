@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from ..core.display import one_line
 from ..core.json_file import to_json
 from .options import (
     AsJson,
@@ -23,24 +22,25 @@ from .options import (
     parse_count,
     parse_increase,
     parse_layers,
+    written,
 )
 
 
 def prune(
     model: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="[NAME=]FILE[:WEIGHT]",
             help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
             "--data code=b.jsonl:0.5. Without it: English and Python code that come with Python.",
         ),
     ] = None,
-    num_layers: Annotated[int | None, typer.Option("--layers", help="Drop this many layers.")] = None,
+    num_layers: Annotated[int | None, Option("--layers", help="Drop this many layers.")] = None,
     max_perplexity_increase: Annotated[
         Any,
-        typer.Option(
+        Option(
             "--max-ppl-increase",
             parser=parse_increase,
             metavar="SHARE",
@@ -48,33 +48,25 @@ def prune(
         ),
     ] = None,
     target_params: Annotated[
-        Any,
-        typer.Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M."),
+        Any, Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M.")
     ] = None,
     target_memory: Annotated[
-        Any,
-        typer.Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB."),
+        Any, Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB.")
     ] = None,
-    cache_tokens: Annotated[int, typer.Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
-    cache_batch: Annotated[int, typer.Option(help="Sequences in that cache.")] = 1,
+    cache_tokens: Annotated[int, Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
+    cache_batch: Annotated[int, Option(help="Sequences in that cache.")] = 1,
     drop: Annotated[
-        Any,
-        typer.Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14."),
+        Any, Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")
-    ] = None,
+    method: Annotated[str | None, Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")] = None,
     units: Annotated[
-        str, typer.Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
+        str, Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
     ] = "layers",
     heal: Annotated[
-        str,
-        typer.Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible."),
+        str, Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible.")
     ] = "auto",
-    held_out: Annotated[Path | None, typer.Option(help="Data to judge by, instead of a quarter of --data.")] = None,
-    num_tokens: Annotated[
-        int, typer.Option("--tokens", help="Tokens of the data to use; a quarter is held out.")
-    ] = 65_536,
+    held_out: Annotated[Path | None, Option(help="Data to judge by, instead of a quarter of --data.")] = None,
+    num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use; a quarter is held out.")] = 65_536,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -89,7 +81,6 @@ def prune(
     """
     from ..checkpoints.folders import public_command
     from ..checkpoints.names import Placement
-    from ..core.record import record
     from ..measuring.text import Windows, parse_sources
     from ..pruning.prune import prune as run
 
@@ -110,12 +101,4 @@ def prune(
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
         print("healing did not help on held-out data and was left out")
-    if record(found.model.config).sublayers:
-        state = (
-            "layers lack attention or MLP, as before: needs hf_lnscale; hf-lnscale export --format zeros removes that"
-        )
-    elif record(found.model.config).active:
-        state = "its LayerNorm Scaling is active, as before; hf-lnscale export makes it a plain checkpoint"
-    else:
-        state = "a plain checkpoint, loads without hf_lnscale"
-    print(f"wrote {one_line(out)}: {state}")
+    print(written(out, found.model.config))

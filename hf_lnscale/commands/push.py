@@ -7,26 +7,26 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from .options import AsJson
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
     repo_id: Annotated[
-        str, typer.Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
+        str, Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON from evaluate --out, for the card; default: evaluation.json in FOLDER.")
+        Path | None, Option(help="JSON from evaluate --out, for the card; default: evaluation.json in FOLDER.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model that it was made from.")] = None,
+    base_model: Annotated[str | None, Option(help="Name on the Hub of the model that it was made from.")] = None,
     allow_scaled: Annotated[
-        bool, typer.Option("--allow-scaled", help="Upload an active scale, which needs hf_lnscale to load.")
+        bool, Option("--allow-scaled", help="Upload an active scale, which needs hf_lnscale to load.")
     ] = False,
-    private: Annotated[bool | None, typer.Option("--private/--public", help="For a repository that is made.")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    private: Annotated[bool | None, Option("--private/--public", help="For a repository that is made.")] = None,
+    message: Annotated[str | None, Option(help="Message of the commit.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hub, its figures in the card.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..core.processes import environment_with_flags
 
@@ -22,12 +23,7 @@ _READ_WEIGHTS = (
 
 
 def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
-    """The command line that runs a program.
-
-    Args:
-        program: a script, a command of this Python environment or of PATH, or with `module` the name of a module.
-        arguments: its arguments.
-        module: run `python -m program`.
+    """The command line that runs a program: a script, a command of this Python environment or of PATH, or a module.
 
     Raises:
         FileNotFoundError: if there is no such program; the message says where it was looked for.
@@ -61,9 +57,9 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
 def run(
     context: typer.Context,
     program: Annotated[
-        str, typer.Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
+        str, Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
     ],
-    module: Annotated[bool, typer.Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
+    module: Annotated[bool, Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
 ) -> None:
     """Run any Python program with the flags on, unchanged.
 

@@ -115,7 +115,7 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
     return table
 
 
-def as_text(*tables: Table, width: int | None = 120) -> str:
+def as_text(*tables: Table | Text, width: int | None = 120) -> str:
     """Tables as plain text, one below the other; without a width, as wide as the terminal."""
     from rich.console import Console
 

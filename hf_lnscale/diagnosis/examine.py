@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ from .measure import (
 
 # In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
+_OPTIONAL = (
+    "loss_added", "loss_added_error", "perplexity_without", "gradient_norm", "gradient_norm_error",
+    "state_gradient_norm", "jacobian_distance", "jacobian_distance_error",
+)  # fmt: skip
 _PARTS = {
     "stream": "the stream",
     "loss": "the loss without each layer",
@@ -95,36 +99,52 @@ def diagnose(
             raise ArgumentError(name, value, "an integer of at least 1")
     stack = text_stack(model)
     if loss or gradients:
-        _require_head(model)
+        try:
+            SplitModel(model)
+        except ArgumentError:
+            problem = f"{type(model).__name__} has no language head to predict tokens with; load it with "
+            problem += "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`"
+            raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
-    wanted = {"loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
+    wanted = {"stream": True, "loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
     costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
-    costs = {part: passes for part, passes in costs.items() if wanted.get(part, True)}
+    costs = {part: passes for part, passes in costs.items() if wanted[part]}
     notes: list[str] = []
-    full, without, cuts, weights_NL, states_L, distances_SL = None, None, None, None, None, None
-    with _Progress(costs, batches.num_tokens, progress) as bar:
+    full = cuts = None
+    with closing(_Progress(costs, batches.num_tokens, progress)) as bar:
         with bar.part("stream") as advance:
             streamed = stream(model, batches, advance)
         _require_sound(stack, streamed)
+        columns = _columns(streamed)
         if loss:
             with bar.part("loss") as advance:
                 full, without = sweep(model, batches, (), None, "loss", advance)
             if not full.mean < MOST_NATS:
                 problem = f"its loss is {full.mean:.4g} nats per token on this data; nothing can be compared with that"
                 raise ArgumentError("model", problem=problem)
+            added = [one.mean - full.mean for one in without.values()]
+            added = [one if math.isfinite(one) else math.inf for one in added]  # the model without it overflows
+            columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
+            columns["perplexity_without"] = [
+                math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
+            ]
             with bar.part("cuts"):
-                cuts = _nested_cuts(model, batches, full, without, bar)
+                order = sorted(without, key=added.__getitem__)
+                cuts = _nested_cuts(model, batches, full, without[order[0]], order, bar)
         if gradients:
             with bar.part("gradients") as advance, _noting("gradients", notes):
-                weights_NL, states_L = gradient_norms(model, batches, advance)
-            if states_L is not None and not weights_have_gradients(stack):
-                notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
+                weights_NL, columns["state_gradient_norm"] = gradient_norms(model, batches, advance)
+                columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
+                if not weights_have_gradients(stack):
+                    notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
         if jacobian:
             with bar.part("jacobian") as advance, _noting("jacobian_distance", notes):
-                distances_SL = jacobian_distances(model, few, jacobian_probes, advance)
-    residual = _residual(streamed)
-    layers = _layers(streamed, full, without, weights_NL, states_L, distances_SL)
+                square_L, error_L = _mean_and_error(jacobian_distances(model, few, jacobian_probes, advance))
+                columns["jacobian_distance"] = square_L.sqrt()
+                # The error of a root: half of the square's, over the root.
+                columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
+    residual, layers = _residual(streamed), _rows(columns)
     notes += _leave_out_infinite(layers, stack)
     baseline = None if full is None else _baseline(full)
     about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
@@ -137,10 +157,10 @@ def diagnose(
         baseline=baseline,
         residual=residual,
         layers=layers,
-        angular=[_listed(row) for row in streamed.angles_LL],
+        angular=[[*map(_number, row)] for row in streamed.angles_LL.tolist()],
         cuts=cuts,
         verdict=judged,
-        cost=bar.found(),
+        cost=bar.found,
         notes=notes,
         versions={"hf_lnscale": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
     )
@@ -155,24 +175,12 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"{what}: {error}")
 
 
-def _require_head(model: nn.Module) -> None:
-    try:
-        SplitModel(model)
-    except ValueError:
-        raise ArgumentError(
-            "model",
-            problem=f"{type(model).__name__} has no language head to predict tokens with; load it with "
-            "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`",
-        ) from None
-
-
 def _require_sound(stack: Stack, streamed: Streamed) -> None:
     """Refuses a residual stream that is not finite, or zero after a layer."""
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
-            problem = f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}"
-            raise ArgumentError("model", problem=problem)
+            raise ArgumentError("model", problem=f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}")
         if place and not typical:
             problem = f"{where} is zero for a token; are the weights those of a trained model?"
             raise ArgumentError("model", problem=problem)
@@ -199,12 +207,8 @@ def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
 
 
 def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
-    """Cost of each part in forward passes, by the arithmetic of layers and head.
-
-    Args:
-        share: fraction of the data that the Jacobian is measured on.
-        probes: random vectors for each of its sequences.
-    """
+    """Cost of each part in forward passes, by the arithmetic of layers and head; the Jacobian is measured on a `share`
+    of the data, with `probes` random vectors for each sequence."""
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
     # The embedding is a lookup, not a matrix product, and the head is one; a tied matrix counts once as well.
@@ -221,41 +225,28 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
 
 
 def _nested_cuts(
-    model: nn.Module, batches: TokenBatches, full: MeanLoss, without: dict[int, MeanLoss], bar: _Progress
+    model: nn.Module, batches: TokenBatches, full: MeanLoss, first: MeanLoss, order: list[int], bar: _Progress
 ) -> list[dict[str, Any]]:
     """Layers removed together, in the order of what each costs alone, until the largest budget is exceeded.
 
-    Layers cost more together than the sum of what they cost alone, so each cut is measured.
+    Layers cost more together than the sum of what they cost alone, so each cut is measured; `first` is the loss of the
+    first, known from the sweep.
     """
-    added = _losses_added(full, without)
-    order = sorted(range(len(added)), key=added.__getitem__)
     cuts: list[dict[str, Any]] = []
     for count in range(1, len(order)):
         removed = order[:count]
-        # The first is known from the sweep.
-        one = without[removed[0]] if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
+        one = first if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
         found, error = one.mean, one.error(full)
         if not found < MOST_NATS:  # or not a number
             break
-        cuts.append(
-            {
-                "layers": removed,
-                "perplexity": math.exp(found),
-                # Delta method, in pairs of sequences.
-                "increase_error": None if error is None else math.exp(found - full.mean) * error,
-            }
-        )
+        # Delta method, in pairs of sequences.
+        increase_error = None if error is None else math.exp(found - full.mean) * error
+        cuts.append({"layers": removed, "perplexity": math.exp(found), "increase_error": increase_error})
         if count > 1:
             bar.advance(1.0, more=count > 2)
         if found > full.mean + math.log1p(max(verdict.BUDGETS)):
             break
     return cuts
-
-
-def _losses_added(full: MeanLoss, without: dict[int, MeanLoss]) -> list[float]:
-    """The loss added by removing each layer; infinite where the model without it overflows."""
-    added = [one.mean - full.mean for one in without.values()]
-    return [one if math.isfinite(one) else math.inf for one in added]
 
 
 # --- the results, in the form of diagnosis.json -----------------------------------------------------------------------
@@ -285,74 +276,37 @@ def _dtype(stack: Stack) -> str:
 
 def _baseline(full: MeanLoss) -> dict[str, float | None]:
     error, perplexity = full.error(), math.exp(full.mean)
-    return {
-        "loss": full.mean,
-        "loss_error": error,
-        "perplexity": perplexity,
-        # Delta method: d exp(x) = exp(x) dx.
-        "perplexity_error": None if error is None else perplexity * error,
-    }
+    spread = None if error is None else perplexity * error  # delta method: d exp(x) = exp(x) dx
+    return {"loss": full.mean, "loss_error": error, "perplexity": perplexity, "perplexity_error": spread}
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
-    typical_P, errors = streamed.typical_P, streamed.errors
-    # Delta method: d exp(x) = exp(x) dx.
-    typical_error, growth_error = map(
-        _listed, (typical_P * errors["typical"], typical_P / typical_P[1] * errors["growth"])
-    )
-    places = []
-    for place, (first, rest) in enumerate(zip(streamed.first, streamed.rest, strict=True)):
-        whole = first.merged(rest)
-        places.append(
-            {
-                "place": place,
-                "variance": whole.variance,
-                "variance_without_first": rest.variance,
-                "typical": typical_P[place].item(),
-                "typical_error": typical_error[place],
-                "growth_error": growth_error[place],
-                "largest_channel": int(whole.channels_D.argmax()),
-                "largest_channel_variance": whole.channels_D.max().item(),
-                "largest_channel_variance_without_first": rest.channels_D.max().item(),
-            }
-        )
-    return places
+    typical_P, errors, rest = streamed.typical_P, streamed.errors, streamed.rest
+    whole = [first.merged(others) for first, others in zip(streamed.first, rest, strict=True)]
+    return _rows({
+        "place": range(len(rest)),
+        "variance": [one.variance for one in whole],
+        "variance_without_first": [one.variance for one in rest],
+        "typical": typical_P,
+        # Delta method: d exp(x) = exp(x) dx.
+        "typical_error": typical_P * errors["typical"],
+        "growth_error": typical_P / typical_P[1] * errors["growth"],
+        "largest_channel": [int(one.channels_D.argmax()) for one in whole],
+        "largest_channel_variance": [one.channels_D.max().item() for one in whole],
+        "largest_channel_variance_without_first": [one.channels_D.max().item() for one in rest],
+    })  # fmt: skip
 
 
-def _layers(
-    streamed: Streamed,
-    full: MeanLoss | None,
-    without: dict[int, MeanLoss] | None,
-    weights_NL: torch.Tensor | None,
-    states_L: torch.Tensor | None,
-    distances_SL: torch.Tensor | None,
-) -> list[dict[str, Any]]:
-    """A dict for each layer, made of a column for each measure: L values, or None if it was not taken."""
+def _columns(streamed: Streamed) -> dict[str, Any]:
+    """The measures by name, L values each: those of the pass, and room for those that can be left out."""
     means, errors = streamed.means, streamed.errors
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {"layer": range(len(streamed.angles_LL))}
     for name in ("attention", "mlp"):
         columns[f"{name}_ratio"], columns[f"{name}_ratio_error"] = means[name][:, 1], errors[name][:, 1]
         columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
     columns["block_influence"], columns["block_influence_error"] = means["influence"][:, 0], errors["influence"][:, 0]
     columns["angular_distance"] = streamed.angles_LL[:, 0]
-    columns |= dict.fromkeys(("loss_added", "loss_added_error", "perplexity_without"))
-    if full is not None and without is not None:
-        added = columns["loss_added"] = _losses_added(full, without)
-        columns["loss_added_error"] = [one.error(full) for one in without.values()]
-        perplexities = [math.exp(min(full.mean + one, MOST_NATS)) for one in added]
-        columns["perplexity_without"] = [one if math.isfinite(added[i]) else None for i, one in enumerate(perplexities)]
-    columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
-    columns["state_gradient_norm"] = states_L
-    square, square_error = _mean_and_error(distances_SL)
-    distance: Any = None if square is None else square.sqrt()
-    columns["jacobian_distance"] = distance
-    # The error of a root: half of the square's, over the root.
-    columns["jacobian_distance_error"] = None if square_error is None else square_error / (2 * distance)
-    found = {name: _listed(values) for name, values in columns.items() if values is not None}
-    return [
-        {"layer": layer} | {name: found[name][layer] if name in found else None for name in columns}
-        for layer in range(len(streamed.angles_LL))
-    ]
+    return columns | dict.fromkeys(_OPTIONAL, [None] * len(streamed.angles_LL))
 
 
 def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]:
@@ -370,17 +324,20 @@ def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]
     return notes
 
 
-def _mean_and_error(samples_NL: torch.Tensor | None) -> tuple[Any, Any]:
-    """The mean over samples, shape (L,), and its standard error; None without samples, or with one for the error."""
-    if samples_NL is None or not len(samples_NL):
-        return None, None
-    return samples_NL.mean(0), samples_NL.std(0) / len(samples_NL) ** 0.5 if len(samples_NL) > 1 else None
+def _mean_and_error(samples_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over samples and its standard error, shape (L,); NaN for too few samples."""
+    number, mean_L = len(samples_NL), samples_NL.mean(0)
+    return mean_L, samples_NL.std(0) / number**0.5 if number > 1 else torch.full_like(mean_L, math.nan)
 
 
-def _listed(values: Any) -> list[Any]:
-    """A tensor, or a list, as a list with None in place of NaN."""
-    values = values.tolist() if isinstance(values, torch.Tensor) else values
-    return [None if value is None or math.isnan(value) else value for value in values]
+def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Columns, tensors or other sequences of one length, as a dict for each row, with None in place of NaN."""
+    lists = [values.tolist() if isinstance(values, torch.Tensor) else values for values in columns.values()]
+    return [dict(zip(columns, map(_number, row), strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _number(value: Any) -> Any:
+    return None if value is None or math.isnan(value) else value
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -391,7 +348,7 @@ class _Progress:
 
     def __init__(self, costs: dict[str, float], num_tokens: int, show: bool) -> None:
         self.costs, self.total = costs, sum(costs.values())
-        self.seconds: dict[str, float] = {}
+        self.found: dict[str, dict[str, float]] = {}  # for each part the passes announced, and the seconds it took
         if show:
             parts = ", ".join(f"{passes:.1f} for {_PARTS[part]}" for part, passes in costs.items())
             print(f"about {self.total:.0f} forward passes over {num_tokens:,} tokens: {parts}", file=sys.stderr)
@@ -402,10 +359,7 @@ class _Progress:
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} passes [{elapsed}<{remaining}]",
         )
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.bar.refresh()  # updates in quick succession are not all drawn
         self.bar.close()
 
@@ -422,11 +376,5 @@ class _Progress:
         self.bar.set_description(_PARTS[name].partition(" (")[0])
         started = time.perf_counter()
         yield lambda fraction: self.advance(fraction * self.costs[name])
-        self.seconds[name] = time.perf_counter() - started
-
-    def found(self) -> dict[str, dict[str, float]]:
-        """For each part the passes that were announced, and the seconds that it took."""
-        return {
-            part: {"passes": round(passes, 2), "seconds": round(self.seconds[part], 3)}
-            for part, passes in self.costs.items()
-        }
+        seconds = time.perf_counter() - started
+        self.found[name] = {"passes": round(self.costs[name], 2), "seconds": round(seconds, 3)}

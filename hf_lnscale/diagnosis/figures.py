@@ -15,39 +15,27 @@ LINEAR_UP_TO = 0.01
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, or a series of bars.
+    """A curve, or a series of bars."""
 
-    Attributes:
-        field: see `DiagnosisData.values`; `{field}_error` is its standard error.
-        label: name in the legend.
-        style: classes of the report's style sheet, which png.py reads too: "accent" or "muted"; "solid", "dashed" or
-            "dotted"; "dots" or "rings".
-    """
-
-    field: str
-    label: str
+    field: str  # see `DiagnosisData.values`; `{field}_error` is its standard error
+    label: str  # name in the legend
+    # Classes of the report's style sheet, which png.py reads too: "accent" or "muted"; "solid", "dashed" or "dotted";
+    # "dots" or "rings".
     style: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: a panel for each model, on the same axes.
-
-    Attributes:
-        unit: label of the vertical axis.
-        scale: "log", or "symlog" for values of both signs.
-        kind: "lines", "bars", or "blocks" for the angular distance of every block of layers.
-        picture: name of the PNG file that it is a row of.
-    """
+    """A figure: a panel for each model, on the same axes."""
 
     key: str
     title: str
     caption: str
-    unit: str
+    unit: str  # label of the vertical axis
     lines: tuple[Line, ...] = ()
-    scale: str = "log"
-    kind: str = "lines"
-    picture: str = "layers"
+    scale: str = "log"  # or "symlog", for values of both signs
+    kind: str = "lines"  # or "bars", or "blocks" for the angular distance of every block of layers
+    picture: str = "layers"  # name of the PNG file that it is a row of
 
     def measured(self, diagnoses: Sequence[DiagnosisData]) -> bool:
         """Whether there is anything to draw."""

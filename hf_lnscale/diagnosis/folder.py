@@ -43,12 +43,9 @@ def diagnose_checkpoints(
     Args:
         checkpoint: folder or name on the Hub.
         data: path of a text, or other data as for `diagnose` that can be read more than once.
-        out: folder to write.
+        out: folder to write; an existing diagnosis there is replaced with `force`.
         compare: a second checkpoint, shown next to the first.
-        windows: how text is cut.
-        placement: where the models are computed, and the type of their weights.
         draw: write plots as PNG and SVG, which needs matplotlib.
-        force: replace an existing diagnosis at `out`.
         settings: passed to `diagnose`.
 
     Raises:
@@ -79,9 +76,8 @@ def diagnose_checkpoints(
     if len(found) == 2 and found[0].name == found[1].name:
         found = [replace(one, model={**one.model, "name": f"{one.name} ({i})"}) for i, one in enumerate(found, start=1)]
     with atomic_directory(target, force) as partial:
-        found[0].save(partial / FILE)
-        if compare is not None:
-            found[1].save(partial / COMPARED)
+        for one, name in zip(found, (FILE, COMPARED), strict=False):
+            one.save(partial / name)
         if draw:
             png.save_all(found, partial)
         found[0].report(partial / REPORT, *found[1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -28,6 +28,7 @@ _BASE = HEIGHT - BOTTOM
 # Colours of the heat map from low to high: viridis reversed (van der Walt and Smith 2015), at nine points.
 _HEAT = ("#fde725", "#aadc32", "#5ec962", "#27ad81", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
 _SHADES = 32
+_Axis: TypeAlias = tuple[Callable[[float], float], list[float]]
 
 
 def render(diagnoses: Sequence[DiagnosisData]) -> str:
@@ -73,13 +74,6 @@ def _data(one: DiagnosisData) -> dict[str, Any]:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-class _Axis(NamedTuple):
-    """A vertical axis: maps values to heights in the figure, and has ticks."""
-
-    to: Callable[[float], float]
-    ticks: list[float]
-
-
 def _panels(figure: Figure, diagnoses: Sequence[DiagnosisData], layers: int) -> list[Markup]:
     if figure.kind == "blocks":
         top = _top(diagnoses)
@@ -95,12 +89,14 @@ def _top(diagnoses: Sequence[DiagnosisData]) -> float:
 
 
 def _axis(values: list[float], scale: str) -> _Axis:
-    """An axis that covers all values; a logarithmic one covers the positive values."""
-    forward = _log10 if scale == "log" else _symlog
+    """A vertical axis that covers all values, or if it is logarithmic all positive ones: maps them to heights in the
+    figure, and has ticks."""
+    forward = math.log10 if scale == "log" else _symlog
+    # On a linear axis zero is seen; values that are not positive have no place on a logarithmic one.
+    shown = [v for v in values if v > 0] or [1.0] if scale == "log" else [0.0, *values]
+    low, high = forward(min(shown)), forward(max(shown))
+    pad = 0.06 * (high - low) + 0.03
     if scale == "log":
-        positive = [value for value in values if value > 0] or [1.0]
-        low, high = math.log10(min(positive)), math.log10(max(positive))
-        pad = 0.06 * (high - low) + 0.03
         low, high = low - pad, high + pad
         decades = range(math.floor(low), math.ceil(high) + 1)
         ticks = [10.0**d * m for d in decades for m in ((1,) if high - low > 2 else (1, 2, 5))]
@@ -110,19 +106,13 @@ def _axis(values: list[float], scale: str) -> _Axis:
             # Within one decade: near both ends, and in the middle.
             ticks = [10 ** (low + (high - low) * share) for share in (0.1, 0.5, 0.9)]
     else:
-        low, high = min(0.0, *map(forward, values)), max(0.0, *map(forward, values))
-        pad = 0.06 * (high - low) + 0.03
         low, high = low - (pad if low < 0 else 0), high + pad
         ticks = sorted({sign * 10.0**d for sign in (-1, 1) for d in range(-2, 6)} | {0.0})
 
     def to(value: float) -> float:
         return _BASE - (forward(value) - low) / (high - low) * (_BASE - TOP)
 
-    return _Axis(to, [tick for tick in ticks if low <= forward(tick) <= high])
-
-
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
+    return to, [tick for tick in ticks if low <= forward(tick) <= high]
 
 
 def _symlog(value: float) -> float:
@@ -139,25 +129,25 @@ def _x(layer: float, layers: int) -> float:
 
 
 def _panel(figure: Figure, one: DiagnosisData, which: int, axis: _Axis, layers: int) -> Markup:
-    parts = []
-    for tick in axis.ticks:
-        parts += [f'<path class="grid" d="M{LEFT} {axis.to(tick):.1f}H{WIDTH - RIGHT}"/>', _beside(axis.to(tick), tick)]
+    parts, (to, ticks) = [], axis
+    for tick in ticks:
+        parts += [f'<path class="grid" d="M{LEFT} {to(tick):.1f}H{WIDTH - RIGHT}"/>', _beside(to(tick), tick)]
     parts += _frame(layers, "layer", figure.unit)
     for line in figure.lines:
         values, errors = one.values(line.field), one.values(f"{line.field}_error")
         points = [(i, v) for i, v in enumerate(values) if v is not None and (figure.scale != "log" or v > 0)]
-        marks = [(f"{_x(layer, layers):.1f}", axis.to(value)) for layer, value in points]
+        marks = [(f"{_x(layer, layers):.1f}", to(value)) for layer, value in points]
         if figure.kind == "bars":
-            base, width = axis.to(0.0), 0.72 * _step(layers)
+            base, width = to(0.0), 0.72 * _step(layers)
             parts += [
-                f'<rect class="bar" x="{_x(layer, layers) - width / 2:.1f}" y="{min(axis.to(value), base):.1f}" '
-                f'width="{width:.1f}" height="{abs(axis.to(value) - base):.1f}"/>'
+                f'<rect class="bar" x="{_x(layer, layers) - width / 2:.1f}" y="{min(to(value), base):.1f}" '
+                f'width="{width:.1f}" height="{abs(to(value) - base):.1f}"/>'
                 for layer, value in points
             ]
         for (x, _), (layer, value) in zip(marks, points, strict=True):
             if error := errors[layer]:
                 low = value - error if figure.scale != "log" else max(value - error, value / 10)
-                parts.append(f'<path class="error" d="M{x} {axis.to(low):.1f}V{axis.to(value + error):.1f}"/>')
+                parts.append(f'<path class="error" d="M{x} {to(low):.1f}V{to(value + error):.1f}"/>')
         if figure.kind == "lines":
             path = " ".join(f"{x},{y:.1f}" for x, y in marks)
             parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
@@ -165,7 +155,7 @@ def _panel(figure: Figure, one: DiagnosisData, which: int, axis: _Axis, layers: 
             kind = "ring" if "rings" in line.style else "dot"
             parts += [f'<circle class="{kind}" cx="{x}" cy="{y:.1f}" r="2.6"/>' for x, y in marks]
     if figure.scale == "symlog":
-        parts.append(f'<path class="axis" d="M{LEFT} {axis.to(0.0):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="axis" d="M{LEFT} {to(0.0):.1f}H{WIDTH - RIGHT}"/>')
     parts.append(f'<rect class="cursor" y="{TOP}" width="{_step(layers):.1f}" height="{_BASE - TOP}" hidden=""/>')
     return _svg(figure, one, which, parts, _in_words(figure, one), layers)
 

@@ -60,11 +60,7 @@ class Streamed:
 
 
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """One forward pass over the batches; `advance` is called with each fraction of the work done.
-
-    Raises:
-        ValueError: if no sequence has a second token.
-    """
+    """One forward pass over the batches; `advance` is called with each fraction of the work done."""
     stack = text_stack(model)
     pass_ = _Pass(stack)
     with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
@@ -73,18 +69,19 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
             stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
             pass_.finish()
             advance(1 / len(batches))
-    if not pass_.rest or not pass_.rest[0].count:
+    if not pass_.rest[0].count:
         problem = "there is no token past the first of each sequence; give sequences of two or more"
         raise ArgumentError("data", problem=problem)
     # From first tokens and the rest to all tokens and the rest.
     parts = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
+    sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
+    logs_PS, rest_S = sums.pop("log")[:, 1], counts_2S[1]
     means, errors = {}, {}
-    for name, values in pass_.sums.items():
-        sums_L2S = parts.T @ torch.cat(values, dim=-1)
+    for name, split_L2S in sums.items():
+        sums_L2S = parts.T @ split_L2S
         means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
         errors[name] = _errors(sums_L2S, counts_2S)
-    logs_PS, rest_S = torch.cat(pass_.logs, dim=-1), counts_2S[1]
     errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
     typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
     return Streamed(pass_.first, pass_.rest, typical_P, means, pass_.angles.mean(), errors)
@@ -100,10 +97,6 @@ def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
     return (number / (number - 1) * residuals_S.square().sum(-1)).sqrt() if number > 1 else means[..., 0] * math.nan
 
 
-def _sums_where(mask_BT: torch.Tensor, values_BT: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask_BT, values_BT.double(), 0.0).sum(-1)
-
-
 def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x_BTD = upcast(x_BTD)
     return x_BTD, torch.linalg.vector_norm(x_BTD, dim=-1).clamp_min(torch.finfo(x_BTD.dtype).tiny)
@@ -116,13 +109,11 @@ class _Pass:
     middle: tuple[torch.Tensor, torch.Tensor]  # the state between attention and MLP, and its norm
 
     def __init__(self, stack: Stack) -> None:
-        layers = len(stack.layers)
-        self.first: list[Moments] = []
-        self.rest: list[Moments] = []
-        # By sequence, a tensor for each batch.
+        layers, channels = len(stack.layers), stack.model.config.hidden_size
+        self.first, self.rest = ([Moments(channels) for _ in range(layers + 1)] for _ in range(2))
+        # Of the first tokens and the rest by sequence, a tensor for each batch.
         self.counts_S: list[torch.Tensor] = []
-        self.logs: list[torch.Tensor] = []
-        self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": []}
+        self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": [], "log": []}
         self.angles = BlockAngles(layers)
 
     def start(self, batch: Batch) -> None:
@@ -133,7 +124,6 @@ class _Pass:
         self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in self.masks[torch.device("cpu")]]))
         self.counts: list[int] = self.counts_S[-1].sum(-1).tolist()
         self.moments: list[list[torch.Tensor]] = [[], []]
-        self.places: list[torch.Tensor] = []
         self.found: dict[str, list[torch.Tensor]] = {name: [] for name in self.sums}
         self.last: list[torch.Tensor] = []
 
@@ -146,12 +136,12 @@ class _Pass:
             self._sum("mlp", torch.linalg.vector_norm(x_BTD - m_BTD, dim=-1) / m_norm_BT)
             self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
+        self._sum("log", (norm_BT.square() / x_BTD.shape[-1]).log())
         first_BT, rest_BT = self._masks(x_BTD.device)
-        self.places.append(_sums_where(rest_BT, (norm_BT.square() / x_BTD.shape[-1]).log()))
         # A view without padding, else a copy.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
-        for found, part, count in zip(self.moments, parts, self.counts, strict=True):
-            found.append(channel_moments(part) if count else part.new_zeros(2, 0))
+        for found, part in zip(self.moments, parts, strict=True):
+            found.append(channel_moments(part))
 
     def between(self, place: int, m_BTD: torch.Tensor) -> None:
         self.middle = _with_norm(m_BTD)
@@ -159,7 +149,9 @@ class _Pass:
         self._sum("attention", torch.linalg.vector_norm(self.middle[0] - x_BTD, dim=-1) / x_norm_BT)
 
     def _sum(self, name: str, values_BT: torch.Tensor) -> None:
-        self.found[name].append(torch.stack([_sums_where(m, values_BT) for m in self._masks(values_BT.device)]))
+        values_BT = values_BT.double()
+        sums = [torch.where(mask_BT, values_BT, 0.0).sum(-1) for mask_BT in self._masks(values_BT.device)]
+        self.found[name].append(torch.stack(sums))
 
     def _masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self.masks:
@@ -168,14 +160,9 @@ class _Pass:
         return self.masks[device]
 
     def finish(self) -> None:
-        if not self.first:
-            channels = self.last[0].shape[-1]
-            self.first, self.rest = ([Moments(channels) for _ in self.places] for _ in range(2))
         for merged, found, count in zip((self.first, self.rest), self.moments, self.counts, strict=True):
-            if count:
-                for moments, (variance_D, mean_D) in zip(merged, found, strict=True):
-                    moments.add(count, mean_D.cpu().double(), variance_D.cpu().double())
-        self.logs.append(torch.stack([value.cpu() for value in self.places]))
+            for moments, (variance_D, mean_D) in zip(merged, found, strict=True):
+                moments.add(count, mean_D.cpu().double(), variance_D.cpu().double())
         for name, values in self.found.items():
             self.sums[name].append(torch.stack([value.cpu() for value in values]))
         self.angles.add(self.last)
@@ -207,25 +194,20 @@ def _require_differentiable(y: torch.Tensor) -> None:
 
 @dataclass
 class _Call:
-    """A recorded call of a layer, which can be repeated."""
+    """A recorded call of a layer: its input, and its other arguments."""
 
     layer: nn.Module
+    x_BTD: torch.Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def leaf(self) -> torch.Tensor:
-        """The layer's input as a leaf of a new graph."""
-        return hidden_states(self.args, self.kwargs).detach().requires_grad_()
-
-    def again(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Runs the layer on another input, with gradients."""
+    def again(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the layer again, with gradients; the input, as a leaf of a new graph, and the output."""
+        x_BTD = self.x_BTD.detach().requires_grad_()
         with torch.enable_grad():
-            if self.args:
-                y_BTD = layer_output(self.layer(x_BTD, *self.args[1:], **self.kwargs))
-            else:
-                y_BTD = layer_output(self.layer(**{**self.kwargs, "hidden_states": x_BTD}))
+            y_BTD = layer_output(self.layer(x_BTD, *self.args, **self.kwargs))
         _require_differentiable(y_BTD)
-        return y_BTD
+        return x_BTD, y_BTD
 
 
 @contextmanager
@@ -235,7 +217,8 @@ def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]
     last: list[torch.Tensor] = []
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(layer, args, kwargs))
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(_Call(layer, hidden_states(args, kwargs), args[1:], others))
 
     with ExitStack() as hooks:
         for layer in stack.layers:
@@ -254,35 +237,19 @@ def weights_have_gradients(stack: Stack) -> bool:
     )
 
 
-@contextmanager
-def _requiring_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
-
-
 def gradient_norms(
     model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of the gradient of the loss, the mean cross-entropy of the next token.
 
     From the last layer to the first, each layer runs again on its recorded input, so that only the graph and the
-    gradients of one layer are in memory. `advance` is called with each fraction of the work done.
+    gradients of one layer are in memory; NotDifferentiableError if one has none.
 
     Returns:
         weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights;
             NaN for weights without gradients (quantized, offloaded).
         states_L: norm of the gradient of a sequence's summed loss with respect to a token's state before the layer;
             mean over tokens, without the first of each sequence.
-
-    Raises:
-        ValueError: for a model without a language head, and if there is no token to predict.
-        NotDifferentiableError: if a layer has no gradient.
     """
     halves = SplitModel(model)
     layers = halves.stack.layers
@@ -319,9 +286,11 @@ def gradient_norms(
 def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Tensor, float]:
     """The gradient with respect to a layer's input, and the squared gradient norm of its weights (NaN without)."""
     parameters = list(call.layer.parameters()) if weights else []
-    x_BTD = call.leaf()
-    with _requiring_gradients(parameters):
-        y_BTD = call.again(x_BTD)
+    with ExitStack() as restored:
+        for parameter in parameters:
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_()
+        x_BTD, y_BTD = call.again()
         # Experts that no token went to have no gradient.
         found = torch.autograd.grad(y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True)
     squares = [upcast(gradient).square().sum().double() for gradient in found[1:] if gradient is not None]
@@ -331,22 +300,13 @@ def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Ten
 def jacobian_distances(
     model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object]
 ) -> torch.Tensor:
-    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence.
+    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence of two
+    tokens or more; shape (S, L), the mean over the `probes`. NotDifferentiableError if a layer has no gradient.
 
     J has (T - 1) D rows: the outputs of all tokens of a sequence but the first, with respect to all its inputs. For u
     with independent entries +1 and -1 the mean of |(J - I)^T u|^2 is |J - I|_F^2 (Hutchinson 1990), and |I|_F^2 is
     (T - 1) D. Each product from the left is one backward pass, which every attention kernel and most kernels for
     quantized weights support, unlike forward products.
-
-    Args:
-        probes: products for each sequence.
-        advance: called with each fraction of the work done.
-
-    Returns:
-        Shape (S, L), the mean over the probes; sequences of a single token are left out.
-
-    Raises:
-        NotDifferentiableError: if a layer has no gradient.
     """
     stack = text_stack(model)
     generators: dict[torch.device, torch.Generator] = {}
@@ -356,12 +316,10 @@ def jacobian_distances(
         with eval_mode(model):
             with _recording(stack) as (calls, _):
                 stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            entries_B = rest_BT.sum(1) * calls[0].leaf().shape[-1]
+            entries_B = rest_BT.sum(1) * calls[0].x_BTD.shape[-1]
             squares_LB = torch.zeros(len(calls), len(rest_BT), dtype=torch.float64)
             for position in reversed(range(len(squares_LB))):
-                call = calls.pop()
-                x_BTD = call.leaf()
-                y_BTD = call.again(x_BTD)
+                x_BTD, y_BTD = calls.pop().again()
                 device = y_BTD.device
                 generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
                 for probe in range(probes):

@@ -20,12 +20,7 @@ _PICTURES = tuple(dict.fromkeys(figure.picture for figure in FIGURES))
 
 
 def plot(what: str, diagnoses: Sequence[DiagnosisData]) -> Picture:
-    """Draws a picture: a row for each of its figures that was measured, a column for each diagnosis.
-
-    Raises:
-        ValueError: if there is no such picture, or nothing in it was measured.
-        ImportError: if matplotlib is missing; the message names the extra.
-    """
+    """Draws a picture: a row for each of its figures that was measured, a column for each diagnosis."""
     if what not in _PICTURES:
         raise ArgumentError("what", what, f"one of {', '.join(_PICTURES)}")
     require_packages("plotting", "plot", "matplotlib")

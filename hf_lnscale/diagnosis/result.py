@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from ..core.display import one_line, with_error
+from ..core.display import as_text, one_line, rich_text, with_error
 from ..core.json_file import read_object
 
 if TYPE_CHECKING:
@@ -23,19 +22,12 @@ _FORMAT = 1
 
 
 class Column(NamedTuple):
-    """A measure in the tables of layers.
+    """A measure in the tables of layers."""
 
-    Attributes:
-        title: heading in the report.
-        description: explanation of the heading.
-        field: see `DiagnosisData.values`.
-        short: heading in a terminal; "" leaves the measure out there.
-    """
-
-    title: str
-    description: str
-    field: str
-    short: str = ""
+    title: str  # heading in the report
+    description: str  # explanation of the heading
+    field: str  # see `DiagnosisData.values`
+    short: str = ""  # heading in a terminal; "" leaves the measure out there
 
 
 COLUMNS = (
@@ -142,15 +134,14 @@ class DiagnosisData:
 
     def __str__(self) -> str:
         """The verdict, and a table of the layers, as wide as the terminal."""
-        output = io.StringIO()
-        console = Console(file=output, color_system=None)
         lines = (*self.verdict.get("cautions", ()), *self.verdict["sentences"], *self.notes)
-        for line in (f"{self.name}: {self.verdict['headline']}", *(f"- {line}" for line in lines)):
-            console.print(one_line(line), highlight=False, markup=False)
+        words = [
+            rich_text(one_line(line))
+            for line in (f"{self.name}: {self.verdict['headline']}", *map("- {}".format, lines))
+        ]
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
-        table = Table(*(column.short for column in shown), padding=(0, 1) if console.width >= 100 else 0)
+        table = Table(*(column.short for column in shown), padding=(0, 1) if Console().width >= 100 else 0)
         # Only the errors of the losses: more do not fit into 80 columns.
         for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
             table.add_row(*row)
-        console.print(table)
-        return output.getvalue()
+        return as_text(*words, table, width=None) + "\n"

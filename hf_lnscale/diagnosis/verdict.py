@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,24 @@ SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of 
 # A layer does almost nothing if perplexity rises by less than this without it.
 IDLE = 0.01
 BUDGETS = (0.05, 0.10)
+# Signs that compare the halves of the layers: the measure, how much of it the other half must have (if neither half
+# adds anything, as in a model that has learned nothing, the difference is noise), the sentence, the name in `compare`.
+_HALVES = {
+    "near_identity": (
+        "jacobian_distance",
+        0.0,
+        "Distance of a layer's Jacobian from the identity: median {deeper_half:.2f} in the deeper half of the layers, "
+        "{first_half:.2f} in the other half.",
+        "distance of the Jacobian from the identity",
+    ),
+    "deep_layers_worth_little": (
+        "loss_added",
+        math.log1p(IDLE),
+        "Loss added by removing a layer: median {deeper_half:.3f} nats in the deeper half, {first_half:.3f} in the "
+        "other half.",
+        "loss added by removing a layer, nats",
+    ),
+}
 # Massive activations: these few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
 # One kind of growth fits better than another if the other misses by more than this many times as much, plus 1 %.
@@ -33,26 +52,12 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
     arXiv 2502.05795, section 3: without a remedy the variance lies between a linear and an exponential function of
     depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors compare.
 
-    Args:
-        values: variance after layer 1, 2, ..., L; L at least 3.
-
-    Returns:
-        Kind -> its parameters, and `off_by`: the factor by which the fit misses on average (root mean square of the
-        logarithm). With l the number of layers passed: "linear" is start * (1 + slope * (l - 1)), "polynomial" is
-        start * l ** power, "exponential" is start * rate ** (l - 1).
+    Of the values after l = 1, 2, ..., L layers, L at least 3, "linear" is start * (1 + slope * (l - 1)), "polynomial"
+    start * l ** power, "exponential" start * rate ** (l - 1); `off_by` is the factor by which the fit misses on average
+    (root mean square of the logarithm).
     """
     y_L = np.log(np.asarray(values, dtype=np.float64))
     depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
-
-    def straight(x_L: np.ndarray) -> tuple[float, float, float]:
-        slope, start = np.polyfit(x_L, y_L, 1)
-        return start, slope, float(np.sqrt(np.mean((start + slope * x_L - y_L) ** 2)))
-
-    start, power, off = straight(np.log(depth_L))
-    fits = {"polynomial": {"start": math.exp(start), "power": power, "off_by": math.exp(off)}}
-    start, rate, off = straight(depth_L - 1)
-    fits["exponential"] = {"start": math.exp(start), "rate": math.exp(rate), "off_by": math.exp(off)}
-
     # The best start for a given slope is known, so the search is over the slope, finer and finer around the best. With
     # slopes below -1 / (L - 1) the variance would be negative.
     falling = -1 / (len(y_L) - 1)
@@ -65,8 +70,14 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
         around = slopes[max(best - 1, 0)], slopes[min(best + 1, len(slopes) - 1)]
         slope, start, off = slopes[best], starts[best], math.sqrt(errors[best])
         slopes = np.linspace(*around, 400)
-    fits["linear"] = {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}
-    return {kind: fits[kind] for kind in ("linear", "polynomial", "exponential")}
+    fits = {"linear": {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}}
+    # The logarithms of these are straight lines over another depth.
+    straight = ("polynomial", "power", np.log(depth_L), float), ("exponential", "rate", depth_L - 1, math.exp)
+    for kind, parameter, x_L, value in straight:
+        slope, start = np.polyfit(x_L, y_L, 1)
+        off = np.sqrt(np.mean((start + slope * x_L - y_L) ** 2))
+        fits[kind] = {"start": math.exp(start), parameter: value(slope), "off_by": math.exp(off)}
+    return fits
 
 
 def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,21 +121,16 @@ def judge(
     data: dict[str, Any] | None = None,
     num_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """The verdict: facts in numbers, and sentences made of them.
+    """The verdict on the parts of a diagnosis: facts in numbers, and sentences made of them.
 
-    Args:
-        residual, layers, baseline, cuts: the parts of a diagnosis.
-        data: description of the text it is based on; without one, there is enough text.
-        num_tokens: how many tokens of text were to be measured on; None if that is not known.
+    Without `data`, the description of the text, there is enough text; `num_tokens` were to be measured on, if known.
     """
     grown, spikes = growth(residual), massive(residual)
     signs = {
         "growth": {"present": grown["factor"] >= GROWTH, "value": grown["factor"], "threshold": GROWTH},
-        "near_identity": _halves(layers, "jacobian_distance"),
-        # If neither half adds anything, as in a model that has learned nothing, the difference is noise.
-        "deep_layers_worth_little": _halves(layers, "loss_added", least=math.log1p(IDLE)),
+        **{sign: _halves(layers, field, least) for sign, (field, least, _, _) in _HALVES.items()},
     }
-    idle, inside = None, None
+    idle = inside = None
     known: list[dict[str, Any]] = []
     if baseline:
         known = [one for one in layers if one["loss_added"] is not None]
@@ -132,10 +138,8 @@ def judge(
         inside = {f"{budget:.0%}": _inside(cuts or [], baseline["perplexity"], budget) for budget in BUDGETS}
     measured = [sign for sign in signs.values() if sign]
     count = sum(sign["present"] for sign in measured)
-    few = ends = None
-    if data is not None:
-        few = too_little(data["num_tokens"], data["num_sequences"])
-        ends = ends_early(data["num_tokens"], num_tokens, data["seq_len"])
+    few = too_little(data["num_tokens"], data["num_sequences"]) if data else None
+    ends = ends_early(data["num_tokens"], num_tokens, data["seq_len"]) if data else None
     headline = f"{count} of {len(measured)} signs of the curse of depth"
     return {
         "headline": "too little text to count signs of the curse of depth" if few else headline,
@@ -149,14 +153,14 @@ def judge(
         "sentences": [
             *_on_growth(grown),
             *_on_massive(spikes),
-            *_on_signs(signs),
+            *(text.format(**found) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
             *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
     }
 
 
-def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict[str, Any] | None:
+def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, Any] | None:
     """The median over the deeper half of the layers against that over the other half; a sign if the latter is more
     than `least`. Medians, because the first and last layers are unlike the others in most models."""
     values = [one[name] for one in layers]
@@ -164,12 +168,8 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float = 0.0) -> dict
         return None
     middle = len(values) // 2
     first, deep = median(values[:middle]), median(values[middle:])
-    return {
-        "present": first > least and deep < SHARE * first,
-        "first_half": first,
-        "deeper_half": deep,
-        "threshold": SHARE,
-    }
+    present = first > least and deep < SHARE * first
+    return {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
 
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
@@ -227,21 +227,6 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
     return [text + ". This is not growth of the stream, and the fits leave it out."]
 
 
-def _on_signs(signs: dict[str, Any]) -> list[str]:
-    sentences = []
-    if near := signs["near_identity"]:
-        sentences.append(
-            f"Distance of a layer's Jacobian from the identity: median {near['deeper_half']:.2f} in the deeper half of "
-            f"the layers, {near['first_half']:.2f} in the other half."
-        )
-    if worth := signs["deep_layers_worth_little"]:
-        sentences.append(
-            f"Loss added by removing a layer: median {worth['deeper_half']:.3f} nats in the deeper half, "
-            f"{worth['first_half']:.3f} in the other half."
-        )
-    return sentences
-
-
 def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
     if idle:
         does, it = ("does", "it") if len(idle) == 1 else ("do", "them")
@@ -286,12 +271,8 @@ def _layers(layers: list[int]) -> str:
 
 def ranges(layers: list[int]) -> str:
     """Sorted numbers as text: [1, 2, 3, 7] is "1-3, 7"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    # Neighbours differ from their places in the list by the same number.
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
@@ -307,8 +288,8 @@ def _percent(fit: dict[str, float]) -> str:
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
     """Rows of the differences between two diagnoses: name, value in the first, value in the second."""
     first, second = _figures(before), _figures(after)
-    shown = [(name, first[name], second[name]) for name in first if first[name] or second[name]]
-    return [(name, one or "not measured", other or "not measured") for name, one, other in shown]
+    shown = [name for name in first if first[name] or second[name]]
+    return [(name, first[name] or "not measured", second[name] or "not measured") for name in shown]
 
 
 def _figures(one: Any) -> dict[str, str | None]:
@@ -320,12 +301,8 @@ def _figures(one: Any) -> dict[str, str | None]:
         "growth of a typical token, first to last layer, times": with_error(grown["factor"], grown.get("factor_error")),
         "kind of growth": grown["kind"] or "undecided",
     }
-    signs = {
-        "near_identity": "distance of the Jacobian from the identity",
-        "deep_layers_worth_little": "loss added by removing a layer, nats",
-    }
     for half in ("first_half", "deeper_half"):
-        for sign, name in signs.items():
+        for sign, (_, _, _, name) in _HALVES.items():
             values = judged["signs"][sign]
             found[f"{name}, median of the {half.replace('_', ' ')}"] = number(values[half]) if values else None
     idle, removable = judged["idle_layers"], judged["removable"]
