@@ -118,6 +118,8 @@ def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: A
 def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
     """Of the constructor: its keywords mean the same in any order."""
     drops = pop_drops(kwargs)
+    if record.FOLDED in kwargs:  # both stand in a file: what is wrong with it is said when it is read
+        kwargs, ln_scaling = {"ln_scaling": ln_scaling, **kwargs}, None
     original(self, *args, **kwargs)
     set_drops(self, drops)
     set_ln_scaling(self, ln_scaling)

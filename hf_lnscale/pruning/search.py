@@ -444,7 +444,7 @@ class _Search:
 def _steps(search: _Search) -> Iterator[dict[str, Any]]:
     """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, and with `attention` and
     `mlp` if sub-layers are taken out."""
-    return _greedy(search) if search.method in STEPWISE else _by_number(search)
+    return _greedy(search) if search.method in STEPWISE or search.units == "sublayers" else _by_number(search)
 
 
 def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
