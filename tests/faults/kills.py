@@ -293,10 +293,12 @@ def main() -> int:
     sent = signal.Signals[f"SIG{given.signal}"]
     print(f"{given.kills} times {sent.name}, seed {given.seed}")
     print("| verb | seconds a run | what was left | of them wrong afterwards |\n| --- | --- | --- | --- |")
-    failures = []
-    for name, verb in verbs().items():
-        if given.verbs and name not in given.verbs.split(","):
-            continue
+    failures, known = [], verbs()
+    wanted = given.verbs.split(",") if given.verbs else list(known)
+    if unknown := set(wanted) - known.keys():
+        parser.error(f"--verbs: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    for name in wanted:
+        verb = known[name]
         (ROOT / "first").mkdir()
         out = ROOT / "first" / verb.out
         if verb.older:
