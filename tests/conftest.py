@@ -21,6 +21,13 @@ def _deterministic():
 
 
 @pytest.fixture
+def quick_recipes(tmp_path, monkeypatch):
+    """Recipes draw no plots, and their data is cached for the test alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("hf_lnscale.training.run_report._plot", lambda *told: [])
+
+
+@pytest.fixture
 def run_python(tmp_path):
     """Runs Python code in a new process and returns what it printed.
 

@@ -24,6 +24,7 @@ from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_
 from ..core.display import markdown, markdown_text, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.json_file import to_json
+from ..measuring.sample import first_token
 from ..measuring.text import documents, window_length
 from .abilities import QUESTIONS, Continuations, ability_results
 from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
@@ -270,6 +271,8 @@ def evaluate(
     configs = [read_config(name) for name in names]
     tokenizers = [load_tokenizer(name) if data is not None or tasks or abilities else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
+    if abilities and len(names) > 1:
+        first_token(tokenizers[0])
     texts, source = None, ""
     if data is not None:
         seq_len = window_length(seq_len, configs, SEQ_LEN)

@@ -92,6 +92,14 @@ def with_default_sources(
     return TokenBatches.join(sources), TokenBatches.join(judged_sources)
 
 
+def first_token(tokenizer: Any) -> int:
+    """The token that a model's own text begins with: the one that begins a text, or, if there is none, ends one."""
+    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise ValueError("tokenizer: it has no bos_token and no eos_token for the model's own text to begin with")
+
+
 @torch.no_grad()
 def own_text(
     model: Any, tokenizer: Any, num_tokens: int, seq_len: int = 512, batch_size: int = 16, seed: int = 0
@@ -102,9 +110,7 @@ def own_text(
     Costs a pass of the model for each of `seq_len` tokens, with the cache, for each batch: on a CPU about five times as
     long as reading as many tokens. The same seed gives the same text on the same machine.
     """
-    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    if first is None:
-        raise ValueError("tokenizer: it has no bos_token and no eos_token for the model's own text to begin with")
+    first = first_token(tokenizer)
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
     batches = []

@@ -113,6 +113,16 @@ def test_another_tokenizer_has_no_agreement(folder, tmp_path):
     assert written.agreement(first, tokenizer) == []
 
 
+def test_a_tokenizer_that_begins_no_text_is_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lnscale.evaluation.comparison.Placement.load", None)
+    model, tokenizer = load(folder / "first")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no bos_token and no eos_token"):
+        evaluate([tmp_path, folder / "second"], abilities=True, speed=False)
+
+
 def test_evaluate_compares_them(folder):
     found = evaluate([folder / "first", folder / "second"], abilities=True, speed=False, progress=False)
     table = found.markdown()

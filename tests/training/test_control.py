@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import datasets
 import pytest
 import torch
 from torch.nn import functional
@@ -13,13 +12,7 @@ import recipe
 from hf_lnscale.measuring.sample import default_sources
 from recipe import SMALL
 
-pytestmark = pytest.mark.xdist_group("recipes")
-
-
-@pytest.fixture(autouse=True)
-def _quick(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("hf_lnscale.training.run_report._plot", lambda *told: [])
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.usefixtures("quick_recipes")]
 
 
 @pytest.fixture(scope="module")

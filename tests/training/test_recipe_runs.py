@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -18,13 +17,7 @@ from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.training.scripts import import_recipe
 from recipe import SMALL
 
-pytestmark = pytest.mark.xdist_group("recipes")
-
-
-@pytest.fixture(autouse=True)
-def _quick(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("hf_lnscale.training.run_report._plot", lambda *told: [])
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.usefixtures("quick_recipes")]
 
 
 @pytest.fixture(scope="module")
