@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .pruning.layers import drop_layers
     from .pruning.plan import PruningPlan
     from .pruning.probe import Proposal, propose_family
-    from .pruning.prune import Pruned, plan_pruning, prune
+    from .pruning.prune import plan_pruning, prune
+    from .pruning.pruned import Pruned
     from .pruning.scores import LayerScores, score_layers
     from .pruning.speculative import draft_model
 
@@ -57,7 +58,8 @@ _DEFINED_IN = {
     "pruning.layers": ("drop_layers",),
     "pruning.plan": ("PruningPlan",),
     "pruning.probe": ("Proposal", "propose_family"),
-    "pruning.prune": ("Pruned", "plan_pruning", "prune"),
+    "pruning.prune": ("plan_pruning", "prune"),
+    "pruning.pruned": ("Pruned",),
     "pruning.scores": ("LayerScores", "score_layers"),
     "pruning.speculative": ("draft_model",),
 }  # fmt: skip

@@ -176,7 +176,7 @@ def _folds(file: Path, read: set[str] | None, family: Family, scales: list[float
     found: dict[str, Fold] = {}
     for name in names:
         layer, one_plus = family.layer_of_pre_norm(name), family.one_plus_weight and name.endswith(".weight")
-        # A multi-token-prediction layer is stored behind the last one, under the next number.
+        # A multi-token-prediction layer is stored after the last one, under the next number.
         if layer is not None and layer < len(scales):
             found[name] = partial(scale_parameter, scale=scales[layer], one_plus_weight=one_plus)
     return found

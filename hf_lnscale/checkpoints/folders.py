@@ -27,9 +27,9 @@ from ..core.errors import ArgumentError, PathExistsError
 
 logger = logging.getLogger(__name__)
 
-# What `evaluate` writes into a model's folder, and `push` puts into its card.
+# Written by `evaluate` into a model's folder, and put into its card by `push`.
 EVALUATION_FILE = "evaluation.json"
-# What a checkpoint, a diagnosis or an evaluation consists of. Only folders of nothing else are replaced.
+# Files of a checkpoint, a diagnosis or an evaluation. Only folders that hold nothing else are replaced.
 _OURS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf",
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",

@@ -1,4 +1,4 @@
-"""What several verbs share: options, parsers of values, the line about a checkpoint that was written."""
+"""Shared by several verbs: options, parsers of values, the line about a checkpoint that was written."""
 
 from __future__ import annotations
 

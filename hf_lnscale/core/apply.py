@@ -69,7 +69,7 @@ def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
 def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
     """Switches LayerNorm Scaling on in a model in memory, in place.
 
-    Multiplies the output of the norm in front of attention and of the norm in front of the MLP of each layer by
+    Multiplies the outputs of the norm before attention and of the norm before the MLP of each layer by
     `depth ** -exponent` (arXiv 2502.05795, equation 8). Parameters, their names and gradients' owners stay; a model
     that was trained without the scale gives other, at first useless, outputs.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from .errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 
-# How a configuration field over depth follows when layers are dropped (pruning/layers.py does it).
+# How a configuration field over depth follows when layers are dropped (pruning/depth_fields.py does it).
 RULES = {
     "each": "a list with one entry a layer",
     "cycle": "a list that repeats over the layers",
@@ -46,12 +46,12 @@ DEPTH_FIELDS = {field: rule for rule, fields in _FIELDS.items() for field in fie
 
 @dataclass(frozen=True)
 class Family:
-    """What the plugin must know about one family of decoders.
+    """A row of the table: what the plugin must know about one family of decoders.
 
     Attributes:
         layers: path of the `ModuleList` of decoder layers, from the base model.
-        attention_norm: the norm in front of attention (or of a linear-attention mixer), from a layer.
-        mlp_norm: the norm in front of the MLP or the experts, from a layer.
+        attention_norm: the norm before attention (or of a linear-attention mixer), from a layer.
+        mlp_norm: the norm before the MLP or the experts, from a layer.
         one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
         depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`: names of
             `DEPTH_FIELDS`, or names with their rule; None if not known.
@@ -61,7 +61,7 @@ class Family:
         attention: the module of a layer that computes attention and nothing else, and returns a pair of it and the
             attention weights; "" if there is none, so that attention cannot be dropped alone.
         mlp: that of the MLP or the experts, which returns a tensor.
-        output_norms: the norms behind attention and behind the MLP, before their output is added to the stream.
+        output_norms: the norms after attention and after the MLP, before their output is added to the stream.
     """
 
     layers: str = "layers"
@@ -107,7 +107,7 @@ ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNor
 HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections and their like)"
 NO_STACK = "it has no one list of layers that each take the output of the one before"
 MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
-MORE_READERS = "other parts of a layer than attention and MLP behind their pre-norms read the residual stream"
+MORE_READERS = "parts of a layer other than attention and MLP, after their pre-norms, read the residual stream"
 MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
 ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
 UNEQUAL = "its layers do not all have the same pre-norms"
@@ -128,7 +128,7 @@ def _rows(names: str, depth_fields: str = "", norms: str = "", **others: Any) ->
     return dict.fromkeys(names.split(), Family(depth_fields=fields, **others))
 
 
-# Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm in front of the MLP in
+# Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm before the MLP in
 # Llama and a norm on the output of attention in Gemma 2.
 FAMILIES: dict[str, Family] = {
     **_rows(
@@ -283,8 +283,8 @@ def register_family(
     Args:
         model_type: `config.model_type` of the text model, e.g. `"starcoder2"`.
         layers: path of the `ModuleList` of decoder layers, from the base model (`AutoModel`'s class).
-        attention_norm: path of the norm in front of attention, from a layer.
-        mlp_norm: path of the norm in front of the MLP or the experts, from a layer.
+        attention_norm: path of the norm before attention, from a layer.
+        mlp_norm: path of the norm before the MLP or the experts, from a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
         depth_fields: configuration fields that run over depth besides `num_hidden_layers`: of those that are known to
             `hf_lnscale.core.families.DEPTH_FIELDS`, or any with one of the `RULES` there, such as

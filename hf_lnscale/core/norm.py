@@ -1,4 +1,4 @@
-"""LayerNorm Scaling: the norms in front of attention and MLP of layer l are multiplied by 1/sqrt(l).
+"""LayerNorm Scaling: the outputs of the norms before attention and MLP of layer l are multiplied by 1/sqrt(l).
 
 "The Curse of Depth in Large Language Models", arXiv 2502.05795, section 4, equation 8: h_l' = Norm(h_l) / sqrt(l).
 
@@ -29,7 +29,7 @@ from torch import nn
 def scale_parameter(
     parameter: torch.Tensor, scale: float | torch.Tensor, one_plus_weight: bool = False
 ) -> torch.Tensor:
-    """What a norm must read in place of `parameter` so that its output is multiplied by `scale`.
+    """The value that a norm must read in place of `parameter` so that its output is multiplied by `scale`.
 
     Args:
         parameter: weight or bias of the norm, shape (D,).
@@ -68,7 +68,7 @@ def unscale_parameter(scaled: torch.Tensor, scale: float, one_plus_weight: bool 
 
 
 class _ScaledView:
-    """What the forward of a scaled norm gets as `self`: the norm, with its parameters read as scaled."""
+    """Passed as `self` to the forward of a scaled norm: the norm, with its parameters read as scaled."""
 
     def __init__(self, norm: ScaledNorm) -> None:
         self._scaled_norm = norm

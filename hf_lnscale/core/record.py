@@ -61,7 +61,7 @@ class Dropped:
         return {kind: positions for kind, positions in found.items() if positions}
 
     def __str__(self) -> str:
-        """What is missing, as in "layers 12; attention of layers 7, 26"."""
+        """The missing parts, as in "layers 12; attention of layers 7, 26"."""
         return named_parts(self.layers, self.attention, self.mlp)
 
     def to_dict(self) -> dict[str, Any]:
@@ -441,7 +441,7 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def protected_part(part: dict[str, Any]) -> Record:
-    """What in the dict of one configuration, not in those inside it, may need this package."""
+    """The part of `Record` that may need this package, from the dict of one configuration without those inside it."""
     return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
 
 

@@ -75,7 +75,7 @@ def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None
 
 
 def absent(kind: str, position: int) -> nn.Module:
-    """What takes the place of the attention or the MLP of the layer at a position."""
+    """The stand-in for the attention or the MLP of the layer at a position."""
     return AbsentMLP() if kind == "mlp" else AbsentAttention(position)
 
 

@@ -111,7 +111,7 @@ class _Pass:
     def __init__(self, stack: Stack) -> None:
         layers, channels = len(stack.layers), stack.model.config.hidden_size
         self.first, self.rest = ([Moments(channels) for _ in range(layers + 1)] for _ in range(2))
-        # Of the first tokens and the rest by sequence, a tensor for each batch.
+        # First tokens and the rest by sequence, a tensor for each batch.
         self.counts_S: list[torch.Tensor] = []
         self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": [], "log": []}
         self.angles = BlockAngles(layers)

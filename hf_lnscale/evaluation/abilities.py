@@ -1,4 +1,4 @@
-"""What perplexity does not show: small tasks that need no download, and agreement with the whole model.
+"""Abilities that perplexity does not show: small tasks that need no download, and agreement with the whole model.
 
 Where layers go, reasoning and exact recall suffer before fluency does (arXiv 2602.01997).
 """

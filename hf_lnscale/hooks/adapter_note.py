@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
-from ..pruning import layers
+from ..pruning import checkpoint_layers
 from .configuration import set_drops
 
 NOTE = "hf_lnscale"
@@ -131,7 +131,7 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
 
 def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
     """The keywords, without checking whether they are enough; None if layers are missing."""
-    held, original = layers.original_layers(base)
+    held, original = checkpoint_layers.original_layers(base)
     kept, of = list(range(original)), original
     if wanted.dropped:
         kept, of = wanted.dropped.kept, wanted.dropped.num_hidden_layers

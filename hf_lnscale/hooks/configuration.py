@@ -43,9 +43,9 @@ def set_drops(config: PreTrainedConfig, values: dict[str, Any]) -> None:
     if all(value is None for value in values.values()):
         return
     require_supported()
-    from ..pruning import layers  # imports the models of transformers
+    from ..pruning.depth_fields import set_drop_layers  # imports the models of transformers
 
-    layers.set_drop_layers(config, *(values.get(name) for name in DROPS))
+    set_drop_layers(config, *(values.get(name) for name in DROPS))
 
 
 def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: A
 
 
 def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
-    """Of the constructor: its keywords mean the same in any order."""
+    """Hook on the constructor: its keywords mean the same in any order."""
     drops = pop_drops(kwargs)
     if record.FOLDED in kwargs:  # both stand in a file: what is wrong with it is said when it is read
         kwargs, ln_scaling = {"ln_scaling": ln_scaling, **kwargs}, None

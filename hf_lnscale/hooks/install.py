@@ -30,7 +30,7 @@ VLLM = "vllm.transformers_utils.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
 GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
 
-# What a hook takes the place of.
+# The function that a hook replaces.
 Original = Callable[..., Any]
 # Keywords of from_pretrained and fields of a configuration that take parts out; all count layers as they were before.
 DROPS = ("drop_layers", "drop_attention", "drop_mlp")

@@ -20,7 +20,7 @@ from ..core.errors import ArgumentError, CheckpointError, UnsupportedTransformer
 from ..core.norm import ScaledNorm
 from ..core.record import SourceName, is_flagged, record, remember_source, trained_without, write
 from ..core.warnings import warn
-from ..pruning import layers
+from ..pruning import checkpoint_layers
 from . import adapter_note as adapters
 from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling, setting
 from .install import DROPS, Original, require_supported
@@ -155,7 +155,7 @@ def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, 
     except (OSError, ValueError):  # no configuration next to the weights, as for a single file
         return
     if active := record(saved).active:
-        if positions := layers.positions_on_disk(config, saved):
+        if positions := checkpoint_layers.positions_on_disk(config, saved):
             active = active.keeping(positions)
         write(config, dataclasses.replace(record(config), on_disk=active))
 
@@ -202,19 +202,19 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
     saved = functools.cache(lambda: saved_config(model.config, name, load_config.download_kwargs))
     own = given["expected_keys"] is None  # given for an adapter alone, which has the layer numbers of its model
     if own and name is not None and require_same_checkpoint(files, saved):
-        layers.require_sublayers(model.config, saved())
+        checkpoint_layers.require_sublayers(model.config, saved())
     if record(model.config).dropped is None:
         return original(*args, **kwargs)
     positions = None
     if own and name is not None:
-        positions = layers.positions_on_disk(model.config, saved())
+        positions = checkpoint_layers.positions_on_disk(model.config, saved())
     elif own and state_dict is not None:
-        positions = layers.positions_in_state_dict(model.config, model, state_dict)
+        positions = checkpoint_layers.positions_in_state_dict(model.config, model, state_dict)
     with contextlib.ExitStack() as opened:
         if positions is not None:
             if state_dict is None:
                 state_dict = _checkpoint_tensors(files, load_config, opened)
-            renamed = layers.renumber(state_dict, model, positions)
+            renamed = checkpoint_layers.renumber(state_dict, model, positions)
             kept = {new: state_dict[old] for old, new in renamed.items()}
             if is_deepspeed_zero3_enabled():
                 # It copies whole tensors; slices are materialized for those that are kept.
@@ -223,7 +223,7 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
             given.update(state_dict=kept, checkpoint_files=None)
         found, offloaded = original(*bound.args, **bound.kwargs)
     # The tensors of missing sub-layers were not read, and are nothing to report.
-    names = layers.names_of_sublayers(model)
+    names = checkpoint_layers.names_of_sublayers(model)
     found.unexpected_keys = {key for key in found.unexpected_keys if not names.match(key)}
     # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -234,7 +234,7 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
 
 def load_distributed(original: Original, /, self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
     config = self.config
-    if record(config).dropped and layers.positions_on_disk(config, saved_config(config, folder)) is not None:
+    if record(config).dropped and checkpoint_layers.positions_on_disk(config, saved_config(config, folder)) is not None:
         raise ValueError(
             f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
             "load it whole and use hf_lnscale.drop_layers(model, layers)"

@@ -23,7 +23,7 @@ from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
 from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, record
 from ..core.stack import own_stack, pretrained_modules
-from ..pruning import layers
+from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
 from .models import note_what_is_on_disk, warn_if_cold
@@ -96,7 +96,9 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
         saved = saved_config(base.config, folder)
     except (OSError, ValueError):  # no configuration, or none of transformers
         saved = {}
-    layers.require_sublayers(base.config, saved)  # what is missing would keep the values that the model was made with
+    checkpoint_layers.require_sublayers(
+        base.config, saved
+    )  # what is missing would keep the values that the model was made with
     loaded = copy.deepcopy(base.config)
     note_what_is_on_disk(loaded, folder, {})
     warn_if_cold(loaded, folder)
@@ -109,9 +111,9 @@ def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> l
     if (folder / "config.json").is_file():
         saved = saved_config(model.config, folder)
         require_same_checkpoint(map(str, files), lambda: saved)
-        return layers.positions_on_disk(model.config, saved)
+        return checkpoint_layers.positions_on_disk(model.config, saved)
     names = [name for file in files for name in load_state_dict(str(file), map_location="meta")]
-    return layers.positions_in_state_dict(model.config, model, names)
+    return checkpoint_layers.positions_in_state_dict(model.config, model, names)
 
 
 def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
@@ -157,7 +159,7 @@ def require_same_layers(name: str, delta: str, **where: Any) -> None:
     configs = [AutoConfig.from_pretrained(one, **where) for one in (name, delta)]
     first, second = map(record, configs)
     # Models that lack none need not count their layers.
-    differ = (first.dropped or second.dropped) and operator.ne(*map(layers.original_layers, configs))
+    differ = (first.dropped or second.dropped) and operator.ne(*map(checkpoint_layers.original_layers, configs))
     lacking = [(kind, set(gone) - set(first.sublayers.get(kind, ()))) for kind, gone in second.sublayers.items()]
     if not differ and (names := [f"{kind} of layers {sorted(gone)}" for kind, gone in lacking if gone]):
         raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
@@ -182,7 +184,7 @@ def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: 
         get_tensor, known = self.get_tensor, list(model.state_dict())
         on_disk = {number: layer for layer, number in enumerate(positions)}
         inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
-        self.get_tensor = lambda name: get_tensor(layers.renumber([*known, name], model, inverse)[name])
+        self.get_tensor = lambda name: get_tensor(checkpoint_layers.renumber([*known, name], model, inverse)[name])
 
 
 def replicate_layers(original: Original, /, model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:

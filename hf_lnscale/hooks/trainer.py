@@ -15,7 +15,7 @@ from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
 from ..core.record import get_ln_scaling, record, recorded_scaling, trained_without, write
-from ..pruning import layers
+from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
 from .peft import require_base_of
@@ -79,7 +79,7 @@ def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     saved = saved_config(config, folder)
     both = (type(config).from_dict(dict(saved)), config)
     if any(record(one).dropped for one in both):  # others need not count their layers
-        there, here = ((*layers.original_layers(one), record(one).sublayers) for one in both)
+        there, here = ((*checkpoint_layers.original_layers(one), record(one).sublayers) for one in both)
         if there != here:
             lacking = ["".join(f" without {kind} in {gone}" for kind, gone in one[2].items()) for one in (there, here)]
             raise ValueError(

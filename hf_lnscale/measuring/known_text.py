@@ -49,7 +49,7 @@ def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:
 
 
 def sketch(batches: TokenBatches) -> KnownText:
-    """What is kept of a text."""
+    """A sample of the passages of a text, as hashes."""
     kept = passages(sequences_of(batches))[:KEPT]
     return KnownText(batches.source, tuple(kept.tolist()))
 

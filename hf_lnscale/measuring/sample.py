@@ -24,8 +24,8 @@ from .stream import kv_cache
 from .text import TokenBatches, Windows, token_batches
 
 END_OF_TEXT = "<|endoftext|>"
-# Of each default source beside data of one source. On SmolLM2 this doubled what healing gained on kinds of text never
-# given, and cost under 1 % on the given one (docs/results.md, healing and the text it was fitted on).
+# Weight of each default source added to data of one source. On SmolLM2 this doubled what healing gained on kinds
+# of text never given, and cost under 1 % on the given one (docs/results.md, healing and the text it was fitted on).
 DEFAULT_WEIGHT = 0.25
 
 

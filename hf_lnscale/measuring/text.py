@@ -329,13 +329,13 @@ def documents(data: Any, tokenizer: Any = None) -> list[str]:
 
 
 def added_beginning(tokenizer: Any) -> int | None:
-    """The token that a tokenizer puts in front of a text by itself, if it does."""
+    """The token that a tokenizer itself prepends to a text, if it does."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
 
 
 def _is_array(value: Any) -> bool:
-    """Of token ids: a tensor, or a numpy array that holds no texts."""
+    """Whether a value is an array of token ids: a tensor, or a numpy array that holds no texts."""
     numpy = hasattr(value, "__array_interface__") and value.dtype.kind not in "OSU"
     return numpy or isinstance(value, torch.Tensor)
 
@@ -400,7 +400,7 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
             rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-            # Whoever reads the text puts it in front again.
+            # The windows put it back.
             yield rendered.removeprefix(getattr(tokenizer, "bos_token", None) or "")
         elif isinstance(row, Mapping) and "text" in row:
             raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")

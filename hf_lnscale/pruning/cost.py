@@ -99,7 +99,7 @@ def work_of_search(
     elif method == "sublayers":  # of each layer three candidates
         layers += calibration * total * (1 + 3 * total / 2)
         head += calibration * (3 * total + 1)
-        fits *= 2  # of an MLP those before and behind it are refitted
+        fits *= 2  # for a missing MLP those before and after it are refitted
     elif method in STEPWISE:
         for left in range(num_layers, num_layers - dropped, -1):
             layers += calibration * left * (1 + (left - 1) / 2)
@@ -146,7 +146,7 @@ def estimate_cost(
     states = places * more * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
     batch = max(one.input_ids.numel() for one in calibration)
     at_once = min(batch, next(logit_slices(batch, config.vocab_size)).stop)
-    # Of a layer, the states around it and about four matrices of its MLP's width; logits, log-probabilities and a copy.
+    # For a layer, the states around it and about four matrices of its MLP's width; logits, log-probabilities, a copy.
     wide = inner if isinstance(inner, int) else 4 * width
     passing = batch * (8 * width + 4 * wide) * parameters[0].element_size() + 3 * 4 * at_once * config.vocab_size
     seconds = work.layers * per_layer + work.head * per_head + work.products * per_product

@@ -2,7 +2,7 @@
 
 When layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut is
 changed so that its output comes close to the state that the full model has after the cut: the weights that produce its
-MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and behind an
+MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and after an
 MLP that is missing, and that of a layer without attention, are refitted in the same way.
 
 Five things decide whether that repairs a model or damages it:
@@ -40,9 +40,10 @@ from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode
 from ..measuring.text import Windows, token_batches
+from .cut import Cut, normalize_layers
 from .heal_fit import Repair, Stream, require_changeable
 from .heal_report import HEALED_IN_MEMORY, Copy, HealedLayer, HealedSource, HealReport, restore
-from .layers import Cut, normalize_layers, note_text
+from .layers import note_text
 from .plan import PruningPlan, units_of
 
 __all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
@@ -69,7 +70,7 @@ def heal(
     """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
 
     It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before
-    it is changed, for an MLP the next one behind it too, and for a missing attention the MLP of its layer; layers
+    it is changed, for an MLP the next one after it too, and for a missing attention the MLP of its layer; layers
     before all that stay are not made up for. Each is healed, from the first to the last, on the states that the
     pruned model, healed so far, produces, to match those of the full model before the next MLP's layer. A step that
     does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of
@@ -318,12 +319,12 @@ def why_not_healable(model: nn.Module) -> str | None:
 
 
 class _Gap(NamedTuple):
-    """What is missing around one MLP.
+    """The missing parts around one MLP.
 
     Attributes:
         layer: the layer of the MLP.
         end: that of the next one, or the number of layers.
-        gone: what is missing there; nothing for one that only stands behind a missing MLP.
+        gone: what is missing there; nothing for one that only follows a missing MLP.
     """
 
     layer: int

@@ -149,7 +149,7 @@ class Stream:
         return Stream(self.halves, self.batches, self.removed, place, states)
 
     def target(self, pruned: Stream, place: int) -> Stream:
-        """What a pruned model's states should be in an earlier place, so that they become these.
+        """The states that a pruned model should have in an earlier place, so that they become these.
 
         These, less what it adds in between; the change of that with the states is left out.
         """
@@ -251,7 +251,7 @@ class _Fit(NamedTuple):
 class Repair:
     """A kept layer whose MLP makes up for what is missing around it.
 
-    It is given the states that the layer reads in the pruned model, and those of the full model to match behind it.
+    It is given the states that the layer reads in the pruned model, and those of the full model to match after it.
     """
 
     def __init__(

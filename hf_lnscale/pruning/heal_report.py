@@ -45,7 +45,7 @@ class HealedLayer:
         ridge: the penalty that was chosen, in units of the median second moment of the features; infinity leaves the
             layer as it is.
         blend: the fraction of the fitted change that was made; below 1 if all of it made a source of text worse.
-        error_before: relative error of the residual stream behind it on held-out tokens: the root of the mean over
+        error_before: relative error of the residual stream after it on held-out tokens: the root of the mean over
             tokens of |state - full model's state|^2 / |full model's state|^2.
         error_after: the same with the chosen fit.
         loss_before: of the pruned model on held-out data before this step, nats a token.
@@ -122,7 +122,7 @@ class HealReport:
 
     @property
     def never_fitted(self) -> dict[str, float]:
-        """What text can expect that was never fitted: `full`, `before` and `after`, from `perplexity_left_out`.
+        """Expected perplexity of text that was never fitted: `full`, `before` and `after`, from `perplexity_left_out`.
 
         The geometric means over the sources that have it; empty if none does.
         """

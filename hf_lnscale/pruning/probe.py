@@ -25,7 +25,7 @@ from ..core.families import Family, UnsupportedArchitectureError, text_config
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
 from ..measuring.stream import kv_cache
-from .layers import prune_config
+from .depth_fields import prune_config
 
 _MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
 # Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
@@ -61,7 +61,7 @@ _SIZES: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the probe of a family found.
+    """The findings of the probe of a family.
 
     Attributes:
         model_type: of the text model.
@@ -88,7 +88,7 @@ def propose_family(model: nn.Module) -> Proposal:
     """Finds the row of a model's family for `register_family`, or the reason why there is none.
 
     Builds a tiny random model of the same classes (four layers, hidden size 32, on the CPU, in float64) and proves on
-    it, by intervention, which norms are in front of attention and MLP, that their outputs can be scaled by their
+    it, by intervention, which norms are before attention and MLP, that their outputs can be scaled by their
     weights, and that configurations of the remaining layers give what is left when layers are deleted.
 
     Args:

@@ -9,85 +9,40 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints.card import Table, model_card
-from ..checkpoints.folders import atomic_directory, public_name, require_free
+from ..checkpoints.folders import atomic_directory, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
-from ..core.record import named_parts
-from ..core.record import record as record_of
 from ..core.stack import text_stack
 from ..core.warnings import warn
-from ..evaluation.speed import Speed, measure, relative_change
+from ..evaluation.speed import measure
 from ..measuring.known_text import caution, percent, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
 from ..measuring.sample import default_sources
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
 from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
+from .cut import Cut, counting_layers, droppable_units, normalize_layers
+from .depth_fields import prune_config
 from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
-from .layers import (
-    Cut,
-    counting_layers,
-    drop_layers,
-    droppable_units,
-    normalize_layers,
-    note_text,
-    prune_config,
-    require_droppable,
-)
+from .layers import drop_layers, note_text, require_droppable
 from .plan import PLAN_FILE, PruningPlan
+from .pruned import Pruned, card_of, rows_of
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
-
-if TYPE_CHECKING:
-    import rich.table
 
 logger = logging.getLogger(__name__)
 
-_HEADER = ("", "before", "after", "change")
 UNITS = ("layers", "sublayers")
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """The result of `prune`; printed, it is a table of before and after.
-
-    Attributes:
-        plan: the layers that were dropped, how they were chosen, and all figures.
-        model: the model without them.
-        rows: the table: name of the figure, before, after, change.
-        path: the folder that was written, or None.
-    """
-
-    plan: PruningPlan
-    model: Any
-    rows: list[tuple[str, str, str, str]]
-    path: Path | None = None
-
-    @property
-    def title(self) -> str:
-        name = f"{self.plan.model_name} " if self.plan.model_name else ""
-        return f"{name}without {named_parts(self.plan.layers, self.plan.attention, self.plan.mlp)}"
-
-    def table(self) -> rich.table.Table:
-        """The rows for a terminal."""
-        return terminal(_HEADER, self.rows, self.title)
-
-    def __str__(self) -> str:
-        return as_text(self.table(), width=None)
 
 
 def prune(
@@ -223,12 +178,12 @@ def prune(
     if plan.known_text:
         note_text(model, plan.known_text)
     if target is None:
-        return Pruned(plan, model, _rows(plan))
+        return Pruned(plan, model, rows_of(plan))
 
     with atomic_directory(target, force) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        rows = _rows(plan)
+        rows = rows_of(plan)
         if checkpoint is not None:
             del model, search  # one at a time
             if placement.main_device.startswith("cuda"):
@@ -237,11 +192,11 @@ def prune(
             sizes = [size_on_disk(path) for path in (checkpoint, folder)]
             before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
             plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
-            rows = _rows(plan, costs, sizes)
+            rows = rows_of(plan, costs, sizes)
             model = _read_again(folder, plan, text[1], placement)
             model.config.name_or_path = model.name_or_path = str(target)
         plan.save(folder / PLAN_FILE)
-        _card(checkpoint, plan, rows, command, model.config).save(folder / "README.md")
+        card_of(checkpoint, plan, rows, command, model.config).save(folder / "README.md")
     if record is not None:
         record.unlink(missing_ok=True)
     return Pruned(plan, model, rows, target)
@@ -447,92 +402,3 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
             f"the written checkpoint has perplexity {found:.3f}, the plan says {said:.3f}; nothing is kept"
         )
     return written
-
-
-def _rows(
-    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
-) -> list[tuple[str, str, str, str]]:
-    total = plan.model["num_hidden_layers"]
-    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
-    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
-        ("layers", [total, total - len(plan.layers)], str),
-        ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
-        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
-    ]
-    if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
-        figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
-    for name in ("prefill", "decode") if costs else ():
-        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
-        figures.append((f"{name}, tokens/s", speeds, str))
-    rows = [
-        (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
-        for name, (old, new), show in figures
-    ]
-    if costs:  # a single measurement each, hence without a percentage
-        before, after = (show_bytes(cost.peak_bytes) for cost in costs)
-        rows.append(("peak memory", before, after, ""))
-    judged = (("held out", "after"), ("healed", "healed"))
-    found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
-    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
-        # An estimate without a standard error, hence without a percentage.
-        found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
-    rows[3:3] = found
-    return rows
-
-
-def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
-    found, errors = plan.perplexity, plan.errors
-    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
-    change = f"{found[which] / found['before'] - 1:+.1%}"
-    if error := errors.get(f"{which}_change"):
-        change += f" ± {error:.1%}"
-    return f"perplexity, {name}", before, after, change
-
-
-def _card(
-    checkpoint: str | None,
-    plan: PruningPlan,
-    rows: list[tuple[str, str, str, str]],
-    command: str,
-    config: PreTrainedConfig,
-) -> ModelCard:
-    """Says how the checkpoint was made, and what it cost."""
-    if plan.heal is None:
-        healing = "It was not healed or trained afterwards."
-    elif "healed" in plan.perplexity:
-        healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
-    else:
-        healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
-    search, held_out = plan.method["search"], plan.data["held_out"]
-    how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
-    gone = named_parts(plan.layers, plan.attention, plan.mlp)
-    notes = [
-        Markdown(f"{gone[0].upper()}{gone[1:]} (counted from 0) were dropped, {how}."),
-        healing,
-        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record_of(config).active else []),
-        *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record_of(config).sublayers else []),
-        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
-    ]
-    note = (
-        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
-        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning keeps "
-        "classification better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
-    )
-    if costs := plan.notes.get("cost"):
-        timing = costs["after"]["decode_tokens_per_second"]
-        note += (
-            f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
-            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
-        )
-    name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
-    what = f"{len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped"
-    if plan.attention or plan.mlp:
-        what += f", {len(plan.attention)} without attention, {len(plan.mlp)} without MLP"
-    return model_card(
-        f"{name}, {what}",
-        base_model=checkpoint,
-        pipeline_tag="text-generation",
-        notes=notes,
-        parts=[Table(_HEADER, rows, note)],
-        made_by=command or "hf_lnscale.prune",
-    )

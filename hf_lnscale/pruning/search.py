@@ -30,8 +30,8 @@ from ..measuring.losses import SourceLosses, layer_of, losses_by_source, perplex
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import capture_residual_stream, eval_mode, kv_cache
 from ..measuring.text import TokenBatches
+from .cut import counting_layers, droppable_units, normalize_layers
 from .heal import Healer, HealReport
-from .layers import counting_layers, droppable_units, normalize_layers
 from .plan import PruningPlan, by_kind, fingerprint, units_of
 from .scores import LayerScores, score_layers, score_stream
 
@@ -335,7 +335,7 @@ def _figures(losses: SourceLosses, whole: SourceLosses) -> dict[str, float]:
 
 
 def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
-    """Of `_figures`, what goes into `PruningPlan.errors`."""
+    """The part of `_figures` that goes into `PruningPlan.errors`."""
     found = {name: figures.get("perplexity_error"), f"{name}_change": figures.get("change_error")}
     return {name: error for name, error in found.items() if error is not None}
 
@@ -423,7 +423,7 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
 
 @dataclass(frozen=True)
 class _Search:
-    """What all steps of a search share; see `search_layers`."""
+    """State shared by all steps of a search; see `search_layers`."""
 
     model: nn.Module
     stack: Stack

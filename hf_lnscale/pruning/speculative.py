@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from ..core.families import text_config
 from ..core.stack import text_stack
-from .layers import delete_layers, normalize_layers, prune_config
+from .cut import normalize_layers
+from .depth_fields import prune_config
+from .layers import delete_layers
 from .plan import PruningPlan
 
 

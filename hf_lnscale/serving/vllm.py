@@ -42,7 +42,7 @@ def scaled(weights: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig
     scales = scaling.scales(text_config(config).num_hidden_layers)
     for name, weight in weights:
         position = family.layer_of_pre_norm(name)
-        # A multi-token-prediction layer is stored behind the last one, under the next number.
+        # A multi-token-prediction layer is stored after the last one, under the next number.
         if position is not None and position < len(scales):
             one_plus = family.one_plus_weight and name.endswith(".weight")
             weight = scale_parameter(weight, scales[position], one_plus)

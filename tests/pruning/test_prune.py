@@ -263,7 +263,7 @@ def test_a_table_of_80_columns(monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     speed = "12,345.6 (11,234.5 to 13,456.7)"
     plan = PruningPlan((1, 2), {}, model_name="model")
-    shown = str(prune_module.Pruned(plan, None, [("prefill, tokens/s", speed, speed, "+10.1% ± 0.2%")]))
+    shown = str(hf_lnscale.Pruned(plan, None, [("prefill, tokens/s", speed, speed, "+10.1% ± 0.2%")]))
     assert max(map(len, shown.splitlines())) <= 80
     for word in ("prefill, tokens/s", "12,345.6", "(11,234.5", "13,456.7)", "+10.1%", "0.2%"):
         assert word in shown

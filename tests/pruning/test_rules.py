@@ -11,7 +11,7 @@ import hf_lnscale
 import tiny
 from hf_lnscale import UnsupportedArchitectureError, propose_family
 from hf_lnscale.core import families
-from hf_lnscale.pruning.layers import prune_config
+from hf_lnscale.pruning.depth_fields import prune_config
 from hf_lnscale.pruning.probe import tiny_config
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
+from hf_lnscale.core.stack import text_stack
 from hf_lnscale.measuring.losses import loss_without
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning import heal_fit, search
-from hf_lnscale.pruning.layers import text_stack
 from hf_lnscale.pruning.scores import LayerScores, score_layers
 from hf_lnscale.pruning.search import SEARCH_METHODS, cache_bytes
 from oracles import decoder_layers

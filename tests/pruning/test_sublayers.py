@@ -39,7 +39,7 @@ from hf_lnscale.checkpoints.gguf import export_gguf
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.core.record import known_text, record
-from hf_lnscale.pruning.layers import droppable_units
+from hf_lnscale.pruning.cut import droppable_units
 from hf_lnscale.pruning.search import search_target
 from oracles import decoder_layers
 

@@ -1,0 +1,141 @@
+"""The result of `prune`: its table of before and after, and its model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedConfig
+
+from ..checkpoints.card import Table, model_card
+from ..checkpoints.folders import public_name
+from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
+from ..core.record import named_parts, record
+from ..evaluation.speed import Speed, relative_change
+from .plan import PLAN_FILE, PruningPlan
+
+if TYPE_CHECKING:
+    import rich.table
+
+_HEADER = ("", "before", "after", "change")
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """The result of `prune`; printed, it is a table of before and after.
+
+    Attributes:
+        plan: the layers that were dropped, how they were chosen, and all figures.
+        model: the model without them.
+        rows: the table: name of the figure, before, after, change.
+        path: the folder that was written, or None.
+    """
+
+    plan: PruningPlan
+    model: Any
+    rows: list[tuple[str, str, str, str]]
+    path: Path | None = None
+
+    @property
+    def title(self) -> str:
+        name = f"{self.plan.model_name} " if self.plan.model_name else ""
+        return f"{name}without {named_parts(self.plan.layers, self.plan.attention, self.plan.mlp)}"
+
+    def table(self) -> rich.table.Table:
+        """The rows for a terminal."""
+        return terminal(_HEADER, self.rows, self.title)
+
+    def __str__(self) -> str:
+        return as_text(self.table(), width=None)
+
+
+def rows_of(
+    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
+) -> list[tuple[str, str, str, str]]:
+    total = plan.model["num_hidden_layers"]
+    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
+    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
+        ("layers", [total, total - len(plan.layers)], str),
+        ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
+        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
+    ]
+    if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
+        figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
+    for name in ("prefill", "decode") if costs else ():
+        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
+        figures.append((f"{name}, tokens/s", speeds, str))
+    rows = [
+        (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
+        for name, (old, new), show in figures
+    ]
+    if costs:  # a single measurement each, hence without a percentage
+        before, after = (show_bytes(cost.peak_bytes) for cost in costs)
+        rows.append(("peak memory", before, after, ""))
+    judged = (("held out", "after"), ("healed", "healed"))
+    found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
+        # An estimate without a standard error, hence without a percentage.
+        found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
+    rows[3:3] = found
+    return rows
+
+
+def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
+    found, errors = plan.perplexity, plan.errors
+    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
+    change = f"{found[which] / found['before'] - 1:+.1%}"
+    if error := errors.get(f"{which}_change"):
+        change += f" ± {error:.1%}"
+    return f"perplexity, {name}", before, after, change
+
+
+def card_of(
+    checkpoint: str | None,
+    plan: PruningPlan,
+    rows: list[tuple[str, str, str, str]],
+    command: str,
+    config: PreTrainedConfig,
+) -> ModelCard:
+    """Says how the checkpoint was made, and what it cost."""
+    if plan.heal is None:
+        healing = "It was not healed or trained afterwards."
+    elif "healed" in plan.perplexity:
+        healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
+    else:
+        healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
+    search, held_out = plan.method["search"], plan.data["held_out"]
+    how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
+    gone = named_parts(plan.layers, plan.attention, plan.mlp)
+    notes = [
+        Markdown(f"{gone[0].upper()}{gone[1:]} (counted from 0) were dropped, {how}."),
+        healing,
+        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record(config).active else []),
+        *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record(config).sublayers else []),
+        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
+    ]
+    note = (
+        f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
+        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning keeps "
+        "classification better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+    )
+    if costs := plan.notes.get("cost"):
+        timing = costs["after"]["decode_tokens_per_second"]
+        note += (
+            f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
+            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
+        )
+    name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
+    what = f"{len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped"
+    if plan.attention or plan.mlp:
+        what += f", {len(plan.attention)} without attention, {len(plan.mlp)} without MLP"
+    return model_card(
+        f"{name}, {what}",
+        base_model=checkpoint,
+        pipeline_tag="text-generation",
+        notes=notes,
+        parts=[Table(_HEADER, rows, note)],
+        made_by=command or "hf_lnscale.prune",
+    )
