@@ -39,8 +39,7 @@ ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
-# "best_of": number of blocks proposed, and number of proposals healed, of those whose perplexity before it is at most
-# so many times the lowest one. Healing makes up for less, and what it made of worse ones failed on text never fitted.
+# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity, in times the lowest.
 BLOCKS = 8
 HEALED = 4
 _APART = 1.5
@@ -513,7 +512,10 @@ def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[lis
 
 
 def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
-    """The set of layers without which the model does best; with a healer, after healing."""
+    """The set of layers without which the model does best; with a healer, after healing.
+
+    Healing takes most of the time, and did not make up for a difference as large as `_APART` (docs/tried.md).
+    """
     judged = search.healer.healer.given if search.healer else search.calibration
     losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
