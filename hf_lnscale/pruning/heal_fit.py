@@ -41,6 +41,8 @@ _BLENDS = (1.0, 0.5, 0.25, 0.125)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Tokens in double precision at a time, as a fraction of the features: few beside a matrix of (F, F).
 _TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 64, 64
+# Parts in which second moments are added up: the more, the less of what symmetry gives is computed.
+_STRIPES = 8
 
 
 def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
@@ -194,13 +196,19 @@ class Stream:
 
 
 class _Moments:
-    """Second moments of features x, and of x with what they are to explain, z, summed over tokens."""
+    """Second moments of features x, and of x with what they are to explain, z, summed over tokens.
+
+    Of the first, which are symmetric, only the triangle that Cholesky reads is complete.
+    """
 
     def __init__(self, xx_FF: torch.Tensor, xz_FD: torch.Tensor) -> None:
         self.xx_FF, self.xz_FD = xx_FF, xz_FD
 
     def add(self, x_NF: torch.Tensor, z_ND: torch.Tensor, weight: float) -> None:
-        self.xx_FF.addmm_(x_NF.T, x_NF, alpha=weight)
+        for start in range(0, x_NF.shape[1], step := -(-x_NF.shape[1] // _STRIPES)):
+            self.xx_FF[start : start + step, start:].addmm_(
+                x_NF[:, start : start + step].T, x_NF[:, start:], alpha=weight
+            )
         self.xz_FD.addmm_(x_NF.T, z_ND, alpha=weight)
 
     def copy(self) -> _Moments:

@@ -39,9 +39,10 @@ ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
-# "best_of": number of blocks proposed, and number of proposals healed.
+# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity, in times the lowest.
 BLOCKS = 8
 HEALED = 4
+_APART = 1.5
 # How many larger numbers of layers are tried after one that is outside the budget.
 _LOOK_FURTHER = 2
 
@@ -478,33 +479,43 @@ def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
 def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
     """Sets that are each found without those of other sizes."""
     known = {len(step["layers"]): step for step in search.log.steps}
-    scores: dict[str, LayerScores] = {}
+    scores: list[dict[str, LayerScores]] = []  # of each source of text for "best_of", else of all
     for count in range(search.target.least, len(search.stack.layers)):
         if count in known:
             yield known[count]
             continue
         if not scores and search.method == "best_of":
-            scores = score_stream(search.model, search.calibration, progress=search.progress)
+            sources = [search.calibration.only(name) for name in search.calibration.weights]
+            scores = [score_stream(search.model, source, progress=search.progress) for source in sources]
         elif not scores:
             found = score_layers(search.model, search.calibration, search.method, progress=search.progress)
-            scores = {search.method: found}
-        proposed = _proposals(scores, count) if search.method == "best_of" else [scores[search.method].lowest(count)]
+            scores = [{search.method: found}]
+        proposed = _proposals(scores, count) if search.method == "best_of" else [scores[0][search.method].lowest(count)]
         if not (sets := [layers for layers in proposed if search.can_go(layers)]):
             return
         yield search.log.add(_best_of(search, sets) if search.method == "best_of" else {"layers": sets[0]})
 
 
-def _proposals(scores: dict[str, LayerScores], count: int) -> list[list[int]]:
-    """Sets of layers that one pass over the data suggests."""
-    distances = scores["angular"].scores[:, count - 1]
+def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[list[int]]:
+    """Sets of layers that one pass over the data suggests, given the scores on each source of text."""
+
+    def mean(method: str) -> LayerScores:
+        return replace(scores[0][method], scores=torch.stack([one[method].scores for one in scores]).mean(0))
+
+    distances = mean("angular").scores[:, count - 1]
     starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
-    blocks = [list(range(start, start + count)) for start in starts]
-    least = sorted(scores["block_influence"].lowest(count))
-    return blocks if least in blocks else [*blocks, least]
+    found = [list(range(start, start + count)) for start in starts]
+    for one in (mean("block_influence"), *(one["block_influence"] for one in scores)):
+        if (least := sorted(one.lowest(count))) not in found:
+            found.append(least)
+    return found
 
 
 def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
-    """The set of layers without which the model does best; with a healer, after healing."""
+    """The set of layers without which the model does best; with a healer, after healing.
+
+    Healing takes most of the time, and did not make up for a difference as large as `_APART` (docs/tried.md).
+    """
     judged = search.healer.healer.given if search.healer else search.calibration
     losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
@@ -512,7 +523,7 @@ def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
     ]
     tried.sort(key=lambda one: one["perplexity"])
     if search.healer:
-        tried = tried[:HEALED]
+        tried = [one for one in tried[:HEALED] if one["perplexity"] <= _APART * tried[0]["perplexity"]]
         best: tuple[float, Any] = (math.inf, None)
         for one in logging.tqdm(tried, desc="healing proposals", disable=not search.progress, leave=False):
             with search.healer.healed(one["layers"], progress=False) as report:

@@ -86,6 +86,27 @@ def test_best_of_takes_what_heals_best():
     assert torch.equal(full(tiny.tokens()).logits, before)
 
 
+def test_each_source_of_text_proposes_layers():
+    full = tiny.speaker(num_hidden_layers=L)
+    sources = {"random": [tiny.tokens(8, seed=3)], "said": [tiny.said_by(full, 12, 12, seed=3)]}
+    found = plan_pruning(full, sources, held_out=HELD_OUT, num_layers=3, method="best_of", progress=False)
+    lowest = [sorted(score_layers(full, data, progress=False).lowest(3)) for data in sources.values()]
+    assert lowest == [[2, 4, 5], [2, 3, 4]]
+    assert all(layers in [one["layers"] for one in found.steps[0]["tried"]] for layers in lowest)
+
+
+def test_what_is_far_worse_before_healing_is_not_healed():
+    """The first layer of this model carries nearly all that it says."""
+    full = tiny.speaker(num_hidden_layers=L)
+    with torch.no_grad():
+        for layer in decoder_layers(full)[1:]:
+            layer.mlp.down_proj.weight.mul_(0.2)
+            layer.self_attn.o_proj.weight.mul_(0.2)
+    said = [tiny.said_by(full)]
+    (step,) = plan_pruning(full, said, num_layers=4, method="best_of", heal="refit", progress=False).steps
+    assert [one["layers"] for one in step["tried"]] == [[2, 3, 4, 5], [1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize("method", SEARCH_METHODS)
 def test_every_method_gives_the_same_plan_again(method, tmp_path):
     first, second = (plan(num_layers=2, method=method) for _ in range(2))
