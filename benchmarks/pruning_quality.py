@@ -282,11 +282,16 @@ def losses(model: Any, judged: dict[str, torch.Tensor]) -> dict[str, list[float]
     }
 
 
-def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> str:
-    """Of the geometric mean of perplexities, with its standard error over windows."""
+def difference(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> tuple[float, float]:
+    """Of the logarithm of the geometric mean of perplexities, and its standard error over windows."""
     differences = [[a - b for a, b in zip(found[kind], whole[kind], strict=True)] for kind in kinds]
     mean = statistics.fmean(statistics.fmean(one) for one in differences)
-    error = math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
+    return mean, math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
+
+
+def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> str:
+    """Of the geometric mean of perplexities, with its standard error."""
+    mean, error = difference(found, whole, kinds)
     if mean > math.log(11):
         return f"x {math.exp(mean):,.0f}"
     return f"{math.expm1(mean):+.1%} ± {math.exp(mean) * error:.1%}"

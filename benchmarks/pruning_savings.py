@@ -1,0 +1,138 @@
+"""What a cut costs for what it saves: whole layers beside attention alone, both healed; a table and a picture.
+
+    python benchmarks/pruning_quality.py MODEL --given wiki.txt --never licences.txt cpp.txt \\
+        --rules prune "attention alone, healed"
+    python benchmarks/pruning_savings.py MODEL --given wiki.txt --plot savings.png
+
+Several models make a row of plots each. The cost is read from what `pruning_quality.py` wrote: the increase of
+perplexity on kinds of text never given, with its standard error. The savings are measured here: parameters, the KV
+cache of 4,096 tokens, and the time to decode a token after a prompt, of checkpoints that are written for it and timed in turn
+(median, and range over the runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from pruning_quality import DEVICE, Data, Row, attention_losses, difference
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_lnscale  # noqa: F401 - turns the flags on
+from hf_lnscale.checkpoints.names import Placement
+from hf_lnscale.core.display import markdown
+from hf_lnscale.evaluation.speed import measure
+from hf_lnscale.pruning.search import search_target
+
+RULES = {"prune": "layers", "attention alone, healed": "attention alone"}
+CACHE_TOKENS = 4096
+SAVED = {"parameters": "parameters", "cache": f"KV cache, {CACHE_TOKENS:,} tokens", "decode": "time to decode"}
+
+
+@dataclass
+class Cut:
+    """One cut.
+
+    Attributes:
+        model, what, count: the model, and how many layers or attentions are gone.
+        cost, error: increase of perplexity as a fraction, and its standard error.
+        saved: by a key of `SAVED` the fraction saved: median, lowest, highest.
+    """
+
+    model: str
+    what: str
+    count: int
+    cost: float
+    error: float
+    saved: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+
+def cuts_of(folder: Path, args: argparse.Namespace) -> list[Cut]:
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    named = [(Row(**row["row"]), row) for row in rows]
+    found = {(row.rule, row.layers): one for row, one in named if row.model == folder.name}
+    base = found["whole", 0]["losses"]
+    kinds = [kind for kind in base if kind != args.given.stem]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").to(DEVICE).eval()
+    data = Data(args.given, AutoTokenizer.from_pretrained(folder), 16_384, 256, 1)
+    losses = attention_losses(model, data)
+    cuts, folders = [], [folder]
+    with ExitStack() as stack:
+        for (rule, count), one in sorted(found.items()):
+            if rule not in RULES:
+                continue
+            mean, error = difference(one["losses"], base, kinds)
+            cut = Cut(folder.name, RULES[rule], count, math.expm1(mean), math.exp(mean) * error)
+            if rule == "prune":
+                flags = {"drop_layers": one["dropped"]}
+                units: list[Any] = one["dropped"]
+            else:
+                flags = {"drop_attention": sorted(sorted(losses, key=losses.__getitem__)[:count])}
+                units = [("attention", layer) for layer in flags["drop_attention"]]
+            sizes = search_target(model, ("num_layers", 1), CACHE_TOKENS).sizes(units)
+            for name, key in (("parameters", "params"), ("cache", "cache_bytes")):
+                before, after = sizes[key]
+                cut.saved[name] = (1 - after / before,) * 3
+            folders.append(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", **flags).save_pretrained(folders[-1])
+            cuts.append(cut)
+        speeds = measure(
+            *folders, placement=Placement("bfloat16", DEVICE), prompt_tokens=args.prompt, repeats=args.repeats
+        )
+    whole, *others = (speed.decode_tokens_per_second for speed in speeds)
+    for cut, speed in zip(cuts, others, strict=True):
+        low, middle, high = (1 - whole.median / one for one in (speed.lowest, speed.median, speed.highest))
+        cut.saved["decode"] = middle, low, high
+    return cuts
+
+
+def draw(cuts: list[Cut], path: Path) -> None:
+    models = list(dict.fromkeys(cut.model for cut in cuts))
+    figure = Figure(figsize=(10, 2.9 * len(models)), layout="constrained")
+    for row, model in zip(figure.subplots(len(models), len(SAVED), squeeze=False, sharey="row"), models, strict=True):
+        row[0].set_ylabel(f"{model}\nincrease of perplexity")
+        for axes, (key, name) in zip(row, SAVED.items(), strict=True):
+            for what, marker in (("layers", "s"), ("attention alone", "o")):
+                some = [cut for cut in cuts if (cut.model, cut.what) == (model, what)]
+                x = [100 * cut.saved[key][0] for cut in some]
+                spread = [[100 * abs(cut.saved[key][0] - cut.saved[key][end]) for cut in some] for end in (1, 2)]
+                y, errors = [100 * cut.cost for cut in some], [100 * cut.error for cut in some]
+                axes.errorbar(x, y, errors, spread, marker=marker, label=what)
+            axes.set_xlabel(f"{name} saved")
+            axes.xaxis.set_major_formatter("{x:.0f} %")
+            axes.yaxis.set_major_formatter("+{x:.0f} %")
+            axes.grid(alpha=0.3)
+        row[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help="folders of whole models")
+    parser.add_argument("--given", type=Path, required=True, help="the text that was given to pruning_quality.py")
+    parser.add_argument("--rows", type=Path, default=Path("build/pruning_quality.jsonl"), help="what it wrote")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens before the ones that are timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", type=Path, help="file to draw to")
+    args = parser.parse_args()
+    cuts = [cut for folder in args.models for cut in cuts_of(folder, args)]
+    table = []
+    for cut in cuts:
+        parameters, cache, (middle, low, high) = (cut.saved[key] for key in SAVED)
+        decode = f"{middle:.1%} ({low:.1%} to {high:.1%})"
+        cost = f"{cut.cost:+.1%} ± {cut.error:.1%}"
+        table.append([cut.model, cut.what, str(cut.count), cost, f"{parameters[0]:.1%}", f"{cache[0]:.1%}", decode])
+    print(markdown(["model", "without", "number", "increase, never given", *SAVED.values()], table))
+    if args.plot:
+        draw(cuts, args.plot)
+
+
+if __name__ == "__main__":
+    main()
