@@ -20,7 +20,7 @@ import torch
 
 from ..measuring.sample import own_text
 from ..measuring.split_model import SplitModel
-from ..measuring.stream import eval_mode
+from ..measuring.stream import eval_mode, upcast
 from ..measuring.text import Batch
 from .tasks import TaskResult
 
@@ -145,7 +145,7 @@ def _encode(question: Question, tokenizer: Any) -> tuple[list[int], int]:
 
 @torch.no_grad()
 def _logits(model: Any, rows: Sequence[tuple[list[int], int]], batch_size: int) -> Iterator[torch.Tensor]:
-    """For each row (token ids, start), the logits that predict the tokens from `start` on, (N, V)."""
+    """For each row (token ids, start), the logits, in at least float32, for the tokens from `start` on, (N, V)."""
     halves = SplitModel(model)
     for at in range(0, len(rows), batch_size):
         part = rows[at : at + batch_size]
@@ -155,7 +155,7 @@ def _logits(model: Any, rows: Sequence[tuple[list[int], int]], batch_size: int) 
             ids_BT[i, : len(ids)], mask_BT[i, : len(ids)] = torch.tensor(ids), True
         with eval_mode(model):
             x_BTD = halves.hidden(Batch(ids_BT, mask_BT))
-            logits = [halves.logits(x_BTD[i, start - 1 : len(ids) - 1]) for i, (ids, start) in enumerate(part)]
+            logits = [upcast(halves.logits(x_BTD[i, start - 1 : len(ids) - 1])) for i, (ids, start) in enumerate(part)]
         yield from logits
 
 

@@ -27,6 +27,8 @@ from .uncertainty import ratio_residuals, standard_error
 
 # Largest loss (nats per token) before exp() overflows.
 MOST_NATS = 700.0
+# Logits that are upcast at a time: the memory of a small part is used again for the next one.
+_UPCAST_LOGITS = 2**20
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
@@ -36,11 +38,11 @@ def perplexity_of(loss: float) -> float:
 
 
 def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token, shape (N,), nats, in at least float32; upcast a part of the logits at a time."""
+    """Cross-entropy of each token, shape (N,), nats, in at least float32."""
     targets_N = targets_N.to(logits_NV.device)
     parts = [
         F.cross_entropy(upcast(logits_NV[part]), targets_N[part], reduction="none")
-        for part in logit_slices(*logits_NV.shape)
+        for part in logit_slices(len(logits_NV), logits_NV.shape[1], _UPCAST_LOGITS)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -254,9 +256,9 @@ def sweep(
 
 
 def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    log_p_NV = full_NV.log_softmax(-1)
+    log_p_NV = upcast(full_NV).log_softmax(-1)
     p_NV = log_p_NV.exp()
-    return lambda logits_NV: (p_NV * (log_p_NV - logits_NV.log_softmax(-1))).sum(-1)
+    return lambda logits_NV: (p_NV * (log_p_NV - upcast(logits_NV).log_softmax(-1))).sum(-1)
 
 
 def layer_of(unit: Unit) -> int:

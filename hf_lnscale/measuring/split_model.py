@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
 from ..core.sublayers import Unit, absent
-from .stream import hidden_states, upcast
+from .stream import hidden_states
 from .text import Batch
 
-# Logits in memory at a time, B x T x V being too many for small machines: 64 MiB in float32.
-_MAX_LOGITS = 2**24
+# Logits in memory at a time, B x T x V being too many for small machines. In bfloat16 they take a little under 32 MiB,
+# the most that glibc's malloc uses again; above it, memory that is fresh for each slice takes as long as the head.
+_MAX_LOGITS = 15 * 2**20
 # Only the last state is needed, whatever the config asks for. (For the others, transformers would add permanent hooks
 # to the layers.)
 PLAIN_FORWARD = {"use_cache": False, "return_dict": True} | dict.fromkeys(
@@ -113,13 +114,14 @@ class SplitModel:
         return hidden_BTD
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """The head's output for states that `hidden` returned, shape (N, V), in at least float32."""
+        """The head's output for states that `hidden` returned, shape (N, V), in its own dtype."""
         output = copy.copy(self.output)
         output["last_hidden_state"] = x_ND[None]
         ids_1N = torch.zeros(1, len(x_ND), dtype=torch.long, device=x_ND.device)
         with replaced(self.parent, {self.name: StandIn(self.stack.model, lambda *_, **__: output)}):
             logits_1NV = self.head(input_ids=ids_1N, **PLAIN_FORWARD).logits
-        return upcast(logits_1NV[0])
+        found: torch.Tensor = logits_1NV[0]
+        return found
 
     def parts(self, count: int) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit into memory."""
@@ -137,9 +139,9 @@ class SplitModel:
         return StandIn(self.stack.layers[position], forward)
 
 
-def logit_slices(count: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of `count` tokens whose logits fit into memory."""
-    size = max(1, _MAX_LOGITS // vocab_size)
+def logit_slices(count: int, vocab_size: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of `count` tokens with at most that many logits each; None is as many as fit into memory."""
+    size = max(1, (most or _MAX_LOGITS) // vocab_size)
     return (slice(at, at + size) for at in range(0, count, size))
 
 
