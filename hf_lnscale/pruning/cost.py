@@ -86,7 +86,7 @@ def work_of_search(
     kept, held_out = total - dropped, 0.25 * calibration
     # Perplexities: of the full model, without the layers, and healed.
     layers, head = judged * (total + kept * (2 if heal else 1)), judged * (3.0 if heal else 2.0)
-    fits = 1 if heal else 0
+    fits, quick = 1 if heal else 0, 0
     if "drop" in target.words:
         pass
     elif method == "best_of":
@@ -95,7 +95,7 @@ def work_of_search(
         # Scores; the full model's states before each cut, and what comes after it.
         layers += calibration * total + each * (total + tried * kept / 2)
         head += tried * each
-        fits *= min(HEALED, tried)
+        quick = fits * min(HEALED, tried)
     elif method == "sublayers":  # of each layer three candidates
         layers += calibration * total * (1 + 3 * total / 2)
         head += calibration * (3 * total + 1)
@@ -114,10 +114,12 @@ def work_of_search(
     if fits:
         # The full model's states once for the first set, and for each other one from the places not passed before; of
         # each fit the loss before, with each penalty and, of several sources, without each of them, from the cut on.
-        passes = fits * (1 + _PENALTIES + (more > 1))
-        layers += more * (calibration * total * (1 + (fits - 1) / 2) + held_out * passes * kept / 2)
+        # A quick one has one penalty.
+        passes = fits * (1 + _PENALTIES + (more > 1)) + 2 * quick
+        layers += more * (calibration * total * (1 + (fits + quick - 1) / 2) + held_out * passes * kept / 2)
         head += more * held_out * (1 + passes)
-    return Work(layers, head, fits * 2.0 * more * calibration * features**2)
+    # Half of the second moments are computed; again for the fits without a source.
+    return Work(layers, head, (quick + fits * (1.0 + (more > 1))) * more * calibration * features**2)
 
 
 def estimate_cost(

@@ -293,13 +293,17 @@ class Repair:
         before: SourceLosses,
         originals: list[tuple[nn.Parameter, torch.Tensor]],
         cross_validate: bool,
+        quick: bool,
     ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
-        """One step: its record, the losses after it, and how each source's would change by a fit to the others."""
+        """One step: its record, the losses after it, and how each source's would change by a fit to the others.
+
+        A quick one tries the largest penalty alone.
+        """
         originals.extend(self.old + self.old_norm)
         error_before = self._error()
         moments = self._moments()
         tried: list[tuple[_Fit, SourceLosses]] = []
-        for ridge in _RIDGES:
+        for ridge in _RIDGES[:1] if quick else _RIDGES:
             self.restore()
             tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
             if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:

@@ -231,7 +231,7 @@ def plan_pruning(
 
     - "best_of": tries the proposals of one pass over the data (the contiguous blocks of lowest angular distance, and
       the layers of lowest Block Influence, on all sources of text and on each), and takes the best; with `heal`, the
-      best after healing of the four best before it.
+      best after quick healing of the six best before it.
     - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
       2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on all of
       the data, from the states before it on.

@@ -41,7 +41,7 @@ SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
 # "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity, in times the lowest.
 BLOCKS = 8
-HEALED = 4
+HEALED = 6
 _APART = 1.5
 # How many larger numbers of layers are tried after one that is outside the budget.
 _LOOK_FURTHER = 2
@@ -512,9 +512,9 @@ def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[lis
 
 
 def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
-    """The set of layers without which the model does best; with a healer, after healing.
+    """The set of layers without which the model does best; with a healer, after quick healing.
 
-    Healing takes most of the time, and did not make up for a difference as large as `_APART` (docs/tried.md).
+    Healing did not make up for differences as large as `_APART` (docs/tried.md).
     """
     judged = search.healer.healer.given if search.healer else search.calibration
     losses = losses_of_sets(search.model, judged, proposals, search.progress)
@@ -524,12 +524,10 @@ def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
     tried.sort(key=lambda one: one["perplexity"])
     if search.healer:
         tried = [one for one in tried[:HEALED] if one["perplexity"] <= _APART * tried[0]["perplexity"]]
-        best: tuple[float, Any] = (math.inf, None)
-        for one in logging.tqdm(tried, desc="healing proposals", disable=not search.progress, leave=False):
-            with search.healer.healed(one["layers"], progress=False) as report:
+        compared = tried if len(tried) > 1 else []
+        for one in logging.tqdm(compared, desc="healing proposals", disable=not search.progress, leave=False):
+            with search.healer.healer.healed(one["layers"], quick=True, progress=False) as report:
                 one["healed"] = geometric_mean(report.sources[name].perplexity_after for name in judged.weights)
-            best = min(best, (one["healed"], search.healer.fit), key=lambda pair: pair[0])
-        search.healer.fit = best[1]
     chosen = min(tried, key=lambda one: one.get("healed", one["perplexity"]))
     return {"layers": chosen["layers"], "tried": tried}
 

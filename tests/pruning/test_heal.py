@@ -683,6 +683,25 @@ def test_the_largest_penalty_within_a_standard_error_is_taken():
     assert len(chosen) > 1
 
 
+def test_a_quick_fit_has_the_largest_penalty_and_no_cross_validation():
+    plain, removed = speaker(), [1, 2]
+    first, second = text_of(plain, 24, 12)[:12], text_of(plain, 24, 12)[12:]
+    found = {}
+    for quick in (True, False):
+        model = copy.deepcopy(plain)
+        healer = Healer(model, {"first": first, "second": second}, method="linear")
+        report = healer.heal(removed, quick=quick, progress=False)
+        left_out = {source.perplexity_left_out for source in report.sources.values()}
+        found[quick] = report.steps[0].ridge, left_out, model.model.layers[0].mlp.down_proj.weight
+    ids = torch.cat([first[:9], second[:9]])  # a quarter of each is held out
+    (target, _), (out, u) = states(plain, ids, 2), states(plain, ids, 0, removed)
+    old = plain.model.layers[0].mlp.down_proj.weight
+    assert found[True][:2] == (3.0, {None})
+    torch.testing.assert_close(found[True][2], old + ridge_regression(u, target - out, 3.0).T @ old)
+    assert found[False][0] < 3.0
+    assert None not in found[False][1]
+
+
 # --- several cuts, and memory -----------------------------------------------------------------------
 
 

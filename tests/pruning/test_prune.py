@@ -308,14 +308,14 @@ def test_a_target_that_the_model_meets_already_is_refused(goal):
 
 
 @pytest.mark.parametrize("goal", [{"num_layers": 2}, {"max_perplexity_increase": 0.5}])
-def test_no_set_is_healed_twice(goal, monkeypatch):
-    """What the search ends with is healed in place: the fit of the proposal that won is kept, bit for bit."""
+def test_no_set_is_healed_twice_in_the_same_way(goal, monkeypatch):
+    """Proposals are healed quickly, and in full the set that won, in place."""
     healings = []
     heal = search.Healer.heal
 
-    def counted(healer, layers, *args, **options):
-        healings.append(tuple(layers))
-        return heal(healer, layers, *args, **options)
+    def counted(healer, layers, *args, quick=False, **options):
+        healings.append((tuple(layers), quick))
+        return heal(healer, layers, *args, quick=quick, **options)
 
     monkeypatch.setattr(search.Healer, "heal", counted)
     full = tiny.speaker(num_hidden_layers=L)
@@ -324,6 +324,7 @@ def test_no_set_is_healed_twice(goal, monkeypatch):
     found = hf_lnscale.prune(full, said, progress=False, **goal)
     assert len(healings) == len(set(healings)) >= 4
     assert "healed" in found.plan.perplexity
+    assert (found.plan.layers, False) in healings
     report = hf_lnscale.heal(by_hand, found.plan.layers, token_batches(said).split(0.25)[0], progress=False)
     assert report.to_dict() == found.plan.heal
     drop_layers(by_hand, found.plan.layers)

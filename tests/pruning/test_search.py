@@ -80,7 +80,7 @@ def test_best_of_takes_what_heals_best():
     before = full(tiny.tokens()).logits
     found = plan(full, num_layers=2, method="best_of", heal="refit")
     tried = found.steps[0]["tried"]
-    assert len(tried) == 4
+    assert len(tried) == 6
     assert all(one["healed"] <= one["perplexity"] for one in tried)
     assert list(found.layers) == min(tried, key=lambda one: one["healed"])["layers"]
     assert torch.equal(full(tiny.tokens()).logits, before)
