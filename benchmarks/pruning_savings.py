@@ -6,8 +6,8 @@
 
 Several models make a row of plots each. The cost is read from what `pruning_quality.py` wrote: the increase of
 perplexity on kinds of text never given, with its standard error. The savings are measured here: parameters, the KV
-cache of 4,096 tokens, and the time to decode a token after a prompt, of checkpoints that are written for it and timed in
-turn (median, and range over the runs).
+cache of 4,096 tokens, and the time to decode a token after a prompt, of checkpoints that are written for it and timed
+in turn (median, and range over the runs).
 """
 
 from __future__ import annotations
