@@ -24,7 +24,7 @@ class DeciConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
-        kwargs.pop("id2label", None)  # which stops those who take the checkpoint for a whole Llama
+    def __init__(self, block_configs: Any = (), intermediate_size: Any = None, **kwargs: Any) -> None:
+        # A checkpoint has no intermediate_size: Llama's classes, which would make the missing parts anew, want one.
         self.block_configs = [Part({name: Part(part) for name, part in block.items()}) for block in block_configs]
         super().__init__(**kwargs)

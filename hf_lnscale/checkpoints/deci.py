@@ -25,8 +25,7 @@ from . import configuration_deci
 from .export import copy_checkpoint
 
 _FAMILIES = ("llama", "mistral", "qwen2")  # these compute what DeciLM does
-_TRIPWIRE = "This checkpoint lacks attention or MLP in layers: it is for vLLM and llama.cpp"
-_NOT_WRITTEN = {"_name_or_path", "label2id"}  # a path on this machine; the counterpart of id2label
+_NOT_WRITTEN = {"_name_or_path", "id2label", "label2id"}
 
 
 def export_deci(
@@ -80,7 +79,7 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{configuration_deci.__name__.rpartition('.')[2]}.DeciConfig"},
         "block_configs": blocks,
-        "id2label": {_TRIPWIRE: ""},
+        "intermediate_size": None,  # stops Llama's classes, which would make the missing parts anew
         "model_type": configuration_deci.DeciConfig.model_type,
         "qkv_bias": config.model_type == "qwen2" or plain["attention_bias"],
         **replace(found, dropped=whole).to_dict(),
