@@ -1,4 +1,4 @@
-"""DeciLM as vLLM and llama.cpp read it, by a reference of their arithmetic: what they were run on is in docs/serving.md."""
+"""DeciLM by a reference of what vLLM and llama.cpp compute; what they were run on is in docs/serving.md."""
 
 import json
 import math
