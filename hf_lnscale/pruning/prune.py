@@ -30,10 +30,12 @@ from ..core.record import named_parts
 from ..core.record import record as record_of
 from ..core.stack import text_stack
 from ..core.warnings import warn
+from ..evaluation.abilities import Continuations, ability_results, about_abilities
 from ..evaluation.speed import Speed, measure, relative_change
+from ..evaluation.tasks import TaskResult
 from ..measuring.known_text import caution, percent, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
-from ..measuring.sample import default_sources
+from ..measuring.sample import default_sources, first_token
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
 from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
@@ -111,6 +113,7 @@ def prune(
     resume: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
+    abilities: bool = False,
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     command: str = "",
@@ -149,6 +152,8 @@ def prune(
             file next to `out`.
         out: folder to write.
         force: replace a checkpoint that is at `out`.
+        abilities: measure sums, copying, MMLU questions and agreement with the whole model as `evaluate` does; they
+            decide nothing.
         prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
             and written to `out`.
         command: the command line, for the model card.
@@ -185,14 +190,18 @@ def prune(
         config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
         inner = text_stack(model).model
     _require_prunable(config, goal, units)
-    if tokenizer is None and (checkpoint is not None or target is not None):
+    if tokenizer is None and (checkpoint is not None or target is not None or abilities):
         if not (name := checkpoint or config.name_or_path):
-            raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
+            problem = f"give the one to {'write' if target else 'ask with'}: the model has no name to load it by"
+            raise ArgumentError("tokenizer", problem=problem)
         tokenizer = load_tokenizer(name)
+    if abilities:
+        first_token(tokenizer)
     text = _split(data, held_out, tokenizer, windows, config, inner)
     if checkpoint is not None:
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
+    whole = (ability_results(model, tokenizer), Continuations(model, tokenizer)) if abilities else None
 
     search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
     try:
@@ -220,6 +229,9 @@ def prune(
         raise
     if report is not None:
         report.forget()
+    if whole is not None:
+        after = [*ability_results(model, tokenizer), *whole[1].agreement(model, tokenizer)]
+        plan = replace(plan, notes={**plan.notes, "abilities": _compared(whole[0], after)})
     if plan.known_text:
         note_text(model, plan.known_text)
     if target is None:
@@ -477,7 +489,23 @@ def _rows(
         # An estimate without a standard error, hence without a percentage.
         found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
     rows[3:3] = found
+    for name, figures in plan.notes.get("abilities", {}).items():
+        before, after = (with_error(*figures[one]) if one in figures else "" for one in ("before", "after"))
+        rows.append((name, before, after, with_error(*figures["change"], sign="+") if before else ""))
     return rows
+
+
+def _compared(before: list[TaskResult], after: list[TaskResult]) -> dict[str, dict[str, Any]]:
+    """Each ability's value and standard error before, after, and of the change."""
+    whole = {one.name: one for one in before}
+    found = {}
+    for one in after:
+        figures = {"after": (one.value, one.stderr)}
+        if old := whole.get(one.name):
+            change, _ = one.minus(old)
+            figures |= {"before": (old.value, old.stderr), "change": (change.value, change.stderr)}
+        found[one.name] = {which: list(figure) for which, figure in figures.items()}
+    return found
 
 
 def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
@@ -524,6 +552,8 @@ def _card(
             f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
             f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
         )
+    if "abilities" in plan.notes:
+        note += f" {about_abilities('whole')}"
     name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
     what = f"{len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped"
     if plan.attention or plan.mlp:
