@@ -230,8 +230,8 @@ def prune(
     if report is not None:
         report.forget()
     if whole is not None:
-        after = [*ability_results(model, tokenizer), *whole[1].agreement(model, tokenizer)]
-        plan = replace(plan, notes={**plan.notes, "abilities": _compared(whole[0], after)})
+        cut = [*ability_results(model, tokenizer), *whole[1].agreement(model, tokenizer)]
+        plan = replace(plan, notes={**plan.notes, "abilities": _compared(whole[0], cut)})
     if plan.known_text:
         note_text(model, plan.known_text)
     if target is None:
@@ -489,18 +489,19 @@ def _rows(
         # An estimate without a standard error, hence without a percentage.
         found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
     rows[3:3] = found
-    for name, figures in plan.notes.get("abilities", {}).items():
-        before, after = (with_error(*figures[one]) if one in figures else "" for one in ("before", "after"))
-        rows.append((name, before, after, with_error(*figures["change"], sign="+") if before else ""))
+    for ability, one in plan.notes.get("abilities", {}).items():
+        value, error = one["change"]
+        before, after = (with_error(*one[which]) for which in ("before", "after"))
+        rows.append((ability, before, after, with_error(value, error, sign="+")))
     return rows
 
 
 def _compared(before: list[TaskResult], after: list[TaskResult]) -> dict[str, dict[str, Any]]:
-    """Each ability's value and standard error before, after, and of the change."""
+    """Each ability's value and standard error, before and after, and those of the change; None where there is none."""
     whole = {one.name: one for one in before}
     found = {}
     for one in after:
-        figures = {"after": (one.value, one.stderr)}
+        figures: dict[str, Any] = dict.fromkeys(("before", "change"), (None, None)) | {"after": (one.value, one.stderr)}
         if old := whole.get(one.name):
             change, _ = one.minus(old)
             figures |= {"before": (old.value, old.stderr), "change": (change.value, change.stderr)}

@@ -152,6 +152,8 @@ def test_prune_says_what_evaluate_says(folder, tmp_path):
             change, _ = after.minus(before)
             assert found[name]["before"] == pytest.approx([before.value, before.stderr])
             assert found[name]["change"] == pytest.approx([change.value, change.stderr])
+        else:
+            assert found[name]["before"] == found[name]["change"] == [None, None]
     assert found["copying tokens"]["change"][0] != 0
     assert found["agreement on its own text top-1"]["after"][0] < 1
     card = (tmp_path / "cut/README.md").read_text()
