@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from ..core.display import brief
 from ..core.errors import CheckpointError, UnsupportedArchitectureError
 from ..core.json_file import read_object
-from ..core.record import record
+from ..core.record import SUBLAYERS, record
 from . import configuration_deci
 from .export import copy_checkpoint
 
@@ -59,16 +59,16 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
     if reason := _misfit(config):
         hint = "--format zeros is for any model"
         raise UnsupportedArchitectureError(f"{shown!r} cannot be written as DeciLM: {reason}", hint)
-    attention = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads}
-    ffn = {"ffn_mult": 3 * config.intermediate_size / (2 * config.hidden_size)}
-    blocks = [
-        {
-            "attention": _part(at in missing.get("attention", ()), attention, absent={"n_heads_in_group": None}),
-            # llama.cpp would leave out the attention of a layer without MLP too: its converter stops without the key.
-            "ffn": _part(at in missing.get("mlp", ()), ffn, absent={}),
-        }
-        for at in range(config.num_hidden_layers)
-    ]
+    group = config.num_attention_heads // config.num_key_value_heads
+    multiple = {"ffn_mult": 3 * config.intermediate_size / (2 * config.hidden_size)}
+    blocks: list[dict[str, Any]] = []
+    for at in range(config.num_hidden_layers):
+        attention, ffn = ({"no_op": at in missing.get(kind, ()), "replace_with_linear": False} for kind in SUBLAYERS)
+        # llama.cpp would leave out the attention of a layer without MLP too: its converter stops without the key.
+        ffn |= {} if ffn["no_op"] else multiple
+        blocks.append(
+            {"attention": attention | {"n_heads_in_group": None if attention["no_op"] else group}, "ffn": ffn}
+        )
     # Anything else may have another meaning to the programs that read it.
     known = LlamaConfig().to_dict().keys() - _NOT_WRITTEN
     plain = LlamaConfig().to_dict() | config.to_dict()
@@ -86,34 +86,35 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
     }
 
 
-def _part(no_op: bool, present: dict[str, Any], absent: dict[str, Any]) -> dict[str, Any]:
-    return {"no_op": no_op, "replace_with_linear": False, **(absent if no_op else present)}
-
-
 def _misfit(config: Any) -> str:
     """Why DeciLM cannot describe a model; empty if it can."""
     if config.model_type not in _FAMILIES:
         return f"it computes what {', '.join(_FAMILIES)} do, and {config.model_type} computes something else"
-    heads, hidden, mlp = config.num_attention_heads, config.hidden_size, config.intermediate_size
-    rope = config.rope_parameters or {}
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    rope, classes = config.rope_parameters or {}, config.architectures or [""]
     kind = rope.get("rope_type", "default")
-    causal = (config.architectures or [""])[0].endswith("ForCausalLM")
-    reasons = {
-        f"it is for causal language models, not {config.architectures}": not causal,
-        "its first layer has no attention, without which neither vLLM nor llama.cpp begins": 0
-        in record(config).sublayers.get("attention", ()),
-        f"its MLPs use {config.hidden_act}, not silu": config.hidden_act != "silu",
-        f"the size of its MLPs, {mlp}, is not a multiple of 256": mlp % 256,
-        f"its heads are not of hidden_size / num_attention_heads = {hidden / heads:g} numbers": (
-            hidden != heads * (getattr(config, "head_dim", None) or hidden // heads)
+    begins = 0 not in record(config).sublayers.get("attention", ())
+    rules = (
+        (classes[0].endswith("ForCausalLM"), f"it is for causal language models, not {classes}"),
+        (begins, "its first layer has no attention, without which neither vLLM nor llama.cpp begins"),
+        (config.hidden_act == "silu", f"its MLPs use {config.hidden_act}, not silu"),
+        (
+            config.intermediate_size % 256 == 0,
+            f"the size of its MLPs, {config.intermediate_size}, is not a multiple of 256",
         ),
-        "num_attention_heads is not a multiple of num_key_value_heads": heads % config.num_key_value_heads,
-        "its attention has a sliding window": getattr(config, "sliding_window", None),
-        f"its rotary embedding is {kind}, and llama.cpp's converter reads default and llama3 alone": kind
-        not in ("default", "llama3"),
-        "its rotary embedding covers only a part of each head": rope.get("partial_rotary_factor", 1) != 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+        (
+            (getattr(config, "head_dim", None) or hidden // heads) * heads == hidden,
+            "its heads are not of hidden_size / num_attention_heads numbers",
+        ),
+        (heads % config.num_key_value_heads == 0, "num_attention_heads is not a multiple of num_key_value_heads"),
+        (not getattr(config, "sliding_window", None), "its attention has a sliding window"),
+        (
+            kind in ("default", "llama3"),
+            f"its rotary embedding is {kind}, and llama.cpp's converter reads default and llama3 alone",
+        ),
+        (rope.get("partial_rotary_factor", 1) == 1, "its rotary embedding covers only a part of each head"),
+    )
+    return next((reason for fits, reason in rules if not fits), "")
 
 
 def _finish(shown: str, folder: Path) -> None:
@@ -131,24 +132,24 @@ def _finish(shown: str, folder: Path) -> None:
 
 def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of the tensors that a config.json of DeciLM asks for."""
-    hidden, heads, vocabulary = (values[name] for name in ("hidden_size", "num_attention_heads", "vocab_size"))
+    hidden, vocabulary = values["hidden_size"], values["vocab_size"]
     qkv_bias, bias, mlp_bias = (values[name] for name in ("qkv_bias", "attention_bias", "mlp_bias"))
     yield from {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}.items()
     if not values["tie_word_embeddings"]:
         yield "lm_head.weight", (vocabulary, hidden)
     for at, block in enumerate(values["block_configs"]):
-        linear: list[tuple[str, int, int, bool]] = []
-        if not block["attention"]["no_op"]:
+        attention, ffn = block["attention"], block["ffn"]
+        linear: dict[str, tuple[int, int, bool]] = {}
+        if not attention["no_op"]:
             yield f"model.layers.{at}.input_layernorm.weight", (hidden,)
-            shared = heads // block["attention"]["n_heads_in_group"] * (hidden // heads)
-            linear += [("self_attn.q_proj", hidden, hidden, qkv_bias), ("self_attn.o_proj", hidden, hidden, bias)]
-            linear += [(f"self_attn.{name}_proj", shared, hidden, qkv_bias) for name in "kv"]
-        if not block["ffn"]["no_op"]:
+            linear |= dict.fromkeys(("k", "v"), (hidden // attention["n_heads_in_group"], hidden, qkv_bias))
+            linear |= {"q": (hidden, hidden, qkv_bias), "o": (hidden, hidden, bias)}
+        if not ffn["no_op"]:
             yield f"model.layers.{at}.post_attention_layernorm.weight", (hidden,)
-            size = -(-int(2 * block["ffn"]["ffn_mult"] * hidden / 3) // 256) * 256
-            linear += [(f"mlp.{name}_proj", size, hidden, mlp_bias) for name in ("gate", "up")]
-            linear += [("mlp.down_proj", hidden, size, mlp_bias)]
-        for name, rows, columns, with_bias in linear:
-            yield f"model.layers.{at}.{name}.weight", (rows, columns)
+            size = -(-int(2 * ffn["ffn_mult"] * hidden / 3) // 256) * 256
+            linear |= dict.fromkeys(("gate", "up"), (size, hidden, mlp_bias)) | {"down": (hidden, size, mlp_bias)}
+        for name, (rows, columns, with_bias) in linear.items():
+            path = f"model.layers.{at}.{'self_attn' if len(name) == 1 else 'mlp'}.{name}_proj"
+            yield f"{path}.weight", (rows, columns)
             if with_bias:
-                yield f"model.layers.{at}.{name}.bias", (rows,)
+                yield f"{path}.bias", (rows,)
