@@ -101,6 +101,26 @@ def export(
         ValueError: if no scale is active in `src`, if one of `out` and `src` contains the other, or if the norms on
             disk are not those of the model's family.
     """
+    return copy_checkpoint(src, out, _folded_config, force=force, progress=progress)
+
+
+def copy_checkpoint(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    describe: Callable[[Any, dict[str, Any], str], dict[str, Any]],
+    *,
+    force: bool,
+    progress: bool,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Copies a checkpoint file by file, its active scale folded.
+
+    Args:
+        src, out, force, progress: as for `export`.
+        describe: makes the config.json to write from the configuration, what its file holds without the active scale,
+            and the name to show; raises an error to refuse it.
+        finish: is given the folder, complete, before it takes its place; raises an error if it is not right.
+    """
     name, where = locate(src)
     if where:
         raise ValueError(f"{str(src)!r} needs no export: a GGUF file has no active ln_scaling")
@@ -108,12 +128,20 @@ def export(
     require_free(target, (source,), str(out), force)
     if not source.is_dir():
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    plain, scales, family = _folded_config(source, str(src))
-    files = _weight_files(source)
+    config = read_config(source)
+    found, scales = record(config), []
+    values = unprotect(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    if found.active:
+        scaling = found.active.for_layers(num_layers := text_config(config).num_hidden_layers)
+        part = next(part for part in parts(values) if part.get(ACTIVE))
+        del part[ACTIVE]
+        part[FOLDED], scales = scaling.to_dict(), scaling.scales(num_layers)
+    plain = describe(config, values, str(src))
+    family, files = family_of(config), _weight_files(source)
     folds = {file: _folds(source / file, read, family, scales) for file, read in files.items()}
     names = [name for found in folds.values() for name in found]
-    expected = len(scales) * len(family.pre_norms) - sum(map(len, record(plain).sublayers.values()))
-    if sum(name.endswith(".weight") for name in names) != expected:
+    expected = len(scales) * len(family.pre_norms) - sum(map(len, found.sublayers.values()))
+    if scales and sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
 
     with atomic_directory(target, force) as folder:
@@ -125,6 +153,7 @@ def export(
             _require_folded(source / file, folder / file, folds[file])
         # Last: without it, the folder is not a checkpoint.
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        finish(folder)
     return Path(out)
 
 
@@ -152,21 +181,14 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
     return dict(sorted(files.items()))
 
 
-def _folded_config(source: Path, shown: str) -> tuple[dict[str, Any], list[float], Family]:
-    """The config.json to write, the scale of each layer and the row of the family."""
-    config = read_config(source)
-    found, raw = record(config), json.loads((source / "config.json").read_text(encoding="utf-8"))
+def _folded_config(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any]:
+    found = record(config)
     if found.active is None:
         state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
         if found.sublayers:
-            state += "; for its layers without attention or MLP there is hf-lnscale export --format zeros"
+            state += "; for its layers without attention or MLP there is hf-lnscale export --format zeros, or deci"
         raise ValueError(f"{shown!r} needs no export: {state}")
-    num_layers = text_config(config).num_hidden_layers
-    scaling = found.active.for_layers(num_layers)
-    part = next(part for part in parts(unprotect(raw)) if part.get(ACTIVE))
-    del part[ACTIVE]
-    part[FOLDED] = scaling.to_dict()
-    return protect(raw), scaling.scales(num_layers), family_of(config)
+    return protect(values)
 
 
 def _folds(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, Fold]:

@@ -35,7 +35,7 @@ _OURS = (
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
     "chat_template*", "chat_templates", "additional_chat_templates", "README.md", "LICENSE*", "NOTICE*",
     "USE_POLICY.md", ".gitattributes", "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json",
-    "report.html", "*.png", "*.svg", "training_args.bin",
+    "report.html", "*.png", "*.svg", "training_args.bin", "configuration_deci.py",
 )  # fmt: skip
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a suffix is added
 

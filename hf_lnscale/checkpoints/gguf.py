@@ -78,8 +78,8 @@ def export_gguf(
     config = read_config(name)
     if record(config).sublayers:
         raise ValueError(
-            f"{str(checkpoint)!r} has layers without attention or MLP, which llama.cpp's converter does not know; fill "
-            "them with zeros first: hf-lnscale export --format zeros"
+            f"{str(checkpoint)!r} has layers without attention or MLP; fill them with zeros first: hf-lnscale export "
+            "--format zeros; or --format deci, if llama.cpp can read that"
         )
     _require_no_pattern(config, str(checkpoint))
     with scratch_folder(target) as scratch:

@@ -17,8 +17,10 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
     format: Annotated[
-        Literal["safetensors", "zeros", "gguf"],
-        Option(help="zeros: fills layers without attention or MLP; gguf: by llama.cpp's converter."),
+        Literal["safetensors", "zeros", "deci", "gguf"],
+        Option(
+            help="zeros: fills layers without attention or MLP; deci: keeps them, for vLLM; gguf: by llama.cpp's converter."
+        ),
     ] = "safetensors",
     converter: Annotated[
         Path | None, Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH.")
@@ -30,6 +32,7 @@ def export(
 
     With --format zeros, layers that lack attention or MLP get them back, with
     all weights zero: the same outputs, the size and speed of whole layers.
+    With --format deci they stay as they are, for vLLM and llama.cpp.
     With --format gguf the result is one file for llama.cpp; the checkpoint
     may then be one without a scale.
     """
@@ -37,6 +40,12 @@ def export(
         from ..checkpoints.gguf import export_gguf
 
         print(f"wrote {one_line(export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force))}")
+        return
+    if format == "deci":
+        from ..checkpoints.deci import export_deci, readers
+
+        path = export_deci(checkpoint, out, force=force)
+        print(f"wrote {one_line(path)}: {readers(path)}")
         return
     from ..checkpoints.names import read_config
 

@@ -67,6 +67,9 @@ def prune(
     ] = "auto",
     held_out: Annotated[Path | None, Option(help="Data to judge by, instead of a quarter of --data.")] = None,
     num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use; a quarter is held out.")] = 65_536,
+    abilities: Annotated[
+        bool, Option("--abilities", help="Measure sums, copying, MMLU questions, agreement with the whole model too.")
+    ] = False,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -92,7 +95,7 @@ def prune(
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,
         drop=drop, method=method, units=units, heal=None if heal == "none" else heal, held_out=held_out,
         windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device), out=out, force=force,
-        command=public_command(["hf-lnscale", *sys.argv[1:]]),
+        abilities=abilities, command=public_command(["hf-lnscale", *sys.argv[1:]]),
     )  # fmt: skip
     plan = found.plan
     if as_json:

@@ -35,6 +35,15 @@ class Question(NamedTuple):
     answer: str
 
 
+def about_abilities(reference: str) -> str:
+    """What the figures are of; `reference` names the model that the others are compared with."""
+    return (
+        f"{QUESTIONS['addition']} sums of numbers below 100, {QUESTIONS['copying']} lists of words to copy. Agreement "
+        f"with the {reference} model, on text that it wrote: on the likeliest next token, and the KL divergence from "
+        "it in nats per token."
+    )
+
+
 def additions() -> list[Question]:
     """Sums of two numbers of two digits, after four examples."""
     draw = random.Random(0)

@@ -26,7 +26,7 @@ from ..core.errors import ArgumentError
 from ..core.json_file import to_json
 from ..measuring.sample import first_token
 from ..measuring.text import documents, window_length
-from .abilities import QUESTIONS, Continuations, ability_results
+from .abilities import Continuations, ability_results, about_abilities
 from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
 from .speed import LEAST_RUNS, Speed, measure, relative_change
 from .tasks import TaskResult, run_tasks, task_manager
@@ -194,11 +194,7 @@ class Evaluation:
             first_ones = f", the first {limit} documents of each" if limit else ""
             notes.append(f"Tasks: lm-evaluation-harness {self.settings['versions']['lm_eval']}{first_ones}.")
         if self.settings["abilities"]:
-            notes.append(
-                f"{QUESTIONS['addition']} sums of numbers below 100, {QUESTIONS['copying']} lists of words to copy. "
-                "Agreement with the first model, on text that it wrote: on the likeliest next token, and the KL "
-                "divergence from it in nats per token."
-            )
+            notes.append(about_abilities("first"))
         return " ".join(notes)
 
 

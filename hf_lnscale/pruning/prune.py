@@ -24,10 +24,11 @@ from ..core.errors import ArgumentError
 from ..core.families import family_of, text_config
 from ..core.stack import text_stack
 from ..core.warnings import warn
+from ..evaluation.abilities import Continuations, ability_results
 from ..evaluation.speed import measure
 from ..measuring.known_text import caution, percent, sequences_of, share_known, sketch
 from ..measuring.losses import loss_without, perplexity_of
-from ..measuring.sample import default_sources
+from ..measuring.sample import default_sources, first_token
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
 from ..measuring.uncertainty import ends_early, too_little
 from .cost import estimate_cost
@@ -37,7 +38,7 @@ from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
 from .layers import drop_layers, note_text, require_droppable
 from .plan import PLAN_FILE, PruningPlan
-from .pruned import Pruned, card_of, rows_of
+from .pruned import Pruned, card_of, compare_abilities, rows_of
 from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def prune(
     resume: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
+    abilities: bool = False,
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     command: str = "",
@@ -104,6 +106,8 @@ def prune(
             file next to `out`.
         out: folder to write.
         force: replace a checkpoint that is at `out`.
+        abilities: measure sums, copying, MMLU questions and agreement with the whole model as `evaluate` does; they
+            decide nothing.
         prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
             and written to `out`.
         command: the command line, for the model card.
@@ -140,14 +144,18 @@ def prune(
         config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
         inner = text_stack(model).model
     _require_prunable(config, goal, units)
-    if tokenizer is None and (checkpoint is not None or target is not None):
+    if tokenizer is None and (checkpoint is not None or target is not None or abilities):
         if not (name := checkpoint or config.name_or_path):
-            raise ArgumentError("tokenizer", problem="give the one to write: the model has no name to load it by")
+            problem = f"give the one to {'write' if target else 'ask with'}: the model has no name to load it by"
+            raise ArgumentError("tokenizer", problem=problem)
         tokenizer = load_tokenizer(name)
+    if abilities:
+        first_token(tokenizer)
     text = _split(data, held_out, tokenizer, windows, config, inner)
     if checkpoint is not None:
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
+    whole = (ability_results(model, tokenizer), Continuations(model, tokenizer)) if abilities else None
 
     search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
     try:
@@ -175,6 +183,9 @@ def prune(
         raise
     if report is not None:
         report.forget()
+    if whole is not None:
+        cut = [*ability_results(model, tokenizer), *whole[1].agreement(model, tokenizer)]
+        plan = replace(plan, notes={**plan.notes, "abilities": compare_abilities(whole[0], cut)})
     if plan.known_text:
         note_text(model, plan.known_text)
     if target is None:

@@ -14,7 +14,9 @@ from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
 from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
 from ..core.record import named_parts, record
+from ..evaluation.abilities import about_abilities
 from ..evaluation.speed import Speed, relative_change
+from ..evaluation.tasks import TaskResult
 from .plan import PLAN_FILE, PruningPlan
 
 if TYPE_CHECKING:
@@ -80,7 +82,24 @@ def rows_of(
         # An estimate without a standard error, hence without a percentage.
         found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
     rows[3:3] = found
+    for ability, one in plan.notes.get("abilities", {}).items():
+        value, error = one["change"]
+        before, after = (with_error(*one[which]) for which in ("before", "after"))
+        rows.append((ability, before, after, with_error(value, error, sign="+")))
     return rows
+
+
+def compare_abilities(before: list[TaskResult], after: list[TaskResult]) -> dict[str, dict[str, Any]]:
+    """Each ability's value and standard error, before and after, and those of the change; None where there is none."""
+    whole = {one.name: one for one in before}
+    found = {}
+    for one in after:
+        figures: dict[str, Any] = dict.fromkeys(("before", "change"), (None, None)) | {"after": (one.value, one.stderr)}
+        if old := whole.get(one.name):
+            change, _ = one.minus(old)
+            figures |= {"before": (old.value, old.stderr), "change": (change.value, change.stderr)}
+        found[one.name] = {which: list(figure) for which, figure in figures.items()}
+    return found
 
 
 def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
@@ -127,6 +146,8 @@ def card_of(
             f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
             f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
         )
+    if "abilities" in plan.notes:
+        note += f" {about_abilities('whole')}"
     name = public_name(checkpoint) if checkpoint else plan.model_name or "A model"
     what = f"{len(plan.layers)} of {plan.model['num_hidden_layers']} layers dropped"
     if plan.attention or plan.mlp:

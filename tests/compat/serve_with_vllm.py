@@ -1,7 +1,7 @@
 """In vLLM's environment: the greedy tokens of each model and their log probabilities, or why there are none.
 
 Reads the tokens of the prompt, the number of tokens and the jobs from stdin, as JSON. `FIRST` in the environment names
-a module that is imported before vLLM.
+a module that is imported before vLLM; `REMOTE_CODE=0` keeps vLLM from running the code of a checkpoint.
 """
 
 import gc
@@ -19,6 +19,7 @@ def main() -> None:
     prompt, length, jobs = json.load(sys.stdin)
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, logprobs=1)
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True}
+    options["trust_remote_code"] = os.environ.get("REMOTE_CODE") != "0"
     for path, processes in jobs:
         try:
             model = LLM(path, tensor_parallel_size=processes, **options)

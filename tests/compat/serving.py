@@ -2,11 +2,13 @@
 
     make serve-test                              # all of it
     make serve-test ARGS="--only llama gemma2"   # tiny models of these families, and nothing else
+    make serve-test ARGS="--only deci"           # the exports to DeciLM
     make serve-test ARGS="--environment DIR"     # an environment that is there already is used as it is
 
 The expected tokens are those of transformers, in the project's own environment. For tiny random models they come from
 the plain model with its norm weights multiplied here, in float64. SmolLM2's norm weights are divided by the scale, in a
-checkpoint that says that it is scaled; its tokens must be those of SmolLM2 as it was.
+checkpoint that says that it is scaled; its tokens must be those of SmolLM2 as it was. Models without some attention and
+MLPs are served as DeciLM, without the plugin, and compared with whole models in which these add zero.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from versions import BUILD, ROOT, run
 
-from hf_lnscale import LNScalingConfig, apply_ln_scaling, unfold_ln_scaling
+from hf_lnscale import LNScalingConfig, apply_ln_scaling, drop_layers, heal, unfold_ln_scaling
+from hf_lnscale.checkpoints.deci import export_deci
 from hf_lnscale.checkpoints.export import export
 from hf_lnscale.checkpoints.smollm2 import convert_smollm2, smollm2_folder
 from hf_lnscale.core.record import Record, write
+from hf_lnscale.measuring.text import Windows
 
 sys.path.insert(0, str(ROOT / "tests"))
 import tiny
@@ -52,6 +56,15 @@ metadata.version = lambda name: "{VLLM}+cpu" if name == "vllm" else version(name
 from vllm.entrypoints.cli.main import main
 main()
 """
+ATTENTION = [7, 13, 20, 26]  # of SmolLM2's 30 layers
+# Family, layers without attention, layers without MLP, whether the rest is scaled, sizes.
+DECI: dict[str, tuple[str, list[int], list[int], bool, dict[str, Any]]] = {
+    "llama": ("llama", [1, 3], [0], False, {}),
+    "llama with every bias": ("llama", [2], [1, 3], False, {"attention_bias": True, "mlp_bias": True}),
+    "llama, scaled, without layer 1": ("llama", [1, 2], [1, 3], True, {}),
+    "mistral": ("mistral", [1, 2], [3], False, {"sliding_window": None}),
+    "qwen2": ("qwen2", [2], [1, 3], False, {}),
+}
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -127,17 +140,56 @@ def tiny_case(folder: Path, family: str, **ln_scaling: Any) -> dict[str, Any]:
     return found
 
 
+def convert_if_missing() -> Path:
+    return smollm2_folder() if (smollm2_folder() / "config.json").is_file() else convert_smollm2()
+
+
 def smollm2_case(folder: Path) -> dict[str, Any]:
     """SmolLM2 as a model that has the scale: its weights divided by it, and the same outputs as before."""
-    source = smollm2_folder()
-    if not (source / "config.json").is_file():
-        convert_smollm2()
+    source = convert_if_missing()
     model = AutoModelForCausalLM.from_pretrained(source)
     found = expected(model)
     write(model.config, Record(folded=LNScalingConfig()))
     unfold_ln_scaling(model).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return found
+
+
+def deci_case(folder: Path, family: str, attention: list[int], mlp: list[int], scaled: bool, **sizes: Any) -> Any:
+    """A tiny random model without some sub-layers, as DeciLM; returns the expected tokens, which the whole one lacks.
+
+    A layer without both is one that is not there.
+    """
+    plain = tiny.loud(family, torch.float32, **(SIZES | {"intermediate_size": 256} | sizes))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):  # zero in a new model
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    scales = [(layer + 1) ** -0.5 if scaled else 1.0 for layer in range(tiny.LAYERS)]
+    whole = scaled_by_hand(plain, tiny.FAMILIES[family][2], False, scales)
+    silent = copy.deepcopy(whole)
+    for layer in range(tiny.LAYERS):
+        for last in ["self_attn.o_proj"] * (layer in attention) + ["mlp.down_proj"] * (layer in mlp):
+            for parameter in decoder_layers(silent)[layer].get_submodule(last).parameters():
+                parameter.data.zero_()
+    found = expected(silent)
+    assert found["tokens"] != expected(whole)["tokens"], f"{family}: the whole model says the same"
+    cut = drop_layers(apply_ln_scaling(plain) if scaled else plain, attention=attention, mlp=mlp)
+    cut.save_pretrained(folder / "partial")
+    export_deci(folder / "partial", folder / "deci", progress=False)
+    return found
+
+
+def deci_smollm2(folder: Path) -> dict[str, Any]:
+    """SmolLM2 without the attention of four layers, healed; as DeciLM."""
+    model: Any = AutoModelForCausalLM.from_pretrained(convert_if_missing())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    windows = Windows(num_tokens=4096, seq_len=256)
+    heal(model, [], None, attention=ATTENTION, tokenizer=tokenizer, windows=windows, progress=False)
+    drop_layers(model, attention=ATTENTION).save_pretrained(folder / "partial")
+    tokenizer.save_pretrained(folder / "partial")
+    export_deci(folder / "partial", folder / "deci", progress=False)
+    return expected(AutoModelForCausalLM.from_pretrained(folder / "partial"))
 
 
 def over_http(home: Path, log: Path, path: Path) -> dict[str, Any]:
@@ -189,7 +241,9 @@ class Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", nargs="+", choices=tiny.FAMILIES, help="tiny models of these families alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*tiny.FAMILIES, "deci"], help="tiny models of these families alone, or DeciLM's"
+    )
     parser.add_argument("--environment", type=Path, default=BUILD / "serving", help="vLLM's; made if it is not there")
     args = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -200,14 +254,28 @@ def main() -> None:
     print(f"vLLM's environment after {(time.monotonic() - start) / 60:.1f} minutes", file=sys.stderr)
     with TemporaryDirectory() as name:
         work = Path(name)
-        want = {family: tiny_case(work / family, family) for family in args.only or FAMILIES}
+        families = [family for family in args.only or FAMILIES if family != "deci"]
+        want = {family: tiny_case(work / family, family) for family in families}
         report = Report()
         for family, got in zip(want, serve(home, log, [(work / family, 1) for family in want]), strict=True):
             report.compare(f"tiny {family}", got, want[family])
+        if not args.only or "deci" in args.only:
+            as_deci(home, log, work, report)
         if not args.only:
             the_rest(home, log, work, want["llama"], report)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes", file=sys.stderr)
     raise SystemExit(not report.right)
+
+
+def as_deci(home: Path, log: Path, work: Path, report: Report) -> None:
+    want = {name: deci_case(work / "deci" / name, *case[:4], **case[4]) for name, case in DECI.items()}
+    want["SmolLM2-135M"] = deci_smollm2(work / "deci" / "SmolLM2-135M")
+    jobs = [(work / "deci" / name / "deci", 1) for name in want]
+    for name, got in zip(want, serve(home, log, jobs, VLLM_PLUGINS="none"), strict=True):
+        report.compare(f"{name} as DeciLM", got, want[name])
+    first = next(iter(want))
+    report.compare(f"{first} as DeciLM, with the plugin", serve(home, log, jobs[:1])[0], want[first])
+    report.refused("DeciLM, no remote code", serve(home, log, jobs[:1], REMOTE_CODE="0")[0], "trust_remote_code")
 
 
 def the_rest(home: Path, log: Path, work: Path, llama: dict[str, Any], report: Report) -> None:

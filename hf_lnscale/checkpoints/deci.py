@@ -1,0 +1,155 @@
+"""Writes a model whose layers lack attention or MLP as DeciLM, an architecture of vLLM and llama.cpp for such models.
+
+`block_configs` say what each layer lacks, and give the size of its MLP as a multiple of the hidden size, which both
+programs round up to a multiple of 256. Tensors have Llama's names.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import LlamaConfig
+
+from ..core.display import brief
+from ..core.errors import CheckpointError, UnsupportedArchitectureError
+from ..core.json_file import read_object
+from ..core.record import SUBLAYERS, record
+from . import configuration_deci
+from .export import copy_checkpoint
+
+_FAMILIES = ("llama", "mistral", "qwen2")  # these compute what DeciLM does
+_NOT_WRITTEN = {"_name_or_path", "id2label", "label2id"}
+
+
+def export_deci(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, progress: bool = True
+) -> Path:
+    """Writes a checkpoint whose layers lack attention or MLP as DeciLM: for vLLM, and llama.cpp if no MLP is missing.
+
+    An active scale is folded. The tensors written are compared with those that their configuration asks for. Arguments
+    and errors are those of `export`, and:
+
+    Raises:
+        UnsupportedArchitectureError: if DeciLM cannot describe the model; the message says why.
+    """
+    return copy_checkpoint(src, out, _described, force=force, progress=progress, finish=partial(_finish, str(src)))
+
+
+def readers(folder: Path) -> str:
+    """The programs that a written folder is for."""
+    blocks = read_object(folder / "config.json")["block_configs"]
+    if any(block["ffn"]["no_op"] for block in blocks):
+        other = "not for llama.cpp, which leaves out the attention of a layer without MLP too"
+    else:
+        other = "for llama.cpp, if its converter knows the tokenizer: Llama 2's or Llama 3's kind"
+    return f"DeciLM, for vLLM with --trust-remote-code; {other}"
+
+
+def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any]:
+    """The config.json of DeciLM."""
+    if not (missing := record(config).sublayers):
+        raise ValueError(f"{shown!r} needs no deci: all its layers have attention and MLP")
+    if reason := _misfit(config):
+        hint = "--format zeros is for any model"
+        raise UnsupportedArchitectureError(f"{shown!r} cannot be written as DeciLM: {reason}", hint)
+    group = config.num_attention_heads // config.num_key_value_heads
+    multiple = {"ffn_mult": 3 * config.intermediate_size / (2 * config.hidden_size)}
+    blocks: list[dict[str, Any]] = []
+    for at in range(config.num_hidden_layers):
+        attention, ffn = ({"no_op": at in missing.get(kind, ()), "replace_with_linear": False} for kind in SUBLAYERS)
+        # llama.cpp would leave out the attention of a layer without MLP too: its converter stops without the key.
+        ffn |= {} if ffn["no_op"] else multiple
+        blocks.append(
+            {"attention": attention | {"n_heads_in_group": None if attention["no_op"] else group}, "ffn": ffn}
+        )
+    # Anything else may have another meaning to the programs that read it.
+    known = LlamaConfig().to_dict().keys() - _NOT_WRITTEN
+    plain = LlamaConfig().to_dict() | config.to_dict()
+    found = record(values)
+    assert found.dropped is not None
+    whole = replace(found.dropped, attention=(), mlp=()) if found.dropped.layers else None
+    return {key: value for key, value in plain.items() if key in known} | {
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{configuration_deci.__name__.rpartition('.')[2]}.DeciConfig"},
+        "block_configs": blocks,
+        "intermediate_size": None,  # stops Llama's classes, which would make the missing parts anew
+        "model_type": configuration_deci.DeciConfig.model_type,
+        "qkv_bias": config.model_type == "qwen2" or plain["attention_bias"],
+        **replace(found, dropped=whole).to_dict(),
+    }
+
+
+def _misfit(config: Any) -> str:
+    """Why DeciLM cannot describe a model; empty if it can."""
+    if config.model_type not in _FAMILIES:
+        return f"it computes what {', '.join(_FAMILIES)} do, and {config.model_type} computes something else"
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    rope, classes = config.rope_parameters or {}, config.architectures or [""]
+    kind = rope.get("rope_type", "default")
+    begins = 0 not in record(config).sublayers.get("attention", ())
+    rules = (
+        (classes[0].endswith("ForCausalLM"), f"it is for causal language models, not {classes}"),
+        (begins, "its first layer has no attention, without which neither vLLM nor llama.cpp begins"),
+        (config.hidden_act == "silu", f"its MLPs use {config.hidden_act}, not silu"),
+        (
+            config.intermediate_size % 256 == 0,
+            f"the size of its MLPs, {config.intermediate_size}, is not a multiple of 256",
+        ),
+        (
+            (getattr(config, "head_dim", None) or hidden // heads) * heads == hidden,
+            "its heads are not of hidden_size / num_attention_heads numbers",
+        ),
+        (heads % config.num_key_value_heads == 0, "num_attention_heads is not a multiple of num_key_value_heads"),
+        (not getattr(config, "sliding_window", None), "its attention has a sliding window"),
+        (
+            kind in ("default", "llama3"),
+            f"its rotary embedding is {kind}, and llama.cpp's converter reads default and llama3 alone",
+        ),
+        (rope.get("partial_rotary_factor", 1) == 1, "its rotary embedding covers only a part of each head"),
+    )
+    return next((reason for fits, reason in rules if not fits), "")
+
+
+def _finish(shown: str, folder: Path) -> None:
+    """Puts the code of the configuration beside it, and verifies that the tensors are those that it asks for."""
+    shutil.copy(configuration_deci.__file__, folder)
+    asked = dict(_tensors(read_object(folder / "config.json")))
+    held = []
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held += [(name, (*tensors.get_slice(name).get_shape(),)) for name in tensors.keys()]  # noqa: SIM118
+    if sorted(held) != sorted(asked.items()):
+        odd = sorted({name for name, _ in {*held} ^ {*asked.items()}})
+        raise CheckpointError(f"{shown!r} does not hold the tensors of DeciLM, see {brief(odd)}; nothing was written")
+
+
+def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of the tensors that a config.json of DeciLM asks for."""
+    hidden, vocabulary = values["hidden_size"], values["vocab_size"]
+    qkv_bias, bias, mlp_bias = (values[name] for name in ("qkv_bias", "attention_bias", "mlp_bias"))
+    yield from {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}.items()
+    if not values["tie_word_embeddings"]:
+        yield "lm_head.weight", (vocabulary, hidden)
+    for at, block in enumerate(values["block_configs"]):
+        attention, ffn = block["attention"], block["ffn"]
+        linear: dict[str, tuple[int, int, bool]] = {}
+        if not attention["no_op"]:
+            yield f"model.layers.{at}.input_layernorm.weight", (hidden,)
+            linear |= dict.fromkeys(("k", "v"), (hidden // attention["n_heads_in_group"], hidden, qkv_bias))
+            linear |= {"q": (hidden, hidden, qkv_bias), "o": (hidden, hidden, bias)}
+        if not ffn["no_op"]:
+            yield f"model.layers.{at}.post_attention_layernorm.weight", (hidden,)
+            size = -(-int(2 * ffn["ffn_mult"] * hidden / 3) // 256) * 256
+            linear |= dict.fromkeys(("gate", "up"), (size, hidden, mlp_bias)) | {"down": (hidden, size, mlp_bias)}
+        for name, (rows, columns, with_bias) in linear.items():
+            path = f"model.layers.{at}.{'self_attn' if len(name) == 1 else 'mlp'}.{name}_proj"
+            yield f"{path}.weight", (rows, columns)
+            if with_bias:
+                yield f"{path}.bias", (rows,)
