@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -76,6 +76,10 @@ class PretrainArguments:
     head_dim: int | None = option(None, "Size of a head.")
     ln_scaling: bool = option(True, "LayerNorm Scaling; without it, the plain Pre-LN model.")
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:  # from YAML
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
 
 @dataclass
 class DepthArguments:
@@ -91,14 +95,13 @@ class DepthArguments:
 
     def layers(self) -> list[int] | str | None:
         """The layers to drop: indices, the path of a plan, or None."""
-        words = self.drop_layers
-        if not words:
-            return None
-        if all(word.lstrip("-").isdigit() for word in words):
-            return [int(word) for word in words]
-        if len(words) > 1:
-            raise ValueError(f"drop_layers: {words} are neither layer indices nor the path of one pruning plan")
-        return words[0]
+        words = self.drop_layers or []
+        try:
+            return [int(word) for word in words] or None
+        except ValueError:
+            if len(words) == 1:
+                return words[0]
+        raise ValueError(f"drop_layers: {words} are neither layer indices nor the path of one pruning plan")
 
 
 @dataclass
@@ -137,8 +140,7 @@ class TeacherArguments:
     )
 
     def __post_init__(self) -> None:
-        if str(self.teacher).lower() in ("none", ""):  # overrides the one that a config names
-            self.teacher = None
+        self.teacher = _named(self.teacher)  # none overrides the one that a config names
 
     def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
         """The name of the unpruned model, if it is known.
@@ -146,13 +148,16 @@ class TeacherArguments:
         Raises:
             ValueError: if it is to be trained and is not known, or is what the pruned one learns from.
         """
+        whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
             raise ValueError("control: a model that learns from the unpruned one is compared with that; leave one out")
-        found = self.whole or self.teacher or (checkpoint if layers else None)
-        found = None if str(found).lower() in ("none", "") else found
-        if self.control and not found:
+        if self.control and not whole:
             raise ValueError("control: name the unpruned model to train with --whole")
-        return found
+        return whole
+
+
+def _named(name: str | None) -> str | None:
+    return None if str(name).lower() in ("none", "") else name
 
 
 @dataclass
@@ -196,9 +201,8 @@ class RecipeConfig(SFTConfig):
         self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.dataloader_pin_memory &= torch.cuda.is_available()
         if self.early_stopping_patience:
-            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience needs --eval_strategy steps or epoch")
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
@@ -239,8 +243,9 @@ class RecipeParser(TrlParser):
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Parses the command line and the YAML file after `--config`, whose values the command line overrides."""
-        words = [part for word in args or () for part in (word.split("=", 1) if word[:9] == "--config=" else [word])]
-        if "--config" in words[:-1]:
-            at = words.index("--config") + 1
-            words[at] = str(find_config(self.recipe, words[at]))
+        with_config = ArgumentParser(add_help=False, allow_abbrev=False)
+        with_config.add_argument("--config")
+        given, words = with_config.parse_known_args(None if args is None else list(args))
+        if given.config is not None:
+            words += ["--config", str(find_config(self.recipe, given.config))]
         return cast(tuple[Any, ...], super().parse_args_and_config(words, **kwargs))

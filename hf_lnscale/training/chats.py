@@ -29,49 +29,55 @@ ROLES = {
 _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
 
-def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[tuple[str, ...], str]:
-    """The columns of the first format that the row has completely, and the key of `CHAT_FEATURES` that it becomes."""
+def to_chat(
+    row: dict[str, Any], where: str, columns: list[str] | None = None, kind: str | None = None
+) -> dict[str, Any]:
+    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`, or of any; `where` locates it in messages."""
+    chat = _to_chat(row, where, columns)
+    if kind not in (None, chat_kind(chat)):
+        raise ValueError(f"dataset_name: {where} holds {chat_kind(chat)}, the first row {kind}; all rows must be alike")
+    return chat
+
+
+def chat_kind(chat: dict[str, Any]) -> str:
+    """The key of `CHAT_FEATURES` for a converted row."""
+    if "messages" in chat:
+        return "messages"
+    return "prompt and completion" + (" of messages" if isinstance(chat["prompt"], list) else "")
+
+
+def _to_chat(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
+    given = _first_format(row, where, columns)
+    if isinstance(given.get("prompt"), str):
+        if not isinstance(given["completion"], str):
+            raise ValueError(f"dataset_name: {where}: completion is not text, but {given['completion']!r}")
+        return given
+    if "instruction" in given:
+        question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+        turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
+        given = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
+    chat: dict[str, Any] = {
+        "messages" if name == "conversations" else name: _messages(value, f"{where}: {name}")
+        for name, value in given.items()
+    }
+    if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
+        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
+    tools = _decoded(row.get("tools") or None, f"{where}: tools")
+    keywords = row.get("chat_template_kwargs") or {}
+    return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
+
+
+def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
+    """The columns of the first format that the row has completely."""
     for names in _FORMATS:
         if all((not columns or name in columns) and row.get(name) is not None for name in names):
-            if "prompt" not in names:
-                return names, "messages"
-            return names, "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
+            return {name: row[name] for name in names}
     hint = "; for raw text there is continue_pretrain.py" if isinstance(row.get("text"), str) else ""
     has = ", ".join(str(name) for name, value in row.items() if value is not None) or "nothing"
     raise ValueError(
         f"dataset_name: {where} has columns {has}; sft.py reads 'messages', 'conversations', 'prompt' and "
         f"'completion', or 'instruction' and 'output'{hint}"
     )
-
-
-def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
-    """The key of `CHAT_FEATURES` that a row is converted to."""
-    return _format(row, where, columns)[1]
-
-
-def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`; `where` locates it in error messages."""
-    names, found = _format(row, where, columns)
-    if found != kind:
-        raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
-    given = {name: row[name] for name in names}
-    if kind == "prompt and completion":
-        for name, text in given.items():
-            if not isinstance(text, str):
-                raise ValueError(f"dataset_name: {where}: {name} is not text, but {text!r}")
-        return given
-    if names == ("instruction", "output"):
-        question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
-        turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
-        given = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
-    elif names == ("conversations",):
-        given = {"messages": row["conversations"]}
-    chat: dict[str, Any] = {name: _messages(value, f"{where}: {name}") for name, value in given.items()}
-    if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
-        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
-    tools = _decoded(row.get("tools") or None, f"{where}: tools")
-    keywords = row.get("chat_template_kwargs") or {}
-    return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -130,7 +136,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     # As an object: templates that write JSON would quote a text once more.
     arguments = _decoded(function.get("arguments") or {}, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
-    return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
+    return {"type": "function", "function": named} | ({"id": call["id"]} if call.get("id") else {})
 
 
 def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
@@ -143,7 +149,7 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
     """
     if training.chat_template_path == "chatml":
         training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
-    is_chat = not {"messages", "tools"}.isdisjoint(train.column_names)
+    is_chat = "tools" in train.column_names
     if training.assistant_only_loss is None:
         training.assistant_only_loss = is_chat
     if not is_chat:

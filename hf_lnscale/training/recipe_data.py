@@ -30,7 +30,7 @@ LINES_A_ROW = 100
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 Row = dict[str, Any]
-Convert = Callable[..., "Row | None"]
+Convert = Callable[..., "Row | None"]  # a row and its location -> what is kept of it
 # Maps the first row of a dataset, its location, and the columns to read to a converter of rows and its features.
 Prepare = Callable[[Row, str, "list[str] | None"], tuple[Convert, Features]]
 Split = tuple[Any, Any]  # data to train on, data to evaluate on
@@ -59,8 +59,8 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
     """
 
     def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
-        kind = chat_kind(first, where, columns)
-        return partial(to_chat, kind=kind, columns=columns), CHAT_FEATURES[kind]
+        kind = chat_kind(to_chat(first, where, columns))
+        return partial(to_chat, columns=columns, kind=kind), CHAT_FEATURES[kind]
 
     return _load_split(arguments, seed, prepare, lambda: Dataset.from_list(sample.conversations()))
 
@@ -144,26 +144,25 @@ def _first(data: Any, rows: int) -> Dataset:
 def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | None = None) -> Any:
     """Loads one dataset with its rows converted, without the files of the split `test`."""
     path, name = Path(part.path), repr(part.path)
-    files, raw, where = [], None, f"row 1 of {name}"
+    # The version is part of the cache key: another release may convert rows differently.
+    given: dict[str, Any] = {"version": __version__}
     if path.exists() and not _is_saved(path):
-        files = _files(path, part.split, test)
+        given["files"] = files = _files(path, part.split, test)
         where, first = next(itertools.chain.from_iterable(map(_read, files)), (name, None))
     else:
         raw = _load_raw(part, streaming)
-        first = next(iter(raw), None)
+        where, first = f"row 1 of {name}", next(iter(raw), None)
+        given["typed"] = "Json(" not in repr(raw.features)
     if first is None:
         raise ValueError(f"dataset_name: {name} is empty")
-    convert, features = prepare(first, where, part.columns)
-    # The version is part of the cache key: another release may convert rows differently.
-    given = {"convert": convert, "version": __version__}
-    if raw is None:
+    given["convert"], features = prepare(first, where, part.columns)
+    if "files" in given:
         make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        data = make(_rows, gen_kwargs={"files": files, **given}, features=features)
+        data = make(_rows, gen_kwargs=given, features=features)
     else:
-        given |= {"name": name, "columns": list(features), "typed": "Json(" not in repr(raw.features)}
         data = raw.map(
             _convert_batch, batched=True, with_indices=True, remove_columns=list(first), features=features,
-            fn_kwargs=given,
+            fn_kwargs={"name": name, "columns": list(features), **given},
         )  # fmt: skip
     if next(iter(data), None) is None:
         raise ValueError(f"dataset_name: {name} has no row with text")
