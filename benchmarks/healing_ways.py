@@ -11,9 +11,10 @@ which the closed form knows a little, and the files of `--never`, which it does 
 
 Every run may spend as much: `--budget` forward passes of the pruned model over a batch, of which a step takes one, as
 many again for the gradients of activations and of weights, as far as it needs them, and the whole model's share where
-it teaches. What the whole model writes before the training is not counted; `--out` tells its time. Each way runs from the cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut,
-at each learning rate of its grid, and then, at the one with the least mean gap, with the other seeds. A finished run is
-a line of `--out` and is not repeated.
+it teaches. What the whole model writes before the training is not counted; its time is printed. Each way runs from the
+cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut, at each learning rate of its grid,
+and then, at the one with the least mean gap, with the other seeds. A finished run is a line of `--out` and is not
+repeated.
 """
 
 from __future__ import annotations

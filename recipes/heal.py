@@ -13,6 +13,11 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
+On what the unpruned model writes itself after the beginnings of 2,000 rows, or in answer to them where they are chats:
+
+    python recipes/heal.py --model_name_or_path pruned --whole Qwen/Qwen3-0.6B --dataset_name chats.jsonl \
+        --self_data 2000 --output_dir runs/healed
+
 Training on a text teaches it, whether it heals or not: the run tells the gap to the unpruned model before and after, on
 the text and on text of another kind; with `--control`, to the unpruned model trained equally.
 
@@ -32,8 +37,9 @@ from hf_lnscale.training.arguments import (
     RecipeParser,
     TeacherArguments,
 )
+from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.control import Control
-from hf_lnscale.training.recipe_data import load_text, other_text
+from hf_lnscale.training.recipe_data import load_text_or_chats, other_text
 from hf_lnscale.training.recipe_model import (
     load_model,
     load_teacher,
@@ -42,6 +48,7 @@ from hf_lnscale.training.recipe_model import (
     require_same_tokenizer,
 )
 from hf_lnscale.training.recipe_run import Run, launch
+from hf_lnscale.training.self_data import write_self_data
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
@@ -64,7 +71,12 @@ def main(
     require_pruned(checkpoint, training, depth)
     if whole and whole != teacher.teacher:
         require_same_tokenizer("whole", whole, tokenizer)
-    train, held_out = load_text(data, training.dataset_text_field, training.seed)
+    train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
+    prepare_chat(training, tokenizer, train)
+    if whole and teacher.self_data:
+        run.mark()
+        load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)
+        train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data)
     options = {
         "args": training,
         "train_dataset": train,

@@ -138,6 +138,11 @@ class TeacherArguments:
     control: bool = option(
         False, "Train the unpruned model equally first, which takes as long again, and tell the gap to that."
     )
+    self_data: int = option(
+        0,
+        "Train on so many rows in which the unpruned model writes in place of the data: on after the beginning of a "
+        "text, or the last answer of a chat; 0: train on the data themselves.",
+    )
 
     def __post_init__(self) -> None:
         self.teacher = _named(self.teacher)  # none overrides the one that a config names
@@ -146,13 +151,15 @@ class TeacherArguments:
         """The name of the unpruned model, if it is known.
 
         Raises:
-            ValueError: if it is to be trained and is not known, or is what the pruned one learns from.
+            ValueError: if it is to be trained or to write and is not known, or is to be trained and teaches.
         """
         whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
             raise ValueError("control: a model that learns from the unpruned one is compared with that; leave one out")
         if self.control and not whole:
             raise ValueError("control: name the unpruned model to train with --whole")
+        if self.self_data and not whole:
+            raise ValueError("self_data: name the unpruned model, which is to write, with --whole")
         return whole
 
 

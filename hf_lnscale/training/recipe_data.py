@@ -43,11 +43,7 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
         ValueError: for a row without text in the column, or no row at all; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
-
-    def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
-        source = columns[0] if columns and column not in columns else column
-        return partial(_to_text, source=source, column=column), Features({column: Value("string")})
-
+    prepare = partial(_prepare_text, column=column)
     return _load_split(arguments, seed, prepare, lambda: Dataset.from_dict({column: sample.documents()}))
 
 
@@ -57,12 +53,31 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
     Raises:
         ValueError, FileNotFoundError: as `load_text`.
     """
+    return _load_split(arguments, seed, _prepare_chats, lambda: Dataset.from_list(sample.conversations()))
+
+
+def load_text_or_chats(arguments: DataArguments, column: str, seed: int) -> Split:
+    """As `load_text` if the first row has such a column, or no data is named; otherwise as `load_conversations`."""
 
     def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
-        kind = chat_kind(to_chat(first, where, columns))
-        return partial(to_chat, columns=columns, kind=kind), CHAT_FEATURES[kind]
+        if column in first or isinstance(first.get(_source(columns, column)), str):
+            return _prepare_text(first, where, columns, column)
+        return _prepare_chats(first, where, columns)
 
-    return _load_split(arguments, seed, prepare, lambda: Dataset.from_list(sample.conversations()))
+    return _load_split(arguments, seed, prepare, lambda: Dataset.from_dict({column: sample.documents()}))
+
+
+def _prepare_text(first: Row, where: str, columns: list[str] | None, column: str) -> tuple[Convert, Features]:
+    return partial(_to_text, source=_source(columns, column), column=column), Features({column: Value("string")})
+
+
+def _source(columns: list[str] | None, column: str) -> str:
+    return columns[0] if columns and column not in columns else column
+
+
+def _prepare_chats(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
+    kind = chat_kind(to_chat(first, where, columns))
+    return partial(to_chat, columns=columns, kind=kind), CHAT_FEATURES[kind]
 
 
 def other_text(arguments: DataArguments, column: str) -> Dataset:

@@ -164,12 +164,16 @@ class Run(TrainerCallback):
                 print(f"{path} is not complete and is skipped", file=sys.stderr)
         return None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the folder as this run's, after the other callbacks had the chance to refuse the run."""
+    def mark(self) -> None:
+        """Marks the folder as this run's, which can then be resumed."""
         if self.training.process_index == 0:
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
             write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the run, after the other callbacks had the chance to refuse it."""
+        self.mark()
         self.training.begun = True
         if self.trained:
             raise _AlreadyTrained
@@ -180,10 +184,11 @@ class Run(TrainerCallback):
         Raises:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
         """
-        arguments, held_out = trainer.args, trainer.eval_dataset
+        arguments = trainer.args
         model: Any = trainer.model
+        held_out: Any = trainer.eval_dataset
         config = text_stack(model).model.config
-        known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))  # type: ignore[union-attr]
+        known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))
         if known and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
         resumed = self.checkpoint

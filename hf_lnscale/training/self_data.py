@@ -2,11 +2,105 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
 
+from ..checkpoints.folders import write_atomically
 from ..measuring.stream import eval_mode
+from .arguments import RecipeConfig
+from .chats import CHAT_FEATURES
+
+BATCH = 16
+
+
+def write_self_data(
+    training: RecipeConfig, tokenizer: Any, load: Callable[[], PreTrainedModel], rows: Any, count: int
+) -> Dataset:
+    """The first `count` rows with a model's own words in place of theirs; only these words are learned.
+
+    Of a text the first `max_length / 8` tokens are kept, of a chat everything before its last answer. What the model
+    wrote is kept in `self_data/` in the output folder, a file a batch, and not written again. A batch has a seed of its
+    own: the data are the same on any number of processes, and in a run that was resumed.
+
+    Args:
+        load: loads the model that writes; not called where everything is written.
+        rows: text, chats, or prompts with completions; a prompt that fills `max_length` is left out.
+
+    Raises:
+        ValueError: if no prompt is left.
+    """
+    length = training.max_length or 1024
+    chats = [_question(row) if "tools" in row else row for row in itertools.islice(rows, count)]
+    pairs = [(chat, _prompt_ids(chat, tokenizer, training.dataset_text_field, length // 8)) for chat in chats]
+    kept = [(chat, ids) for chat, ids in pairs if 0 < len(ids) < length]
+    left_out = f"{len(pairs) - len(kept)} of {len(pairs)} prompts have no token, or all of max_length={length}"
+    if not kept:
+        raise ValueError(f"self_data: {left_out}")
+    if len(kept) < len(pairs) and training.process_index == 0:
+        print(f"self_data: {left_out}, and are left out")
+    answers = _written(training, tokenizer, load, [ids for _, ids in kept], length)
+    if "tools" in chats[0]:
+        said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        made = [
+            {**chat, "completion": [{"role": "assistant", "content": text}]}
+            for (chat, _), text in zip(kept, said, strict=True)
+        ]
+        return Dataset.from_list(made, features=CHAT_FEATURES["prompt and completion of messages"])
+    training.completion_only_loss = True
+    return Dataset.from_list(
+        [
+            {"input_ids": prompt + ids, "completion_mask": [0] * len(prompt) + [1] * len(ids)}
+            for (_, prompt), ids in zip(kept, answers, strict=True)
+        ]
+    )
+
+
+def _written(
+    training: RecipeConfig, tokenizer: Any, load: Callable[[], PreTrainedModel], prompts: list[list[int]], length: int
+) -> list[list[int]]:
+    """What the model writes after each prompt, from the files of those batches that are written already."""
+    folder, rank = Path(training.output_dir or "") / "self_data", training.process_index
+    files = {folder / f"{first:07}.json": prompts[first : first + BATCH] for first in range(0, len(prompts), BATCH)}
+    mine = list(files)[rank :: training.world_size]
+    # Prompts are compared: the data may have changed since.
+    missing = [path for path in mine if not path.is_file() or json.loads(path.read_text())["prompts"] != files[path]]
+    model: Any = load().to(training.device) if missing else None  # type: ignore[arg-type]
+    started = time.perf_counter()
+    for done, path in enumerate(missing):
+        written = continue_prompts(model, tokenizer, files[path], length, training.seed + int(path.stem))
+        write_atomically(path, json.dumps({"prompts": files[path], "written": written}))
+        if done == 0 and rank == 0:
+            minutes = (time.perf_counter() - started) * len(missing) / 60
+            print(f"self_data: the whole model writes {len(prompts)} texts first, in about {minutes:.1f} minutes")
+    training.distributed_state.wait_for_everyone()
+    return [ids for path in files for ids in json.loads(path.read_text())["written"]]
+
+
+def _question(chat: dict[str, Any]) -> dict[str, Any]:
+    """A chat up to its last answer, as a row with the columns prompt, tools and chat_template_kwargs."""
+    if (prompt := chat.get("prompt")) is None:
+        messages = chat["messages"]
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        prompt = messages[: answers[-1]]
+    return {"prompt": prompt, "tools": chat["tools"], "chat_template_kwargs": chat["chat_template_kwargs"]}
+
+
+def _prompt_ids(row: dict[str, Any], tokenizer: Any, column: str, beginning: int) -> list[int]:
+    if "tools" in row:
+        tools = json.loads(row["tools"]) if row["tools"] else None
+        keywords: dict[str, Any] = {"tools": tools, **row["chat_template_kwargs"]}
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True, **keywords)
+        return list(asked["input_ids"])
+    ids: list[int] = tokenizer(row.get("prompt", row.get(column)))["input_ids"]
+    return ids if "prompt" in row else ids[: max(1, beginning)]
 
 
 def continue_prompts(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, seed: int) -> list[list[int]]:
