@@ -24,7 +24,6 @@ import copy
 import itertools
 import json
 import math
-import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +55,7 @@ class Way(NamedTuple):
         loss: "text" (cross entropy), or the divergence from the whole model: "forward" KL, "reverse" KL, or "hidden"
             (forward KL, and the squared difference of the last hidden states, by their mean square).
         text: "given"; "own", which the whole model wrote from nothing; or "continued", by it after the first eighth of
-            each window of the given text, as `--self_data` of the recipe does.
+            each window of the given text, which is not learned, as with `--self_data` of the recipe.
         rates: peak learning rates.
     """
 
@@ -113,13 +112,14 @@ def trained_parameters(model: Any, way: Way) -> list[torch.nn.Parameter]:
     return list({id(part): part for module in modules for part in module.parameters()}.values())
 
 
-def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean over all predicted tokens, in nats."""
+def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean over all tokens to learn, in nats."""
+    learned_BT = labels_BT[:, 1:] != -100
     with torch.no_grad():
         target = whole(input_ids=ids_BT, output_hidden_states=kind == "hidden")
-        target_log_p = target.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+        target_log_p = target.logits[:, :-1][learned_BT].float().log_softmax(-1)
     found = model(input_ids=ids_BT, output_hidden_states=kind == "hidden")
-    log_p = found.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+    log_p = found.logits[:, :-1][learned_BT].float().log_softmax(-1)
     pair = (target_log_p, log_p) if kind == "reverse" else (log_p, target_log_p)
     loss = functional.kl_div(*pair, reduction="batchmean", log_target=True)
     if kind == "hidden":
@@ -159,9 +159,10 @@ class Bench:
         if args.never:
             never = [windows([Path(one).read_text(encoding="utf-8")], args.judged // 2) for one in args.never]
             self.judged["never given"] = torch.cat(never)
-        self.train = {"given": windows(self.train_text, count)}
-        prompts = self.train["given"][:, : seq_len // 8].tolist()
-        self.written("own", lambda: torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len)))
+        given = windows(self.train_text, count)
+        self.train = {"given": (given, given)}  # tokens and labels
+        prompts = given[:, : seq_len // 8].tolist()
+        self.written("own", lambda: [torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len))] * 2)
         self.written("continued", lambda: self.continued(prompts))
         self.starts = {"whole": self.whole}
         bare = copy.deepcopy(self.whole)
@@ -171,25 +172,28 @@ class Bench:
         hf_lnscale.heal(healed, args.layers, {"text": self.train_text}, tokenizer=self.tokenizer, windows=size)
         self.starts["closed form"] = hf_lnscale.drop_layers(healed, args.layers)
 
-    def written(self, kind: str, write: Callable[[], torch.Tensor]) -> None:
-        """Text to train on that the whole model writes, once."""
+    def written(self, kind: str, write: Callable[[], list[torch.Tensor]]) -> None:
+        """Text to train on that the whole model writes, once: tokens and labels."""
         path = Path(self.args.out).with_suffix(f".{self.name}.{kind}.pt")
         if not path.exists() and any(WAYS[way].text == kind for way in self.args.ways):
             started = time.process_time()
             torch.save(write(), path)
             print(f"{kind} text, written in {time.process_time() - started:.0f} core-seconds", flush=True)
         if path.exists():
-            self.train[kind] = torch.load(path).to(DEVICE)
+            ids, labels = torch.load(path)
+            self.train[kind] = ids.to(DEVICE), labels.to(DEVICE)
 
-    def continued(self, prompts: list[list[int]]) -> torch.Tensor:
+    def continued(self, prompts: list[list[int]]) -> list[torch.Tensor]:
         """The prompts with what the whole model writes after them: one stream, cut into windows, as the recipe does."""
-        stream: list[int] = []
+        ids: list[int] = []
+        labels: list[int] = []
         for first in range(0, len(prompts), 16):
             some = prompts[first : first + 16]
             written = continue_prompts(self.whole, self.tokenizer, some, self.args.seq_len, seed=first)
-            stream += itertools.chain.from_iterable(map(operator.add, some, written))
-        windows = torch.tensor(stream[: len(stream) // self.args.seq_len * self.args.seq_len])
-        return windows.view(-1, self.args.seq_len)
+            for prompt, continuation in zip(some, written, strict=True):
+                ids += prompt + continuation
+                labels += [-100] * len(prompt) + continuation
+        return [torch.tensor(one).unfold(0, self.args.seq_len, self.args.seq_len) for one in (ids, labels)]
 
     def run(self, way: str, start: str, rate: float = 0.0, seed: int = 0) -> Run:
         return Run(self.name, self.layers, way, start, rate, seed, self.args.budget)
@@ -235,7 +239,7 @@ class Bench:
         # The control takes the steps that the pruned model takes.
         reference = model if way.trained == "lora" else self.starts["bare cut"]
         steps = int(args.budget // way.cost(reference, self.whole))
-        rows = self.train[way.text]
+        rows, labels = self.train[way.text]
         order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * args.batch_size // len(rows)))])
         optimizer = torch.optim.AdamW(trained, lr=run.rate, betas=(0.9, 0.95), weight_decay=0.0)
         model.train()
@@ -244,12 +248,13 @@ class Bench:
             done = (step + 0.5) / steps
             warmup = min(1.0, done / 0.1)
             optimizer.param_groups[0]["lr"] = run.rate * warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-            ids_BT = rows[order[step * args.batch_size : (step + 1) * args.batch_size]]
+            at = order[step * args.batch_size : (step + 1) * args.batch_size]
+            ids_BT, labels_BT = rows[at], labels[at]
             with torch.autocast(DEVICE, torch.bfloat16):
                 if way.loss == "text":
-                    loss = model(input_ids=ids_BT, labels=ids_BT).loss
+                    loss = model(input_ids=ids_BT, labels=labels_BT).loss
                 else:
-                    loss = divergence(model, self.whole, ids_BT, way.loss)
+                    loss = divergence(model, self.whole, ids_BT, labels_BT, way.loss)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
