@@ -27,12 +27,12 @@ the text and on text of another kind; with `--control`, to the unpruned model tr
 from dataclasses import replace
 from functools import partial
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from hf_lnscale.training.arguments import (
     TEXT,
+    CheckpointArguments,
     DataArguments,
-    DepthArguments,
     RecipeConfig,
     RecipeParser,
     TeacherArguments,
@@ -53,22 +53,21 @@ from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    types = (TeacherArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    types = (TeacherArguments, CheckpointArguments, DataArguments, RecipeConfig)
     # Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well.
     return RecipeParser("heal", types, __doc__, prog, **TEXT, learning_rate=1e-4, warmup_steps=0.05)
 
 
 def main(
     teacher: TeacherArguments,
-    depth: DepthArguments,
+    checkpoint: CheckpointArguments,
     data: DataArguments,
-    checkpoint: ModelConfig,
     training: RecipeConfig,
 ) -> None:
-    run = Run("heal", training, teacher, depth, data, checkpoint)
-    whole = teacher.whole_model(checkpoint.model_name_or_path, depth.layers())
+    run = Run("heal", training, teacher, checkpoint, data)
+    whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
-    require_pruned(checkpoint, training, depth)
+    require_pruned(checkpoint, training)
     if whole and whole != teacher.teacher:
         require_same_tokenizer("whole", whole, tokenizer)
     train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
@@ -85,15 +84,14 @@ def main(
         "processing_class": tokenizer,
         "peft_config": get_peft_config(checkpoint),
     }
-    model = load_model(checkpoint, training, depth)
+    model = load_model(checkpoint, training)
     trainer = (
         DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), model=model, **options)
         if teacher.teacher
         else RecipeTrainer(model=model, **options)
     )
     if whole:
-        named = replace(checkpoint, model_name_or_path=whole)
-        load = partial(load_model, named, training, DepthArguments())
+        load = partial(load_model, replace(checkpoint, model_name_or_path=whole, drop_layers=None), training)
         run.control = Control(trainer, whole, load, teacher.control, **options)
     run.train(trainer)
 

@@ -13,7 +13,7 @@ import torch
 import trl
 from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
-from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from .scripts import find_config
 from .shapes import SHAPES
@@ -82,14 +82,15 @@ class PretrainArguments:
 
 
 @dataclass
-class DepthArguments:
-    """Layers of the checkpoint to train."""
+class CheckpointArguments(ModelConfig):
+    """The checkpoint to train."""
 
     drop_layers: list[str] | None = option(
         None, "Layers to leave out of the checkpoint, as in --drop_layers 12 14, or the path of a pruning plan."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
         # YAML has numbers where the command line has strings; both are the same run.
         self.drop_layers = [str(layer) for layer in self.drop_layers] if self.drop_layers else None
 

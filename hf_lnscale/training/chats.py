@@ -170,10 +170,8 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
         try:
             get_training_chat_template(tokenizer)
         except ValueError:
-            raise ValueError(
-                f"{shown} does not say which tokens are the assistant's; {advice}, or learn all tokens with "
-                "--assistant_only_loss false"
-            ) from None
+            problem = f"{shown} does not say which tokens are the assistant's"
+            raise ValueError(f"{problem}; {advice}, or learn all with --assistant_only_loss false") from None
     rows = train if isinstance(train, Dataset) else itertools.islice(train, 1000)
     if any(_uses_tools(row) for row in rows) and not supports_tool_calling(tokenizer):
         raise ValueError(f"{shown} drops tool calls, and the data has some; {advice}")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow.parquet
@@ -122,16 +122,10 @@ def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python
     if isinstance(train, IterableDataset):
         rest = train.skip(wanted)
         if next(iter(rest), None) is None:
-            raise ValueError(
-                f"eval_samples: the first {wanted} rows of {shown} are held out, and no other is left to train on; "
-                "lower --eval_samples, or do not stream"
-            )
+            raise ValueError(f"eval_samples: {shown} has {wanted} rows or fewer, and no other is left to train on")
         return rest, _first(train, wanted)
     if len(train) < 2:
-        raise ValueError(
-            f"dataset_name: {shown} has a single row, of which none can be held out to evaluate on; name other data "
-            "with --eval_dataset_name"
-        )
+        raise ValueError(f"dataset_name: {shown} has a single row; name data to evaluate on with --eval_dataset_name")
     both = train.train_test_split(test_size=min(wanted, max(1, len(train) // 10)), seed=seed)
     return both["train"], both["test"]
 
@@ -163,7 +157,9 @@ def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | No
     given: dict[str, Any] = {"version": __version__}
     if path.exists() and not _is_saved(path):
         given["files"] = files = _files(path, part.split, test)
-        where, first = next(itertools.chain.from_iterable(map(_read, files)), (name, None))
+        given["whole"] = [path.is_dir()] * len(files)  # in a folder, a text file is one document
+        given["changed"] = [file.stat().st_mtime_ns for file in files]  # part of the cache key too
+        where, first = next(itertools.chain.from_iterable(map(_read, files, given["whole"])), (name, None))
     else:
         raw = _load_raw(part, streaming)
         where, first = f"row 1 of {name}", next(iter(raw), None)
@@ -218,20 +214,11 @@ def _without_nulls(row: Row) -> Row:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-class _File(NamedTuple):
-    """A file to read. Its size and modification time are part of the cache key."""
-
-    path: str
-    size: int
-    changed: int
-    whole: bool  # part of a folder, in which a text file is one document
-
-
 def _kind(path: Path) -> str | None:
     return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
-def _files(path: Path, split: str, test: str | None) -> list[_File]:
+def _files(path: Path, split: str, test: str | None) -> list[Path]:
     """The files of a split: those named after it or in a folder of its name, else all but those of the test split."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
     if path.is_dir():
@@ -242,8 +229,7 @@ def _files(path: Path, split: str, test: str | None) -> list[_File]:
     if len(kinds) != 1 or None in kinds:
         what = "mixes, or is not one of," if kinds else "holds none of"
         raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
-    stats = [(file.resolve(), file.stat()) for file in files]
-    return [_File(str(file), stat.st_size, stat.st_mtime_ns, path.is_dir()) for file, stat in stats]
+    return [file.resolve() for file in files]
 
 
 def _in_split(file: Path, folder: Path, split: str) -> bool:
@@ -262,16 +248,14 @@ def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _rows(files: list[_File], convert: Convert, version: str) -> Iterator[Row]:
-    for file in files:
-        for where, row in _read(file):
-            if (converted := convert(row, where)) is not None:
-                yield converted
+def _rows(files: list[Path], whole: list[bool], changed: list[int], convert: Convert, version: str) -> Iterator[Row]:
+    for where, row in itertools.chain.from_iterable(map(_read, files, whole)):
+        if (converted := convert(row, where)) is not None:
+            yield converted
 
 
-def _read(file: _File) -> Iterator[tuple[str, Row]]:
+def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
     """The rows of a file, each with its location for error messages."""
-    path = Path(file.path)
     kind, name = _kind(path), repr(path.name)
     try:
         if kind == "parquet":
@@ -289,7 +273,7 @@ def _read(file: _File) -> Iterator[tuple[str, Row]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
                     yield where, row
-            elif file.whole and file.size <= LARGE_FILE:
+            elif whole and path.stat().st_size <= LARGE_FILE:
                 yield name, {"text": lines.read()}
             else:
                 while block := "".join(itertools.islice(lines, LINES_A_ROW)):

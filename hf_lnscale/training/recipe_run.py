@@ -99,9 +99,6 @@ class Run(TrainerCallback):
             training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
         )
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != training.world_size:
-            raise ValueError(f"{started} processes were started, and this one sees {training.world_size} of them")
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
@@ -122,9 +119,7 @@ class Run(TrainerCallback):
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
         if not _is_complete(Path(wanted)):
-            raise FileNotFoundError(
-                f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: not a checkpoint, or not complete"
-            )
+            raise FileNotFoundError(f"resume_from_checkpoint: {wanted!r} has no trainer_state.json that is complete")
         return wanted
 
     def _require_own_folder(self, resuming: bool) -> None:

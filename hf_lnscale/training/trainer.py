@@ -148,9 +148,7 @@ class DistillationTrainer(RecipeTrainer):
             raise ValueError("teacher: learning from one needs trl 1.16 or newer; without it, give --teacher none")
         super().__init__(**kwargs)
         if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
-            raise ValueError(
-                "teacher: the loss is the divergence from it; loss_type and label_smoothing_factor do not go with it"
-            )
+            raise ValueError("teacher: loss_type and label_smoothing_factor do not go with its divergence")
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
