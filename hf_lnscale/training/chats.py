@@ -14,12 +14,6 @@ from ..core.json_file import parse
 from .arguments import RecipeConfig
 from .scripts import recipes_folder
 
-_EXTRAS = {"tools": Value("string"), "chat_template_kwargs": Json()}
-CHAT_FEATURES = {
-    "messages": Features({"messages": List(Json()), **_EXTRAS}),
-    "prompt and completion of messages": Features({"prompt": List(Json()), "completion": List(Json()), **_EXTRAS}),
-    "prompt and completion": Features({"prompt": Value("string"), "completion": Value("string")}),
-}
 # Names of roles in ShareGPT and other formats.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -29,24 +23,9 @@ ROLES = {
 _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
 
-def to_chat(
-    row: dict[str, Any], where: str, columns: list[str] | None = None, kind: str | None = None
-) -> dict[str, Any]:
-    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`, or of any; `where` locates it in messages."""
-    chat = _to_chat(row, where, columns)
-    if kind not in (None, chat_kind(chat)):
-        raise ValueError(f"dataset_name: {where} holds {chat_kind(chat)}, the first row {kind}; all rows must be alike")
-    return chat
-
-
-def chat_kind(chat: dict[str, Any]) -> str:
-    """The key of `CHAT_FEATURES` for a converted row."""
-    if "messages" in chat:
-        return "messages"
-    return "prompt and completion" + (" of messages" if isinstance(chat["prompt"], list) else "")
-
-
-def _to_chat(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
+def to_chat(row: dict[str, Any], where: str, columns: list[str] | None = None) -> dict[str, Any]:
+    """Converts a row to a chat (messages, or prompt and completion of messages, with the columns `tools` and
+    `chat_template_kwargs`), or to a prompt and completion of text; `where` locates it in error messages."""
     given = _first_format(row, where, columns)
     if isinstance(given.get("prompt"), str):
         if not isinstance(given["completion"], str):
@@ -65,6 +44,19 @@ def _to_chat(row: dict[str, Any], where: str, columns: list[str] | None) -> dict
     tools = _decoded(row.get("tools") or None, f"{where}: tools")
     keywords = row.get("chat_template_kwargs") or {}
     return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """What a converted row holds, in words."""
+    names = [name for name in row if name not in ("tools", "chat_template_kwargs")]
+    return " and ".join(names) + (" of messages" if "tools" in row and "prompt" in row else "")
+
+
+def features_of(row: dict[str, Any]) -> Features:
+    """The types of a converted row's columns."""
+    types = {"tools": Value("string"), "chat_template_kwargs": Json()}
+    others = List(Json()) if "tools" in row else Value("string")
+    return Features({name: types.get(name, others) for name in row})
 
 
 def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.folders import write_atomically
 from ..measuring.stream import eval_mode
 from .arguments import RecipeConfig
-from .chats import CHAT_FEATURES
+from .chats import features_of
 
 BATCH = 16
 
@@ -53,7 +53,7 @@ def write_self_data(
             {**chat, "completion": [{"role": "assistant", "content": text}]}
             for (chat, _), text in zip(kept, said, strict=True)
         ]
-        return Dataset.from_list(made, features=CHAT_FEATURES["prompt and completion of messages"])
+        return Dataset.from_list(made, features=features_of(made[0]))
     training.completion_only_loss = True
     return Dataset.from_list(
         [
