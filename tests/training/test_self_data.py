@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
+from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.training.arguments import DataArguments, RecipeConfig
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.recipe_data import load_text_or_chats
@@ -144,6 +145,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
         patch.setattr("hf_lnscale.training.self_data.continue_prompts", None)
         assert recipe.run("heal", *words(here, out, "--resume_from_checkpoint", "true")) == 0
     recipe.same_weights(whole, out)
+    assert not any("self_data" in name for name in push(out, "me/healed", allow_scaled=True, dry_run=True).files)
     found = recipe.metrics(out)
     assert found["train_rows"] == BATCH + 4
     assert {"gap", "gap_before", "gap_other", "gap_other_before"} <= found.keys()
