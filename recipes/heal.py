@@ -72,6 +72,7 @@ def main(
         require_same_tokenizer("whole", whole, tokenizer)
     train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
     prepare_chat(training, tokenizer, train)
+    training.packing &= train.column_names == [training.dataset_text_field]  # an answer stays with its question
     if whole and teacher.self_data:
         run.mark()
         load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)

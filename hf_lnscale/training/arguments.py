@@ -147,6 +147,8 @@ class TeacherArguments:
 
     def __post_init__(self) -> None:
         self.teacher = _named(self.teacher)  # none overrides the one that a config names
+        if self.self_data < 0:
+            raise ValueError(f"self_data must be a number of rows, or 0, got {self.self_data}")
 
     def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
         """The name of the unpruned model, if it is known.

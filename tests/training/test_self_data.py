@@ -185,6 +185,15 @@ def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, her
     recipe.same_weights(tmp_path / "out", tmp_path / "whole")
 
 
+def test_healing_on_chats(tmp_path, here):
+    more = ("--dataset_name", here / "chat.jsonl", "--chat_template_path", "chatml", "--max_length", 320)
+    assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0
+    found = recipe.metrics(tmp_path / "out")
+    assert {"gap", "gap_before", "gap_other", "gap_other_before"} <= found.keys()
+    assert found["train_rows"] == 6  # of 7, one of which fills the window
+    assert "`packing`" not in (tmp_path / "out" / "README.md").read_text()  # False is left out
+
+
 def test_what_was_written_for_other_prompts_is_written_anew(tmp_path, here):
     found = []
     for name in ("text", "other"):
@@ -199,6 +208,7 @@ def test_what_was_written_for_other_prompts_is_written_anew(tmp_path, here):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--self_data", -1), "self_data must be a number of rows, or 0, got -1"),
         (("--whole", "none"), "self_data: name the unpruned model, which is to write, with --whole"),
         (
             ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "chatml", "--max_length", 8),
