@@ -92,6 +92,7 @@ def main(
         else RecipeTrainer(model=model, **options)
     )
     if whole:
+        run.mark()
         load = partial(load_model, replace(checkpoint, model_name_or_path=whole, drop_layers=None), training)
         run.control = Control(trainer, whole, load, teacher.control, **options)
     run.train(trainer)

@@ -38,13 +38,10 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
     )
     dataset_test_split: str | None = option(  # type: ignore[assignment]
         None,
-        "Split to evaluate on: of a dataset on the Hub, or of a folder with files of that name. Without one, and for a "
-        "file, rows are held out of training.",
+        "Split to evaluate on, of the Hub or of a folder with files of that name; otherwise rows are held out.",
     )
     eval_dataset_name: str | None = option(None, "Name or path of other data to evaluate on.")
-    eval_samples: int = option(
-        256, "Rows to evaluate on. Those held out of training are at most a tenth of all rows, but at least one."
-    )
+    eval_samples: int = option(256, "Rows to evaluate on; held out of training, at most a tenth, but at least one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -64,9 +61,7 @@ class PretrainArguments:
     shape: str = option("demo", "Sizes of the model: one of the paper's, or a small one.", choices=list(SHAPES))
     family: str = option("llama", "Family of the model, a model_type such as llama, qwen3 or gemma2.")
     config_name: str | None = option(None, "Folder or name on the Hub of a config, in place of family and shape.")
-    tokenizer_name: str | None = option(
-        None, "Folder or name on the Hub; without one, a byte-level BPE is trained on the start of the data."
-    )
+    tokenizer_name: str | None = option(None, "Folder or name on the Hub; by default a BPE is trained on the data.")
     vocab_size: int = option(4096, "Vocabulary of the tokenizer that is trained.")
     hidden_size: int | None = option(None, "Overrides the shape's, as do all the following.")
     intermediate_size: int | None = option(None, "Width of the MLP.")
@@ -111,8 +106,7 @@ class WarmupArguments:
 
     ln_scaling: bool = option(
         False,
-        "Convert the checkpoint from Pre-LN to LayerNorm Scaling: the exponent is ramped up from 0 to 1/2 during the "
-        "warmup. In our measurements the loss ended higher than without.",
+        "Convert the checkpoint from Pre-LN to LNS during a warmup; in our measurements the loss ended higher with it.",
     )
     ln_scaling_warmup_steps: int = option(1000, "Steps of the ramp, all of which must lie in the run.")
     ln_scaling_schedule: str = option("linear", "Shape of the ramp.", choices=["linear", "cosine"])
@@ -124,25 +118,20 @@ class TeacherArguments:
 
     teacher: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; without one, or with "
-        "none, only the text is learned.",
+        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; none: only the text.",
     )
     teacher_dtype: str = option(
         "auto", "Dtype of the teacher's weights; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
     )
-
     whole: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to tell the gap to it before and after; by default the "
-        "teacher or, with --drop_layers, the checkpoint itself; none: tell no gap.",
+        "The unpruned model, to tell the gap to; by default the teacher, or the checkpoint itself with --drop_layers; "
+        "none: tell no gap.",
     )
-    control: bool = option(
-        False, "Train the unpruned model equally first, which takes as long again, and tell the gap to that."
-    )
+    control: bool = option(False, "Train the unpruned model equally first, which takes as long, and tell that gap.")
     self_data: int = option(
         0,
-        "Train on so many rows in which the unpruned model writes in place of the data: on after the beginning of a "
-        "text, or the last answer of a chat; 0: train on the data themselves.",
+        "Train on so many rows in which the unpruned model itself continues a text, or answers a chat; 0: on the data.",
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +171,7 @@ class RecipeConfig(SFTConfig):
     eval_on_start: bool = option(True, "Evaluate before the first step too, for comparison.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
     resume_from_checkpoint: str | None = option(
-        None, "true: continue from the last checkpoint in the output folder, if there is one; or the path of one."
+        None, "true: continue from the last checkpoint in the output folder, if any; or the path of one."
     )
     learning_rate: float | None = option(2e-5, "Peak; for pretrain by default the paper's.")  # type: ignore[assignment]
     assistant_only_loss: bool | None = option(  # type: ignore[assignment]
@@ -196,12 +185,9 @@ class RecipeConfig(SFTConfig):
     )
     early_stopping_patience: int = option(
         0,
-        "Stop after this many evaluations in a row without a lower loss, and keep the best checkpoint; 0: off. Needs "
-        "--eval_strategy; checkpoints are saved whenever the model is evaluated.",
+        "Stop after this many evaluations without a lower loss, with the best checkpoint; 0: off. Needs --eval_strategy.",
     )
-    depth_stats_steps: int = option(
-        100, "Steps between measurements of each layer's residual variance, gradient norm and angular distance; 0: off."
-    )
+    depth_stats_steps: int = option(100, "Steps between measurements over depth (docs/depth-stats.md); 0: off.")
     # Filled in by `launch`: the command line, and whether training has begun, from when on errors show their traceback.
     command: list[str] = field(default_factory=list, init=False)
     begun: bool = field(default=False, init=False)

@@ -76,8 +76,6 @@ class Control(TrainerCallback):
                 whole.accelerator.prepare_model(whole.model, evaluation_mode=True)
             whole.evaluate()
             self.rows["whole"] = whole.rows
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
