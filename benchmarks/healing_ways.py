@@ -189,7 +189,8 @@ class Bench:
         labels: list[int] = []
         for first in range(0, len(prompts), 16):
             some = prompts[first : first + 16]
-            written = continue_prompts(self.whole, self.tokenizer, some, self.args.seq_len, seed=first)
+            longest = self.args.seq_len - len(some[0])
+            written = continue_prompts(self.whole, self.tokenizer, some, longest, seed=first)
             for prompt, continuation in zip(some, written, strict=True):
                 ids += prompt + continuation
                 labels += [-100] * len(prompt) + continuation

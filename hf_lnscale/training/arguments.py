@@ -185,7 +185,8 @@ class RecipeConfig(SFTConfig):
     )
     early_stopping_patience: int = option(
         0,
-        "Stop after this many evaluations without a lower loss, with the best checkpoint; 0: off. Needs --eval_strategy.",
+        "Stop after this many evaluations without a lower loss, and keep the best checkpoint; 0: off. Needs "
+        "--eval_strategy.",
     )
     depth_stats_steps: int = option(100, "Steps between measurements over depth (docs/depth-stats.md); 0: off.")
     # Filled in by `launch`: the command line, and whether training has begun, from when on errors show their traceback.

@@ -75,13 +75,15 @@ def _written(
     model: Any = load().to(training.device) if missing else None  # type: ignore[arg-type]
     started = time.perf_counter()
     for done, path in enumerate(missing):
-        written = continue_prompts(model, tokenizer, files[path], length, training.seed + int(path.stem))
+        longest = length - min(map(len, files[path]))
+        written = continue_prompts(model, tokenizer, files[path], longest, training.seed + int(path.stem))
         write_atomically(path, json.dumps({"prompts": files[path], "written": written}))
         if done == 0 and rank == 0:
             minutes = (time.perf_counter() - started) * len(missing) / 60
             print(f"self_data: the whole model writes {len(prompts)} texts first, in about {minutes:.1f} minutes")
     training.distributed_state.wait_for_everyone()
-    return [ids for path in files for ids in json.loads(path.read_text())["written"]]
+    written = [ids for path in files for ids in json.loads(path.read_text())["written"]]
+    return [ids[: length - len(prompt)] for prompt, ids in zip(prompts, written, strict=True)]
 
 
 def _question(chat: dict[str, Any]) -> dict[str, Any]:
@@ -103,31 +105,29 @@ def _prompt_ids(row: dict[str, Any], tokenizer: Any, column: str, beginning: int
     return ids if "prompt" in row else ids[: max(1, beginning)]
 
 
-def continue_prompts(model: Any, tokenizer: Any, prompts: list[list[int]], length: int, seed: int) -> list[list[int]]:
-    """What a model writes after each prompt, sampled, up to the end of the text or to `length` tokens with the prompt.
+def continue_prompts(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int | None = None
+) -> list[list[int]]:
+    """What a model writes after each prompt, up to the end of the text: greedily, or sampled with a seed.
 
-    At temperature 1, without truncation: then the loss on it is, but for a constant, the divergence from the model.
+    Sampled at temperature 1, without truncation: then the loss on it is, but for a constant, the divergence from the
+    model. The same seed gives the same text on the same machine.
 
     Args:
         prompts: token ids, of one or more tokens each.
-        seed: the same one gives the same text on the same machine.
     """
-    longest = max(map(len, prompts))
-    given = model.generation_config.eos_token_id
+    longest, given = max(map(len, prompts)), model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = model.get_input_embeddings().weight.device
+    ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with torch.random.fork_rng(), eval_mode(model):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed or 0)
         made_BT = model.generate(
-            ids_BT.to(device), attention_mask=mask_BT.to(device), max_new_tokens=length - min(map(len, prompts)),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
+            ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, do_sample=seed is not None, temperature=1.0,
+            top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=pad, eos_token_id=sorted(ends) or None,
         )  # fmt: skip
-    written = []
-    for prompt, ids in zip(prompts, made_BT[:, longest:].tolist(), strict=True):
-        stop = next((at for at, token in enumerate(ids, 1) if token in ends), len(ids))  # then comes padding
-        written.append(ids[: min(stop, length - len(prompt))])
-    return written
+    written = made_BT[:, longest:].tolist()
+    stops = [next((at for at, token in enumerate(ids, 1) if token in ends), len(ids)) for ids in written]
+    return [ids[:stop] for ids, stop in zip(written, stops, strict=True)]  # then comes padding
