@@ -119,14 +119,15 @@ def continue_prompts(
     longest, given = max(map(len, prompts)), model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if seed is not None else {}
     device = model.get_input_embeddings().weight.device
     ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with torch.random.fork_rng(), eval_mode(model):
         torch.manual_seed(seed or 0)
         made_BT = model.generate(
-            ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, do_sample=seed is not None, temperature=1.0,
-            top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=pad, eos_token_id=sorted(ends) or None,
+            ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, do_sample=seed is not None, **sampling,
+            repetition_penalty=1.0, pad_token_id=pad, eos_token_id=sorted(ends) or None,
         )  # fmt: skip
     written = made_BT[:, longest:].tolist()
     stops = [next((at for at, token in enumerate(ids, 1) if token in ends), len(ids)) for ids in written]
