@@ -63,7 +63,11 @@ def write_report(
     arguments, state = trainer.args, trainer.state
     since = before.get("global_step", -1)
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    evaluating = sum(entry["eval_runtime"] for entry in evaluations if entry["step"] > since)
+    evaluating = sum(
+        entry.get("eval_runtime", 0.0) + entry.get("eval_other_runtime", 0.0)
+        for entry in state.log_history
+        if entry["step"] > since
+    )
     tokens = state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
     peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
     peak_bytes = int(trainer.accelerator.gather(peak).max())
