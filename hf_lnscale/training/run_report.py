@@ -129,6 +129,7 @@ def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "max_steps": state.max_steps,
         "warmup_steps": arguments.get_warmup_steps(state.max_steps),
         "completion_only_loss": trainer.completion_only_loss,
+        "eos_token": arguments.eos_token,  # which `to_dict` takes for a secret
         "dtype": str(model.dtype).removeprefix("torch."),
         "datasets": [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]],
         "fractions": [part["fraction"] for part in given["datasets"] if part["fraction"]],
