@@ -122,7 +122,8 @@ def write_report(
 
 def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments for the card, with the values that the run used in place of defaults."""
-    arguments, state = trainer.args, trainer.state
+    arguments: Any = trainer.args
+    state = trainer.state
     names = [name for name in given if given.get("use_peft") or not name.startswith(_PEFT_ONLY)]
     values = given | arguments.to_dict()
     found = {name: values.get(name) for name in (*names, *_SETTINGS)} | {

@@ -32,10 +32,11 @@ def write_self_data(
 
     Args:
         load: loads the model that writes; not called where everything is written.
-        rows: text, chats, or prompts with completions; a prompt that fills `max_length` is left out.
+        rows: text, chats, or prompts with completions; a prompt that fills `max_length`, and a chat whose answer does
+            not end within it, are left out.
 
     Raises:
-        ValueError: if no prompt is left.
+        ValueError: if no prompt is left, or no answer of a chat ended within `max_length`.
     """
     length = training.max_length or 1024
     chats = [_question(row) if "tools" in row else row for row in itertools.islice(rows, count)]
@@ -48,11 +49,16 @@ def write_self_data(
         print(f"self_data: {left_out}, and are left out")
     answers = _written(training, tokenizer, load, [ids for _, ids in kept], length)
     if "tools" in chats[0]:
-        said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
         made = [
-            {**chat, "completion": [{"role": "assistant", "content": text}]}
-            for (chat, _), text in zip(kept, said, strict=True)
+            {**chat, "completion": [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]}
+            for (chat, prompt), ids in zip(kept, answers, strict=True)
+            if len(prompt) + len(ids) < length  # a chat template would end the others too
         ]
+        cut = f"{len(kept) - len(made)} of {len(kept)} answers have not ended within max_length={length}"
+        if not made:
+            raise ValueError(f"self_data: {cut}")
+        if len(made) < len(kept) and training.process_index == 0:
+            print(f"self_data: {cut}, and are left out")
         return Dataset.from_list(made, features=features_of(made[0]))
     training.completion_only_loss = True
     return Dataset.from_list(

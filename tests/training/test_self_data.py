@@ -1,7 +1,9 @@
 """Healing on what the whole model writes itself: that it is the whole model, what is learned, and that it stays."""
 
+import itertools
 import json
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -24,11 +26,16 @@ LENGTH = 64
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("self")
-    recipe.save_model(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(30)  # far from uniform: another model writes something else
-    model.save_pretrained(folder / "model")
+    recipe.save_model(folder / "quiet")
+    for name, loud in (("model", 30), ("brief", 15)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "quiet")
+        with torch.no_grad():
+            head_VD = model.get_output_embeddings().weight
+            head_VD.mul_(loud)  # far from uniform: another model writes something else
+            if name == "brief":  # ends at times
+                head_VD[model.config.eos_token_id] = 0
+        model.save_pretrained(folder / name)
+        recipe.tokenizer().save_pretrained(folder / name)
     recipe.write_rows(folder / "text.jsonl", recipe.text_rows())
     recipe.write_rows(folder / "chat.jsonl", CHATS)
     return folder
@@ -39,7 +46,7 @@ def turn(role, content):
 
 
 CHATS = [
-    *recipe.CHAT[:6],
+    *recipe.CHAT[:12],
     # A chat with two answers, and one that fills the window
     {"messages": [turn("user", "1?"), turn("assistant", "First."), turn("user", "Two?"), turn("assistant", "Second.")]},
     {"messages": [turn("user", "long " * 200), turn("assistant", "Third.")]},
@@ -66,19 +73,17 @@ def written(model, prompts, length, seed):
     return [row[len(prompt) : length] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def made(here, out, name, rows=BATCH + 4, **settings):
+def made(here, out, name, rows=BATCH + 4, model="model", **settings):
     settings = {"max_length": LENGTH, "report_to": "none", "seed": 5} | settings
     training = RecipeConfig(output_dir=str(out), **settings)
-    tokenizer = AutoTokenizer.from_pretrained(here / "model")
+    tokenizer = AutoTokenizer.from_pretrained(here / model)
     arguments = DataArguments(dataset_name=str(here / f"{name}.jsonl"), eval_dataset_name=str(here / f"{name}.jsonl"))
     train, held_out = load_text_or_chats(arguments, "text", 5)
     prepare_chat(training, tokenizer, train)
-    data = write_self_data(
-        training, tokenizer, lambda: AutoModelForCausalLM.from_pretrained(here / "model"), train, rows
-    )
-    model = AutoModelForCausalLM.from_pretrained(here / "model", drop_layers=[1])
+    load = partial(AutoModelForCausalLM.from_pretrained, here / model)
+    data = write_self_data(training, tokenizer, load, train, rows)
     common = {"args": training, "train_dataset": data, "eval_dataset": held_out, "processing_class": tokenizer}
-    return RecipeTrainer(model=model, **common), tokenizer, [row for _, row in zip(range(rows), train, strict=False)]
+    return RecipeTrainer(model=load(drop_layers=[1]), **common), tokenizer, list(itertools.islice(train, rows))
 
 
 def test_the_whole_model_continues_the_texts(tmp_path, here):
@@ -101,30 +106,30 @@ def test_the_whole_model_continues_the_texts(tmp_path, here):
 
 def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(tmp_path, here, capsys):
     count, length = len(CHATS), 320
-    trainer, tokenizer, given = made(
-        here, tmp_path / "out", "chat", count, chat_template_path="chatml", max_length=length
-    )
-    assert "1 of 8 prompts have no token, or all of max_length=320, and are left out" in capsys.readouterr().out
-    whole = AutoModelForCausalLM.from_pretrained(here / "model").eval()
+    settings = {"model": "brief", "chat_template_path": "chatml", "max_length": length}
+    trainer, tokenizer, given = made(here, tmp_path / "out", "chat", count, **settings)
+    said = capsys.readouterr().out
+    assert "1 of 14 prompts have no token, or all of max_length=320, and are left out" in said
+    whole = AutoModelForCausalLM.from_pretrained(here / "brief").eval()
     chats = [row["messages"] for row in given if "long" not in row["messages"][0]["content"]]
-    assert len(chats) == count - 1
+    assert len(chats) == count - 1 <= BATCH
     prompts = [
         tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         for chat in chats
     ]
-    rows = list(trainer.train_dataset)
-    assert len(rows) == len(chats)
-    for first in range(0, len(chats), BATCH):
-        answers = written(whole, prompts[first : first + BATCH], length, 5 + first)
-        for row, chat, prompt, answer in zip(rows[first:], chats[first:], prompts[first:], answers, strict=False):
-            text = tokenizer.decode(answer, skip_special_tokens=True)
-            learned = tokenizer.decode([label for label in row["labels"] if label != -100])
-            assert learned == (text + tokenizer.eos_token)[: len(learned)]
-            assert row["labels"].index(next(label for label in row["labels"] if label != -100)) == len(prompt)
-            assert chat[-1]["content"] not in tokenizer.decode(row["input_ids"])
-    two = next(row for row in rows if "Two?" in tokenizer.decode(row["input_ids"]))
-    assert "First." in tokenizer.decode(two["input_ids"])  # an earlier answer is part of the question
-    assert "First." not in tokenizer.decode([label for label in two["labels"] if label != -100])
+    expected = list(zip(chats, prompts, written(whole, prompts, length, 5), strict=True))
+    ended = [one for one in expected if one[2][-1] == tokenizer.eos_token_id]
+    assert 1 < len(ended) < len(chats)
+    assert f"{len(chats) - len(ended)} of 13 answers have not ended within max_length=320, and are left out" in said
+    for row, (chat, prompt, answer) in zip(trainer.train_dataset, ended, strict=True):
+        learned = [label for label in row["labels"] if label != -100]
+        text = tokenizer.decode(answer, skip_special_tokens=True) + tokenizer.eos_token
+        assert learned == tokenizer(text)["input_ids"][: length - len(prompt)]
+        assert row["input_ids"] == prompt + learned + row["input_ids"][len(prompt) + len(learned) :]
+        assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+        assert chat[-1]["content"] not in tokenizer.decode(row["input_ids"])
+    (asked,) = (prompt for chat, prompt in zip(chats, prompts, strict=True) if len(chat) == 4)
+    assert "First." in tokenizer.decode(asked)  # an earlier answer is part of the question
 
 
 def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
@@ -187,10 +192,11 @@ def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, her
 
 def test_healing_on_chats(tmp_path, here):
     more = ("--dataset_name", here / "chat.jsonl", "--chat_template_path", "chatml", "--max_length", 320)
+    more += ("--model_name_or_path", here / "brief")
     assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0
     found = recipe.metrics(tmp_path / "out")
     assert {"gap", "gap_before", "gap_other", "gap_other_before"} <= found.keys()
-    assert found["train_rows"] == 6  # of 7, one of which fills the window
+    assert found["train_rows"] < 13
     assert "`packing`" not in (tmp_path / "out" / "README.md").read_text()  # False is left out
 
 
@@ -212,7 +218,7 @@ def test_what_was_written_for_other_prompts_is_written_anew(tmp_path, here):
         (("--whole", "none"), "self_data: name the unpruned model, which is to write, with --whole"),
         (
             ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "chatml", "--max_length", 8),
-            "self_data: 7 of 7 prompts have no token",
+            "self_data: 13 of 13 prompts have no token",
         ),
     ],
 )
