@@ -62,7 +62,6 @@ def write_report(
     """
     arguments, state = trainer.args, trainer.state
     since = before.get("global_step", -1)
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     evaluating = sum(
         entry.get("eval_runtime", 0.0) + entry.get("eval_other_runtime", 0.0)
         for entry in state.log_history
@@ -77,7 +76,7 @@ def write_report(
     trainer.save_model()  # first, so that no later error loses the model
     found = trainer.evaluate()
     loss, error = found["eval_loss"], found.get("eval_loss_stderr")
-    start = next((entry for entry in evaluations if entry["step"] == 0), {})
+    start = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": given["recipe"],
