@@ -6,13 +6,15 @@
 Training on text teaches the text, to a whole model as well as to a pruned one. So each way is told against its control:
 the whole model trained in the same way on the same tokens, or, where the whole model itself is the target, the whole
 model as it is. The gap to it, in nats a token, is what the cut still costs. It is measured on held-out text of the
-training kind and on kinds that are never trained on: Python's documentation and the source of its standard library.
+training kind and on kinds that are never trained on: Python's documentation and the source of its standard library,
+which the closed form knows a little, and the files of `--never`, which it does not.
 
 Every run may spend as much: `--budget` forward passes of the pruned model over a batch, of which a step takes one, as
 many again for the gradients of activations and of weights, as far as it needs them, and the whole model's share where
-it teaches. Each way runs from the cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut,
-at each learning rate of its grid, and then, at the one with the least mean gap, with the other seeds. A finished run is
-a line of `--out` and is not repeated.
+it teaches. What the whole model writes before the training is not counted; its time is printed. Each way runs from the
+cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut, at each learning rate of its grid,
+and then, at the one with the least mean gap, with the other seeds. A finished run is a line of `--out` and is not
+repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ import hf_lnscale
 from hf_lnscale.core.display import markdown
 from hf_lnscale.measuring.sample import default_sources, own_text
 from hf_lnscale.measuring.text import Windows, token_batches
+from hf_lnscale.training.self_data import continue_prompts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STARTS = ("closed form", "bare cut")
@@ -51,13 +54,14 @@ class Way(NamedTuple):
         trained: "all", "lora" (on the MLPs, rank 16), or "last" (the output head and the last three layers).
         loss: "text" (cross entropy), or the divergence from the whole model: "forward" KL, "reverse" KL, or "hidden"
             (forward KL, and the squared difference of the last hidden states, by their mean square).
-        own: whether the whole model wrote the text that is trained on.
+        text: "given"; "own", which the whole model wrote from nothing; or "continued", by it after the first eighth of
+            each window of the given text, which is not learned, as with `--self_data` of the recipe.
         rates: peak learning rates.
     """
 
     trained: str
     loss: str
-    own: bool
+    text: str
     rates: tuple[float, ...]
 
     def cost(self, model: Any, whole: Any) -> float:
@@ -71,15 +75,17 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "text, in full": Way("all", "text", False, FULL),
-    "text, LoRA": Way("lora", "text", False, LORA),
-    "text, head and last 3 layers": Way("last", "text", False, HEAD),
-    "the whole model's own text, in full": Way("all", "text", True, FULL),
-    "forward KL, in full": Way("all", "forward", False, FULL),
-    "forward KL, LoRA": Way("lora", "forward", False, LORA),
-    "reverse KL, in full": Way("all", "reverse", False, FULL),
-    "forward KL and hidden states, in full": Way("all", "hidden", False, FULL),
-    "forward KL on its own text, in full": Way("all", "forward", True, FULL),
+    "text, in full": Way("all", "text", "given", FULL),
+    "text, LoRA": Way("lora", "text", "given", LORA),
+    "text, head and last 3 layers": Way("last", "text", "given", HEAD),
+    "the whole model's own text, in full": Way("all", "text", "own", FULL),
+    "self data, in full": Way("all", "text", "continued", FULL),
+    "forward KL, in full": Way("all", "forward", "given", FULL),
+    "forward KL, LoRA": Way("lora", "forward", "given", LORA),
+    "reverse KL, in full": Way("all", "reverse", "given", FULL),
+    "forward KL and hidden states, in full": Way("all", "hidden", "given", FULL),
+    "forward KL on its own text, in full": Way("all", "forward", "own", FULL),
+    "forward KL on self data, in full": Way("all", "forward", "continued", FULL),
 }
 
 
@@ -106,13 +112,14 @@ def trained_parameters(model: Any, way: Way) -> list[torch.nn.Parameter]:
     return list({id(part): part for module in modules for part in module.parameters()}.values())
 
 
-def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean over all predicted tokens, in nats."""
+def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean over all tokens to learn, in nats."""
+    learned_BT = labels_BT[:, 1:] != -100
     with torch.no_grad():
         target = whole(input_ids=ids_BT, output_hidden_states=kind == "hidden")
-        target_log_p = target.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+        target_log_p = target.logits[:, :-1][learned_BT].float().log_softmax(-1)
     found = model(input_ids=ids_BT, output_hidden_states=kind == "hidden")
-    log_p = found.logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+    log_p = found.logits[:, :-1][learned_BT].float().log_softmax(-1)
     pair = (target_log_p, log_p) if kind == "reverse" else (log_p, target_log_p)
     loss = functional.kl_div(*pair, reduction="batchmean", log_target=True)
     if kind == "hidden":
@@ -149,10 +156,14 @@ class Bench:
 
         judged = {"text": [text[cut:]], **default_sources()}
         self.judged = {name: windows(texts, args.judged) for name, texts in judged.items()}
-        own = Path(args.out).with_suffix(f".{self.name}.own.pt")
-        if not own.exists():
-            torch.save(torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len)), own)
-        self.train = {False: windows(self.train_text, count), True: torch.load(own).to(DEVICE)}
+        if args.never:
+            never = [windows([Path(one).read_text(encoding="utf-8")], args.judged // 2) for one in args.never]
+            self.judged["never given"] = torch.cat(never)
+        given = windows(self.train_text, count)
+        self.train = {"given": (given, given)}  # tokens and labels
+        prompts = given[:, : seq_len // 8].tolist()
+        self.written("own", lambda: [torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len))] * 2)
+        self.written("continued", lambda: self.continued(prompts))
         self.starts = {"whole": self.whole}
         bare = copy.deepcopy(self.whole)
         self.starts["bare cut"] = hf_lnscale.drop_layers(bare, args.layers)
@@ -160,6 +171,30 @@ class Bench:
         size = Windows(args.heal_tokens, seq_len)
         hf_lnscale.heal(healed, args.layers, {"text": self.train_text}, tokenizer=self.tokenizer, windows=size)
         self.starts["closed form"] = hf_lnscale.drop_layers(healed, args.layers)
+
+    def written(self, kind: str, write: Callable[[], list[torch.Tensor]]) -> None:
+        """Text to train on that the whole model writes, once: tokens and labels."""
+        path = Path(self.args.out).with_suffix(f".{self.name}.{kind}.pt")
+        if not path.exists() and any(WAYS[way].text == kind for way in self.args.ways):
+            started = time.process_time()
+            torch.save(write(), path)
+            print(f"{kind} text, written in {time.process_time() - started:.0f} core-seconds", flush=True)
+        if path.exists():
+            ids, labels = torch.load(path)
+            self.train[kind] = ids.to(DEVICE), labels.to(DEVICE)
+
+    def continued(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        """The prompts with what the whole model writes after them: one stream, cut into windows, as the recipe does."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for first in range(0, len(prompts), 16):
+            some = prompts[first : first + 16]
+            longest = self.args.seq_len - len(some[0])
+            written = continue_prompts(self.whole, self.tokenizer, some, longest, seed=first)
+            for prompt, continuation in zip(some, written, strict=True):
+                ids += prompt + continuation
+                labels += [-100] * len(prompt) + continuation
+        return [torch.tensor(one).unfold(0, self.args.seq_len, self.args.seq_len) for one in (ids, labels)]
 
     def run(self, way: str, start: str, rate: float = 0.0, seed: int = 0) -> Run:
         return Run(self.name, self.layers, way, start, rate, seed, self.args.budget)
@@ -171,10 +206,10 @@ class Bench:
         return self.run("none", "whole")
 
     def queue(self) -> Iterator[Run]:
-        for start in ("whole", *STARTS):
+        for start in ("whole", *self.args.starts):
             yield self.run("none", start)
         for seed in range(self.args.seeds):
-            for start, way in itertools.product(STARTS, WAYS):
+            for start, way in itertools.product(self.args.starts, self.args.ways):
                 rates = WAYS[way].rates[: self.args.rates] if seed == 0 else [self.best(way, start)]
                 for run in (self.run(way, start, rate, seed) for rate in rates):
                     yield from dict.fromkeys((self.controlled(run), run))
@@ -205,7 +240,7 @@ class Bench:
         # The control takes the steps that the pruned model takes.
         reference = model if way.trained == "lora" else self.starts["bare cut"]
         steps = int(args.budget // way.cost(reference, self.whole))
-        rows = self.train[way.own]
+        rows, labels = self.train[way.text]
         order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * args.batch_size // len(rows)))])
         optimizer = torch.optim.AdamW(trained, lr=run.rate, betas=(0.9, 0.95), weight_decay=0.0)
         model.train()
@@ -214,12 +249,13 @@ class Bench:
             done = (step + 0.5) / steps
             warmup = min(1.0, done / 0.1)
             optimizer.param_groups[0]["lr"] = run.rate * warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-            ids_BT = rows[order[step * args.batch_size : (step + 1) * args.batch_size]]
+            at = order[step * args.batch_size : (step + 1) * args.batch_size]
+            ids_BT, labels_BT = rows[at], labels[at]
             with torch.autocast(DEVICE, torch.bfloat16):
                 if way.loss == "text":
-                    loss = model(input_ids=ids_BT, labels=ids_BT).loss
+                    loss = model(input_ids=ids_BT, labels=labels_BT).loss
                 else:
-                    loss = divergence(model, self.whole, ids_BT, way.loss)
+                    loss = divergence(model, self.whole, ids_BT, labels_BT, way.loss)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -282,6 +318,9 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text")
     parser.add_argument("--rates", type=int, default=2, help="learning rates of each grid to try")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--never", nargs="+", default=[], help="text files of other kinds, judged as one")
     parser.add_argument("--out", default="build/healing_ways.jsonl")
     parser.add_argument("--only-tables", action="store_true", help="print what has been found so far")
     args = parser.parse_args()

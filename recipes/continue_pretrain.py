@@ -17,12 +17,12 @@ converted: its scale is ramped from none to 1/sqrt(l) over the first steps, all 
 `--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from hf_lnscale.training.arguments import (
     TEXT,
+    CheckpointArguments,
     DataArguments,
-    DepthArguments,
     RecipeConfig,
     RecipeParser,
     WarmupArguments,
@@ -34,23 +34,22 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    types = (WarmupArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    types = (WarmupArguments, CheckpointArguments, DataArguments, RecipeConfig)
     # Warmed up and decayed again, which Ibrahim et al. (arXiv 2403.08763) find best for a new text.
     return RecipeParser("continue_pretrain", types, __doc__, prog, **TEXT, learning_rate=5e-5, warmup_steps=0.01)
 
 
 def main(
     warmup: WarmupArguments,
-    depth: DepthArguments,
+    checkpoint: CheckpointArguments,
     data: DataArguments,
-    checkpoint: ModelConfig,
     training: RecipeConfig,
 ) -> None:
-    run = Run("continue_pretrain", training, warmup, depth, data, checkpoint)
+    run = Run("continue_pretrain", training, warmup, checkpoint, data)
     tokenizer = load_tokenizer(checkpoint, training)
     train, held_out = load_text(data, training.dataset_text_field, training.seed)
     trainer = RecipeTrainer(
-        model=load_model(checkpoint, training, depth, warmup),
+        model=load_model(checkpoint, training, warmup),
         args=training,
         train_dataset=train,
         eval_dataset=held_out,

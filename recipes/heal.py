@@ -13,6 +13,11 @@ By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, a
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
+On what the unpruned model writes itself after the beginnings of 2,000 rows, or in answer to them where they are chats:
+
+    python recipes/heal.py --model_name_or_path pruned --whole Qwen/Qwen3-0.6B --dataset_name chats.jsonl \
+        --self_data 2000 --output_dir runs/healed
+
 Training on a text teaches it, whether it heals or not: the run tells the gap to the unpruned model before and after, on
 the text and on text of another kind; with `--control`, to the unpruned model trained equally.
 
@@ -22,18 +27,19 @@ the text and on text of another kind; with `--control`, to the unpruned model tr
 from dataclasses import replace
 from functools import partial
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from hf_lnscale.training.arguments import (
     TEXT,
+    CheckpointArguments,
     DataArguments,
-    DepthArguments,
     RecipeConfig,
     RecipeParser,
     TeacherArguments,
 )
+from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.control import Control
-from hf_lnscale.training.recipe_data import load_text, other_text
+from hf_lnscale.training.recipe_data import load_text_or_chats, other_text
 from hf_lnscale.training.recipe_model import (
     load_model,
     load_teacher,
@@ -42,29 +48,35 @@ from hf_lnscale.training.recipe_model import (
     require_same_tokenizer,
 )
 from hf_lnscale.training.recipe_run import Run, launch
+from hf_lnscale.training.self_data import write_self_data
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    types = (TeacherArguments, DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    types = (TeacherArguments, CheckpointArguments, DataArguments, RecipeConfig)
     # Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well.
     return RecipeParser("heal", types, __doc__, prog, **TEXT, learning_rate=1e-4, warmup_steps=0.05)
 
 
 def main(
     teacher: TeacherArguments,
-    depth: DepthArguments,
+    checkpoint: CheckpointArguments,
     data: DataArguments,
-    checkpoint: ModelConfig,
     training: RecipeConfig,
 ) -> None:
-    run = Run("heal", training, teacher, depth, data, checkpoint)
-    whole = teacher.whole_model(checkpoint.model_name_or_path, depth.layers())
+    run = Run("heal", training, teacher, checkpoint, data)
+    whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
-    require_pruned(checkpoint, training, depth)
+    require_pruned(checkpoint, training)
     if whole and whole != teacher.teacher:
         require_same_tokenizer("whole", whole, tokenizer)
-    train, held_out = load_text(data, training.dataset_text_field, training.seed)
+    train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
+    prepare_chat(training, tokenizer, train)
+    training.packing &= train.column_names == [training.dataset_text_field]  # an answer stays with its question
+    if whole and teacher.self_data:
+        run.mark()
+        load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)
+        train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data)
     options = {
         "args": training,
         "train_dataset": train,
@@ -73,15 +85,15 @@ def main(
         "processing_class": tokenizer,
         "peft_config": get_peft_config(checkpoint),
     }
-    model = load_model(checkpoint, training, depth)
+    model = load_model(checkpoint, training)
     trainer = (
         DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), model=model, **options)
         if teacher.teacher
         else RecipeTrainer(model=model, **options)
     )
     if whole:
-        named = replace(checkpoint, model_name_or_path=whole)
-        load = partial(load_model, named, training, DepthArguments())
+        run.mark()
+        load = partial(load_model, replace(checkpoint, model_name_or_path=whole, drop_layers=None), training)
         run.control = Control(trainer, whole, load, teacher.control, **options)
     run.train(trainer)
 

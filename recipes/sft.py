@@ -19,9 +19,9 @@ In full on eight GPUs:
 `--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
 
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
-from hf_lnscale.training.arguments import DataArguments, DepthArguments, RecipeConfig, RecipeParser
+from hf_lnscale.training.arguments import CheckpointArguments, DataArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.recipe_data import load_conversations
 from hf_lnscale.training.recipe_model import load_model, load_tokenizer
@@ -30,17 +30,17 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    types = (DepthArguments, DataArguments, ModelConfig, RecipeConfig)
+    types = (CheckpointArguments, DataArguments, RecipeConfig)
     return RecipeParser("sft", types, __doc__, prog, num_samples=2)
 
 
-def main(depth: DepthArguments, data: DataArguments, checkpoint: ModelConfig, training: RecipeConfig) -> None:
-    run = Run("sft", training, depth, data, checkpoint)
+def main(checkpoint: CheckpointArguments, data: DataArguments, training: RecipeConfig) -> None:
+    run = Run("sft", training, checkpoint, data)
     tokenizer = load_tokenizer(checkpoint, training)
     train, held_out = load_conversations(data, training.seed)
     prepare_chat(training, tokenizer, train)
     trainer = RecipeTrainer(
-        model=load_model(checkpoint, training, depth),
+        model=load_model(checkpoint, training),
         args=training,
         train_dataset=train,
         eval_dataset=held_out,

@@ -57,6 +57,8 @@ def main(folder):
     heal = [*words, "--drop_layers", 1, "--teacher", f"{folder}/scaled"]
     assert recipe.run("continue_pretrain", *words, "--output_dir", f"{folder}/ddp") == 0
     assert recipe.run("heal", *heal, "--output_dir", f"{folder}/ddp-heal") == 0
+    own = [*words, "--drop_layers", 1, "--self_data", 40]
+    assert recipe.run("heal", *own, "--output_dir", f"{folder}/ddp-self") == 0
     apart = [*words, "--packing_strategy", "bfd", "--dataset_streaming", "--per_device_eval_batch_size", 4]
     assert recipe.run("continue_pretrain", *apart, "--output_dir", f"{folder}/ddp-apart") == 0
     pretrain = [*words[:-2], "--num_hidden_layers", 2, "--vocab_size", 300]
@@ -64,6 +66,7 @@ def main(folder):
     fsdp2_on_cpu()
     assert recipe.run("continue_pretrain", *words, "--output_dir", f"{folder}/fsdp2", "--save_steps", 3) == 0
     assert recipe.run("heal", *heal, "--output_dir", f"{folder}/fsdp2-heal") == 0
+    assert recipe.run("heal", *own, "--output_dir", f"{folder}/fsdp2-self") == 0
     control = [*words, "--drop_layers", 1, "--control"]
     assert recipe.run("heal", *control, "--output_dir", f"{folder}/fsdp2-control") == 0
     resumed = ["--output_dir", f"{folder}/fsdp2-resumed", "--resume_from_checkpoint", f"{folder}/fsdp2/checkpoint-3"]

@@ -26,7 +26,7 @@ from .names import locate, read_config
 LEFT_OUT = [
     ".*", "*/.*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "optimizer.*", "scheduler.*", "scaler.*",
     "rng_state*", "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py", "*.lock", "*.partial",
-    "README.md", "__pycache__/*", "run.json", "samples.jsonl",
+    "README.md", "__pycache__/*", "run.json", "samples.jsonl", "self_data/*",
 ]  # fmt: skip
 _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 

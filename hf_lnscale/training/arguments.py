@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch
 import trl
 from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
-from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from .scripts import find_config
 from .shapes import SHAPES
@@ -38,13 +38,10 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
     )
     dataset_test_split: str | None = option(  # type: ignore[assignment]
         None,
-        "Split to evaluate on: of a dataset on the Hub, or of a folder with files of that name. Without one, and for a "
-        "file, rows are held out of training.",
+        "Split to evaluate on, of the Hub or of a folder with files of that name; otherwise rows are held out.",
     )
     eval_dataset_name: str | None = option(None, "Name or path of other data to evaluate on.")
-    eval_samples: int = option(
-        256, "Rows to evaluate on. Those held out of training are at most a tenth of all rows, but at least one."
-    )
+    eval_samples: int = option(256, "Rows to evaluate on; held out of training, at most a tenth, but at least one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -64,9 +61,7 @@ class PretrainArguments:
     shape: str = option("demo", "Sizes of the model: one of the paper's, or a small one.", choices=list(SHAPES))
     family: str = option("llama", "Family of the model, a model_type such as llama, qwen3 or gemma2.")
     config_name: str | None = option(None, "Folder or name on the Hub of a config, in place of family and shape.")
-    tokenizer_name: str | None = option(
-        None, "Folder or name on the Hub; without one, a byte-level BPE is trained on the start of the data."
-    )
+    tokenizer_name: str | None = option(None, "Folder or name on the Hub; by default a BPE is trained on the data.")
     vocab_size: int = option(4096, "Vocabulary of the tokenizer that is trained.")
     hidden_size: int | None = option(None, "Overrides the shape's, as do all the following.")
     intermediate_size: int | None = option(None, "Width of the MLP.")
@@ -76,29 +71,33 @@ class PretrainArguments:
     head_dim: int | None = option(None, "Size of a head.")
     ln_scaling: bool = option(True, "LayerNorm Scaling; without it, the plain Pre-LN model.")
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:  # from YAML
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
 
 @dataclass
-class DepthArguments:
-    """Layers of the checkpoint to train."""
+class CheckpointArguments(ModelConfig):
+    """The checkpoint to train."""
 
     drop_layers: list[str] | None = option(
         None, "Layers to leave out of the checkpoint, as in --drop_layers 12 14, or the path of a pruning plan."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
         # YAML has numbers where the command line has strings; both are the same run.
         self.drop_layers = [str(layer) for layer in self.drop_layers] if self.drop_layers else None
 
     def layers(self) -> list[int] | str | None:
         """The layers to drop: indices, the path of a plan, or None."""
-        words = self.drop_layers
-        if not words:
-            return None
-        if all(word.lstrip("-").isdigit() for word in words):
-            return [int(word) for word in words]
-        if len(words) > 1:
-            raise ValueError(f"drop_layers: {words} are neither layer indices nor the path of one pruning plan")
-        return words[0]
+        words = self.drop_layers or []
+        try:
+            return [int(word) for word in words] or None
+        except ValueError:
+            if len(words) == 1:
+                return words[0]
+        raise ValueError(f"drop_layers: {words} are neither layer indices nor the path of one pruning plan")
 
 
 @dataclass
@@ -107,8 +106,7 @@ class WarmupArguments:
 
     ln_scaling: bool = option(
         False,
-        "Convert the checkpoint from Pre-LN to LayerNorm Scaling: the exponent is ramped up from 0 to 1/2 during the "
-        "warmup. In our measurements the loss ended higher than without.",
+        "Convert the checkpoint from Pre-LN to LNS during a warmup; in our measurements the loss ended higher with it.",
     )
     ln_scaling_warmup_steps: int = option(1000, "Steps of the ramp, all of which must lie in the run.")
     ln_scaling_schedule: str = option("linear", "Shape of the ramp.", choices=["linear", "cosine"])
@@ -120,39 +118,45 @@ class TeacherArguments:
 
     teacher: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; without one, or with "
-        "none, only the text is learned.",
+        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; none: only the text.",
     )
     teacher_dtype: str = option(
         "auto", "Dtype of the teacher's weights; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
     )
-
     whole: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to tell the gap to it before and after; by default the "
-        "teacher or, with --drop_layers, the checkpoint itself; none: tell no gap.",
+        "The unpruned model, to tell the gap to; by default the teacher, or the checkpoint itself with --drop_layers; "
+        "none: tell no gap.",
     )
-    control: bool = option(
-        False, "Train the unpruned model equally first, which takes as long again, and tell the gap to that."
+    control: bool = option(False, "Train the unpruned model equally first, which takes as long, and tell that gap.")
+    self_data: int = option(
+        0,
+        "Train on so many rows in which the unpruned model itself continues a text, or answers a chat; 0: on the data.",
     )
 
     def __post_init__(self) -> None:
-        if str(self.teacher).lower() in ("none", ""):  # overrides the one that a config names
-            self.teacher = None
+        self.teacher = _named(self.teacher)  # none overrides the one that a config names
+        if self.self_data < 0:
+            raise ValueError(f"self_data must be a number of rows, or 0, got {self.self_data}")
 
     def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
         """The name of the unpruned model, if it is known.
 
         Raises:
-            ValueError: if it is to be trained and is not known, or is what the pruned one learns from.
+            ValueError: if it is to be trained or to write and is not known, or is to be trained and teaches.
         """
+        whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
             raise ValueError("control: a model that learns from the unpruned one is compared with that; leave one out")
-        found = self.whole or self.teacher or (checkpoint if layers else None)
-        found = None if str(found).lower() in ("none", "") else found
-        if self.control and not found:
+        if self.control and not whole:
             raise ValueError("control: name the unpruned model to train with --whole")
-        return found
+        if self.self_data and not whole:
+            raise ValueError("self_data: name the unpruned model, which is to write, with --whole")
+        return whole
+
+
+def _named(name: str | None) -> str | None:
+    return None if str(name).lower() in ("none", "") else name
 
 
 @dataclass
@@ -167,7 +171,7 @@ class RecipeConfig(SFTConfig):
     eval_on_start: bool = option(True, "Evaluate before the first step too, for comparison.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
     resume_from_checkpoint: str | None = option(
-        None, "true: continue from the last checkpoint in the output folder, if there is one; or the path of one."
+        None, "true: continue from the last checkpoint in the output folder, if any; or the path of one."
     )
     learning_rate: float | None = option(2e-5, "Peak; for pretrain by default the paper's.")  # type: ignore[assignment]
     assistant_only_loss: bool | None = option(  # type: ignore[assignment]
@@ -181,12 +185,10 @@ class RecipeConfig(SFTConfig):
     )
     early_stopping_patience: int = option(
         0,
-        "Stop after this many evaluations in a row without a lower loss, and keep the best checkpoint; 0: off. Needs "
-        "--eval_strategy; checkpoints are saved whenever the model is evaluated.",
+        "Stop after this many evaluations without a lower loss, and keep the best checkpoint; 0: off. Needs "
+        "--eval_strategy.",
     )
-    depth_stats_steps: int = option(
-        100, "Steps between measurements of each layer's residual variance, gradient norm and angular distance; 0: off."
-    )
+    depth_stats_steps: int = option(100, "Steps between measurements over depth (docs/depth-stats.md); 0: off.")
     # Filled in by `launch`: the command line, and whether training has begun, from when on errors show their traceback.
     command: list[str] = field(default_factory=list, init=False)
     begun: bool = field(default=False, init=False)
@@ -196,9 +198,8 @@ class RecipeConfig(SFTConfig):
         self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.dataloader_pin_memory &= torch.cuda.is_available()
         if self.early_stopping_patience:
-            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience needs --eval_strategy steps or epoch")
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
@@ -239,8 +240,9 @@ class RecipeParser(TrlParser):
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Parses the command line and the YAML file after `--config`, whose values the command line overrides."""
-        words = [part for word in args or () for part in (word.split("=", 1) if word[:9] == "--config=" else [word])]
-        if "--config" in words[:-1]:
-            at = words.index("--config") + 1
-            words[at] = str(find_config(self.recipe, words[at]))
+        with_config = ArgumentParser(add_help=False, allow_abbrev=False)
+        with_config.add_argument("--config")
+        given, words = with_config.parse_known_args(None if args is None else list(args))
+        if given.config is not None:
+            words += ["--config", str(find_config(self.recipe, given.config))]
         return cast(tuple[Any, ...], super().parse_args_and_config(words, **kwargs))

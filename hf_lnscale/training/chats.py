@@ -14,12 +14,6 @@ from ..core.json_file import parse
 from .arguments import RecipeConfig
 from .scripts import recipes_folder
 
-_EXTRAS = {"tools": Value("string"), "chat_template_kwargs": Json()}
-CHAT_FEATURES = {
-    "messages": Features({"messages": List(Json()), **_EXTRAS}),
-    "prompt and completion of messages": Features({"prompt": List(Json()), "completion": List(Json()), **_EXTRAS}),
-    "prompt and completion": Features({"prompt": Value("string"), "completion": Value("string")}),
-}
 # Names of roles in ShareGPT and other formats.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -29,49 +23,53 @@ ROLES = {
 _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
 
-def _format(row: dict[str, Any], where: str, columns: list[str] | None) -> tuple[tuple[str, ...], str]:
-    """The columns of the first format that the row has completely, and the key of `CHAT_FEATURES` that it becomes."""
+def to_chat(row: dict[str, Any], where: str, columns: list[str] | None = None) -> dict[str, Any]:
+    """Converts a row to a chat (messages, or prompt and completion of messages, with the columns `tools` and
+    `chat_template_kwargs`), or to a prompt and completion of text; `where` locates it in error messages."""
+    given = _first_format(row, where, columns)
+    if isinstance(given.get("prompt"), str):
+        if not isinstance(given["completion"], str):
+            raise ValueError(f"dataset_name: {where}: completion is not text, but {given['completion']!r}")
+        return given
+    if "instruction" in given:
+        question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+        turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
+        given = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
+    chat: dict[str, Any] = {
+        "messages" if name == "conversations" else name: _messages(value, f"{where}: {name}")
+        for name, value in given.items()
+    }
+    if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
+        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
+    tools = _decoded(row.get("tools") or None, f"{where}: tools")
+    keywords = row.get("chat_template_kwargs") or {}
+    return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """What a converted row holds, in words."""
+    names = [name for name in row if name not in ("tools", "chat_template_kwargs")]
+    return " and ".join(names) + (" of messages" if "tools" in row and "prompt" in row else "")
+
+
+def features_of(row: dict[str, Any]) -> Features:
+    """The types of a converted row's columns."""
+    types = {"tools": Value("string"), "chat_template_kwargs": Json()}
+    others = List(Json()) if "tools" in row else Value("string")
+    return Features({name: types.get(name, others) for name in row})
+
+
+def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
+    """The columns of the first format that the row has completely."""
     for names in _FORMATS:
         if all((not columns or name in columns) and row.get(name) is not None for name in names):
-            if "prompt" not in names:
-                return names, "messages"
-            return names, "prompt and completion" + (" of messages" if isinstance(row["prompt"], list) else "")
+            return {name: row[name] for name in names}
     hint = "; for raw text there is continue_pretrain.py" if isinstance(row.get("text"), str) else ""
     has = ", ".join(str(name) for name, value in row.items() if value is not None) or "nothing"
     raise ValueError(
         f"dataset_name: {where} has columns {has}; sft.py reads 'messages', 'conversations', 'prompt' and "
         f"'completion', or 'instruction' and 'output'{hint}"
     )
-
-
-def chat_kind(row: dict[str, Any], where: str, columns: list[str] | None = None) -> str:
-    """The key of `CHAT_FEATURES` that a row is converted to."""
-    return _format(row, where, columns)[1]
-
-
-def to_chat(row: dict[str, Any], where: str, kind: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to one with the columns of `CHAT_FEATURES[kind]`; `where` locates it in error messages."""
-    names, found = _format(row, where, columns)
-    if found != kind:
-        raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
-    given = {name: row[name] for name in names}
-    if kind == "prompt and completion":
-        for name, text in given.items():
-            if not isinstance(text, str):
-                raise ValueError(f"dataset_name: {where}: {name} is not text, but {text!r}")
-        return given
-    if names == ("instruction", "output"):
-        question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
-        turns = [("system", row.get("system")), ("user", question), ("assistant", row["output"])]
-        given = {"messages": [{"role": role, "content": text} for role, text in turns if role != "system" or text]}
-    elif names == ("conversations",):
-        given = {"messages": row["conversations"]}
-    chat: dict[str, Any] = {name: _messages(value, f"{where}: {name}") for name, value in given.items()}
-    if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
-        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
-    tools = _decoded(row.get("tools") or None, f"{where}: tools")
-    keywords = row.get("chat_template_kwargs") or {}
-    return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -130,7 +128,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     # As an object: templates that write JSON would quote a text once more.
     arguments = _decoded(function.get("arguments") or {}, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
-    return {**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named}
+    return {"type": "function", "function": named} | ({"id": call["id"]} if call.get("id") else {})
 
 
 def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
@@ -143,7 +141,7 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
     """
     if training.chat_template_path == "chatml":
         training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
-    is_chat = not {"messages", "tools"}.isdisjoint(train.column_names)
+    is_chat = "tools" in train.column_names
     if training.assistant_only_loss is None:
         training.assistant_only_loss = is_chat
     if not is_chat:
@@ -164,10 +162,8 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
         try:
             get_training_chat_template(tokenizer)
         except ValueError:
-            raise ValueError(
-                f"{shown} does not say which tokens are the assistant's; {advice}, or learn all tokens with "
-                "--assistant_only_loss false"
-            ) from None
+            problem = f"{shown} does not say which tokens are the assistant's"
+            raise ValueError(f"{problem}; {advice}, or learn all with --assistant_only_loss false") from None
     rows = train if isinstance(train, Dataset) else itertools.islice(train, 1000)
     if any(_uses_tools(row) for row in rows) and not supports_tool_calling(tokenizer):
         raise ValueError(f"{shown} drops tool calls, and the data has some; {advice}")

@@ -55,10 +55,8 @@ class Control(TrainerCallback):
         if self.path.is_file():
             kept = read_object(self.path)
             if train and kept["length"] != self.length:
-                raise ValueError(
-                    f"control: the unpruned model was trained for another length, {kept['length']} in place of "
-                    f"{self.length} steps and epochs; keep it, or choose another --output_dir"
-                )
+                lengths = f"{kept['length']} in place of {self.length} steps and epochs"
+                raise ValueError(f"control: the unpruned model was trained for another length, {lengths}; keep that")
             self.rows = {
                 who: {text: Rows(*map(_tensor, parts)) for text, parts in texts.items()}
                 for who, texts in kept["rows"].items()
@@ -78,8 +76,6 @@ class Control(TrainerCallback):
                 whole.accelerator.prepare_model(whole.model, evaluation_mode=True)
             whole.evaluate()
             self.rows["whole"] = whole.rows
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

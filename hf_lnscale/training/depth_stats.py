@@ -258,9 +258,8 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
         if (match := _KEY.fullmatch(key))
     }
     if not found:
-        raise ArgumentError(
-            "run", problem=f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
-        )
+        problem = f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
+        raise ArgumentError("run", problem=problem)
     steps = sorted({step for step, _, _ in found})
     num_layers = 1 + max(layer for _, _, layer in found)
     tensors = {measure: torch.full((len(steps), num_layers), math.nan, dtype=torch.float64) for measure in MEASURES}

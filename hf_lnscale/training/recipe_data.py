@@ -10,18 +10,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow.parquet
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import remove_none_values
 
 from .._version import __version__
 from ..measuring import sample
 from .arguments import DataArguments
-from .chats import CHAT_FEATURES, chat_kind, parse_json, to_chat
+from .chats import features_of, kind_of, parse_json, to_chat
 
 # A text file in a folder is one document, unless it is larger than this many bytes. A larger file, and one that is
 # named by itself, is cut into rows of LINES_A_ROW lines, since rows are what is shuffled and held out.
@@ -30,9 +30,7 @@ LINES_A_ROW = 100
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 Row = dict[str, Any]
-Convert = Callable[..., "Row | None"]
-# Maps the first row of a dataset, its location, and the columns to read to a converter of rows and its features.
-Prepare = Callable[[Row, str, "list[str] | None"], tuple[Convert, Features]]
+Convert = Callable[..., "Row | None"]  # of a row, its location, and the columns to read; None: nothing is left of it
 Split = tuple[Any, Any]  # data to train on, data to evaluate on
 
 
@@ -43,12 +41,8 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
         ValueError: for a row without text in the column, or no row at all; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
-
-    def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
-        source = columns[0] if columns and column not in columns else column
-        return partial(_to_text, source=source, column=column), Features({column: Value("string")})
-
-    return _load_split(arguments, seed, prepare, lambda: Dataset.from_dict({column: sample.documents()}))
+    convert = partial(_to_text, column=column)
+    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
 
 
 def load_conversations(arguments: DataArguments, seed: int) -> Split:
@@ -57,12 +51,13 @@ def load_conversations(arguments: DataArguments, seed: int) -> Split:
     Raises:
         ValueError, FileNotFoundError: as `load_text`.
     """
+    return _load_split(arguments, seed, to_chat, lambda: Dataset.from_list(sample.conversations()))
 
-    def prepare(first: Row, where: str, columns: list[str] | None) -> tuple[Convert, Features]:
-        kind = chat_kind(first, where, columns)
-        return partial(to_chat, kind=kind, columns=columns), CHAT_FEATURES[kind]
 
-    return _load_split(arguments, seed, prepare, lambda: Dataset.from_list(sample.conversations()))
+def load_text_or_chats(arguments: DataArguments, column: str, seed: int) -> Split:
+    """As `load_text` for rows with such a column, or if no data is named; otherwise as `load_conversations`."""
+    convert = partial(_to_text_or_chat, column=column)
+    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
 
 
 def other_text(arguments: DataArguments, column: str) -> Dataset:
@@ -82,8 +77,9 @@ def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterabl
         characters -= len(row[column])
 
 
-def _to_text(row: Row, where: str, source: str, column: str) -> Row | None:
+def _to_text(row: Row, where: str, columns: list[str] | None, column: str) -> Row | None:
     """The text of a row; None if it is empty, since the row would be only an end-of-text token."""
+    source = columns[0] if columns and column not in columns else column
     if source not in row:
         raise ValueError(f"dataset_text_field: {where} has no column {source!r}; it has {', '.join(map(str, row))}")
     text = row[source]
@@ -92,38 +88,37 @@ def _to_text(row: Row, where: str, source: str, column: str) -> Row | None:
     return {column: text} if text else None
 
 
-def _load_split(arguments: DataArguments, seed: int, prepare: Prepare, in_python: Callable[[], Dataset]) -> Split:
+def _to_text_or_chat(row: Row, where: str, columns: list[str] | None, column: str) -> Row | None:
+    is_text = column in row or (columns and isinstance(row.get(columns[0]), str))
+    return _to_text(row, where, columns, column) if is_text else to_chat(row, where, columns)
+
+
+def _load_split(arguments: DataArguments, seed: int, convert: Convert, in_python: Callable[[], Dataset]) -> Split:
     """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows taken out of training."""
     name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
     parts = arguments.datasets
     if name:
         parts = [DatasetConfig(name, arguments.dataset_config, split=arguments.dataset_train_split)]
     shown = ", ".join(repr(part.path) for part in parts) or "the text that comes with Python"
-    train = _mixture(parts, arguments.streaming, prepare, test if name else None, seed) if parts else in_python()
+    train = _mixture(parts, arguments.streaming, convert, test if name else None, seed) if parts else in_python()
     if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
         configuration = arguments.dataset_config if other == name else None
         part = DatasetConfig(other, configuration, split=test or "train")
-        return train, _first(_load(part, arguments.streaming, prepare), wanted)
+        return train, _first(_load(part, arguments.streaming, convert), wanted)
     if isinstance(train, IterableDataset):
         rest = train.skip(wanted)
         if next(iter(rest), None) is None:
-            raise ValueError(
-                f"eval_samples: the first {wanted} rows of {shown} are held out, and no other is left to train on; "
-                "lower --eval_samples, or do not stream"
-            )
+            raise ValueError(f"eval_samples: {shown} has {wanted} rows or fewer, and no other is left to train on")
         return rest, _first(train, wanted)
     if len(train) < 2:
-        raise ValueError(
-            f"dataset_name: {shown} has a single row, of which none can be held out to evaluate on; name other data "
-            "with --eval_dataset_name"
-        )
+        raise ValueError(f"dataset_name: {shown} has a single row; name data to evaluate on with --eval_dataset_name")
     both = train.train_test_split(test_size=min(wanted, max(1, len(train) // 10)), seed=seed)
     return both["train"], both["test"]
 
 
-def _mixture(parts: list[DatasetConfig], streaming: bool, prepare: Prepare, test: str | None, seed: int) -> Any:
+def _mixture(parts: list[DatasetConfig], streaming: bool, convert: Convert, test: str | None, seed: int) -> Any:
     """Concatenates datasets, or samples by their fractions, without replacement, until one is exhausted."""
-    loaded = [_load(part, streaming, prepare, test) for part in parts]
+    loaded = [_load(part, streaming, convert, test) for part in parts]
     if len({tuple(data.features) for data in loaded}) > 1:
         kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
         raise ValueError(f"datasets: all must be of one kind; {'; '.join(kinds)}")
@@ -141,33 +136,31 @@ def _first(data: Any, rows: int) -> Dataset:
     return Dataset.from_list(list(itertools.islice(data, rows)), features=data.features)
 
 
-def _load(part: DatasetConfig, streaming: bool, prepare: Prepare, test: str | None = None) -> Any:
+def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | None = None) -> Any:
     """Loads one dataset with its rows converted, without the files of the split `test`."""
-    path, name = Path(part.path), repr(part.path)
-    files, raw, where = [], None, f"row 1 of {name}"
+    path, raw = Path(part.path), None
+    given: dict[str, Any] = {"convert": partial(convert, columns=part.columns)}
     if path.exists() and not _is_saved(path):
         files = _files(path, part.split, test)
-        where, first = next(itertools.chain.from_iterable(map(_read, files)), (name, None))
+        given["files"], given["whole"] = files, [path.is_dir()] * len(files)
+        given["changed"] = [file.stat().st_mtime_ns for file in files]  # part of the cache key too
+        first = next(_rows(**given), None)
     else:
         raw = _load_raw(part, streaming)
-        first = next(iter(raw), None)
+        given |= {"name": repr(part.path), "typed": "Json(" not in repr(raw.features)}
+        first = next(_raw_rows(enumerate(raw), **given), None)
     if first is None:
-        raise ValueError(f"dataset_name: {name} is empty")
-    convert, features = prepare(first, where, part.columns)
+        raise ValueError(f"dataset_name: {part.path!r} is empty, or has no row with text")
     # The version is part of the cache key: another release may convert rows differently.
-    given = {"convert": convert, "version": __version__}
+    given |= {"kind": kind_of(first), "version": __version__}
+    features = features_of(first)
     if raw is None:
         make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        data = make(_rows, gen_kwargs={"files": files, **given}, features=features)
-    else:
-        given |= {"name": name, "columns": list(features), "typed": "Json(" not in repr(raw.features)}
-        data = raw.map(
-            _convert_batch, batched=True, with_indices=True, remove_columns=list(first), features=features,
-            fn_kwargs=given,
-        )  # fmt: skip
-    if next(iter(data), None) is None:
-        raise ValueError(f"dataset_name: {name} has no row with text")
-    return data
+        return make(_rows, gen_kwargs=given, features=features)
+    return raw.map(
+        _convert_batch, batched=True, with_indices=True, remove_columns=list(next(iter(raw))), features=features,
+        fn_kwargs={"columns": list(first), **given},
+    )  # fmt: skip
 
 
 def _load_raw(part: DatasetConfig, streaming: bool) -> Any:
@@ -186,12 +179,27 @@ def _load_raw(part: DatasetConfig, streaming: bool) -> Any:
     return data.to_iterable_dataset() if streaming else data
 
 
-def _convert_batch(batch: dict[str, list[Any]], indices: list[int], convert: Convert, name: str, columns: list[str],
-                   version: str, typed: bool) -> dict[str, list[Any]]:  # fmt: skip
-    rows: Iterable[Row] = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    rows = map(_without_nulls, rows) if typed else rows
-    found = (convert(row, f"row {index + 1} of {name}") for index, row in zip(indices, rows, strict=True))
-    kept = [row for row in found if row is not None]
+def _converted(rows: Iterable[tuple[str, Row]], convert: Convert, kind: str | None) -> Iterator[Row]:
+    """What is kept of rows with their locations, all of one kind, that of the first if it is given."""
+    for where, row in rows:
+        if (converted := convert(row, where)) is not None:
+            if kind not in (None, found := kind_of(converted)):
+                raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
+            yield converted
+
+
+def _raw_rows(
+    rows: Iterable[tuple[int, Row]], name: str, typed: bool, convert: Convert, kind: str | None = None
+) -> Iterator[Row]:
+    clean = _without_nulls if typed else dict
+    return _converted(((f"row {index + 1} of {name}", clean(row)) for index, row in rows), convert, kind)
+
+
+def _convert_batch(
+    batch: dict[str, list[Any]], indices: list[int], columns: list[str], version: str, **given: Any
+) -> dict[str, list[Any]]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    kept = list(_raw_rows(zip(indices, rows, strict=True), **given))
     return {column: [row[column] for row in kept] for column in columns}
 
 
@@ -204,23 +212,15 @@ def _without_nulls(row: Row) -> Row:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-class _File(NamedTuple):
-    """A file to read. Its size and modification time are part of the cache key."""
-
-    path: str
-    size: int
-    changed: int
-    whole: bool  # part of a folder, in which a text file is one document
-
-
 def _kind(path: Path) -> str | None:
     return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
-def _files(path: Path, split: str, test: str | None) -> list[_File]:
+def _files(path: Path, split: str, test: str | None) -> list[Path]:
     """The files of a split: those named after it or in a folder of its name, else all but those of the test split."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
+    files = [path]
     if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
         files = [file for file in files if _in_split(file, path, split)] or [
             file for file in files if test is None or not _in_split(file, path, test)
         ]
@@ -228,8 +228,7 @@ def _files(path: Path, split: str, test: str | None) -> list[_File]:
     if len(kinds) != 1 or None in kinds:
         what = "mixes, or is not one of," if kinds else "holds none of"
         raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
-    stats = [(file.resolve(), file.stat()) for file in files]
-    return [_File(str(file), stat.st_size, stat.st_mtime_ns, path.is_dir()) for file, stat in stats]
+    return [file.resolve() for file in files]
 
 
 def _in_split(file: Path, folder: Path, split: str) -> bool:
@@ -241,23 +240,22 @@ def _has_split(path: Path, split: str) -> bool:
     """Whether there is such a split: a file has none, a folder if files or a folder in it are named after it."""
     if _is_saved(path):
         return (path / split).is_dir()
-    return not path.exists() or (path.is_dir() and any(_in_split(file, path, split) for file in path.rglob("*")))
+    return not path.exists() or any(_in_split(file, path, split) for file in path.rglob("*"))
 
 
 def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _rows(files: list[_File], convert: Convert, version: str) -> Iterator[Row]:
-    for file in files:
-        for where, row in _read(file):
-            if (converted := convert(row, where)) is not None:
-                yield converted
+def _rows(
+    files: list[Path], whole: list[bool], changed: list[int], convert: Convert,
+    kind: str | None = None, version: str = "",
+) -> Iterator[Row]:  # fmt: skip
+    return _converted(itertools.chain.from_iterable(map(_read, files, whole)), convert, kind)
 
 
-def _read(file: _File) -> Iterator[tuple[str, Row]]:
+def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
     """The rows of a file, each with its location for error messages."""
-    path = Path(file.path)
     kind, name = _kind(path), repr(path.name)
     try:
         if kind == "parquet":
@@ -275,7 +273,7 @@ def _read(file: _File) -> Iterator[tuple[str, Row]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
                     yield where, row
-            elif file.whole and file.size <= LARGE_FILE:
+            elif whole and path.stat().st_size <= LARGE_FILE:
                 yield name, {"text": lines.read()}
             else:
                 while block := "".join(itertools.islice(lines, LINES_A_ROW)):

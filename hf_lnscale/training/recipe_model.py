@@ -9,53 +9,53 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
-from trl import ModelConfig, get_quantization_config
+from trl import get_quantization_config
 
 from ..checkpoints.names import locate
 from ..core.errors import CheckpointError
 from ..core.families import family_of
 from ..core.record import get_ln_scaling, record
 from ..core.warnings import warn
-from .arguments import DepthArguments, RecipeConfig, WarmupArguments
+from .arguments import CheckpointArguments, RecipeConfig, WarmupArguments
 
 
-def load_tokenizer(model: ModelConfig, training: RecipeConfig) -> Any:
+def load_tokenizer(checkpoint: CheckpointArguments, training: RecipeConfig) -> Any:
     """Loads the tokenizer of the checkpoint to train, after checking its name and its family."""
-    name = model.model_name_or_path
+    name = checkpoint.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
     _require_folder("model_name_or_path", name)
     locate(name)  # refuses adapters
-    family_of(_config(model, training))
-    return AutoTokenizer.from_pretrained(name, **_common(model, training))
+    family_of(_config(checkpoint, training))
+    return AutoTokenizer.from_pretrained(name, **_source(checkpoint, training))
 
 
 def load_model(
-    model: ModelConfig, training: RecipeConfig, depth: DepthArguments, warmup: WarmupArguments | None = None
+    checkpoint: CheckpointArguments, training: RecipeConfig, warmup: WarmupArguments | None = None
 ) -> PreTrainedModel:
     """Loads the checkpoint to train.
 
     A Pre-LN checkpoint that `warmup` converts to LayerNorm Scaling starts at step 0 of the warmup, where the scale is
     still 1.
     """
-    name = model.model_name_or_path
-    kwargs: dict[str, Any] = {"drop_layers": depth.layers()}
-    if warmup is not None and warmup.ln_scaling and not get_ln_scaling(_config(model, training)):
-        kwargs["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
+    name = str(checkpoint.model_name_or_path)
+    options = {"drop_layers": checkpoint.layers(), "dtype": checkpoint.dtype, **_source(checkpoint, training)}
+    if warmup is not None and warmup.ln_scaling and not get_ln_scaling(_config(checkpoint, training)):
+        options["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
         warn(
             f"ln_scaling: {name!r} was trained without it. In our measurements a converted model ended worse than one "
             "that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
         )
-    if quantization := get_quantization_config(model):
-        if not model.use_peft:
+    if quantization := get_quantization_config(checkpoint):
+        if not checkpoint.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
-        kwargs["quantization_config"] = quantization
-        if model.load_in_4bit and not torch.accelerator.is_available():
+        options["quantization_config"] = quantization
+        if checkpoint.load_in_4bit and not torch.accelerator.is_available():
             # On a CPU, bitsandbytes repacks 4-bit weights for an evaluation, and no gradient passes them afterwards.
             print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
-    kwargs |= {"dtype": model.dtype, "attn_implementation": model.attn_implementation, **_common(model, training)}
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(str(name), **kwargs))
+    attention = checkpoint.attn_implementation
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, **options))
 
 
 def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
@@ -74,10 +74,8 @@ def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
     except (OSError, ValueError):  # a folder without one
         return
     if vocabulary != tokenizer.get_vocab():
-        raise ValueError(
-            f"{argument}: the tokenizer of {name!r}, of {len(vocabulary)} tokens, is not the student's, of "
-            f"{len(tokenizer)}; they must be the same"
-        )
+        theirs = f"the tokenizer of {name!r}, of {len(vocabulary)} tokens"
+        raise ValueError(f"{argument}: {theirs}, is not the student's, of {len(tokenizer)}")
 
 
 def _require_folder(argument: str, name: str) -> None:
@@ -86,22 +84,20 @@ def _require_folder(argument: str, name: str) -> None:
         raise ValueError(f"{argument}: there is no folder {name!r}")
 
 
-def require_pruned(model: ModelConfig, training: RecipeConfig, depth: DepthArguments) -> None:
+def require_pruned(checkpoint: CheckpointArguments, training: RecipeConfig) -> None:
     """Refuses a checkpoint that keeps all its layers: there would be nothing to heal."""
-    if not depth.layers() and record(_config(model, training)).dropped is None:
-        raise ValueError(
-            f"{model.model_name_or_path!r} has all its layers; give --drop_layers, or a checkpoint that "
-            "hf-lnscale prune wrote"
-        )
+    if not checkpoint.layers() and record(_config(checkpoint, training)).dropped is None:
+        name = checkpoint.model_name_or_path
+        raise ValueError(f"{name!r} has all its layers; give --drop_layers, or what hf-lnscale prune wrote")
 
 
-def _common(model: ModelConfig, training: RecipeConfig) -> dict[str, Any]:
-    return {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+def _source(checkpoint: CheckpointArguments, training: RecipeConfig) -> dict[str, Any]:
+    return {"revision": checkpoint.model_revision, "trust_remote_code": training.trust_remote_code}
 
 
-def _config(model: ModelConfig, training: RecipeConfig) -> Any:
-    name = str(model.model_name_or_path)
+def _config(checkpoint: CheckpointArguments, training: RecipeConfig) -> Any:
+    name = str(checkpoint.model_name_or_path)
     try:
-        return AutoConfig.from_pretrained(name, **_common(model, training))
+        return AutoConfig.from_pretrained(name, **_source(checkpoint, training))
     except (OSError, ValueError) as error:  # which need not name the model
         raise CheckpointError(f"model_name_or_path: cannot read {name!r}: {' '.join(str(error).split())}") from error

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,6 @@ class Run(TrainerCallback):
             training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
         )
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != training.world_size:
-            raise ValueError(f"{started} processes were started, and this one sees {training.world_size} of them")
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
@@ -113,25 +110,8 @@ class Run(TrainerCallback):
     def _checkpoint(self) -> str | None:
         """The checkpoint to resume, after checking that the folder holds nothing but this run."""
         wanted = str(self.training.resume_from_checkpoint or "false")
-        resuming = wanted.lower() != "false"
-        shown = f"output_dir {str(self.folder)!r}"
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            there = _read(self.folder / RUN_FILE).get("identity")
-            if not isinstance(there, dict):
-                raise FileExistsError(f"{shown} is not empty, and no recipe's run made it; choose another --output_dir")
-            for key in {**there, **self.identity}:
-                theirs, ours = there.get(key), self.identity.get(key)
-                if theirs != ours:
-                    raise FileExistsError(
-                        f"{shown} holds another run: its {key} is {brief(theirs)}, that of this one {ours!r}; choose "
-                        "another --output_dir"
-                    )
-            if not resuming:
-                raise FileExistsError(
-                    f"{shown} holds this run already; continue it with --resume_from_checkpoint true, or choose "
-                    "another --output_dir"
-                )
-        if not resuming:
+        self._require_own_folder(resuming=wanted.lower() != "false")
+        if wanted.lower() == "false":
             return None
         if wanted.lower() == "true":
             self._leave_if_finished()
@@ -139,10 +119,22 @@ class Run(TrainerCallback):
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
         if not _is_complete(Path(wanted)):
-            raise FileNotFoundError(
-                f"resume_from_checkpoint: {wanted!r} has no trainer_state.json: not a checkpoint, or not complete"
-            )
+            raise FileNotFoundError(f"resume_from_checkpoint: {wanted!r} has no trainer_state.json that is complete")
         return wanted
+
+    def _require_own_folder(self, resuming: bool) -> None:
+        if (self.folder.is_dir() and not any(self.folder.iterdir())) or not self.folder.exists():
+            return
+        there, problem = _read(self.folder / RUN_FILE).get("identity"), ""
+        if not isinstance(there, dict):
+            problem = "is not empty, and no recipe's run made it"
+        elif differing := [key for key in {**there, **self.identity} if there.get(key) != self.identity.get(key)]:
+            theirs, ours = (brief(one.get(differing[0])) for one in (there, self.identity))
+            problem = f"holds another run: its {differing[0]} is {theirs}, that of this one {ours}"
+        elif not resuming:
+            problem = "holds this run already; continue it with --resume_from_checkpoint true"
+        if problem:
+            raise FileExistsError(f"output_dir {str(self.folder)!r} {problem}; choose another --output_dir")
 
     def _leave_if_finished(self) -> None:
         metrics, length = _read(self.folder / "metrics.json"), self.training.max_steps
@@ -167,12 +159,16 @@ class Run(TrainerCallback):
                 print(f"{path} is not complete and is skipped", file=sys.stderr)
         return None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the folder as this run's, after the other callbacks had the chance to refuse the run."""
+    def mark(self) -> None:
+        """Marks the folder as this run's, which can then be resumed."""
         if self.training.process_index == 0:
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
             write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the run, after the other callbacks had the chance to refuse it."""
+        self.mark()
         self.training.begun = True
         if self.trained:
             raise _AlreadyTrained
@@ -183,47 +179,48 @@ class Run(TrainerCallback):
         Raises:
             SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
         """
-        arguments, resumed = trainer.args, self.checkpoint
-        state = _read(Path(resumed) / "trainer_state.json") if resumed else {}
-        since = state.get("global_step", -1)
-        # A run that was killed between its last step and its report has nothing left to train.
-        longer = arguments.max_steps <= 0 and arguments.num_train_epochs > state.get("num_train_epochs", 0)
-        self.trained = not longer and since >= (arguments.max_steps if arguments.max_steps > 0 else state["max_steps"])
-        if self.trained and arguments.load_best_model_at_end:
-            resumed = state["best_model_checkpoint"] or resumed
+        arguments = trainer.args
         model: Any = trainer.model
         held_out: Any = trainer.eval_dataset
         config = text_stack(model).model.config
         known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))
         if known and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
-        if (scaling := record(config).active) and scaling.warming_up:
-            trainer.add_callback(LNScalingWarmupCallback())
-        if self.training.depth_stats_steps:
-            trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps))
-        if self.training.early_stopping_patience:
-            trainer.add_callback(EarlyStoppingCallback(self.training.early_stopping_patience))
-        if self.training.num_samples:
-            trainer.add_callback(SamplesCallback(trainer, self.training.num_samples))
-        trainer.add_callback(self)
-        if self.control:
-            trainer.add_callback(self.control)
+        resumed = self.checkpoint
+        before = _read(Path(resumed) / "trainer_state.json") if resumed else {}
+        # A run that was killed between its last step and its report has nothing left to train.
+        longer = arguments.max_steps <= 0 and arguments.num_train_epochs > before.get("num_train_epochs", 0)
+        last = arguments.max_steps if arguments.max_steps > 0 else before.get("max_steps", 0)
+        self.trained = bool(before) and not longer and before["global_step"] >= last
+        if self.trained and arguments.load_best_model_at_end:
+            resumed = before["best_model_checkpoint"] or resumed
+        stop = StopOnSignal()
         # The progress bar last, so that it does not begin before one of the others refuses the run.
-        if (progress := trainer.pop_callback(ProgressCallback)) is not None:
-            trainer.add_callback(progress)
+        progress = trainer.pop_callback(ProgressCallback)
+        for callback in (*self._callbacks(trainer, config), self, self.control, stop, progress):
+            if callback is not None:
+                trainer.add_callback(callback)
         # Without padding there is no mask that marks it.
         arguments.include_num_input_tokens_seen = "all" if trainer.padding_free else "non_padding"
         arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
-        with StopOnSignal() as stop, suppress(_AlreadyTrained):
-            trainer.add_callback(stop)
+        with stop, suppress(_AlreadyTrained):
             trainer.train(resume_from_checkpoint=resumed)
         seconds = time.perf_counter() - started
         if stop.stopped is not None:
             self._leave(trainer, stop.stopped)
         command = public_command(self.training.command)
-        before = since, state.get("num_input_tokens_seen", 0)
-        write_report(self.recipe, trainer, self.identity, command, self.checkpoint, before, seconds, self.control)
+        write_report(trainer, self.identity, command, self.checkpoint, before, seconds, self.control)
+
+    def _callbacks(self, trainer: RecipeTrainer, config: Any) -> Iterator[TrainerCallback]:
+        if (scaling := record(config).active) and scaling.warming_up:
+            yield LNScalingWarmupCallback()
+        if self.training.depth_stats_steps:
+            yield DepthStatsCallback(trainer, every_n_steps=self.training.depth_stats_steps)
+        if self.training.early_stopping_patience:
+            yield EarlyStoppingCallback(self.training.early_stopping_patience)
+        if self.training.num_samples:
+            yield SamplesCallback(trainer, self.training.num_samples)
 
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,27 +42,32 @@ _ADAPTER = Markdown(
 
 
 def write_report(
-    recipe: str,
     trainer: RecipeTrainer,
     given: dict[str, Any],
     command: str,
     resumed: str | None,
-    since: tuple[int, int],
+    before: dict[str, Any],
     seconds: float,
     control: Control | None = None,
 ) -> None:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
 
     Args:
-        recipe: name of the script.
         trainer: after training.
         given, command: the arguments of the recipe and its command line, for the card.
         resumed: the checkpoint that this process started from.
-        since: the step of that checkpoint (-1 without one) and the tokens seen by then.
+        before: the state of the trainer in it; empty without one.
         seconds: spent training in this process, including evaluations and checkpoints.
         control: of a healing run.
     """
-    arguments = trainer.args
+    arguments, state = trainer.args, trainer.state
+    since = before.get("global_step", -1)
+    evaluating = sum(
+        entry.get("eval_runtime", 0.0) + entry.get("eval_other_runtime", 0.0)
+        for entry in state.log_history
+        if entry["step"] > since
+    )
+    tokens = state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
     peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
     peak_bytes = int(trainer.accelerator.gather(peak).max())
     if trainer.is_fsdp_enabled:
@@ -72,17 +76,12 @@ def write_report(
     trainer.save_model()  # first, so that no later error loses the model
     found = trainer.evaluate()
     loss, error = found["eval_loss"], found.get("eval_loss_stderr")
-    state = trainer.state
-    step_before, tokens_before = since
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    # The last one is the report's own.
-    evaluating = sum(entry["eval_runtime"] for entry in evaluations[:-1] if entry["step"] > step_before)
-    before = next((entry for entry in evaluations if entry["step"] == 0), {})
+    start = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
-        "recipe": recipe,
-        "eval_loss_before": before.get("eval_loss"),
-        "eval_loss_before_stderr": before.get("eval_loss_stderr"),
+        "recipe": given["recipe"],
+        "eval_loss_before": start.get("eval_loss"),
+        "eval_loss_before_stderr": start.get("eval_loss_stderr"),
         "eval_loss": loss,
         "eval_loss_stderr": error,
         "perplexity": perplexity_of(loss),
@@ -95,7 +94,7 @@ def write_report(
         "train_rows": trainer.num_rows[0],
         "eval_rows": trainer.num_rows[1],
         "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": (state.num_input_tokens_seen - tokens_before) / (seconds - evaluating),
+        "tokens_per_second": tokens / (seconds - evaluating),
         "wall_seconds": seconds,
         "resumed_from": public_name(resumed) if resumed else None,
         "peak_memory_bytes": peak_bytes,
@@ -103,54 +102,51 @@ def write_report(
         "processes": arguments.world_size,
         "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
         "parameters": model.num_parameters(),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": model.num_parameters(only_trainable=True),
         "length": [arguments.max_steps, arguments.num_train_epochs],  # as asked for; a run of this length is finished
         "versions": {"hf_lnscale": __version__} | {name: version(name) for name in _LIBRARIES},
     }
     trainer.save_state()
-    trainer.log_metrics(recipe, dict(_rows(metrics)))
+    trainer.log_metrics(given["recipe"], dict(_rows(metrics)))
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir or "")
         learned = "divergence from the teacher, training" if given.get("teacher") else "training"
         pictures = _plot(state.log_history, folder, learned)
-        settings = _resolved(trainer, model, given)
-        _card(recipe, model, metrics, settings, command, pictures).save(folder / "README.md")
+        _card(model, metrics, _settings(trainer, model, given), command, pictures).save(folder / "README.md")
         # Last: with it, the run is finished.
         (folder / "metrics.json").write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
-        shown = "".join(f", {one}" for one in pictures)
-        print(f"wrote {one_line(folder)}: the model, README.md, metrics.json{shown}")
+        print(f"wrote {one_line(folder)}: {', '.join(['the model', 'README.md', 'metrics.json', *pictures])}")
     trainer.accelerator.wait_for_everyone()
 
 
-def _resolved(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments for the card, with the values that the run used in place of defaults."""
-    arguments, state = trainer.args, trainer.state
-    shown = {key: one for key, one in given.items() if given.get("use_peft") or not key.startswith(_PEFT_ONLY)}
-    found = {key: getattr(arguments, key, one) for key, one in (shown | dict.fromkeys(_SETTINGS)).items()}
-    found = {key: one.value if isinstance(one, Enum) else one for key, one in found.items()}
-    found |= {
+    arguments: Any = trainer.args
+    state = trainer.state
+    names = [name for name in given if given.get("use_peft") or not name.startswith(_PEFT_ONLY)]
+    values = given | arguments.to_dict()
+    found = {name: values.get(name) for name in (*names, *_SETTINGS)} | {
         "max_steps": state.max_steps,
         "warmup_steps": arguments.get_warmup_steps(state.max_steps),
         "completion_only_loss": trainer.completion_only_loss,
+        "eos_token": arguments.eos_token,  # which `to_dict` takes for a secret
         "dtype": str(model.dtype).removeprefix("torch."),
+        "datasets": [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]],
+        "fractions": [part["fraction"] for part in given["datasets"] if part["fraction"]],
     }
     if adapters := getattr(model, "peft_config", None):
         modules = next(iter(adapters.values())).target_modules
         found["lora_target_modules"] = modules if isinstance(modules, str) else sorted(modules)
-    name, parts = given["dataset_name"], given["datasets"]
-    found["datasets"] = [name] if name else [part["path"] for part in parts]
-    if fractions := [part["fraction"] for part in parts if part["fraction"]]:
-        found["fractions"] = fractions
     return found
 
 
 def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures as text, those that have one with their standard error."""
     for key, value in metrics.items():
-        name = key.replace("_", " ")
+        name, error = key.replace("_", " "), metrics.get(f"{key}_stderr")
         if key == "peak_memory_bytes":
             yield f"peak memory, {metrics['peak_memory_of']}", show_bytes(value)
-        elif (error := metrics.get(f"{key}_stderr")) is not None:
+        elif error is not None:
             yield name, with_error(value, error)
         elif key in ("recipe", "peak_memory_of") or key.endswith("_stderr"):
             continue
@@ -165,7 +161,7 @@ def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _card(
-    recipe: str, model: Any, metrics: dict[str, Any], settings: dict[str, Any], command: str, pictures: list[str]
+    model: Any, metrics: dict[str, Any], settings: dict[str, Any], command: str, pictures: list[str]
 ) -> ModelCard:
     base, data = settings.get("model_name_or_path"), settings["datasets"]
     adapter, found = hasattr(model, "peft_config"), record(model.config)
@@ -183,10 +179,11 @@ def _card(
     if whole := metrics.get("whole_model"):
         notes.append(f"Gaps are nats per token above {whole}; other text is some that comes with Python.")
     settings["datasets"] = [public_name(name) for name in data]
-    notes.append(f"It was trained on {', '.join(settings['datasets']) or 'text that comes with Python'}.")
+    own = "what the whole model wrote itself on the beginnings of " if settings.get("self_data") else ""
+    notes.append(f"It was trained on {own}{', '.join(settings['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(
-        f"{name}: {recipe.replace('_', ' ')}",
+        f"{name}: {metrics['recipe'].replace('_', ' ')}",
         base_model=base,
         dataset=data[0] if len(data) == 1 else None,
         library_name="peft" if adapter else "transformers",

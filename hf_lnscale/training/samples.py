@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
-from ..measuring.stream import eval_mode
+from .self_data import continue_prompts
 
 MAX_NEW_TOKENS = 64
 
@@ -38,13 +37,9 @@ class SamplesCallback(TrainerCallback):
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         tokenizer: Any = self.trainer.processing_class
         path = Path(args.output_dir or "") / "samples.jsonl"
-        with path.open("a", encoding="utf-8") as file, eval_mode(model), self.trainer.compute_loss_context_manager():
+        with path.open("a", encoding="utf-8") as file, self.trainer.compute_loss_context_manager():
             for prompt, reference in self.rows:
-                ids = torch.tensor([prompt], device=args.device)
-                made = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
-                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                )  # fmt: skip
-                texts = {"prompt": prompt, "generated": made[0, len(prompt) :], "reference": reference}
+                (made,) = continue_prompts(model, tokenizer, [prompt], MAX_NEW_TOKENS)
+                texts = {"prompt": prompt, "generated": made, "reference": reference}
                 line = {"step": state.global_step} | {key: tokenizer.decode(ids) for key, ids in texts.items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

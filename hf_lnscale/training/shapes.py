@@ -51,30 +51,25 @@ def new_config(
                 f"{len(tokenizer)}; name the tokenizer that belongs to it with --tokenizer_name"
             )
         return config
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     if family not in FAMILIES or FAMILIES[family].no_scaling or family not in CONFIG_MAPPING:
         raise ValueError(
             "family must be the model_type of one that can be scaled (docs/families.md), such as llama, qwen3 or "
             f"gemma3_text, got {family!r}; for models inside others, give --config_name"
         )
-    numbers = SHAPES[shape]._asdict()
-    del numbers["learning_rate"]
-    numbers |= given
-    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    kv_heads = numbers.setdefault("num_key_value_heads", heads)
-    numbers.setdefault("head_dim", hidden // heads)
+    given = SHAPES[shape]._asdict() | given
+    del given["learning_rate"]
+    hidden, heads = given["hidden_size"], given["num_attention_heads"]
     if "head_dim" not in given and hidden % heads:
         raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give --head_dim")
-    if heads % kv_heads:
+    implied = {"head_dim": hidden // heads, "num_key_value_heads": heads}
+    if heads % (kv_heads := (implied | given)["num_key_value_heads"]):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    end = tokenizer.eos_token_id
     family_config: Any = CONFIG_MAPPING[family]
     # A configuration takes any keyword, and ignores those that its family does not have.
-    implied = {"head_dim": hidden // heads, "num_key_value_heads": heads}
     known = family_config()
-    if unknown := [name for name in numbers if not hasattr(known, name) and numbers[name] != implied.get(name)]:
+    if unknown := [name for name in given if not hasattr(known, name)]:
         raise ValueError(f"family {family!r} has no {unknown[0]} in its configuration; give --config_name instead")
+    end = tokenizer.eos_token_id
     made: PreTrainedConfig = family_config(
         vocab_size=len(tokenizer),
         # The training length, since perplexity is measured on windows of at most as many tokens as positions.
@@ -83,6 +78,6 @@ def new_config(
         eos_token_id=end,
         # The embedding of the padding token gets no gradient, so it must not be the end-of-text token.
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id != end else None,
-        **numbers,
+        **{name: value for name, value in (implied | given).items() if hasattr(known, name)},
     )
     return made

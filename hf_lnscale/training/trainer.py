@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary, N predicted tokens.
 
 from __future__ import annotations
 
+import time
 import types
 from typing import Any, NamedTuple
 
@@ -121,8 +122,9 @@ class RecipeTrainer(SFTTrainer):
         other: dict[str, float] = {}
         if eval_dataset is None and self.other_dataset is not None:
             # Before the evaluation data, whose end the callbacks are told of.
-            batches = self.get_eval_dataloader(self.other_dataset)
+            started, batches = time.perf_counter(), self.get_eval_dataloader(self.other_dataset)
             other = self.evaluation_loop(batches, "Evaluation", True, metric_key_prefix="eval_other").metrics
+            other["eval_other_runtime"] = time.perf_counter() - started
             self.log(other)
         return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **other}
 
@@ -148,9 +150,7 @@ class DistillationTrainer(RecipeTrainer):
             raise ValueError("teacher: learning from one needs trl 1.16 or newer; without it, give --teacher none")
         super().__init__(**kwargs)
         if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
-            raise ValueError(
-                "teacher: the loss is the divergence from it; loss_type and label_smoothing_factor do not go with it"
-            )
+            raise ValueError("teacher: loss_type and label_smoothing_factor do not go with its divergence")
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]

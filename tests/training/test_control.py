@@ -68,6 +68,11 @@ def test_the_gap_to_the_whole_model_before_and_after(tmp_path, here):
             mean, error = gap(one, whole)
             assert found[name] == pytest.approx(mean, abs=1e-5)
             assert found[f"{name}_stderr"] == pytest.approx(error, rel=1e-3)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    times = [entry[key] for key in ("eval_runtime", "eval_other_runtime") for entry in log if key in entry]
+    assert len(times) == 4  # before the first step, and after the training
+    training = found["wall_seconds"] - times[0] - times[2]
+    assert found["tokens_per_second"] == pytest.approx(found["tokens_seen"] / training)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Gaps are nats per token above model" in card
     assert "gap other before" in card

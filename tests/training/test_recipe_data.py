@@ -140,10 +140,10 @@ def test_the_files_of_a_folder_are_documents_that_end(streaming, tmp_path):
     words += ["--dataset_streaming"] if streaming else []
     words += ["--output_dir", tmp_path / "out"]
     parser = import_recipe("continue_pretrain").make_parser()
-    _, depth, data, checkpoint, training = parser.parse_args_and_config([*map(str, words)])
+    _, checkpoint, data, training = parser.parse_args_and_config([*map(str, words)])
     tokenizer = load_tokenizer(checkpoint, training)
     train, held_out = load_text(data, "text", training.seed)
-    model = load_model(checkpoint, training, depth)
+    model = load_model(checkpoint, training)
     trainer = RecipeTrainer(
         model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
@@ -215,7 +215,7 @@ def test_a_mixture_from_a_config(tmp_path):
     recipe.write_rows(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(20)])
     (tmp_path / "mix.yaml").write_text(f"datasets:\n- path: {tmp_path / 'a.jsonl'}\n  fraction: 1.0\n")
     parser = import_recipe("continue_pretrain").make_parser()
-    _, _, data, _, _ = parser.parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
+    _, _, data, _ = parser.parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
     train, held_out = load_text(data, "text", seed=0)
     assert (len(train), len(held_out)) == (18, 2)
 

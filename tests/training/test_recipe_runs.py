@@ -148,6 +148,7 @@ def test_the_card_of_an_adapter_with_its_values(tmp_path, here):
     values = {key.strip("`"): value.strip("`") for key, value in rows.items()}
     assert values["assistant_only_loss"] == "True"
     assert values["warmup_steps"] == "3"
+    assert "eos_token" not in values  # not given
     assert values["max_steps"] == "6"
     assert values["lora_target_modules"] == "['q_proj', 'v_proj']"
     assert "| train rows | 36 |\n| eval rows | 4 |" in card

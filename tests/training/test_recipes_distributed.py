@@ -53,13 +53,16 @@ def alone(launched):
     pretrain = [*words[2:], "--num_hidden_layers", 2, "--vocab_size", 300]
     assert recipe.run("continue_pretrain", *words, "--output_dir", folder / "alone") == 0
     assert recipe.run("heal", *heal, "--output_dir", folder / "alone-heal") == 0
+    own = [*words, "--drop_layers", 1, "--self_data", 40]
+    assert recipe.run("heal", *own, "--output_dir", folder / "alone-self") == 0
     control = [*words, "--drop_layers", 1, "--control"]
     assert recipe.run("heal", *control, "--output_dir", folder / "alone-control") == 0
     assert recipe.run("pretrain", *pretrain, "--output_dir", folder / "alone-pretrain") == 0
     datasets.config.HF_DATASETS_CACHE = before
 
 
-@pytest.mark.parametrize("way", ["ddp", "ddp-heal", "ddp-pretrain", "fsdp2", "fsdp2-heal", "fsdp2-control"])
+@pytest.mark.parametrize("way", ["ddp", "ddp-heal", "ddp-self", "ddp-pretrain", "fsdp2", "fsdp2-heal", "fsdp2-self",
+                                 "fsdp2-control"])  # fmt: skip
 def test_two_processes_do_what_one_does(way, launched, alone):
     folder, _ = launched
     name = "-".join(["alone", *way.split("-")[1:]])
@@ -71,6 +74,15 @@ def test_two_processes_do_what_one_does(way, launched, alone):
     for gap in (key for key in one if key.startswith("gap")):
         assert two[gap] == pytest.approx(one[gap], abs=1e-4)
     recipe.same_weights(folder / name, folder / way, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_write_what_one_does(way, launched, alone):
+    folder, _ = launched
+    one, two = ({path.name: path.read_text() for path in (folder / name / "self_data").iterdir()}
+                for name in ("alone-self", f"{way}-self"))  # fmt: skip
+    assert len(one) == 3
+    assert two == one
 
 
 def test_no_row_is_evaluated_twice(launched, alone):
