@@ -34,6 +34,8 @@ if MODE != "without":
 # of each dtype and the one with attention weights are run.
 MANY = [name for name in dir(ModelTesterMixin) if re.match(r"test_eager_matches_sdpa_inference_(?!00|09|17|24)", name)]
 
+DIVISIBLE = 12480  # by the default number of heads of every family
+
 
 class Tester:
     is_training, batch_size, seq_length = True, 3, 7
@@ -56,7 +58,8 @@ class FamilyTest(GenerationTesterMixin, ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = Tester(self.family, self.config_class)
-        given = {"hidden_size": tiny.HIDDEN, **CHANGES}
+        size = self.config_class.attribute_map.get("hidden_size", "hidden_size")
+        given = {size: DIVISIBLE, **self.required, **CHANGES}
         if self._is_composite:  # the flag belongs to the part that is the text decoder
             given = {"text_config": json.loads(self.model_tester.get_config().to_json_string())["text_config"]}
         self.config_tester = ConfigTester(
@@ -67,9 +70,10 @@ class FamilyTest(GenerationTesterMixin, ModelTesterMixin):
         self.config_tester.run_common_tests()
 
 
-for family, (config_class, *classes) in json.loads((CONFIGS / "classes.json").read_text()).items():
+for family, (config_class, required, *classes) in json.loads((CONFIGS / "classes.json").read_text()).items():
     body = {
         "family": family,
+        "required": required,
         "config_class": getattr(tf, config_class),
         "all_model_classes": tuple(getattr(tf, name) for name in classes),
         "_is_composite": "text_config" in getattr(tf, config_class).sub_configs,

@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 import transformers as tf
 from transformers.models.auto import modeling_auto as auto
 
-from hf_lnscale.core.families import FAMILIES
+from hf_lnscale.core.families import FAMILIES, Family
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "compat" / "upstream"
@@ -101,9 +101,8 @@ def sources(package: str) -> Path:
     return BUILD / name
 
 
-def scalable(family: str) -> bool:
-    row = FAMILIES[COMPOSITE[family][0] if family in COMPOSITE else family]
-    return not row.no_scaling
+def row(family: str) -> Family:
+    return FAMILIES[COMPOSITE[family][0] if family in COMPOSITE else family]
 
 
 def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
@@ -111,7 +110,7 @@ def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
     found: dict[str, tuple[tf.PreTrainedConfig, list[str]]] = {}
     text_kinds = kinds.text_kinds()
     names = dict.fromkeys([*FIRST.split(), *COMPOSITE, *FAMILIES])
-    for family in sorted(names, key=lambda name: not scalable(name)):
+    for family in sorted(names, key=lambda name: bool(row(name).no_scaling)):
         classes: list[type] = []
         if family in COMPOSITE:
             text, others = COMPOSITE[family]
@@ -126,6 +125,8 @@ def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
         else:
             continue
         heads = [head[type(config)] for head in HEADS if type(config) in head]
+        if "text_config" in config.sub_configs:  # some classes take the configuration of the text decoder alone
+            heads = [cls for cls in heads if cls.config_class is type(config)]
         # Of the kinds that are only a part of another model, one class alone takes the configuration.
         found[family] = config, [cls.__name__ for cls in dict.fromkeys(heads or classes)]
     return found
@@ -137,7 +138,7 @@ def write_configs(folder: Path) -> list[str]:
     classes = {}
     for family, (config, names) in families().items():
         config.to_json_file(folder / f"{family}.json", use_diff=False)
-        classes[family] = [type(config).__name__, *names]
+        classes[family] = [type(config).__name__, dict(row(family).requires), *names]
     (folder / "classes.json").write_text(json.dumps(classes))
     return list(classes)
 
@@ -212,7 +213,7 @@ def main() -> None:
         if not (packages := BUILD / f"packages-of-{package}").exists():
             pip("install", "--target", packages, *NEEDED[package])
         if package == "transformers":
-            reports = {name: MODES if scalable(name) else MODES[:2] for name in write_configs(BUILD / "configs")}
+            reports = {name: MODES[:2] if row(name).no_scaling else MODES for name in write_configs(BUILD / "configs")}
         else:
             text = (folder / "tests" / "test_decoder_models.py").read_text()
             reports = dict.fromkeys(re.findall(r"^    def (test_\w+)", text, re.MULTILINE), MODES)
