@@ -30,10 +30,11 @@ if MODE != "without":
     if (scaling := hf_lnscale.LNScalingConfig.of(scalings[MODE])) is not None:
         CHANGES = {"ln_scaling": scaling.to_dict()}
 
-# Half of the time goes into 25 variants of one test, of padding, masks and kernels of attention. Except for Llama, one
-# of each dtype and the one with attention weights are run.
+# Two thirds of the time go into 25 variants of one test, of padding, masks and kernels of attention, and into one that
+# loads in every dtype by `dtype` and by its older name `torch_dtype`. But for Llama, four of the variants are run: one
+# of each dtype, and the one with attention weights.
 MANY = [name for name in dir(ModelTesterMixin) if re.match(r"test_eager_matches_sdpa_inference_(?!00|09|17|24)", name)]
-
+MANY += ["test_bc_torch_dtype"]
 DIVISIBLE = 12480  # by the default number of heads of every family
 
 
