@@ -35,6 +35,8 @@ if MODE != "without":
 # of each dtype, and the one with attention weights.
 MANY = [name for name in dir(ModelTesterMixin) if re.match(r"test_eager_matches_sdpa_inference_(?!00|09|17|24)", name)]
 MANY += ["test_bc_torch_dtype"]
+# The models get text alone.
+OTHER_INPUTS = [name for name in dir(ModelTesterMixin) if re.match(r"test_get_(image|video|audio)_features", name)]
 DIVISIBLE = 12480  # by the default number of heads of every family
 
 
@@ -79,8 +81,7 @@ for family, (config_class, required, *classes) in json.loads((CONFIGS / "classes
         "all_model_classes": tuple(getattr(tf, name) for name in classes),
         "_is_composite": "text_config" in getattr(tf, config_class).sub_configs,
     }
-    if family != "llama":
-        body |= dict.fromkeys(MANY)
+    body |= dict.fromkeys(OTHER_INPUTS if family == "llama" else OTHER_INPUTS + MANY)
     globals()[f"Test_{family}"] = type(f"Test_{family}", (FamilyTest, unittest.TestCase), body)
 
 assert ("hf_lnscale" in sys.modules) == (MODE != "without")
