@@ -155,13 +155,19 @@ def run(package: str, mode: str, groups: list[str], folder: Path) -> None:
     env = {**os.environ, "PYTHONPATH": path, "LN_SCALING": mode, "LN_CONFIGS": str(BUILD / "configs")}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     options = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={HERE}"]
-    lines = [
-        json.dumps([str(report(package, group, mode)), *options, f"{HERE / FILES[package]}::{PREFIX[package]}{group}"])
-        for group in groups
-    ]
-    with (BUILD / f"{package}-{mode}.log").open("a") as log:
-        command = [sys.executable, str(HERE / "one_process.py")]
-        subprocess.run(command, cwd=folder, env=env, input="\n".join(lines), text=True, stdout=log, stderr=log)
+    for group in groups:
+        report(package, group, mode).unlink(missing_ok=True)
+    while groups:
+        arguments = [
+            [str(report(package, group, mode)), *options, f"{HERE / FILES[package]}::{PREFIX[package]}{group}"]
+            for group in groups
+        ]
+        with (BUILD / f"{package}-{mode}.log").open("a") as log:
+            command = [sys.executable, str(HERE / "one_process.py")]
+            lines = "\n".join(map(json.dumps, arguments))
+            subprocess.run(command, cwd=folder, env=env, input=lines, text=True, stdout=log, stderr=log)
+        # The first without a report has brought the process down, if any has.
+        groups = [group for group in groups if not report(package, group, mode).exists()][1:]
 
 
 def outcomes(path: Path) -> dict[str, tuple[int, int]]:
