@@ -18,7 +18,7 @@ _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _CONVOLUTION = {"layer_types": ["conv", "full_attention"] * 2}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_VISION = {
+VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 8},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "git": {"vision_config": _VISION},
+    "git": {"vision_config": VISION},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": _MAMBA | _HYBRID,
@@ -94,7 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["full_attention", "moe", "linear_attention", "mlp"],
     },
     "olmo_hybrid": _HYBRID,
-    "phi4_multimodal": {"vision_config": _VISION, "audio_config": _AUDIO},
+    "phi4_multimodal": {"vision_config": VISION, "audio_config": _AUDIO},
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,

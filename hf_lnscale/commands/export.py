@@ -18,9 +18,7 @@ def export(
     out: Annotated[Path, Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
     format: Annotated[
         Literal["safetensors", "zeros", "deci", "gguf"],
-        Option(
-            help="zeros: fills layers without attention or MLP; deci: keeps them, for vLLM; gguf: by llama.cpp's converter."
-        ),
+        Option(help="zeros: fills what layers lack; deci: leaves it out, for vLLM; gguf: by llama.cpp's converter."),
     ] = "safetensors",
     converter: Annotated[
         Path | None, Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH.")

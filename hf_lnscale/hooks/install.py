@@ -110,6 +110,7 @@ HOOKS = (
         "self peft_model_id",
     ),
     Hook(TRAINER, f"{TRAINER}:Trainer", "train", "trainer:train", "self resume_from_checkpoint"),
+    Hook(TRAINER, f"{TRAINER}:Trainer", "save_model", "trainer:save_model", "self output_dir"),
     Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", "cls path_json_file"),
     Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", "self save_directory"),
     Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", "self save_directory"),

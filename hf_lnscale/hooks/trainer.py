@@ -1,4 +1,4 @@
-"""`Trainer.train`: what a run may be resumed from."""
+"""`Trainer`: what a run may be resumed from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, record, recorded_scaling, trained_without, write
+from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
@@ -32,7 +32,7 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
     config = getattr(self.model, "config", None)
     # The original refuses a missing folder.
     if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
-        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor sharded
+        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # no adapter, and no sharded plain model
         step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
         if step is not None and self.model is not None:  # the weights that are loaded next belong to it
             set_ln_scaling_step(self.model, step)
@@ -40,6 +40,16 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
             require_base_of(folder, {}, self.model)
     _require_moved_warmup(self, record(config).active)
     return original(self, resume_from_checkpoint, *args, **kwargs)
+
+
+def save_model(original: Original, /, self: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, output_dir, *args, **kwargs)
+    folder, model = Path(output_dir or str(self.args.output_dir)), self.model
+    # FSDP's sharded state alone: `train` could not tell another scale or other layers without a configuration.
+    flagged = isinstance(model, PreTrainedModel) and is_flagged(model.config)
+    if self.args.should_save and flagged and not (folder / "config.json").exists():
+        model.config.save_pretrained(folder)
+    return result
 
 
 def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:

@@ -48,7 +48,7 @@ for name, config_class in MODELS.items():
     (folder / "refs" / "main").write_text("0" * 40)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config_class(**SIZES))
-    if SCALING and model.config.model_type in FAMILIES:
+    if SCALING and not FAMILIES[model.config.model_type].no_scaling:
         hf_lnscale.apply_ln_scaling(model, SCALING)
     model.save_pretrained(folder / "snapshots" / ("0" * 40))
     tokenizer.save_pretrained(folder / "snapshots" / ("0" * 40))

@@ -1,22 +1,26 @@
 """transformers' own common tests of models and configurations, for each family of the table.
 
-Run by upstream.py: `tests` is the folder of tests of the installed transformers, and the environment variable
-LN_SCALING says what is tested: "without" the plugin, "imported", "scaled", or in the middle of a "warmup".
+Run by upstream.py: `tests` is the folder of tests of the installed transformers, LN_CONFIGS a folder of configurations
+that upstream.py wrote, and LN_SCALING says what is tested: "without" the plugin, "imported", "scaled", or in the middle
+of a "warmup".
 """
 
 import json
 import os
+import re
 import sys
 import unittest
+from pathlib import Path
 
 import torch
+import transformers as tf
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin
-from transformers.models.auto import modeling_auto as auto
 
 import tiny
 
+CONFIGS = Path(os.environ["LN_CONFIGS"])
 MODE = os.environ["LN_SCALING"]
 CHANGES = {}
 if MODE != "without":
@@ -26,25 +30,26 @@ if MODE != "without":
     if (scaling := hf_lnscale.LNScalingConfig.of(scalings[MODE])) is not None:
         CHANGES = {"ln_scaling": scaling.to_dict()}
 
-HEADS = (
-    auto.MODEL_MAPPING,
-    auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-)
+# Two thirds of the time go into 25 variants of one test, of padding, masks and kernels of attention, and into one that
+# loads in every dtype by `dtype` and by its older name `torch_dtype`. But for Llama, four of the variants are run: one
+# of each dtype, and the one with attention weights.
+MANY = [name for name in dir(ModelTesterMixin) if re.match(r"test_eager_matches_sdpa_inference_(?!00|09|17|24)", name)]
+MANY += ["test_bc_torch_dtype"]
+# The models get text alone.
+OTHER_INPUTS = [name for name in dir(ModelTesterMixin) if re.match(r"test_get_(image|video|audio)_features", name)]
+DIVISIBLE = 12480  # by the default number of heads of every family
 
 
 class Tester:
     is_training, batch_size, seq_length = True, 3, 7
     num_hidden_layers, num_attention_heads, hidden_size = tiny.LAYERS, 4, tiny.HIDDEN
 
-    def __init__(self, family):
-        self.family = family
+    def __init__(self, family, config_class):
+        self.family, self.config_class = family, config_class
 
     def get_config(self):
-        return tiny.config(self.family, **CHANGES)
+        read = self.config_class.from_json_file(CONFIGS / f"{self.family}.json")
+        return self.config_class.from_dict(read.to_dict() | CHANGES)
 
     def prepare_config_and_inputs_for_common(self):
         ids = tiny.tokens(self.batch_size, self.seq_length)
@@ -55,8 +60,9 @@ class FamilyTest(GenerationTesterMixin, ModelTesterMixin):
     test_num_layers_is_small = None  # of transformers' own testers: the tiny models here have four layers
 
     def setUp(self):
-        self.model_tester = Tester(self.family)
-        given = {"hidden_size": tiny.HIDDEN, **CHANGES}
+        self.model_tester = Tester(self.family, self.config_class)
+        size = self.config_class.attribute_map.get("hidden_size", "hidden_size")
+        given = {size: DIVISIBLE, **self.required, **CHANGES}
         if self._is_composite:  # the flag belongs to the part that is the text decoder
             given = {"text_config": json.loads(self.model_tester.get_config().to_json_string())["text_config"]}
         self.config_tester = ConfigTester(
@@ -67,14 +73,15 @@ class FamilyTest(GenerationTesterMixin, ModelTesterMixin):
         self.config_tester.run_common_tests()
 
 
-for family, (config_class, *_) in tiny.FAMILIES.items():
-    classes = dict.fromkeys(head[config_class] for head in HEADS if config_class in head)
+for family, (config_class, required, *classes) in json.loads((CONFIGS / "classes.json").read_text()).items():
     body = {
         "family": family,
-        "config_class": config_class,
-        "all_model_classes": tuple(classes),
-        "_is_composite": family in tiny.COMPOSITE,
+        "required": required,
+        "config_class": getattr(tf, config_class),
+        "all_model_classes": tuple(getattr(tf, name) for name in classes),
+        "_is_composite": "text_config" in getattr(tf, config_class).sub_configs,
     }
+    body |= dict.fromkeys(OTHER_INPUTS if family == "llama" else OTHER_INPUTS + MANY)
     globals()[f"Test_{family}"] = type(f"Test_{family}", (FamilyTest, unittest.TestCase), body)
 
 assert ("hf_lnscale" in sys.modules) == (MODE != "without")

@@ -1,36 +1,81 @@
 """Runs transformers' and PEFT's own tests over models of ours, and prints a table of what passed.
 
-    make compat                                      # both, every family
-    make compat ARGS="transformers -k llama"         # further arguments go to pytest
-    make compat TRANSFORMERS=../transformers         # a checkout of the installed version in place of its sdist
+    make compat                                          # both, every family: hours
+    make compat ARGS="transformers --only llama gemma2"  # these families; the table shows what was run before, too
+    make compat ARGS="--minutes 60"                      # what fits; the same command goes on from there
+    make compat TRANSFORMERS=../transformers             # a checkout of the installed version in place of its sdist
 
 Each test is run without the plugin, with the plugin imported, with LayerNorm Scaling in the configuration, and in the
-middle of a warmup; those that pass without the plugin, and do not otherwise, are named. The tests come from the source
-distributions of the installed versions, into build/compat/. That of transformers holds only the files tests/test_*.py:
+middle of a warmup; those that pass without the plugin, and do not otherwise, are named. Families that cannot be scaled
+are run in the first two ways. What has been run is kept in build/compat/, and run again with --again alone. The tests
+come from the source distributions of the installed versions. That of transformers holds only the files tests/test_*.py:
 the tests of generation and of export, which its model tests inherit, are in a checkout alone.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
+
+import transformers as tf
+from transformers.models.auto import modeling_auto as auto
+
+from hf_lnscale.core.families import FAMILIES, Family
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "compat" / "upstream"
+sys.path.insert(0, str(HERE.parent))
+import kinds  # noqa: E402
+
+import tiny  # noqa: E402
+
 MODES = ("without", "imported", "scaled", "warmup")
 NEEDED = {"transformers": ["parameterized"], "peft": ["diffusers", "importlib_metadata", "zipp"]}
+FILES = {"transformers": "transformers_common.py", "peft": "peft_decoders.py"}
+PREFIX = {"transformers": "Test_", "peft": "TestDecoderModels::"}  # of a group's tests in these files
 # What test_modeling_common.py and test_configuration_common.py import, and the source distribution does not hold.
 LEFT_OUT = {
     "exporters/test_export.py": "class ExportTesterMixin: pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
 }
+HEADS = (
+    auto.MODEL_MAPPING,
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+)
+# The order of running; the others follow as the table has them, and what cannot be scaled last.
+FIRST = (
+    "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi3 mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 "
+    "gpt_oss glm glm4 granite starcoder2 gpt2 opt bloom stablelm smollm3 qwen2_vl_text qwen3_vl_text gemma3 mistral3 "
+    "llama4 olmoe qwen3_next qwen3_5_text gemma4_text"
+)
+# Models with a text decoder of the table inside, besides those of tests/tiny.py: its kind, and the vision part.
+COMPOSITE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"mm_tokens_per_image": 4, "boi_token_index": 91, "eoi_token_index": 92}),
+    "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", "head_dim": 8}}),
+    "llama4": (
+        "llama4_text",
+        {"vision_config": {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}},
+    ),
+}
+AT_ONCE = 20  # families in one process
+# Why a test does not pass with LayerNorm Scaling on, where it should not.
+REFUSED = {"test_lora_layer_replication": "`layer_replication` is refused on a scaled base, with what to do instead"}
 
 
 def pip(*arguments: object) -> None:
@@ -58,46 +103,142 @@ def sources(package: str) -> Path:
     return BUILD / name
 
 
-def outcomes(package: str, mode: str, arguments: list[str]) -> dict[tuple[str, str], str]:
-    """Runs the tests of a package in one mode; returns the outcome of each by its class and name."""
-    folder, packages, report = sources(package), BUILD / f"packages-of-{package}", BUILD / f"{package}-{mode}.xml"
-    if not packages.exists():
-        pip("install", "--target", packages, *NEEDED[package])
-    report.unlink(missing_ok=True)
-    path = os.pathsep.join(map(str, (folder, HERE.parent, HERE.parents[1], packages)))
-    env = {**os.environ, "PYTHONPATH": path, "LN_SCALING": mode, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    file = {"transformers": "transformers_common.py", "peft": "peft_decoders.py"}[package]
-    options = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={HERE}"]
-    with (BUILD / f"{package}-{mode}.log").open("w") as log:
-        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *arguments, str(HERE / file)]
-        subprocess.run(command, cwd=folder, env=env, stdout=log, stderr=log)
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        key = case.get("classname", "").rpartition(".")[2], case.get("name", "")
-        found[key] = {"failure": "failed", "error": "failed"}.get(outcome, outcome)
+def row(family: str) -> Family:
+    return FAMILIES[COMPOSITE[family][0] if family in COMPOSITE else family]
+
+
+def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
+    """A tiny configuration and the classes of models of each family that the installed release has."""
+    found: dict[str, tuple[tf.PreTrainedConfig, list[str]]] = {}
+    text_kinds = kinds.text_kinds()
+    names = dict.fromkeys([*FIRST.split(), *COMPOSITE, *FAMILIES])
+    for family in sorted(names, key=lambda name: bool(row(name).no_scaling)):
+        classes: list[type] = []
+        if family in COMPOSITE:
+            text, others = COMPOSITE[family]
+            parts = {"text_config": kinds.config(text).to_dict(), "image_token_index": 90}
+            vision = kinds.VISION | others.get("vision_config", {})
+            config = tf.CONFIG_MAPPING[family](**(others | parts | {"vision_config": vision}))
+        elif family in tiny.FAMILIES:
+            config = tiny.config(family)
+        elif kind := next((kind for kind in (family, *text_kinds) if text_kinds.get(kind) == family), ""):
+            config = kinds.config(kind)
+            classes = [kinds.model_class(kind)]
+        else:
+            continue
+        heads = [head[type(config)] for head in HEADS if type(config) in head]
+        if "text_config" in config.sub_configs:  # some classes take the configuration of the text decoder alone
+            heads = [cls for cls in heads if cls.config_class is type(config)]
+        # Of the kinds that are only a part of another model, one class alone takes the configuration.
+        found[family] = config, [cls.__name__ for cls in dict.fromkeys(heads or classes)]
     return found
 
 
+def write_configs(folder: Path) -> list[str]:
+    """Writes what transformers_common.py reads, which may run without the plugin; returns the families."""
+    folder.mkdir(exist_ok=True)
+    classes = {}
+    for family, (config, names) in families().items():
+        config.to_json_file(folder / f"{family}.json", use_diff=False)
+        classes[family] = [type(config).__name__, dict(row(family).requires), *names]
+    (folder / "classes.json").write_text(json.dumps(classes))
+    return list(classes)
+
+
+def report(package: str, group: str, mode: str) -> Path:
+    return BUILD / f"{package}-{version(package)}-{group}-{mode}.xml"
+
+
+def run(package: str, mode: str, groups: list[str], folder: Path) -> None:
+    """Runs the tests of these groups in one process, which writes a report of each."""
+    path = os.pathsep.join(map(str, (folder, HERE.parent, HERE.parents[1], BUILD / f"packages-of-{package}")))
+    env = {**os.environ, "PYTHONPATH": path, "LN_SCALING": mode, "LN_CONFIGS": str(BUILD / "configs")}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    options = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={HERE}"]
+    for group in groups:
+        report(package, group, mode).unlink(missing_ok=True)
+    while groups:
+        arguments = [
+            [str(report(package, group, mode)), *options, f"{HERE / FILES[package]}::{PREFIX[package]}{group}"]
+            for group in groups
+        ]
+        with (BUILD / f"{package}-{mode}.log").open("a") as log:
+            command = [sys.executable, str(HERE / "one_process.py")]
+            lines = "\n".join(map(json.dumps, arguments))
+            subprocess.run(command, cwd=folder, env=env, input=lines, text=True, stdout=log, stderr=log)
+        # The first without a report has brought the process down, if any has.
+        groups = [group for group in groups if not report(package, group, mode).exists()][1:]
+
+
+def outcomes(path: Path) -> dict[str, tuple[int, int]]:
+    """Of each test of a report, passed (0), skipped (1) or failed (2), and how many of its sub-tests failed."""
+    found = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        failures = sum(child.tag in ("failure", "error") for child in case)
+        found[case.get("name", "")] = (2 if failures else int(case.find("skipped") is not None), failures)
+    return found
+
+
+def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
+    """Prints a line of each family, or model, and what has not been run; returns what passes without the plugin alone.
+
+    `reports` has the groups of tests and the modes in which each of them is run.
+    """
+    rows: dict[str, dict[str, Counter[int]]] = {}
+    worse, left = [], []
+    for group, modes in reports.items():
+        by_mode = {mode: outcomes(path) for mode in modes if (path := report(package, group, mode)).exists()}
+        if missing := [mode for mode in modes if mode not in by_mode]:
+            left.append(group if len(missing) == len(modes) else f"{group} ({', '.join(missing)})")
+        for mode, found in by_mode.items():
+            for test, (outcome, _) in found.items():
+                model = re.search(r"/tiny-(?:\w+-)?(\w+)", test) if package == "peft" else None
+                name = (model[1] if model else "other tests") if package == "peft" else group
+                rows.setdefault(name, {mode: Counter() for mode in MODES})[mode][outcome] += 1
+        for test, before in by_mode.get("without", {}).items():
+            after = [mode for mode, found in by_mode.items() if found.get(test, (2, 0)) > before]
+            if after and not (test in REFUSED and "imported" not in after):
+                worse.append(f"{group}::{test}: not as without the plugin when {', '.join(after)}")
+    for name, by_mode_of in rows.items():
+        cells = [" / ".join(str(counts[at]) for at in (0, 2, 1)) if counts else "" for counts in by_mode_of.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+    for test in sorted(REFUSED.keys() & reports):
+        print(f"\n{test}: {REFUSED[test]}")
+    if left:
+        print(f"\nnot run: {', '.join(left)}")
+    return worse
+
+
 def main() -> None:
-    arguments = sys.argv[1:]
-    packages = [arguments.pop(0)] if arguments and arguments[0] in NEEDED else list(NEEDED)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(NEEDED)}; both by default")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="families of transformers', or tests of PEFT's")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing more after this time")
+    parser.add_argument("--again", action="store_true", help="also what has been run before")
+    args = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    print("passed / failed / skipped\n")
-    print(f"| tests | {' | '.join(MODES)} |\n|{' --- |' * (1 + len(MODES))}")
-    worse = []
-    for package in packages:
-        by_mode = {mode: outcomes(package, mode, arguments) for mode in MODES}
-        for group in dict.fromkeys(group for found in by_mode.values() for group, _ in found):
-            cells = []
-            for found in by_mode.values():
-                counts = Counter(outcome for (name, _), outcome in found.items() if name == group)
-                cells.append(" / ".join(str(counts[outcome]) for outcome in ("passed", "failed", "skipped")))
-            print(f"| {package} {version(package)} {group} | {' | '.join(cells)} |")
-        for key, outcome in by_mode["without"].items():
-            after = [mode for mode in MODES[1:] if by_mode[mode].get(key) != outcome]
-            if outcome == "passed" and after:
-                worse.append(f"{'::'.join(key)}: not passed when {', '.join(after)}")
+    until, worse = time.monotonic() + 60 * args.minutes, []
+    for package in args.packages or NEEDED:
+        folder = sources(package)
+        if not (packages := BUILD / f"packages-of-{package}").exists():
+            pip("install", "--target", packages, *NEEDED[package])
+        if package == "transformers":
+            reports = {name: MODES[:2] if row(name).no_scaling else MODES for name in write_configs(BUILD / "configs")}
+        else:
+            text = (folder / "tests" / "test_decoder_models.py").read_text()
+            reports = dict.fromkeys(re.findall(r"^    def (test_\w+)", text, re.MULTILINE), MODES)
+        names = [name for name in reports if not args.only or name in args.only]
+        for start in range(0, len(names), AT_ONCE):
+            for mode in args.modes:
+                groups = [name for name in names[start : start + AT_ONCE] if mode in reports[name]]
+                if not args.again:
+                    groups = [name for name in groups if not report(package, name, mode).exists()]
+                if groups and time.monotonic() < until:
+                    run(package, mode, groups, folder)
+        print(f"{package} {version(package)}: passed / failed / skipped\n")
+        print(f"| {'family' if package == 'transformers' else 'model'} | {' | '.join(MODES)} |\n|{' --- |' * 5}")
+        worse += table(package, reports)
     print("\n".join(["", *worse]))
     raise SystemExit(bool(worse))
 

@@ -59,6 +59,7 @@ HOOKED = {
     (DefaultLoadPlanner, "set_up_planner"),
     (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
+    (Trainer, "save_model"),
 }
 HOOKED_IN_PEFT = {
     (peft.config.PeftConfigMixin, "from_json_file"),
@@ -218,6 +219,7 @@ SIGNATURES = {
     (AveragedModel, "update_parameters"): ["self", "model"],
     (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],
+    (Trainer, "save_model"): ["self", "output_dir"],
     (peft.config.PeftConfigMixin, "from_json_file"): ["cls", "path_json_file"],
     (peft.config.PeftConfigMixin, "save_pretrained"): ["self", "save_directory", "kwargs"],
     (peft.PeftModel, "save_pretrained"): ["self", "save_directory"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import processes
 import recipe
@@ -109,6 +109,15 @@ def test_fsdp2_goes_on_from_a_sharded_checkpoint(launched):
     assert not list((folder / "fsdp2" / "checkpoint-3").glob("*.safetensors"))
     assert recipe.metrics(folder / "fsdp2-resumed")["resumed_from"].endswith("checkpoint-3")
     recipe.same_weights(folder / "fsdp2", folder / "fsdp2-resumed", rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("flags", [{}, {"ln_scaling": {"exponent": 0.3}}, {"ln_scaling": True, "drop_layers": [1]}])
+def test_a_sharded_checkpoint_of_another_scale_or_other_layers_is_refused(flags, launched, tmp_path):
+    folder, _ = launched
+    config = AutoConfig.from_pretrained(folder / "scaled", ln_scaling=False)
+    trainer = Trainer(AutoModelForCausalLM.from_config(config, **flags), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match=r"fsdp2/checkpoint-3' was trained with"):
+        trainer.train(resume_from_checkpoint=str(folder / "fsdp2" / "checkpoint-3"))
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(launched):
