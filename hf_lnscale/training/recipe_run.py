@@ -99,6 +99,9 @@ class Run(TrainerCallback):
             training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
         )
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != training.world_size:  # each process would train by itself, into the same folder
+            raise ValueError(f"{started} processes were started, and this one sees {training.world_size} of them")
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
