@@ -354,7 +354,7 @@ class _Healer:
             report, apply_again = self.fit
             apply_again()
             return report
-        return self.healer.heal(**parts, progress=progress)
+        return self.healer.heal(**parts, quick=False, progress=progress)
 
     @contextmanager
     def healed(self, units: Iterable[Unit], progress: bool) -> Iterator[HealReport]:
