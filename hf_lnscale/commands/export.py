@@ -19,7 +19,8 @@ def export(
     format: Annotated[
         Literal["safetensors", "zeros", "deci", "gguf"],
         Option(
-            help="zeros: fills layers without attention or MLP; deci: keeps them, for vLLM; gguf: by llama.cpp's converter."
+            help="zeros: fills layers without attention or MLP; deci: keeps them, for vLLM; "
+            "gguf: by llama.cpp's converter."
         ),
     ] = "safetensors",
     converter: Annotated[
