@@ -46,8 +46,8 @@ def save_model(original: Original, /, self: Trainer, output_dir: str | None = No
     result = original(self, output_dir, *args, **kwargs)
     folder, model = Path(output_dir or str(self.args.output_dir)), self.model
     # FSDP's sharded state alone: `train` could not tell another scale or other layers without a configuration.
-    flagged = isinstance(model, PreTrainedModel) and is_flagged(model.config)
-    if flagged and self.args.should_save and not (folder / "config.json").exists():
+    lacking = self.args.should_save and not (folder / "config.json").exists()
+    if lacking and isinstance(model, PreTrainedModel) and is_flagged(model.config):
         model.config.save_pretrained(folder)
     return result
 
