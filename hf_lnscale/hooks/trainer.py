@@ -32,7 +32,7 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
     config = getattr(self.model, "config", None)
     # The original refuses a missing folder.
     if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
-        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # no adapter, and no sharded plain model
+        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor plain and sharded
         step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
         if step is not None and self.model is not None:  # the weights that are loaded next belong to it
             set_ln_scaling_step(self.model, step)
@@ -46,8 +46,8 @@ def save_model(original: Original, /, self: Trainer, output_dir: str | None = No
     result = original(self, output_dir, *args, **kwargs)
     folder, model = Path(output_dir or str(self.args.output_dir)), self.model
     # FSDP's sharded state alone: `train` could not tell another scale or other layers without a configuration.
-    wanted = self.args.should_save and not (folder / "config.json").exists()
-    if wanted and isinstance(model, PreTrainedModel) and is_flagged(model.config):
+    lacking = self.args.should_save and not (folder / "config.json").exists()
+    if lacking and isinstance(model, PreTrainedModel) and is_flagged(model.config):
         model.config.save_pretrained(folder)
     return result
 
