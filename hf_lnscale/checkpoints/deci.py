@@ -79,6 +79,7 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{configuration_deci.__name__.rpartition('.')[2]}.DeciConfig"},
         "block_configs": blocks,
+        "head_dim": config.hidden_size // config.num_attention_heads,  # Qwen2 has no such field
         "intermediate_size": None,  # stops Llama's classes, which would make the missing parts anew
         "model_type": configuration_deci.DeciConfig.model_type,
         "qkv_bias": config.model_type == "qwen2" or plain["attention_bias"],

@@ -20,7 +20,7 @@ from ..core.config import is_integer
 from ..core.errors import ArgumentError
 from ..core.stack import text_stack
 from ..core.sublayers import Unit
-from .split_model import SplitModel, logit_slices, pick_tokens, predictions
+from .split_model import SplitModel, pick_tokens, predictions
 from .stream import capture_residual_stream, eval_mode, upcast
 from .text import TokenBatches, token_batches
 from .uncertainty import ratio_residuals, standard_error
@@ -39,12 +39,10 @@ def perplexity_of(loss: float) -> float:
 
 def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token, shape (N,), nats, in at least float32."""
-    targets_N = targets_N.to(logits_NV.device)
-    parts = [
-        F.cross_entropy(upcast(logits_NV[part]), targets_N[part], reduction="none")
-        for part in logit_slices(len(logits_NV), logits_NV.shape[1], _UPCAST_LOGITS)
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    size = max(1, _UPCAST_LOGITS // logits_NV.shape[1])
+    # Not slices: backward, each of those would fill a gradient of all logits.
+    parts = zip(logits_NV.split(size), targets_N.to(logits_NV.device).split(size), strict=True)
+    return torch.cat([F.cross_entropy(upcast(some_NV), some_N, reduction="none") for some_NV, some_N in parts])
 
 
 def loss_gradient(halves: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

@@ -139,9 +139,9 @@ class SplitModel:
         return StandIn(self.stack.layers[position], forward)
 
 
-def logit_slices(count: int, vocab_size: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of `count` tokens with at most that many logits each; None is as many as fit into memory."""
-    size = max(1, (most or _MAX_LOGITS) // vocab_size)
+def logit_slices(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of `count` tokens whose logits fit into memory."""
+    size = max(1, _MAX_LOGITS // vocab_size)
     return (slice(at, at + size) for at in range(0, count, size))
 
 

@@ -154,7 +154,7 @@ def layer_names(path: str) -> re.Pattern[str]:
 
 
 def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]:
-    """As `_layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
+    """As `layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
 
     A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
     tokens, which transformers ignores.

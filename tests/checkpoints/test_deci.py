@@ -82,7 +82,7 @@ def decilm(folder, ids):
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")
     heads, hidden, eps = config["num_attention_heads"], config["hidden_size"], config["rms_norm_eps"]
-    size = hidden // heads
+    size = config["head_dim"]
 
     def norm(x, name):
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weights.pop(f"{name}.weight")
@@ -166,6 +166,15 @@ def test_every_size_comes_back():
             )  # fmt: skip
             found = _described(config, config.to_dict(), "x")["block_configs"][0]["ffn"]
             assert mlp_size(found, hidden) == size
+
+
+def test_the_size_of_a_head_that_qwen2_does_not_name():
+    config = tf.Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=2,
+        drop_attention=[1], architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    assert "head_dim" not in config.to_dict()
+    assert _described(config, config.to_dict(), "x")["head_dim"] == 64
 
 
 READ = """

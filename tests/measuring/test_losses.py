@@ -10,6 +10,7 @@ import tiny
 from hf_lnscale.measuring.angles import BlockAngles, cosine_distance, layer_angle
 from hf_lnscale.measuring.losses import MeanLoss, loss_without, sweep, token_losses
 from hf_lnscale.measuring.moments import Moments, channel_moments, pooled_moments
+from hf_lnscale.measuring.stream import upcast
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.measuring.uncertainty import ratio_residuals, standard_error
 from oracles import decoder_layers
@@ -66,12 +67,16 @@ def test_padding_and_batches_do_not_change_the_errors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("limit", [1, 7 * 5, 2**24])
 def test_token_losses_in_parts(limit, dtype, monkeypatch):
-    monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", limit)
+    monkeypatch.setattr("hf_lnscale.measuring.losses._UPCAST_LOGITS", limit)
+    seen = []
+    monkeypatch.setattr("hf_lnscale.measuring.losses.upcast", lambda part: seen.append(len(part)) or upcast(part))
     logits, targets = torch.randn(13, 5).to(dtype), torch.randint(0, 5, (13,))
     expected = -logits.double().log_softmax(-1)[range(13), targets]
     found = token_losses(logits, targets)
+    assert seen == {1: [1] * 13, 7 * 5: [7, 6], 2**24: [13]}[limit]
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert len(token_losses(logits[:0], targets[:0])) == 0
 
 
 def test_moments_of_parts_are_those_of_the_whole():
