@@ -45,9 +45,9 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
 def save_model(original: Original, /, self: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
     result = original(self, output_dir, *args, **kwargs)
     folder, model = Path(output_dir or str(self.args.output_dir)), self.model
-    # FSDP's sharded state alone: `train` could not tell another scale or other layers without a configuration.
-    lacking = self.args.should_save and not (folder / "config.json").exists()
-    if lacking and isinstance(model, PreTrainedModel) and is_flagged(model.config):
+    # `train` could not tell another scale or other layers by a sharded state alone.
+    sharded = self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").exists()
+    if sharded and isinstance(model, PreTrainedModel) and is_flagged(model.config):
         model.config.save_pretrained(folder)
     return result
 

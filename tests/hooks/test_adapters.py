@@ -20,7 +20,14 @@ from peft import (
 )
 from peft.utils import hotswap
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import tiny
 from hf_lnscale import fold_ln_scaling, ln_scales
@@ -345,10 +352,11 @@ def test_an_adapter_in_memory_is_swapped_into_its_own_base(tmp_path):
 
 
 def test_an_adapter_that_transformers_holds(tmp_path):
-    """`model.add_adapter` and `model.save_pretrained`, without PEFT's own model around it."""
+    """`model.add_adapter` and `Trainer.save_model`, without PEFT's own model around it."""
     model = base(tmp_path, "both by keyword")
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
-    model.eval().save_pretrained(tmp_path / "adapter")
+    Trainer(model.eval(), TrainingArguments(str(tmp_path / "run"), use_cpu=True)).save_model(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()  # by which it would be resumed as a whole model
     for name, load in LOADERS.items():
         assert torch.equal(logits(load(tmp_path / "adapter")), logits(model)), name
 
