@@ -139,7 +139,7 @@ def copy_checkpoint(
     plain = describe(config, values, str(src))
     family, files = family_of(config), _weight_files(source)
     folds = {file: _folds(source / file, read, family, scales) for file, read in files.items()}
-    names = [name for found in folds.values() for name in found]
+    names = [name for some in folds.values() for name in some]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, found.sublayers.values()))
     if scales and sum(name.endswith(".weight") for name in names) != expected:
         raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")

@@ -96,9 +96,8 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
         saved = saved_config(base.config, folder)
     except (OSError, ValueError):  # no configuration, or none of transformers
         saved = {}
-    checkpoint_layers.require_sublayers(
-        base.config, saved
-    )  # what is missing would keep the values that the model was made with
+    # What is missing would keep the values that the model was made with.
+    checkpoint_layers.require_sublayers(base.config, saved)
     loaded = copy.deepcopy(base.config)
     note_what_is_on_disk(loaded, folder, {})
     warn_if_cold(loaded, folder)

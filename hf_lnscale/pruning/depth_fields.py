@@ -1,7 +1,6 @@
 """A configuration without some layers: the fields that run over depth follow, and the cut is noted in it.
 
-What was dropped from what is noted in the numbering of the model that it was once cut from, so that layers can be found
-again on disk, and keep their own depth.
+The note counts layers as the original model did, so that layers are found again on disk, and keep their own depth.
 """
 
 from __future__ import annotations

@@ -505,8 +505,8 @@ def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[lis
     distances = mean("angular").scores[:, count - 1]
     starts = distances.nan_to_num(math.inf).argsort(stable=True)[: min(BLOCKS, len(distances) - count + 1)].tolist()
     found = [list(range(start, start + count)) for start in starts]
-    for one in (mean("block_influence"), *(one["block_influence"] for one in scores)):
-        if (least := sorted(one.lowest(count))) not in found:
+    for influence in (mean("block_influence"), *(one["block_influence"] for one in scores)):
+        if (least := sorted(influence.lowest(count))) not in found:
             found.append(least)
     return found
 

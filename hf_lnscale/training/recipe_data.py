@@ -143,7 +143,8 @@ def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | No
     if path.exists() and not _is_saved(path):
         files = _files(path, part.split, test)
         given["files"], given["whole"] = files, [path.is_dir()] * len(files)
-        given["changed"] = [file.stat().st_mtime_ns for file in files]  # part of the cache key too
+        stats = map(Path.stat, files)
+        given["changed"] = [(stat.st_size, stat.st_mtime_ns) for stat in stats]  # part of the cache key too
         first = next(_rows(**given), None)
     else:
         raw = _load_raw(part, streaming)
@@ -248,7 +249,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _rows(
-    files: list[Path], whole: list[bool], changed: list[int], convert: Convert,
+    files: list[Path], whole: list[bool], changed: list[tuple[int, int]], convert: Convert,
     kind: str | None = None, version: str = "",
 ) -> Iterator[Row]:  # fmt: skip
     return _converted(itertools.chain.from_iterable(map(_read, files, whole)), convert, kind)

@@ -1,5 +1,7 @@
 """What the recipes read, and what they hold out of it."""
 
+import os
+
 import datasets
 import pytest
 
@@ -165,9 +167,13 @@ def test_a_large_file_of_a_folder_is_cut(tmp_path, monkeypatch):
     assert sorted(texts(train) + texts(held_out)) == sorted(expected)
 
 
-def test_a_file_that_changed_is_read_again(tmp_path):
-    for text in ("one", "two"):
+@pytest.mark.parametrize("kept_time", [False, True])
+def test_a_file_that_changed_is_read_again(kept_time, tmp_path):
+    """In its time or, as when a file is unpacked over another, in its size alone."""
+    for text in ("one", "three"):
         path = recipe.write_rows(tmp_path / "text.jsonl", [{"text": text}] * 4)
+        if kept_time:
+            os.utime(path, (1, 1))
         assert set(texts(load_text(DataArguments(dataset_name=str(path)), "text", seed=0)[0])) == {text}
 
 
