@@ -179,7 +179,7 @@ def _card(
     if whole := metrics.get("whole_model"):
         notes.append(f"Gaps are nats per token above {whole}; other text is some that comes with Python.")
     settings["datasets"] = [public_name(name) for name in data]
-    own = "what the whole model wrote itself on the beginnings of " if settings.get("self_data") else ""
+    own = "what the whole model wrote itself after prompts from " if settings.get("self_data") else ""
     notes.append(f"It was trained on {own}{', '.join(settings['datasets']) or 'text that comes with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(

@@ -154,10 +154,8 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     found = recipe.metrics(out)
     assert found["train_rows"] == BATCH + 4
     assert {"gap", "gap_before", "gap_other", "gap_other_before"} <= found.keys()
-    assert (
-        "trained on what the whole model wrote itself on the beginnings of text.jsonl"
-        in (out / "README.md").read_text()
-    )
+    said = "trained on what the whole model wrote itself after prompts from text.jsonl"
+    assert said in (out / "README.md").read_text()
 
 
 def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, here, monkeypatch, capsys):
