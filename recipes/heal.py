@@ -74,9 +74,8 @@ def main(
     prepare_chat(training, tokenizer, train)
     training.packing &= train.column_names == [training.dataset_text_field]  # an answer stays with its question
     if whole and teacher.self_data:
-        run.mark()
         load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)
-        train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data)
+        train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data, begin=run.mark)
     options = {
         "args": training,
         "train_dataset": train,

@@ -27,7 +27,7 @@ from .uncertainty import ratio_residuals, standard_error
 
 # Largest loss (nats per token) before exp() overflows.
 MOST_NATS = 700.0
-# Logits that are upcast at a time: the memory of a small part is used again for the next one.
+# Logits that are upcast at a time on a CPU: the memory of a small part is used again for the next one.
 _UPCAST_LOGITS = 2**20
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
@@ -39,7 +39,7 @@ def perplexity_of(loss: float) -> float:
 
 def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token, shape (N,), nats, in at least float32."""
-    size = max(1, _UPCAST_LOGITS // logits_NV.shape[1])
+    size = max(1, _UPCAST_LOGITS // logits_NV.shape[1] if logits_NV.device.type == "cpu" else len(logits_NV))
     # Not slices: backward, each of those would fill a gradient of all logits.
     parts = zip(logits_NV.split(size), targets_N.to(logits_NV.device).split(size), strict=True)
     return torch.cat([F.cross_entropy(upcast(some_NV), some_N, reduction="none") for some_NV, some_N in parts])

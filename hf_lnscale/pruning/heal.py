@@ -225,7 +225,7 @@ class Healer:
         """See `heal`. The model must be the full one as it was: undo the last report first.
 
         Args:
-            quick: try the largest penalty alone, and do not cross-validate; to compare sets in less than half the time.
+            quick: try the largest penalty alone, and do not cross-validate; to compare sets in less time.
 
         Raises:
             ValueError: also if the last report was not undone.

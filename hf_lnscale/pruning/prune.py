@@ -144,18 +144,21 @@ def prune(
         config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
         inner = text_stack(model).model
     _require_prunable(config, goal, units)
-    if tokenizer is None and (checkpoint is not None or target is not None or abilities):
+    asked = tokenizer
+    if asked is None and (checkpoint is not None or target is not None or abilities):
         if not (name := checkpoint or config.name_or_path):
             problem = f"give the one to {'write' if target else 'ask with'}: the model has no name to load it by"
             raise ArgumentError("tokenizer", problem=problem)
-        tokenizer = load_tokenizer(name)
+        asked = load_tokenizer(name)
     if abilities:
-        first_token(tokenizer)
+        first_token(asked)
+    if checkpoint is not None or target is not None:
+        tokenizer = asked  # not for abilities alone: with one, English and code are fitted beside token ids
     text = _split(data, held_out, tokenizer, windows, config, inner)
     if checkpoint is not None:
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
-    whole = (ability_results(model, tokenizer), Continuations(model, tokenizer)) if abilities else None
+    whole = (ability_results(model, asked), Continuations(model, asked)) if abilities else None
 
     search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
     try:
@@ -184,7 +187,7 @@ def prune(
     if report is not None:
         report.forget()
     if whole is not None:
-        cut = [*ability_results(model, tokenizer), *whole[1].agreement(model, tokenizer)]
+        cut = [*ability_results(model, asked), *whole[1].agreement(model, asked)]
         plan = replace(plan, notes={**plan.notes, "abilities": compare_abilities(whole[0], cut)})
     if plan.known_text:
         note_text(model, plan.known_text)

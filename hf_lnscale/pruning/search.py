@@ -485,7 +485,8 @@ def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
             yield known[count]
             continue
         if not scores and search.method == "best_of":
-            sources = [search.calibration.only(name) for name in search.calibration.weights]
+            fitted = [name for name, weight in search.calibration.weights.items() if weight]
+            sources = [search.calibration.only(name) for name in fitted]
             scores = [score_stream(search.model, source, progress=search.progress) for source in sources]
         elif not scores:
             found = score_layers(search.model, search.calibration, search.method, progress=search.progress)

@@ -13,6 +13,7 @@ import torch
 import trl
 from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from .scripts import find_config
@@ -143,7 +144,8 @@ class TeacherArguments:
         """The name of the unpruned model, if it is known.
 
         Raises:
-            ValueError: if it is to be trained or to write and is not known, or is to be trained and teaches.
+            ValueError: if it is to be trained or to write and is not known, or is to be trained and teaches, or, under
+                ZeRO-3, if it is not to be trained.
         """
         whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
@@ -152,6 +154,8 @@ class TeacherArguments:
             raise ValueError("control: name the unpruned model to train with --whole")
         if self.self_data and not whole:
             raise ValueError("self_data: name the unpruned model, which is to write, with --whole")
+        if whole and not self.control and is_deepspeed_zero3_enabled():
+            raise ValueError("whole: DeepSpeed ZeRO-3 shards what is trained only; give --control, or --whole none")
         return whole
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..checkpoints.folders import public_name, write_atomically
@@ -41,8 +40,7 @@ class Control(TrainerCallback):
         options: for its trainer, as the cut model's.
 
     Raises:
-        ValueError: if a resumed run is to be longer than the one that the whole model was trained in, or, under
-            ZeRO-3, for a model that is not trained.
+        ValueError: if a resumed run is to be longer than the one that the whole model was trained in.
     """
 
     def __init__(
@@ -70,8 +68,6 @@ class Control(TrainerCallback):
             whole = RecipeTrainer(model=load(), **{**options, "args": arguments})
             if train:
                 whole.train()
-            elif is_deepspeed_zero3_enabled():
-                raise ValueError("whole: DeepSpeed ZeRO-3 shards what is trained only; give --control, or --whole none")
             else:  # not sharded: accelerate shards no model without its optimizer
                 whole.accelerator.prepare_model(whole.model, evaluation_mode=True)
             whole.evaluate()

@@ -22,7 +22,12 @@ BATCH = 16
 
 
 def write_self_data(
-    training: RecipeConfig, tokenizer: Any, load: Callable[[], PreTrainedModel], rows: Any, count: int
+    training: RecipeConfig,
+    tokenizer: Any,
+    load: Callable[[], PreTrainedModel],
+    rows: Any,
+    count: int,
+    begin: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """The first `count` rows with a model's own words in place of theirs; only these words are learned.
 
@@ -34,10 +39,15 @@ def write_self_data(
         load: loads the model that writes; not called where everything is written.
         rows: text, chats, or prompts with completions; a prompt that fills `max_length`, and a chat whose answer does
             not end within it, are left out.
+        begin: called before the first file is written.
 
     Raises:
-        ValueError: if no prompt is left, or no answer of a chat ended within `max_length`.
+        ValueError: if no prompt is left, if no answer of a chat ended within `max_length`, or if the chat template is
+            that of another tokenizer, which is not known before training begins.
     """
+    template = training.chat_template_path or ".jinja"
+    if "tools" in rows.column_names and not template.endswith((".jinja", ".j2")):
+        raise ValueError(f"self_data: chat_template_path must be chatml or a .jinja file here, got {template!r}")
     length = training.max_length or 1024
     chats = [_question(row) if "tools" in row else row for row in itertools.islice(rows, count)]
     pairs = [(chat, _prompt_ids(chat, tokenizer, training.dataset_text_field, length // 8)) for chat in chats]
@@ -47,6 +57,7 @@ def write_self_data(
         raise ValueError(f"self_data: {left_out}")
     if len(kept) < len(pairs) and training.process_index == 0:
         print(f"self_data: {left_out}, and are left out")
+    begin()
     answers = _written(training, tokenizer, load, [ids for _, ids in kept], length)
     if "tools" in chats[0]:
         made = [
@@ -129,7 +140,7 @@ def continue_prompts(
     device = model.get_input_embeddings().weight.device
     ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with torch.random.fork_rng(), eval_mode(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), eval_mode(model):
         torch.manual_seed(seed or 0)
         made_BT = model.generate(
             ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, do_sample=seed is not None, **sampling,

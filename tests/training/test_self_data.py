@@ -218,8 +218,13 @@ def test_what_was_written_for_other_prompts_is_written_anew(tmp_path, here):
             ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "chatml", "--max_length", 8),
             "self_data: 13 of 13 prompts have no token",
         ),
+        (
+            ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "{}/model"),
+            "self_data: chat_template_path must be chatml or a .jinja file here",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, here, capsys, more, said):
     assert recipe.run("heal", *words(here, tmp_path / "out", *(str(word).format(here) for word in more))) == 1
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # so that other arguments can be tried
