@@ -246,7 +246,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in GROUPS:
-            _install_what_is_imported()  # a module whose import had begun before this finder was there
+            # A module whose import had begun before this finder was there. Not while one of this package is looked for:
+            # what is installed may import that very module, which would then be run a second time.
+            if name.partition(".")[0] != _PACKAGE:
+                _install_what_is_imported()
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)

@@ -17,6 +17,7 @@ ORDERS = {
         "from transformers import AutoConfig, LlamaConfig; import hf_lnscale; LlamaConfig(ln_scaling=True)"
     ),
     "models before": "from transformers import LlamaForCausalLM; import hf_lnscale",
+    "base classes before": "from transformers import PreTrainedConfig, PreTrainedModel; import hf_lnscale",
     "Trainer later": "import hf_lnscale; from transformers import AutoModel, Trainer",
     "Trainer before": "from transformers import Trainer; import hf_lnscale",
     "peft before": "import peft; import hf_lnscale",
@@ -81,13 +82,26 @@ ORDERS = {
 }
 
 FORKS = """
-import os, sys, textwrap, traceback
+import importlib.machinery, os, sys, textwrap, traceback
 import accelerate, datasets, torch, torch._dynamo
 assert not [name for name in sys.modules if name.partition(".")[0] in ("transformers", "peft", "hf_lnscale")]
+
+ran = []  # files of the plugin
+execute = importlib.machinery.SourceFileLoader.exec_module
+
+def noted(loader, module):
+    execute(loader, module)
+    if module.__name__.startswith("hf_lnscale."):  # not one that failed, which is run again
+        ran.append(module.__name__)
+
+importlib.machinery.SourceFileLoader.exec_module = noted
 
 def check():
     import hf_lnscale
     assert hf_lnscale.is_enabled()
+    import hf_lnscale.hooks.saving
+    twice = {name for name in ran if ran.count(name) > 1}
+    assert not twice, f"run twice, so that two copies do not share what is set in one: {sorted(twice)}"
     from transformers import AutoModelForCausalLM, LlamaConfig
     config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2)
     assert hf_lnscale.ln_scales(AutoModelForCausalLM.from_config(config, ln_scaling=True))[3] == 0.5
