@@ -55,7 +55,7 @@ def readers(folder: Path) -> str:
 def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any]:
     """The config.json of DeciLM."""
     if not (missing := record(config).sublayers):
-        raise ValueError(f"{shown!r} needs no deci: all its layers have attention and MLP")
+        raise ValueError(f"{shown!r} needs no deci: all its layers have attention and MLP; leave --format out")
     if reason := _misfit(config):
         hint = "--format zeros is for any model"
         raise UnsupportedArchitectureError(f"{shown!r} cannot be written as DeciLM: {reason}", hint)
