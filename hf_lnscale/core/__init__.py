@@ -1,1 +1,1 @@
-"""The scale and the families: what needs torch and transformers alone."""
+"""The scale and the model families. Depends only on torch and transformers."""

@@ -1,4 +1,4 @@
-"""LayerNorm Scaling in a model in memory: apply, remove, fold, unfold, and a warmup's steps."""
+"""LayerNorm Scaling on a model in memory: apply, remove, fold and unfold it, and step its warmup."""
 
 from __future__ import annotations
 
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 
 
 def apply_from_config(model: PreTrainedModel) -> None:
-    """Makes the layers that `model` itself holds what its configuration says; called once a model is constructed.
-
-    Sub-layers that it lacks are taken out, and norms are scaled.
-    """
+    """Applies the configuration to a model that has just been constructed: drops sub-layers and scales norms."""
     found = record(model.config)
     if not found.needs_plugin:
         return
-    # The decoder inside a head or a vision model was dealt with when it was constructed; once more does no harm, and
-    # reaches layers that the head has put in since.
+    # A decoder nested in a head or vision model was already handled by its own constructor. Doing it again is
+    # harmless and covers layers that the outer model has replaced since.
     stacks = [stack for module in pretrained_modules(model) if (stack := own_stack(module))]
     for stack in stacks:
         own = record(stack.model.config)
@@ -58,7 +55,7 @@ def _apply(stack: Stack, scaling: LNScalingConfig) -> None:
 
 
 def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
-    """Changes the record in every configuration in `model` that describes the stack; usually all are one object."""
+    """Updates the record in every configuration in `model` that describes the stack (usually one shared object)."""
     new = replace(record(stack.model.config), **changes)
     for module in pretrained_modules(model):
         config = text_config(module.config)
@@ -67,22 +64,22 @@ def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
 
 
 def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
-    """Switches LayerNorm Scaling on in a model in memory, in place.
+    """Enables LayerNorm Scaling on a model in memory, in place.
 
-    Multiplies the outputs of the norm before attention and of the norm before the MLP of each layer by
-    `depth ** -exponent` (arXiv 2502.05795, equation 8). Parameters, their names and gradients' owners stay; a model
-    that was trained without the scale gives other, at first useless, outputs.
+    Multiplies the outputs of the attention and MLP pre-norms of each layer by `depth ** -exponent` (arXiv 2502.05795,
+    equation 8). Parameters and their names do not change. A model trained without the scale gives useless outputs at
+    first.
 
     Args:
         model: a transformers model, or one wrapped by PEFT or DDP.
-        ln_scaling: True, False (as `remove_ln_scaling`), a dict or an `LNScalingConfig`. Replaces a scaling that is
-            active, but for True, which keeps it.
+        ln_scaling: True, False (same as `remove_ln_scaling`), a dict or an `LNScalingConfig`. True keeps a scaling
+            that is already active; any other value replaces it.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: for a wrong value, or if the scale is folded into the weights already.
+        ValueError: if the value is invalid, or the scale is already folded into the weights.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     if LNScalingConfig.of(ln_scaling) is None:
@@ -103,12 +100,12 @@ def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
 
 
 def remove_ln_scaling(model: nn.Module) -> nn.Module:
-    """Switches LayerNorm Scaling off in a model in memory, in place: the norms get their own class back.
+    """Disables LayerNorm Scaling on a model in memory, in place, and restores the class of each norm.
 
-    The outputs change. To keep them, and lose the need for this plugin, use `fold_ln_scaling`.
+    This changes the outputs. Use `fold_ln_scaling` to get a plain model with the same outputs.
 
     Returns:
-        The same model. One that has no scale comes back as it is.
+        The same model; unchanged if it has no scale.
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
@@ -122,28 +119,28 @@ def remove_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
-    """Moves the warmup of a model's scale to where it stands after `step` optimizer steps, in place.
+    """Sets the warmup of a model's scale to its state after `step` optimizer steps, in place.
 
-    For training loops of one's own, after each optimizer step; `LNScalingWarmupCallback` does it in a Trainer. Works on
-    a model that is wrapped, sharded or compiled, and compiles nothing anew.
+    Call it after each optimizer step of a custom training loop; in a Trainer, `LNScalingWarmupCallback` does so. Works
+    on wrapped, sharded and compiled models, without recompiling.
 
     Args:
         model: a model whose `ln_scaling` has `warmup_steps`.
-        step: an integer >= 0; past the end of the warmup it stays at its end.
+        step: an integer >= 0; values beyond `warmup_steps` are clamped.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model has no warmup, or for a wrong step.
+        ValueError: if the model has no warmup, or `step` is invalid.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     stack = text_stack(model)
     scaling = record(stack.model.config).active
     if scaling is None or not scaling.warmup_steps:
         raise ValueError(
-            f"the model's ln_scaling is {get_ln_scaling(stack.model.config)}: there is no warmup to move. Give it one: "
-            'ln_scaling={"warmup_steps": 1000}'
+            f"the model's ln_scaling is {get_ln_scaling(stack.model.config)}, which has no warmup. Add one, for "
+            'example ln_scaling={"warmup_steps": 1000}'
         )
     if not is_integer(step) or step < 0:
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
@@ -157,10 +154,10 @@ def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
 
 
 def ln_scales(model: nn.Module) -> list[float]:
-    """The factor that multiplies the pre-norms of each layer, as applied; 1.0 where none is.
+    """The scale applied to the pre-norms of each layer; 1.0 for layers without one.
 
     Returns:
-        L floats, first layer first.
+        L floats, one per layer, from the first layer to the last.
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
@@ -171,7 +168,7 @@ def ln_scales(model: nn.Module) -> list[float]:
 
 
 def _applied(stack: Stack) -> list[set[float]]:
-    """The different scales in each layer, also of copies that an adapter trains; {1.0} without any."""
+    """The distinct scales in each layer, including those of norms copied by an adapter; {1.0} if there are none."""
     return [
         {float(norm.ln_scale) for norm in layer.modules() if isinstance(norm, ScaledNorm)} or {1.0}
         for layer in stack.layers
@@ -179,11 +176,11 @@ def _applied(stack: Stack) -> list[set[float]]:
 
 
 def fold_ln_scaling(model: nn.Module) -> nn.Module:
-    """Puts the scale into the norm weights, in place, and takes the flag off: a plain model for any runtime.
+    """Folds the scale into the norm weights, in place, and clears the flag: a plain model for any runtime.
 
-    The product that is stored is the product that was computed, so the outputs stay the same bit for bit, in any
-    dtype. The configuration keeps a note, `ln_scaling_folded`, that other programs ignore. An optimizer that holds
-    these weights goes on from the new values; training a folded model is training without LayerNorm Scaling.
+    The stored product is exactly the one the forward computed, so outputs are bit-identical in any dtype. The
+    configuration keeps a key, `ln_scaling_folded`, that other programs ignore. An optimizer that holds these weights
+    continues from the new values. Training a folded model is training without LayerNorm Scaling.
 
     Returns:
         The same model.
@@ -196,7 +193,7 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
     norms, found = stack.norms, record(stack.model.config)
     if found.active is None:
         folded = found.folded and found.folded.to_dict()
-        raise ValueError(f"the scale is folded already: {folded}" if folded else "the model has no active ln_scaling")
+        raise ValueError(f"the scale is already folded: {folded}" if folded else "the model has no active ln_scaling")
     _change_weights(stack, scale_parameter, [float(norm.ln_scale) for _, norm in norms])  # type: ignore[arg-type]
     for _, norm in norms:
         unscale_norm(norm)
@@ -205,11 +202,11 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def unfold_ln_scaling(model: nn.Module) -> nn.Module:
-    """Takes a folded scale out of the norm weights again, in place, and switches the flag on: for more training.
+    """Reverses `fold_ln_scaling`, in place, so that training with LayerNorm Scaling can continue.
 
     Returns:
-        The same model, with the same outputs: bit for bit, unless the norm weights were trained while folded, which
-        can leave a difference in the last bit of a weight.
+        The same model. Its outputs are bit-identical unless the norm weights were trained while folded, in which case
+        a weight may differ in its last bit.
 
     Raises:
         ValueError: if nothing is folded, or a norm's weight is not in memory (meta device, offloaded).
@@ -218,7 +215,7 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
     stack = text_stack(model)
     folded = record(stack.model.config).folded
     if folded is None:
-        raise ValueError(f"there is nothing to unfold: no {FOLDED} in the model's config")
+        raise ValueError(f"nothing to unfold: the model's config has no {FOLDED}")
     scales = folded.scales(len(stack.layers))
     _change_weights(stack, unscale_parameter, [scales[position] for position, _ in stack.norms])
     _write(model, stack, folded=None)
@@ -226,10 +223,10 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Refuses a model that is not what its configuration says; called before it is saved.
+    """Checks, before saving, that a model matches its configuration.
 
     Raises:
-        ValueError: if the two differ; the message says how that comes about.
+        ValueError: if the two differ; the message names the likely cause.
     """
     for module in pretrained_modules(model):
         if (stack := own_stack(module)) and (problem := _inconsistency(stack)):
@@ -241,8 +238,8 @@ def _inconsistency(stack: Stack) -> str:
     found = record(config)
     if found.dropped and config.num_hidden_layers != number:
         return (
-            f"has {number} layers, its config says {config.num_hidden_layers}, with {list(found.dropped.layers)} "
-            "dropped: drop_layers was assigned to the configuration of a model that is built already (use "
+            f"has {number} layers, but its config says {config.num_hidden_layers}, with {list(found.dropped.layers)} "
+            "dropped: drop_layers was set on the config after the model was built (use "
             "hf_lnscale.drop_layers(model, layers))"
         )
     lacking: dict[str, list[int]] = {}
@@ -251,30 +248,30 @@ def _inconsistency(stack: Stack) -> str:
             lacking.setdefault(kind, []).append(position)
     if lacking != found.sublayers:
         return (
-            f"lacks sub-layers of layers {lacking}, its config says {found.sublayers}: the configuration of a model "
-            "that is built already was changed (use hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two "
-            "models share one config object"
+            f"lacks sub-layers of layers {lacking}, but its config says {found.sublayers}: the config was changed "
+            "after the model was built (use hf_lnscale.drop_layers(model, attention=..., mlp=...)), or two models "
+            "share one config object"
         )
-    said, applied = found.active.scales(number) if found.active else [1.0] * number, _applied(stack)
-    if applied != [{scale} for scale in said]:
+    expected, applied = found.active.scales(number) if found.active else [1.0] * number, _applied(stack)
+    if applied != [{scale} for scale in expected]:
         return (
-            f"has norms that are scaled by {[max(scales) for scales in applied]}, its config says {said}. Either "
+            f"has norms scaled by {[max(scales) for scales in applied]}, but its config says {expected}. Either "
             "config.ln_scaling was changed after the model was built (use hf_lnscale.apply_ln_scaling), or two models "
             "share one config object (build each from its own: copy.deepcopy(config))."
         )
-    # A copy that nobody writes to, such as a reference model, is right at the step of its weights.
+    # A copy whose weights are never updated, such as a reference model, is correct at the step it was copied at.
     left_behind = any(isinstance(norm, ScaledNorm) and norm.left_behind for norm in stack.model.modules())
     if left_behind and any(parameter._version for parameter in stack.model.parameters()):
         return (
-            f"is a copy whose weights were averaged or trained while its ln_scaling stayed at step "
-            f"{found.active and found.active.step}, and that of the model it was copied from went on. Move it to the "
-            "step that its weights belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
+            f"is a copy whose weights were averaged or trained while its ln_scaling warmup stayed at step "
+            f"{found.active and found.active.step} and the original's advanced. Set it to the step that its weights "
+            "belong to: hf_lnscale.set_ln_scaling_step(copy, step)"
         )
     return ""
 
 
 def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
-    """Refuses norms that something else holds on to, before the first is changed."""
+    """Refuses, before any norm is changed, norms that FSDP or accelerate has already wrapped."""
     for position, norm in norms:
         if isinstance(norm, ScaledNorm) and type(norm) not in scaled_classes.values():
             raise ValueError(
@@ -283,7 +280,7 @@ def _require_free(norms: list[tuple[int, nn.Module]]) -> None:
             )
         if "_hf_hook" in vars(norm):
             raise ValueError(
-                f"a norm of layer {position} has a hook of accelerate's, as the model was spread over devices or "
+                f"a norm of layer {position} has an accelerate hook because the model was dispatched over devices or "
                 "offloaded; change the scale before that, or fold on disk: hf-lnscale export SRC --out DST"
             )
 
@@ -294,10 +291,10 @@ def _change_weights(stack: Stack, change: Callable[..., torch.Tensor], scales: l
     _require_free(norms)
     for position, norm in norms:
         for parameter in norm.parameters(recurse=False):
-            if parameter.is_meta or not parameter.numel():  # DeepSpeed's ZeRO-3 leaves parameters without elements
+            if parameter.is_meta or not parameter.numel():  # DeepSpeed ZeRO-3 leaves empty parameters
                 raise ValueError(
                     f"the norm weights of layer {position} are not in memory (meta device, offloaded or partitioned); "
-                    "load the model without that, or fold it on disk: hf-lnscale export SRC --out DST"
+                    "load the whole model into memory, or fold it on disk: hf-lnscale export SRC --out DST"
                 )
     with torch.no_grad():
         for (_, norm), scale in zip(norms, scales, strict=True):

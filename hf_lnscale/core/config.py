@@ -25,21 +25,21 @@ def is_integer(value: Any) -> bool:
 class LNScalingConfig:
     """Parameters of LayerNorm Scaling: layer i, of depth d, is scaled by `d ** -exponent`.
 
-    With `warmup_steps` the exponent is led from 0, a Pre-LN model, to its value over as many optimizer steps of
-    training. Where it stands, `step`, is part of the configuration, and so of config.json; in training
-    `hf_lnscale.training.LNScalingWarmupCallback` moves it.
+    With `warmup_steps`, the exponent is ramped up from 0 (Pre-LN) to its final value over that many optimizer steps.
+    The current position, `step`, is part of the configuration and is saved in config.json. During training,
+    `hf_lnscale.training.LNScalingWarmupCallback` advances it.
 
     Attributes:
         exponent: 0.5 is the paper's 1/sqrt(l); 0 leaves every layer unchanged.
-        depths: one positive integer a layer, shape (L,); None stands for 1, 2, ..., L. A pruned model keeps the depths
-            that its layers had when they were trained.
-        warmup_steps: optimizer steps from exponent 0 to `exponent`; 0 for the whole exponent at once.
-        schedule: how it gets there, "linear" or "cosine" (half a wave: slow at both ends).
-        step: optimizer steps of the warmup that are done, 0 ... `warmup_steps`.
+        depths: one positive integer per layer, shape (L,); None means 1, 2, ..., L. A pruned model keeps the depths
+            that its layers had during training.
+        warmup_steps: number of optimizer steps from exponent 0 to `exponent`; 0 disables the warmup.
+        schedule: shape of the ramp, "linear" or "cosine" (a half-wave, slow at both ends).
+        step: number of warmup steps completed, from 0 to `warmup_steps`.
 
     Raises:
-        ValueError: for an exponent that is negative, not finite or no number, for depths that are not positive
-            integers, and for a warmup that is none; the message names the argument, what was given and what is valid.
+        ValueError: if the exponent is not a finite number >= 0, the depths are not positive integers, or the warmup is
+            invalid; the message names the argument, the value and what is valid.
     """
 
     exponent: float = 0.5
@@ -65,15 +65,15 @@ class LNScalingConfig:
         if (depths := self.depths) is not None:
             listed = isinstance(depths, (list, tuple)) and len(depths) > 0
             valid = listed and all(is_integer(depth) and depth > 0 for depth in depths)
-            require(valid, "depths", "a list of positive integers, one a layer")
+            require(valid, "depths", "a list of positive integers, one per layer")
             object.__setattr__(self, "depths", tuple(depths))
 
     @classmethod
     def of(cls, value: Any) -> LNScalingConfig | None:
-        """Reads a value of the `ln_scaling` argument: True, False, None, a dict or an `LNScalingConfig`.
+        """Converts a value of the `ln_scaling` argument: True, False, None, a dict or an `LNScalingConfig`.
 
         Returns:
-            The configuration, or None where the value says "not scaled".
+            The configuration, or None if the value is False or None.
         """
         if value is None or value is False:
             return None
@@ -93,7 +93,7 @@ class LNScalingConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The dict stored in `config.json`; without the warmup's keys if there is no warmup."""
+        """The dict stored in `config.json`. Warmup keys are omitted if there is no warmup."""
         stored: dict[str, Any] = {"exponent": self.exponent, "depths": self.depths and list(self.depths)}
         if self.warmup_steps:
             stored |= {"warmup_steps": self.warmup_steps, "schedule": self.schedule, "step": self.step}
@@ -101,46 +101,46 @@ class LNScalingConfig:
 
     @property
     def warming_up(self) -> bool:
-        """Whether there are steps to go to the whole exponent."""
+        """Whether the warmup is not complete yet."""
         return self.step < self.warmup_steps
 
     @property
     def exponent_now(self) -> float:
-        """The exponent that is applied: `exponent`, or what it has come to at `step` of a warmup."""
+        """The exponent currently applied: `exponent`, or its value at `step` of the warmup."""
         if not self.warming_up:
             return self.exponent
         return self.exponent * SCHEDULES[self.schedule](self.step / self.warmup_steps)
 
     def for_layers(self, num_layers: int) -> LNScalingConfig:
-        """The same with the depths written out.
+        """A copy with explicit depths.
 
         Raises:
-            ValueError: if there is not one depth a layer.
+            ValueError: if the number of depths is not `num_layers`.
         """
         depths = tuple(range(1, num_layers + 1)) if self.depths is None else self.depths
         if len(depths) != num_layers:
             raise ValueError(
-                f"ln_scaling: depths must have one entry a layer, {num_layers} for this model, got {len(depths)}: "
-                f"{list(depths)!r} (building a model writes out the depths of ln_scaling=True into its config; for "
-                "another number of layers, set it anew)"
+                f"ln_scaling: depths must have one entry per layer, {num_layers} for this model, got {len(depths)}: "
+                f"{list(depths)!r} (building a model with ln_scaling=True stores its depths in the config; set "
+                "ln_scaling again after changing the number of layers)"
             )
         return replace(self, depths=depths)
 
     def keeping(self, positions: list[int]) -> LNScalingConfig:
-        """The same for a model that keeps the layers at these positions only; the depths must be written out."""
+        """A copy for a model that keeps only the layers at these positions; the depths must be explicit."""
         assert self.depths is not None
         return replace(self, depths=tuple(self.depths[position] for position in positions))
 
     def scales(self, num_layers: int) -> list[float]:
-        """The factor of each layer, shape (L,), computed in double precision (equation 8: `l ** -0.5`)."""
+        """The scale of each layer, shape (L,), computed in double precision (equation 8: `l ** -0.5`)."""
         depths = self.for_layers(num_layers).depths
         assert depths is not None
-        try:  # at the end of a warmup too, before it begins
+        try:  # checks the final exponent, so that a warmup fails at its start rather than at its end
             smallest = max(depths) ** -self.exponent
         except OverflowError:
             smallest = 0.0
         if smallest < sys.float_info.min:
             raise ValueError(
-                f"ln_scaling: exponent {self.exponent} makes the scale of a layer of {brief(list(depths))} zero"
+                f"ln_scaling: exponent {self.exponent} with depths {brief(list(depths))} gives a layer a scale of zero"
             )
         return [depth**-self.exponent_now for depth in depths]

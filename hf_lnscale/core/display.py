@@ -1,7 +1,7 @@
-"""Formats figures and tables, and escapes text of unknown origin before it is shown.
+"""Formats numbers and tables, and escapes untrusted text before it is shown.
 
-Names of models and files, and any other text that was read, go through `one_line` (plain text), `rich_text` (rich),
-`markdown_text` or `markdown_code` (Markdown); HTML templates escape by themselves.
+Names of models and files, and any other text read from outside, go through `one_line` (plain text), `rich_text`
+(rich), `markdown_text` or `markdown_code` (Markdown). HTML templates escape automatically.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = Sequence[str]
 
 
 class Markdown(str):
-    """Text in Markdown, which is not escaped."""
+    """Markdown that is already escaped."""
 
 
 def show_bytes(value: float | None) -> str:
@@ -33,7 +33,7 @@ def show_bytes(value: float | None) -> str:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """A number with three digits, "-" for None; thousands are separated. With the sign "+", positive ones have one."""
+    """Formats a number with three digits and a thousands separator; "-" for None. `sign="+"` shows a plus sign."""
     if value is None:
         return "-"
     if not value:
@@ -44,7 +44,7 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def with_error(value: float | None, error: float | None = None, sign: str = "") -> str:
-    """A number with its standard error, if there is one, to two digits of the error: "0.267 ± 0.012"."""
+    """Formats a number with its standard error, if any, to two digits of the error: "0.267 ± 0.012"."""
     if value is None or not error or not math.isfinite(error):
         return number(value, sign)
     if error < 1e-4 or abs(value) >= 1e7:
@@ -54,12 +54,12 @@ def with_error(value: float | None, error: float | None = None, sign: str = "") 
 
 
 def one_line(text: object) -> str:
-    """Text with line breaks and control characters replaced by Python's escapes."""
+    """Text with line breaks and control characters replaced by Python escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def brief(value: object, longest: int = 300) -> str:
-    """The `repr` of a value in a message, shortened."""
+    """The `repr` of a value, truncated for a message."""
     try:
         text = repr(value)
     except RecursionError:
@@ -75,11 +75,11 @@ def rich_text(text: object, style: str = "") -> Text:
 
 
 def markdown_text(text: object) -> str:
-    """Text for a paragraph, a heading or a cell in Markdown, with markup and HTML escaped."""
+    """Text for a Markdown paragraph, heading or cell, with markup and HTML escaped."""
     shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words are not markup in GitHub's Markdown.
     shown = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#>]|#$|^[+-](?=[\s-]|$))", r"\\\1", shown)
-    # A leading number would begin a list, and leading spaces code.
+    # A leading number would start a list, and leading spaces a code block.
     return re.sub("^ ", "&#32;", re.sub(r"^([0-9]+)([.)])(?=\s|$)", r"\1\\\2", shown))
 
 
@@ -91,7 +91,7 @@ def markdown_code(text: object) -> Markdown:
 
 
 def markdown(header: Row, rows: Sequence[Row]) -> str:
-    """A table in Markdown; line breaks within a cell become commas."""
+    """A Markdown table; line breaks within a cell become commas."""
     lines = [[_cell(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] + ["---:"] * (len(header) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -116,7 +116,7 @@ def terminal(header: Row, rows: Sequence[Row], title: str = "") -> Table:
 
 
 def as_text(*tables: Table | Text, width: int | None = 120) -> str:
-    """Tables as plain text, one below the other; without a width, as wide as the terminal."""
+    """Tables as plain text, one below the other; with `width=None`, as wide as the terminal."""
     from rich.console import Console
 
     console = Console(width=width, color_system=None)

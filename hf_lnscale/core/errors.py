@@ -1,7 +1,7 @@
-"""The errors of this package. An error about an argument carries its name, for which the command line shows its option.
+"""Exceptions of this package. An error about an argument carries its name, which the command line renders as an option.
 
-Messages are one line and name what is wrong, the value given, and what is valid. In messages and hints, `name` and
-`name=value` in backticks refer to an argument: the command line shows `--name`.
+Messages are one line and state what is wrong, the value given, and what is valid. In messages and hints, `name` and
+`name=value` in backticks refer to an argument, shown as `--name` on the command line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _python_name(name: str, value: str | None) -> str:
 
 
 class HFLNScaleError(Exception):
-    """Base class of the errors of this package. A hint says what to do; the command line shows it on its own line."""
+    """Base class of this package's errors. The hint says what to do; the command line shows it on a separate line."""
 
     hint = ""
 
@@ -29,7 +29,7 @@ class HFLNScaleError(Exception):
         self._message, self.hint = message, hint
 
     def render(self, named: Callable[[str, str | None], str] = _python_name) -> str:
-        """The message. `named` returns what to call an argument, from its name and, in `name=value`, the value."""
+        """The message. `named` maps an argument's name, and its value in `name=value`, to how it is shown."""
         return _replace_references(self._message, named)
 
     def render_hint(self, named: Callable[[str, str | None], str] = _python_name) -> str:
@@ -41,11 +41,11 @@ class HFLNScaleError(Exception):
 
 
 class ArgumentError(HFLNScaleError, ValueError):
-    """The value of an argument is not valid.
+    """An argument has an invalid value.
 
     `ArgumentError("num_layers", 31, "an integer from 1 to 29")` reads "num_layers must be an integer from 1 to 29,
-    got 31", `ArgumentError("data", "a.txt", problem="is empty")` reads "data 'a.txt' is empty", and without a value it
-    is "data: problem".
+    got 31", `ArgumentError("data", "a.txt", problem="is empty")` reads "data 'a.txt' is empty"; without a value the
+    form is "data: problem".
     """
 
     def __init__(self, argument: str, value: Any = ..., valid: str = "", problem: str = "", hint: str = "") -> None:
@@ -64,11 +64,11 @@ class ArgumentError(HFLNScaleError, ValueError):
 
 
 class PathExistsError(ArgumentError, FileExistsError):
-    """The path to write to exists."""
+    """The output path already exists."""
 
 
 class PathNotFoundError(ArgumentError, FileNotFoundError):
-    """The path to read from does not exist."""
+    """The input path does not exist."""
 
 
 class UnsupportedArchitectureError(HFLNScaleError, ValueError):
@@ -78,12 +78,12 @@ class UnsupportedArchitectureError(HFLNScaleError, ValueError):
 class CheckpointError(HFLNScaleError, ValueError, OSError):
     """A checkpoint, or a file in its folder, is missing, incomplete or invalid.
 
-    It is a subclass of both types that transformers raises in these cases.
+    Subclasses both types that transformers raises in these cases.
     """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No checkpoint has that name."""
+    """No checkpoint has this name."""
 
 
 class UnsupportedTransformersError(HFLNScaleError, RuntimeError):
@@ -95,7 +95,7 @@ class MissingPackageError(HFLNScaleError, ImportError):
 
 
 def require_packages(purpose: str, extra: str, *packages: str) -> None:
-    """Raises `MissingPackageError` if one of the packages of an extra is missing that `purpose` ("the demo") needs."""
+    """Raises `MissingPackageError` if any of `packages`, which `purpose` ("the demo") needs, is not installed."""
     for package in packages:
         if find_spec(package) is None:
             raise MissingPackageError(f"{purpose} needs {package}: pip install 'hf-lnscale[{extra}]'")

@@ -1,6 +1,6 @@
 """The table of model families: where the decoder layers are and which of their norms are pre-norms.
 
-A family is a row of data, found by the `model_type` of the text configuration. `register_family` adds a row.
+Rows are looked up by the `model_type` of the text configuration. `register_family` adds a row.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from transformers import PreTrainedConfig
 
 from .errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 
-# How a configuration field over depth follows when layers are dropped (pruning/depth_fields.py does it).
+# How a per-layer configuration field changes when layers are dropped; implemented in pruning/depth_fields.py.
 RULES = {
-    "each": "a list with one entry a layer",
+    "each": "a list with one entry per layer",
     "cycle": "a list that repeats over the layers",
     "first": "a number of layers, counted from the bottom",
     "last": "the index of the last layer of a kind",
     "indices": "a list of the indices of the layers of a kind",
-    "period": "every n-th layer is of a kind, counted from its `..._offset`, or so that layer n - 1 is the first",
-    "count": "the number of all layers",
-    "shared": "a list with one entry a layer, of which a shared one takes from the last one before it that is not",
-    "unset": "layers depend on each other or on their own number: no layer is dropped while it is set",
-    "dense": "indices of layers without experts, which take over from `decoder_sparse_step`, a period",
+    "period": "every n-th layer is of a kind, counted from its `..._offset`, or from layer n - 1 if there is none",
+    "count": "the total number of layers",
+    "shared": "a list with one entry per layer; a shared layer uses the last layer before it that is not shared",
+    "unset": "layers depend on each other or on their index: layers cannot be dropped while it is set",
+    "dense": "indices of layers without experts; replaces the period `decoder_sparse_step`",
 }
-# The rule of each field that families of transformers have.
+# The rule for each such field in transformers.
 _FIELDS = {
     "each": "layer_types activation_sparsity_pattern attention_layers layer_rope_theta layers_block_type "
     "mlp_layer_types no_rope_layers num_attention_heads_per_layer",
@@ -49,19 +49,19 @@ class Family:
     """A row of the table: what the plugin must know about one family of decoders.
 
     Attributes:
-        layers: path of the `ModuleList` of decoder layers, from the base model.
-        attention_norm: the norm before attention (or of a linear-attention mixer), from a layer.
-        mlp_norm: the norm before the MLP or the experts, from a layer.
-        one_plus_weight: the norm computes `normalized * (1 + weight)` and not `normalized * weight`.
-        depth_fields: the configuration fields that run over depth, besides `num_hidden_layers`: names of
-            `DEPTH_FIELDS`, or names with their rule; None if not known.
-        requires: configuration fields with the value without which the family has no two pre-norms a layer.
-        no_scaling: why the family cannot be scaled, though its layers can be dropped.
-        no_dropping: why its layers cannot be dropped, though it can be scaled.
-        attention: the module of a layer that computes attention and nothing else, and returns a pair of it and the
-            attention weights; "" if there is none, so that attention cannot be dropped alone.
-        mlp: that of the MLP or the experts, which returns a tensor.
-        output_norms: the norms after attention and after the MLP, before their output is added to the stream.
+        layers: path of the `ModuleList` of decoder layers, relative to the base model.
+        attention_norm: path of the norm before attention (or a linear-attention mixer), relative to a layer.
+        mlp_norm: path of the norm before the MLP or the experts, relative to a layer.
+        one_plus_weight: whether the norm computes `normalized * (1 + weight)` rather than `normalized * weight`.
+        depth_fields: per-layer configuration fields besides `num_hidden_layers`: names from `DEPTH_FIELDS`, or a
+            mapping from names to rules; None if unknown.
+        requires: configuration fields and the values under which the family has two pre-norms per layer.
+        no_scaling: why the family cannot be scaled, although its layers can be dropped.
+        no_dropping: why its layers cannot be dropped, although it can be scaled.
+        attention: path of the module that computes only attention and returns its output and the attention weights;
+            "" if there is none, in which case attention cannot be dropped separately.
+        mlp: path of the module that computes only the MLP or the experts and returns a tensor; "" as above.
+        output_norms: norms on the outputs of attention and the MLP, applied before the residual addition.
     """
 
     layers: str = "layers"
@@ -81,20 +81,20 @@ class Family:
         return self.attention_norm, self.mlp_norm
 
     def sublayer(self, kind: str) -> tuple[str, list[str]]:
-        """The paths, from a layer, of the module of "attention" or "mlp" and of the norms that serve it alone."""
+        """The paths, relative to a layer, of its "attention" or "mlp" module and of the norms used only by it."""
         first = kind == "attention"
         norms, others = ({self.pre_norms[at], self.output_norms[at]} - {""} for at in ((0, 1) if first else (1, 0)))
         return self.attention if first else self.mlp, sorted(norms - others)
 
     def layer_of_pre_norm(self, name: str) -> int | None:
-        """The number of the layer whose pre-norm a checkpoint's tensor belongs to, by its name; None for any other."""
+        """The index of the layer whose pre-norm owns the named tensor of a checkpoint; None for other tensors."""
         norms = "|".join(map(re.escape, self.pre_norms))
         match = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.(?:{norms})\.(?:weight|bias)$", name)
         return int(match[1]) if match else None
 
     @property
     def rules(self) -> dict[str, str] | None:
-        """The rule of each configuration field over depth."""
+        """The rule for each per-layer configuration field."""
         fields = self.depth_fields
         return fields if fields is None or isinstance(fields, dict) else {name: DEPTH_FIELDS[name] for name in fields}
 
@@ -104,32 +104,32 @@ POST_LN = "it is a Post-LN model: its residual stream is normalized in every lay
 PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
 NO_WEIGHT = "its norms have no weight that could carry the scale"
 ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNorm Scaling was not studied on"
-HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections and their like)"
-NO_STACK = "it has no one list of layers that each take the output of the one before"
+HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections or similar)"
+NO_STACK = "it has no single list of layers in which each takes the output of the previous one"
 MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
 MORE_READERS = "parts of a layer other than attention and MLP, after their pre-norms, read the residual stream"
 MORE_NORMS = "a layer has more pre-norms than one for attention and one for the MLP"
 ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
 UNEQUAL = "its layers do not all have the same pre-norms"
-NOT_LINEAR = "the output of its pre-norms is not linear in their weight, and so cannot be scaled by it"
-NO_CHECK = "its tiny model gives other outputs with a cache than without, so that a cut could not be checked"
-RENAMED = "its checkpoints name the pre-norms differently from its model, so that layers in files are not recognized"
-SHARED = "its layers share the weights of one Transformer block, so that a layer is not a part of its own"
+NOT_LINEAR = "the output of its pre-norms is not linear in their weight, so it cannot be scaled through the weight"
+NO_CHECK = "its tiny model gives different outputs with and without a cache, so a cut could not be checked"
+RENAMED = "its checkpoints name the pre-norms differently from its model, so layers in files are not recognized"
+SHARED = "its layers share the weights of one Transformer block, so a layer is not a separate part"
 
 
 GEMMA = "input_layernorm pre_feedforward_layernorm"
 
 
 def _rows(names: str, depth_fields: str = "", norms: str = "", **others: Any) -> dict[str, Family]:
-    """A row for each of these kinds, as Llama's but for what is given; strings are lists, divided by spaces."""
+    """Rows for these model types, with Llama's values where none are given. Strings are space-separated lists."""
     if norms:
         others["attention_norm"], others["mlp_norm"] = norms.split()
     fields = None if "no_dropping" in others else tuple(depth_fields.split())
     return dict.fromkeys(names.split(), Family(depth_fields=fields, **others))
 
 
-# Found, and tested, by pruning/probe.py. Mind the names: `post_attention_layernorm` is the norm before the MLP in
-# Llama and a norm on the output of attention in Gemma 2.
+# Found and tested by pruning/probe.py. Beware of names: `post_attention_layernorm` is the norm before the MLP in Llama
+# but a norm on the output of attention in Gemma 2.
 FAMILIES: dict[str, Family] = {
     **_rows(
         "arcee aria_text bitnet emu3_text_model ernie4_5 glm glm4 gpt_neox_japanese granite granitemoe "
@@ -219,8 +219,8 @@ FAMILIES: dict[str, Family] = {
     **_rows("trocr", no_scaling=POST_LN),
     **_rows("xlnet", layers="layer", no_scaling=POST_LN),
 }
-# What the rows above leave out: where a layer's attention and MLP are, if not at `self_attn` and `mlp`, and the norms
-# behind them. Families without any of the two modules are named last.
+# Additions to the rows above: paths of attention and MLP other than `self_attn` and `mlp`, and norms on their outputs.
+# Families with neither module come last.
 for _names, _changes in (
     ("codegen gpt2 gpt_bigcode gpt_neo gptj mpt", {"attention": "attn"}),
     ("gpt_neox", {"attention": "attention"}),
@@ -248,7 +248,7 @@ for _names, _changes in (
 ):
     FAMILIES |= {name: replace(FAMILIES[name], **_changes) for name in _names.split()}
 
-# Families that can be neither scaled nor cut, by the reason.
+# Families that can be neither scaled nor cut, by reason.
 _UNSUPPORTED = {
     ENCODER_DECODER: "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_decoder "
     "musicgen_melody mvp pegasus plbart prophetnet whisper",
@@ -274,30 +274,30 @@ def register_family(
     depth_fields: tuple[str, ...] | dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> Family:
-    """Adds a family of decoders to the table, for this process.
+    """Adds a family of decoders to the table, for the current process.
 
-    Only norms whose output goes into attention or into the MLP may be named: LayerNorm Scaling multiplies the
-    pre-norms (arXiv 2502.05795, section 4, equation 8), and a norm on a sub-layer's output is something else, whatever
-    its name says. Norms with a bias work: weight and bias are both scaled.
+    Name only norms whose output is the input of attention or of the MLP: LayerNorm Scaling multiplies pre-norms (arXiv
+    2502.05795, section 4, equation 8), not norms on a sub-layer's output, whatever their names suggest. For norms with
+    a bias, both weight and bias are scaled.
 
     Args:
         model_type: `config.model_type` of the text model, e.g. `"starcoder2"`.
-        layers: path of the `ModuleList` of decoder layers, from the base model (`AutoModel`'s class).
-        attention_norm: path of the norm before attention, from a layer.
-        mlp_norm: path of the norm before the MLP or the experts, from a layer.
+        layers: path of the `ModuleList` of decoder layers, relative to the base model (`AutoModel`'s class).
+        attention_norm: path of the norm before attention, relative to a layer.
+        mlp_norm: path of the norm before the MLP or the experts, relative to a layer.
         one_plus_weight: whether the norm multiplies by `1 + weight`, as Gemma's does.
-        depth_fields: configuration fields that run over depth besides `num_hidden_layers`: of those that are known to
-            `hf_lnscale.core.families.DEPTH_FIELDS`, or any with one of the `RULES` there, such as
-            `{"layer_sizes": "each"}`; `()` if there are none. With None, no layers can be dropped. Where a
-            configuration has `layer_types` or `per_layer_config`, these are followed in any case.
-        overwrite: replace a row that exists.
+        depth_fields: per-layer configuration fields besides `num_hidden_layers`: names from
+            `hf_lnscale.core.families.DEPTH_FIELDS`, or a mapping from any names to `RULES` defined there, such as
+            `{"layer_sizes": "each"}`; `()` if there are none. With None, layers cannot be dropped. `layer_types` and
+            `per_layer_config` are always adjusted if present.
+        overwrite: whether to replace an existing row.
 
     Returns:
         The new row.
 
     Raises:
-        ValueError: for an empty or malformed name, for a field over depth that is not known, or for a `model_type` that
-            is in the table, without `overwrite`.
+        ValueError: if a name is empty or malformed, a per-layer field is unknown, or `model_type` is already in the
+            table and `overwrite` is False.
 
     Example:
         >>> hf_lnscale.register_family("starcoder2")
@@ -309,27 +309,27 @@ def register_family(
             raise ValueError(f"register_family: {argument} must be a non-empty string, got {value!r}")
     if attention_norm == mlp_norm:
         raise ValueError(
-            f"register_family: attention_norm and mlp_norm are both {mlp_norm!r}; a norm that feeds both is scaled "
-            f"once in the paper's sense and is not supported, since {PARALLEL}"
+            f"register_family: attention_norm and mlp_norm are both {mlp_norm!r}; a norm that feeds both is not "
+            f"supported, since {PARALLEL}"
         )
     if not isinstance(one_plus_weight, bool):
         raise ValueError(f"register_family: one_plus_weight must be True or False, got {one_plus_weight!r}")
     if model_type in FAMILIES and not overwrite:
-        raise ValueError(f"register_family: model_type {model_type!r} is in the table already; give overwrite=True")
+        raise ValueError(f"register_family: model_type {model_type!r} is already in the table; pass overwrite=True")
     if depth_fields is not None:
         known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
             problem = ""
             if name not in known:
                 problem = (
-                    f"{name!r} is not one of {', '.join(DEPTH_FIELDS)}; give {{{name!r}: rule}}, with one of the rules"
+                    f"{name!r} is not one of {', '.join(DEPTH_FIELDS)}; pass {{{name!r}: rule}}, with one of the rules"
                 )
             elif known[name] not in RULES:
                 problem = f"{name}: {known[name]!r} is not a rule; use"
             if problem:
                 raise ValueError(f"register_family: depth_fields: {problem} {', '.join(RULES)}")
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
-    # Sub-layers are dropped in the families of the table alone: what a module returns is not known of others.
+    # No sub-layers are dropped in registered families, since what their modules return is unknown.
     FAMILIES[model_type] = Family(
         **paths, one_plus_weight=one_plus_weight, depth_fields=depth_fields, attention="", mlp=""
     )
@@ -337,20 +337,20 @@ def register_family(
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text decoder: `config` itself, or its part that speaks of the decoder layers."""
+    """The configuration of the text decoder: `config` itself or the nested one that describes the decoder layers."""
     try:
         found = config.get_text_config()
-    except ValueError:  # more than one text model inside; none of these is in the table
+    except ValueError:  # several text models inside; no family in the table has that
         return config
     # Configurations from outside transformers may hold it as a plain dict.
     return found if isinstance(found, PreTrainedConfig) else config
 
 
 def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
-    """The row of a model's text decoder; `argument` is what a refusal speaks of.
+    """The row of a model's text decoder. Error messages name `argument`.
 
     Raises:
-        UnsupportedArchitectureError: if there is none; the message says why, where it is known, and how to add one.
+        UnsupportedArchitectureError: if there is none; the message gives the reason, if known, and how to add one.
     """
     text = text_config(config)
     model_type = text.model_type
@@ -364,29 +364,30 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}: {reason or 'its pre-norms are not known'}. If it "
         "does have a norm before attention and one before the MLP, add it with hf_lnscale.register_family(model_type, "
-        "layers=..., attention_norm=..., mlp_norm=..., depth_fields=...), as hf_lnscale.propose_family(model) says"
+        "layers=..., attention_norm=..., mlp_norm=..., depth_fields=...); hf_lnscale.propose_family(model) finds the "
+        "values"
     )
 
 
 def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Family:
-    """The row of a model's text decoder, if it can lose its "attention" or its "mlp" alone, as `kind` says.
+    """The row of a model's text decoder, checked to support dropping `kind` ("attention" or "mlp") separately.
 
-    A refusal speaks of `argument`.
+    Error messages name `argument`.
 
     Raises:
-        UnsupportedArchitectureError: if it cannot; the message says why.
+        UnsupportedArchitectureError: if it does not; the message gives the reason.
     """
     family, text = family_of(config, "drop_layers"), text_config(config)
     reason = _unmet(family, text)
     if not reason and not family.sublayer(kind)[0]:
         reason = (
-            f"no module of its layers is known that computes {kind} and nothing else, and whose output is all that is "
-            "added to the residual stream"
+            f"its layers have no known module that computes only {kind} and whose output is all that is added to the "
+            "residual stream"
         )
     if reason:
         raise UnsupportedArchitectureError(
-            f"{argument} is not supported for model_type {text.model_type!r}: {reason}. Whole layers can go: "
-            "drop_layers"
+            f"{argument} is not supported for model_type {text.model_type!r}: {reason}. Use drop_layers to drop whole "
+            "layers"
         )
     return family
 
@@ -394,7 +395,7 @@ def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Fami
 def _unmet(family: Family, text: PreTrainedConfig) -> str:
     for name, value in family.requires:
         if getattr(text, name, value) != value:
-            return f"its norms are pre-norms with {name}={value!r} only, not with {getattr(text, name)!r}"
+            return f"its norms are pre-norms only with {name}={value!r}, not with {getattr(text, name)!r}"
     return ""
 
 

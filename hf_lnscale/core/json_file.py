@@ -1,4 +1,4 @@
-"""JSON that others may have written: read as what it should be, or refused in a sentence."""
+"""Reads and validates JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from .config import is_integer
 from .display import brief
 
-_WORDS = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+_WORDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text; refuses what is nested too deeply, or has half of a surrogate pair."""
+    """Parses JSON; raises `ValueError` also for excessive nesting and unpaired surrogates."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
@@ -26,12 +26,11 @@ def parse(text: str) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """A JSON text that every reader takes: "Infinity", "-Infinity" and "NaN" are strings in it, which `number_of` reads
-    again; as numbers, Python alone writes and reads them.
+    """Serializes to standard JSON, which has no infinities and no NaN: they become strings, read back by `number_of`.
 
     Args:
-        value: of what `json.dumps` takes.
-        options: of `json.dumps`.
+        value: anything that `json.dumps` accepts.
+        options: keyword arguments of `json.dumps`.
     """
     return json.dumps(_finite(value), allow_nan=False, **options)
 
@@ -45,15 +44,15 @@ def _finite(value: Any) -> Any:
 
 
 def number_of(value: Any) -> Any:
-    """The number that `to_json` wrote as a string; anything else as it is."""
+    """Converts a number that `to_json` wrote as a string; returns anything else unchanged."""
     return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    """The JSON object in a file. Fields of the names in `kinds` have those types, or are missing.
+    """Reads a JSON object from a file and checks that the fields in `kinds`, if present, have those types.
 
     Raises:
-        ValueError: if it holds something else; the message says what, without the name of the file.
+        ValueError: if the content is invalid; the message does not name the file.
     """
     try:
         found = parse(path.read_text(encoding="utf-8"))
@@ -69,12 +68,12 @@ def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number that a perplexity can be; a broken model's is infinite, or no number."""
+    """Whether a value is a possible perplexity: a positive number, or, for a broken model, infinity or NaN."""
     return (isinstance(value, float) and not value <= 0) or (is_integer(value) and 0 < value <= sys.float_info.max)
 
 
 def are_layers(value: Any, num_layers: int | None = None) -> bool:
-    """Whether a value is a list of different layers, counted from 0, of a model with `num_layers` layers."""
+    """Whether a value is a list of distinct layer indices, counted from 0, of a model with `num_layers` layers."""
     return (
         isinstance(value, list)
         and all(is_integer(one) and one >= 0 and (num_layers is None or one < num_layers) for one in value)

@@ -2,12 +2,12 @@
 
 "The Curse of Depth in Large Language Models", arXiv 2502.05795, section 4, equation 8: h_l' = Norm(h_l) / sqrt(l).
 
-A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore put on the weight
-as the norm's forward reads it: one product on a vector of `hidden_size`, and nothing on the activations.
+A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore applied to the
+weight as the norm's forward reads it: one product on a vector of `hidden_size` and no operation on activations.
 
-Only the forward reads it so. For everybody else `norm.weight` is the parameter, as in any model: for the optimizer, for
-weight initialization, for quantizers that write into it, and for FSDP, which reads parameters by name and takes what it
-finds for the parameter. (A `weight` that always reads as the product passes most tests, and under FSDP2 scales twice.)
+Only the forward sees the scaled weight. To everything else `norm.weight` is the ordinary parameter: the optimizer,
+weight initialization, quantizers that write into it, and FSDP, which looks parameters up by name. (A `weight` property
+that always returned the product would pass most tests, but FSDP2 would scale twice.)
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from torch import nn
 def scale_parameter(
     parameter: torch.Tensor, scale: float | torch.Tensor, one_plus_weight: bool = False
 ) -> torch.Tensor:
-    """The value that a norm must read in place of `parameter` so that its output is multiplied by `scale`.
+    """The value to use in place of `parameter` so that the norm's output is multiplied by `scale`.
 
     Args:
         parameter: weight or bias of the norm, shape (D,).
-        scale: the factor, a number or a tensor of shape () in double precision; the same bits come out.
+        scale: a number or a float64 tensor of shape (); both give bit-identical results.
         one_plus_weight: the norm multiplies by `1 + parameter`: `s * (1 + w) = 1 + (s * w + s - 1)`.
 
     Returns:
-        Shape (D,), in the parameter's dtype, so that writing it into the parameter changes no bit of the output.
+        Shape (D,), in the parameter's dtype, so that storing it in the parameter leaves the output bit-identical.
     """
     if not one_plus_weight and not isinstance(scale, torch.Tensor):
         return parameter * scale
-    # One rounding at the end: in bfloat16, s * w and + (s - 1) would round twice, and a tensor would be rounded first.
-    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    # Round only once, at the end: in bfloat16, s * w + (s - 1) would round twice, and a tensor scale beforehand too.
+    upcast = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
-        scale = scale.to(parameter.device)  # the replicas of nn.DataParallel share the first one's
-    return (wide * scale + (scale - 1.0) if one_plus_weight else wide * scale).to(parameter.dtype)
+        scale = scale.to(parameter.device)  # nn.DataParallel replicas share the scale of the first device
+    return (upcast * scale + (scale - 1.0) if one_plus_weight else upcast * scale).to(parameter.dtype)
 
 
 def unscale_parameter(scaled: torch.Tensor, scale: float, one_plus_weight: bool = False) -> torch.Tensor:
-    """The inverse of `scale_parameter`: of the numbers next to the quotient, the one whose product is `scaled` again.
+    """The inverse of `scale_parameter`: of the numbers next to the quotient, the one whose product is `scaled`.
 
-    Every result of `scale_parameter` is met exactly; a weight trained on after folding to the nearest number.
+    Exact for every result of `scale_parameter`; the nearest match for a weight that was trained after folding.
     """
-    # Undo the arithmetic that was done, with the factor and the summand as they were rounded.
+    # Invert the arithmetic of `scale_parameter`, with the factor and the summand rounded as they were there.
     arithmetic = torch.promote_types(scaled.dtype, torch.float32)
     factor, summand = (torch.tensor(x, dtype=arithmetic).double().item() for x in (scale, scale - 1.0))
-    wide = scaled.double()
-    candidate = ((wide - summand if one_plus_weight else wide) / factor).to(scaled.dtype)
-    best, error = candidate, torch.full_like(wide, math.inf)
+    upcast = scaled.double()
+    candidate = ((upcast - summand if one_plus_weight else upcast) / factor).to(scaled.dtype)
+    best, error = candidate, torch.full_like(upcast, math.inf)
     for towards in (None, math.inf, math.inf, -math.inf, -math.inf, -math.inf, -math.inf):  # two up, then two below
         if towards is not None:
             candidate = torch.nextafter(candidate, torch.full_like(candidate, towards))
-        distance = (scale_parameter(candidate, scale, one_plus_weight).double() - wide).abs()
+        distance = (scale_parameter(candidate, scale, one_plus_weight).double() - upcast).abs()
         best, error = torch.where(distance < error, candidate, best), torch.minimum(distance, error)
     return best
 
 
 class _ScaledView:
-    """Passed as `self` to the forward of a scaled norm: the norm, with its parameters read as scaled."""
+    """Passed as `self` to the forward of a scaled norm: the norm with its parameters scaled on access."""
 
     def __init__(self, norm: ScaledNorm) -> None:
         self._scaled_norm = norm
@@ -78,25 +78,25 @@ class _ScaledView:
         value = getattr(norm, name)
         if name in ("weight", "bias") and value is not None:
             return scale_parameter(value, norm.ln_scale, norm._one_plus_weight and name == "weight")
-        if isinstance(value, MethodType) and value.__self__ is norm:  # it may read the weight too
+        if isinstance(value, MethodType) and value.__self__ is norm:  # the method may read the weight too
             return functools.partial(value.__func__, self)
         return value
 
 
 class ScaledNorm(nn.Module):
-    """Base of the classes that `_scaled_class` makes. `ln_scale` is an attribute of the instance.
+    """Base of the classes that `_scaled_class` creates. `ln_scale` is an attribute of the instance.
 
-    It is a number, which `torch.compile` takes for a constant; in a warmup a tensor of shape () that is written in
-    place, so that nothing is compiled anew. Not a buffer: that would be cast with the model, and come from the meta
-    device without a value. A backward pass that would see another scale than its forward fails: autograd counts writes.
+    It is a number, which `torch.compile` treats as a constant, or during a warmup a tensor of shape () that is updated
+    in place to avoid recompilation. It is not a buffer, which would be cast with the model and lose its value on the
+    meta device. If it changes between forward and backward, backward fails, since autograd tracks in-place writes.
     """
 
     ln_scale: float | torch.Tensor
     _unscaled_class: type[nn.Module]
     _one_plus_weight: bool
-    # The function that a kernel library bound to this instance in place of the class's forward.
+    # The forward that a kernel library bound to this instance.
     _bound_forward: Any = None
-    # In a copy whose warmup has not been moved itself: the norm that it was copied from.
+    # The norm that this one was copied from during a warmup, until its own warmup is stepped.
     _copied_from: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ class ScaledNorm(nn.Module):
         return forward(_ScaledView(self), *args, **kwargs)
 
     def _adopt_bound_forward(self) -> None:
-        """Liger and `use_kernels` bind a forward to the instance; on its own, it would read the unscaled weight."""
+        """Liger and `use_kernels` bind a forward to the instance; on its own it would read the unscaled weight."""
         bound = self.__dict__["forward"]
         if isinstance(bound, MethodType) and bound.__self__ is self:
             del self.__dict__["forward"]
@@ -117,16 +117,16 @@ class ScaledNorm(nn.Module):
                 self.__dict__["_bound_forward"] = bound.__func__
         elif getattr(inspect.unwrap(bound), "__func__", None) is not type(self).forward:
             raise RuntimeError(
-                f"ln_scaling: {bound!r} was set as the forward of a scaled {type(self).__name__}, and whether it reads "
-                "the scaled weight cannot be known. Bind it as a method, types.MethodType(function, norm), or fold the "
-                "scale first: hf_lnscale.fold_ln_scaling(model)"
+                f"ln_scaling: {bound!r} was set as the forward of a scaled {type(self).__name__}, which may not read "
+                "the scaled weight. Bind it as a method, types.MethodType(function, norm), or fold the scale first: "
+                "hf_lnscale.fold_ln_scaling(model)"
             )
 
     def extra_repr(self) -> str:
         return f"{self._unscaled_class.extra_repr(self)}, ln_scale={float(self.ln_scale):.4g}".removeprefix(", ")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle is told how to make it again.
+        # The class is created at run time and cannot be found by name.
         state = {name: value for name, value in vars(self).items() if name != "_copied_from"}
         return _new_scaled_norm, (self._unscaled_class, self._one_plus_weight), state
 
@@ -139,7 +139,7 @@ class ScaledNorm(nn.Module):
 
     @property
     def left_behind(self) -> bool:
-        """Whether this is a copy from a warmup that went on since, while the copy's own scale stayed."""
+        """Whether this norm was copied during a warmup that has advanced since, without its own scale following."""
         source = self._copied_from and self._copied_from()
         return source is not None and float(getattr(source, "ln_scale", 1.0)) != float(self.ln_scale)
 
@@ -148,10 +148,10 @@ scaled_classes: dict[tuple[type[nn.Module], bool], type[ScaledNorm]] = {}
 
 
 def _scaled_class(base: type[nn.Module], one_plus_weight: bool) -> type[ScaledNorm]:
-    """The subclass of a norm's class whose forward reads the parameters as scaled."""
+    """The subclass of a norm's class whose forward reads scaled parameters."""
     if (key := (base, one_plus_weight)) not in scaled_classes:
         body = {"_unscaled_class": base, "_one_plus_weight": one_plus_weight, "__module__": base.__module__}
-        # Same name: libraries tell norms by it, transformers' own weight initialization among them.
+        # The name stays: libraries recognize norms by it, including transformers' weight initialization.
         scaled_classes.setdefault(key, type(base.__name__, (ScaledNorm, base), body))
     return scaled_classes[key]
 
@@ -171,13 +171,13 @@ def scale_norm(norm: nn.Module, scale: float, one_plus_weight: bool, warming_up:
 
 
 def write_scale(norm: nn.Module, scale: float) -> None:
-    """Sets the scale of a norm in a warmup, in place unless the norm has moved to another device."""
+    """Sets the scale of a norm during a warmup, in place unless the norm has moved to another device."""
     vars(norm).pop("_copied_from", None)
-    device, held = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
-    # Every device takes a tensor of shape () from the CPU, where it stays without weights or double precision.
+    device, current = norm._parameters["weight"].device, vars(norm).get("ln_scale")  # type: ignore[union-attr]
+    # "meta" has no values and "mps" no float64; a CPU tensor of shape () works with weights on any device.
     device = torch.device("cpu") if device.type in ("meta", "mps") else device
-    if isinstance(held, torch.Tensor) and held.device == device:
-        held.fill_(scale)
+    if isinstance(current, torch.Tensor) and current.device == device:
+        current.fill_(scale)
     else:
         vars(norm)["ln_scale"] = torch.tensor(scale, dtype=torch.float64, device=device)
 

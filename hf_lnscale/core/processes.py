@@ -1,4 +1,4 @@
-"""Processes: the environment of those that this one starts, that they end with it, and how it ends on SIGTERM."""
+"""Child processes (environment, termination with the parent) and a clean exit on SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Holds a sitecustomize.py, which Python runs at its start if this folder is on PYTHONPATH.
+# Contains a sitecustomize.py, which Python runs at startup if this folder is on PYTHONPATH.
 STARTUP = Path(__file__).parents[1] / "hooks" / "startup"
 
 
 def environment_without_flags() -> dict[str, str]:
-    """This process's environment variables, without those that turn the flags on."""
+    """This process's environment variables, without those that enable the flags."""
     path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and Path(part) != STARTUP]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def environment_with_flags() -> dict[str, str]:
-    """This process's environment variables, with those that turn the flags on in every Python process below it."""
+    """This process's environment variables, with the flags enabled in all Python child processes."""
     plain = environment_without_flags()
     return {**plain, "PYTHONPATH": os.pathsep.join(filter(None, [str(STARTUP), plain["PYTHONPATH"]]))}
 
 
 def command_of(function: str) -> list[str]:
-    """The command that calls a function of this package in a new process, without the current folder on its path.
+    """The command that calls a function of this package, given as `module:name`, in a new process.
 
-    `python -c` and `python -m` put the current folder first: a file such as `typer.py` in it would be run. The function
-    is given as `module:name`; called without arguments, it reads `sys.argv`.
+    `python -c` and `python -m` put the current folder first on the path, where a file such as `typer.py` would shadow
+    the library; this command does not. The function is called without arguments and may read `sys.argv`.
     """
     module, _, name = function.partition(":")
     root = str(Path(__file__).parents[2])
@@ -41,7 +41,7 @@ def command_of(function: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-# Run before a script: at the end of its standard input, which is that of the process that started it, it ends.
+# Runs a script that exits when its standard input closes, that is, when the parent process ends.
 _FOLLOW = """
 import os, runpy, sys, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -52,7 +52,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a Python script without the flags in a process that ends with this one, even if this one is killed."""
+    """Runs a Python script without the flags in a process that ends with this one, even if it is killed."""
     reading, writing = os.pipe()
     try:
         return subprocess.run(
@@ -66,13 +66,12 @@ def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[
 
 @contextmanager
 def leaving_on_sigterm(name: str) -> Iterator[None]:
-    """Within it, SIGTERM says so on stderr, by the program's name, and raises SystemExit(143): all is cleaned up as
-    after Ctrl-C."""
+    """Context in which SIGTERM prints a message and raises SystemExit(143), so cleanup runs as after Ctrl-C."""
     stopped = -math.inf
 
     def leave(number: int, frame: Any) -> None:
         nonlocal stopped
-        if time.monotonic() - stopped < 1:  # a group of processes can get it twice
+        if time.monotonic() - stopped < 1:  # in a process group the signal may arrive twice
             return
         stopped = time.monotonic()
         os.write(2, f"{name}: stopped by SIGTERM\n".encode())

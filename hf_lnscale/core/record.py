@@ -1,4 +1,7 @@
-"""The plugin's keys in a model's configuration, in memory and in config.json: their one reader and writer."""
+"""Reads and writes the plugin's keys in a model's configuration, in memory and in config.json.
+
+No other module does.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,15 @@ from .display import brief
 from .families import family_of, text_config
 from .json_file import are_layers
 
-# ON_DISK holds the scaling in the checkpoint's own config.json and exists in memory alone: it tells a model that was
-# trained with the scale from one in which it was switched on cold.
+# ON_DISK holds the scaling stored in the checkpoint's config.json and exists only in memory: it distinguishes a model
+# trained with the scale from one on which it was enabled after training.
 ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
 SUBLAYERS = ("attention", "mlp")
-_MOST_LAYERS = 1_000_000  # lists of layers are made
-# No part of `Record`: it says how the layers were chosen, and changes no output. A text is known by at most so many
-# hashes of its passages.
+_MOST_LAYERS = 1_000_000  # bounds the size of lists of layers
+# Not part of `Record`, since it does not affect outputs. At most `KEPT` hashes of a text's passages are stored.
 KNOWN_TEXT, KEPT = "calibration_text", 128
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
@@ -37,31 +39,31 @@ class Stored(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which layers and sub-layers of the original model are missing, by their sorted numbers in it, counted from 0.
+    """The layers and sub-layers of the original model that are missing, as sorted indices into it, counted from 0.
 
-    A layer that is there without its attention or MLP is one of `attention` or `mlp`; one without both, of `layers`.
+    A layer that lacks only one sub-layer is in `attention` or `mlp`; a layer that lacks both is in `layers`.
     """
 
     layers: tuple[int, ...]
     num_hidden_layers: int  # of the original model
-    base: str = field(default="", compare=False)  # the original's name, empty if it has none that others can use
+    base: str = field(default="", compare=False)  # the original's name; empty if it has no name that others can load
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
 
     @property
     def kept(self) -> list[int]:
-        """The numbers, in the original model, of the layers that are left."""
+        """Indices into the original model of the remaining layers."""
         return [layer for layer in range(self.num_hidden_layers) if layer not in self.layers]
 
     @property
     def sublayers(self) -> dict[str, list[int]]:
-        """Positions, in the model itself, of the layers that lack a sub-layer, by its kind; no empty lists."""
+        """Positions, in this model, of the layers that lack each kind of sub-layer. Empty lists are omitted."""
         at = {layer: position for position, layer in enumerate(self.kept)}
         found = {kind: [at[layer] for layer in getattr(self, kind)] for kind in SUBLAYERS}
         return {kind: positions for kind, positions in found.items() if positions}
 
     def __str__(self) -> str:
-        """The missing parts, as in "layers 12; attention of layers 7, 26"."""
+        """The missing parts, for example "layers 12; attention of layers 7, 26"."""
         return named_parts(self.layers, self.attention, self.mlp)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Dropped:
 
 
 def named_parts(layers: Iterable[int], attention: Iterable[int], mlp: Iterable[int]) -> str:
-    """Parts of a model in words: "layers 12, 14; attention of layers 7"."""
+    """Describes parts of a model: "layers 12, 14; attention of layers 7"."""
     named = {"layers": layers, "attention of layers": attention, "MLPs of layers": mlp}
     found = {what: ", ".join(map(str, numbers)) for what, numbers in named.items()}
     return "; ".join(f"{what} {numbers}" for what, numbers in found.items() if numbers)
@@ -80,19 +82,19 @@ def named_parts(layers: Iterable[int], attention: Iterable[int], mlp: Iterable[i
 
 @dataclass(frozen=True)
 class KnownText:
-    """The text that a model's layers were chosen or healed on; see `measuring.known_text`."""
+    """The text used to choose or heal a model's layers; see `measuring.known_text`."""
 
     source: str
-    passages: tuple[int, ...]  # a sorted sample of their hashes, of 48 bits each
+    passages: tuple[int, ...]  # a sorted sample of 48-bit hashes
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: passages are a string of twelve hexadecimal digits each."""
+        """For JSON: passages are joined into one string, twelve hexadecimal digits each."""
         hashes = "".join(f"{passage:012x}" for passage in self.passages)
         return {"source": self.source, "passages": hashes}
 
     @classmethod
     def of(cls, stored: Any) -> KnownText:
-        """Reads what `to_dict` wrote; other keys are ignored, and anything else is a `ValueError`."""
+        """The inverse of `to_dict`. Ignores other keys; raises `ValueError` for an invalid value."""
         try:
             source, hashes = stored["source"], stored["passages"]
             if not isinstance(source, str) or not re.fullmatch("([0-9a-f]{12})*", hashes):
@@ -100,14 +102,14 @@ class KnownText:
         except (TypeError, KeyError, IndexError):
             raise ValueError(
                 f'{KNOWN_TEXT} must be like {{"source": "a.txt", "passages": "00c0ffee0123"}}, with twelve hexadecimal '
-                f"digits a passage, got {stored!r:.200}"
+                f"digits per passage, got {stored!r:.200}"
             ) from None
         return cls(source, tuple(sorted(int(hashes[at : at + 12], 16) for at in range(0, len(hashes), 12))))
 
 
 @dataclass(frozen=True)
 class Record:
-    """The scale and the layers of the text decoder in a configuration."""
+    """What a configuration stores about the text decoder's scale and layers."""
 
     active: LNScalingConfig | None = None  # applied to the norms' outputs
     folded: LNScalingConfig | None = None  # contained in the norm weights
@@ -116,34 +118,34 @@ class Record:
 
     @property
     def sublayers(self) -> dict[str, list[int]]:
-        """See `Dropped.sublayers`; empty for a model of whole layers."""
+        """See `Dropped.sublayers`; empty if every layer is complete."""
         return self.dropped.sublayers if self.dropped else {}
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether a program without this package would compute something else: its checkpoint is protected."""
+        """Whether a program without this package would compute wrong outputs, so that the checkpoint is protected."""
         return bool(self.active or self.sublayers)
 
     @property
     def architecture_prefix(self) -> str:
-        """Marks the names in `architectures` of a protected checkpoint."""
+        """Prefix of the names in `architectures` of a protected checkpoint."""
         return (PARTIAL_PREFIX if self.sublayers else "") + (ARCHITECTURE_PREFIX if self.active else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys that belong into a config.json and their values; empty for a plain model."""
+        """The keys and values to store in config.json; empty for a plain model."""
         values = {ACTIVE: self.active, FOLDED: self.folded, DROPPED: self.dropped}
         return {key: value.to_dict() for key, value in values.items() if value is not None}
 
 
 class SourceName(str):
-    """The name of the checkpoint that a model was loaded from, with the changes made to the model since.
+    """The name of the checkpoint that a model was loaded from, together with the changes made to the model since.
 
-    Many programs load a second model by the `_name_or_path` of a first one's configuration, such as TRL's reference
-    models. `from_pretrained` of this name gives the same model again, not the one in the checkpoint.
+    Some programs load a second model from the `_name_or_path` of the first one's configuration, as TRL does for
+    reference models. `from_pretrained` with this name gives the changed model, not the one in the checkpoint.
     """
 
     record: Record
-    changed: str  # how its weights were changed in memory, so that they cannot be loaded again; "" if they were not
+    changed: str  # how the weights were changed in memory, if loading cannot reproduce them; else ""
 
     def __new__(cls, name: str, record: Record = Record(), changed: str = "") -> SourceName:
         made = super().__new__(cls, name)
@@ -152,9 +154,9 @@ class SourceName(str):
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
-    """Notes in the name of a model in memory what one that is loaded by it must be like; see `SourceName`.
+    """Stores in a model's name what a second model loaded by that name must match; see `SourceName`.
 
-    None for how its weights were changed leaves what was noted.
+    With `changed=None`, the stored value is kept.
     """
     if name := getattr(config, "_name_or_path", ""):
         changed = getattr(name, "changed", "") if changed is None else changed
@@ -164,13 +166,13 @@ def remember_source(config: PreTrainedConfig, changed: str | None = None) -> Non
 
 
 def record(config: object) -> Record:
-    """Reads and validates the plugin's keys in a configuration or the dict of a config.json; anything else has none.
+    """Reads and validates the plugin's keys in a configuration or a config.json dict; empty for anything else.
 
-    Stored depths of exactly 1, 2, ... are the default ones and follow the number of layers, which may have been changed
+    Stored depths of exactly 1, 2, ... are the default and are adjusted to the number of layers, which may have changed
     since they were written.
 
     Raises:
-        ValueError: for a value that is not valid; the message names the key, the value and what is valid.
+        ValueError: if a value is invalid; the message names the key, the value and what is valid.
     """
     if isinstance(config, dict):
         keys = (ACTIVE, FOLDED, DROPPED)
@@ -189,7 +191,7 @@ def record(config: object) -> Record:
 
 
 def write(config: PreTrainedConfig, new: Record) -> None:
-    """Replaces what `record` reads. The values are new objects, as configurations may share the old ones."""
+    """Writes what `record` reads. Stores new objects, since other configurations may share the old ones."""
     values = vars(text_config(config))
     for key in (ACTIVE, FOLDED, DROPPED, ON_DISK):
         values.pop(key, None)
@@ -202,13 +204,13 @@ def write(config: PreTrainedConfig, new: Record) -> None:
 
 
 def known_text(config: PreTrainedConfig) -> KnownText | None:
-    """The text that a model's layers were chosen or healed on, if its configuration says so."""
+    """The text used to choose or heal a model's layers, if its configuration records it."""
     stored = vars(text_config(config)).get(KNOWN_TEXT)
     return None if stored is None else KnownText.of(stored)
 
 
 def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
-    """Notes a text in a configuration, beside what was noted before."""
+    """Adds a text to those recorded in a configuration."""
     if before := known_text(config):
         names = dict.fromkeys(f"{before.source}, {text.source}".split(", "))
         text = KnownText(", ".join(names), tuple(sorted({*before.passages, *text.passages})[:KEPT]))
@@ -216,7 +218,7 @@ def add_known_text(config: PreTrainedConfig, text: KnownText) -> None:
 
 
 def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
-    """Replaces what `known_text` reads."""
+    """Writes what `known_text` reads."""
     values = vars(text_config(config))
     values.pop(KNOWN_TEXT, None)
     if text is not None:
@@ -224,12 +226,12 @@ def write_known_text(config: PreTrainedConfig, text: KnownText | None) -> None:
 
 
 def mark(own: Record) -> str:
-    """The mark of weights that belong to a configuration with this record."""
+    """The string stored in weight files to tie them to a configuration with this record."""
     return json.dumps(own.to_dict(), sort_keys=True)
 
 
 def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
-    """Whether something is a configuration with a key of the plugin, in itself or in a part; only reads attributes."""
+    """Whether an object is a configuration with a key of the plugin, possibly nested; only reads attributes."""
     if not isinstance(config, PreTrainedConfig):
         return False
     values = vars(config)
@@ -239,10 +241,10 @@ def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
 
 
 def require_valid(config: PreTrainedConfig) -> None:
-    """Validates a configuration that was read from a file, which may have been edited by hand.
+    """Validates a configuration read from a file, which may have been edited by hand.
 
     Raises:
-        ValueError: for a value that is not valid in itself, or that does not fit the number of layers.
+        ValueError: if a value is invalid or does not match the number of layers.
     """
     found, num_layers = record(config), layers_of(config)
     if found.active and found.folded:
@@ -258,23 +260,23 @@ def require_valid(config: PreTrainedConfig) -> None:
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
-            f"layers, but num_hidden_layers is {num_layers}; give drop_layers to leave out more layers"
+            f"layers, but num_hidden_layers is {num_layers}; use drop_layers to drop more layers"
         )
 
 
 def get_ln_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The active scaling of a model's text decoder as a dict, a copy, or None."""
+    """A copy of the active scaling of a model's text decoder as a dict, or None."""
     active = record(config).active
     return Stored(active.to_dict()) if active else None
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
-    """Writes a value of the `ln_scaling` argument into a configuration; a model built from it is scaled accordingly.
+    """Sets `ln_scaling` in a configuration; a model built from it is scaled accordingly.
 
-    None changes nothing, and neither does True if a scaling is set already: a checkpoint keeps its own depths.
+    None has no effect. True has no effect if a scaling is already set, so a checkpoint keeps its own depths.
 
     Raises:
-        ValueError: for a wrong value, or if the norm weights contain a scale already.
+        ValueError: if the value is invalid, or the norm weights already contain a scale.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     if value is None:
@@ -285,15 +287,15 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
     scaling, num_layers = LNScalingConfig.of(value), layers_of(config)
     if scaling is None:
         return write(config, replace(now, active=None))
-    if text_config(config).model_type:  # the base class, with which Trainer looks into a config.json, has none
+    if text_config(config).model_type:  # empty for the base class, with which Trainer reads a config.json
         family_of(config)
     if now.folded:
         raise ValueError(
-            f"ln_scaling={value!r} on a checkpoint whose norm weights contain the scale already ({FOLDED} in its "
-            "config): that would scale twice. It needs no flag to run; to train it further with LayerNorm Scaling, "
-            "load it without the flag and call hf_lnscale.unfold_ln_scaling(model)."
+            f"ln_scaling={value!r} on a checkpoint whose norm weights already contain the scale ({FOLDED} in its "
+            "config) would scale twice. It needs no flag to run; to continue training with LayerNorm Scaling, load it "
+            "without the flag and call hf_lnscale.unfold_ln_scaling(model)."
         )
-    if isinstance(value, Stored):  # copied from a configuration, perhaps of another number of layers
+    if isinstance(value, Stored):  # copied from a configuration, possibly with a different number of layers
         scaling = _fitted(scaling, num_layers)
     if scaling.depths is None and now.dropped:
         scaling = replace(scaling, depths=tuple(layer + 1 for layer in now.dropped.kept))
@@ -303,10 +305,10 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
 
 
 def trained_without(config: PreTrainedConfig) -> str | None:
-    """How the active scaling differs from the one that the checkpoint's weights were trained with.
+    """Compares the active scaling with the one that the checkpoint was trained with.
 
     Returns:
-        None where they agree, else "on", "off" or "other": what was done to the checkpoint's own.
+        None if they agree; "on", "off" or "other" if it was enabled, disabled or changed since.
     """
     found = record(config)
     if found.active is None and found.on_disk is None:
@@ -316,7 +318,7 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     for scaling in (found.active, found.on_disk):
         try:
             scales.append(scaling.scales(num_layers) if scaling else [1.0] * num_layers)
-        except ValueError:  # the checkpoint has another number of layers than the model
+        except ValueError:  # the checkpoint and the model have different numbers of layers
             scales.append([])
     if scales[0] == scales[1]:
         return None
@@ -324,18 +326,18 @@ def trained_without(config: PreTrainedConfig) -> str | None:
 
 
 def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | None:
-    """Where a warmup stood, from `stateful_callbacks` of a saved trainer_state.json; None if there was none."""
+    """The warmup state from `stateful_callbacks` in a trainer_state.json; None if there was no warmup."""
     for saved in stateful_callbacks.values():
-        for one in saved if isinstance(saved, list) else [saved]:  # a list if a callback was given twice
-            if stood := one["attributes"].get("ln_scaling"):
-                return LNScalingConfig.of(stood)
+        for callback in saved if isinstance(saved, list) else [saved]:  # a list if a callback was added twice
+            if state := callback["attributes"].get("ln_scaling"):
+                return LNScalingConfig.of(state)
     return None
 
 
 def layers_of(config: PreTrainedConfig) -> int | None:
-    """The number of layers of a model's text decoder; None if its configuration has no such number."""
+    """The number of layers of a model's text decoder; None if its configuration has none."""
     number = getattr(text_config(config), "num_hidden_layers", None)
-    return number if is_integer(number) else None  # some have a dict
+    return number if is_integer(number) else None  # a dict in some configurations
 
 
 def _fitted(scaling: LNScalingConfig, num_layers: int | None) -> LNScalingConfig:
@@ -347,11 +349,11 @@ def _fitted(scaling: LNScalingConfig, num_layers: int | None) -> LNScalingConfig
 
 @contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
-    """Makes errors of `LNScalingConfig`, which speak of the argument `ln_scaling`, name the key that was read."""
+    """Makes errors of `LNScalingConfig`, which name the argument `ln_scaling`, name the configuration key instead."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{key} in the model's config is not valid: {error}") from None
+        raise ValueError(f"{key} in the model's config is invalid: {error}") from None
 
 
 def _scaling(values: dict[str, Any], key: str, num_layers: int | None) -> LNScalingConfig | None:
@@ -369,38 +371,38 @@ def _dropped(stored: Any) -> Dropped | None:
         layers, number, base = stored["layers"], stored["num_hidden_layers"], stored.get("base") or ""
         parts = [layers, *(stored.get(kind) or [] for kind in SUBLAYERS)]
         valid = all(isinstance(part, list | tuple) for part in parts) and is_integer(number) and isinstance(base, str)
-        named = [layer for part in parts for layer in part] if valid else []  # a layer without both is a dropped one
+        named = [layer for part in parts for layer in part] if valid else []  # each layer may occur only once
         valid = valid and are_layers(named, number) and len(layers) < number <= _MOST_LAYERS
     except (TypeError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
         raise ValueError(
-            f'{DROPPED} in the model\'s config must be like {{"layers": [1, 2], "num_hidden_layers": 6}}, with '
-            "different integers from 0 to num_hidden_layers - 1 and not all of them; attention and mlp, if there, are "
-            f"lists of other such layers, got {brief(stored)}"
+            f'{DROPPED} in the model\'s config must look like {{"layers": [1, 2], "num_hidden_layers": 6}}, with '
+            "distinct integers from 0 to num_hidden_layers - 1 that leave at least one layer; the optional keys "
+            f"attention and mlp list other layers, got {brief(stored)}"
         )
     return Dropped(tuple(sorted(layers)), number, base, *(tuple(sorted(part)) for part in parts[1:])) if named else None
 
 
 MODEL_TYPE_PREFIX = "hf_lnscale_"
 ARCHITECTURE_PREFIX, PARTIAL_PREFIX = "LNS", "Partial"
-# Keys that stop the configuration classes of transformers, by what the checkpoint has.
+# Keys on which transformers' configuration classes fail, for scaled checkpoints and for those without some sub-layers.
 TRIPWIRE = "This checkpoint uses LayerNorm Scaling: install hf_lnscale and import it before loading"
 PARTIAL_TRIPWIRE = "This checkpoint lacks attention or MLP in layers: install hf_lnscale and import it before loading"
 
 
 def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration's dict and those of the sub-configurations in it."""
+    """Yields a configuration's dict and the dicts nested in it."""
     left = [config]
-    while left:  # a value may be nested more deeply than functions can be
+    while left:  # not recursive: nesting may exceed the recursion limit
         yield (part := left.pop())
         left += reversed([value for value in part.values() if isinstance(value, dict)])
 
 
 def protect(config: dict[str, Any]) -> dict[str, Any]:
-    """Turns the dict of a configuration into what is written to `config.json`, in place, and returns it.
+    """Converts the dict of a configuration, in place, to the form stored in `config.json`, and returns it.
 
-    If nothing in it needs this package, only private state is taken out.
+    If nothing in it needs this package, only private state is removed.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -417,9 +419,9 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unprotect(config: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `protect`, in place, for the dict read from `config.json`; that of any other file is unchanged.
+    """The inverse of `protect`, in place; leaves the dict of an unprotected `config.json` unchanged.
 
-    Notes for each active scale that the file had it; such a note in the file itself is ignored.
+    Sets `ON_DISK` for each active scale. Any `ON_DISK` in the file itself is ignored.
     """
     prefix = ""
     for part in list(parts(config)):
@@ -441,7 +443,7 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def protected_part(part: dict[str, Any]) -> Record:
-    """The part of `Record` that may need this package, from the dict of one configuration without those inside it."""
+    """The fields of `Record` that may need this package, from a configuration's dict without nested ones."""
     return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
 
 

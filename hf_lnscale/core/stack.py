@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stack:
-    """A text decoder inside a model: its module (`LlamaModel`), its layers, its row of the table."""
+    """A text decoder inside a model: its module (such as `LlamaModel`), its layers and its row of the table."""
 
     model: PreTrainedModel
     layers: nn.ModuleList
@@ -24,10 +24,10 @@ class Stack:
 
     @property
     def norms(self) -> list[tuple[int, nn.Module]]:
-        """Every pre-norm with the position of its layer; those of missing sub-layers are missing.
+        """Every pre-norm with the position of its layer, except those of missing sub-layers.
 
         Raises:
-            UnsupportedArchitectureError: if one cannot be scaled; the message says why.
+            UnsupportedArchitectureError: if one cannot be scaled; the message gives the reason.
         """
         family_of(self.model.config)
         found = []
@@ -57,13 +57,13 @@ def _problem(norm: nn.Module | None, layer: nn.Module) -> str:
             "(model.merge_and_unload(), model.unload()), or change the scale before adding it"
         )
     if set(norm._parameters) - {"weight", "bias"}:
-        return f"({kind}) has more than a weight and a bias, which are known to be linear in its output, {where}"
+        return f"({kind}) has parameters other than weight and bias, in which its output may not be linear, {where}"
     return ""
 
 
 def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:
-    """The modules of a model that are models of transformers, the outermost first."""
-    # Not imported above: its import installs the hooks, which import this file.
+    """The modules of a model that are `PreTrainedModel`s, outermost first."""
+    # Imported here because importing it installs the hooks, which import this file.
     from transformers import PreTrainedModel
 
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -79,17 +79,17 @@ def own_stack(module: PreTrainedModel) -> Stack | None:
 
 
 def text_stack(model: nn.Module) -> Stack:
-    """The text decoder of a model, however it is wrapped (a head, a vision model, PEFT, DDP).
+    """The text decoder of a model, which may be wrapped (a head, a vision model, PEFT, DDP).
 
     Raises:
-        UnsupportedArchitectureError: if there is none of a known family.
-        ValueError: if there is more than one.
+        UnsupportedArchitectureError: if there is no decoder of a known family.
+        ValueError: if there are several.
     """
     modules = pretrained_modules(model)
     stacks = [stack for module in modules if (stack := own_stack(module))]
     if len(stacks) > 1:
         kinds = [type(stack.model).__name__ for stack in stacks]
-        raise ValueError(f"model holds {len(stacks)} text decoders ({', '.join(kinds)}); pass the one that is meant")
+        raise ValueError(f"model holds {len(stacks)} text decoders ({', '.join(kinds)}); pass the one to use")
     if stacks:
         return stacks[0]
     for module in modules:

@@ -7,7 +7,7 @@ import warnings
 
 
 def warn(message: str) -> None:
-    """Warns at the line that called transformers or this package, however deep the call stack."""
+    """Issues a warning attributed to the line that called transformers or this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("transformers", "hf_lnscale"):
         level, frame = level + 1, frame.f_back

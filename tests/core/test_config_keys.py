@@ -65,7 +65,7 @@ WRONG = [
     ([], r"must be True, False, a dict.*\[\]"),
     ({"exponnet": 1}, "unknown key 'exponnet'.*the keys are"),
     ({"depths": [1, 2]}, None),  # the default, for whatever number of layers
-    ({"depths": [1, 3]}, r"one entry a layer, 4 for this model, got 2: \[1, 3\]"),
+    ({"depths": [1, 3]}, r"one entry per layer, 4 for this model, got 2: \[1, 3\]"),
 ]
 
 

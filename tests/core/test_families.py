@@ -201,7 +201,7 @@ def test_register_family_with_layers_elsewhere(own_table):
     [
         ({"model_type": ""}, "model_type must be a non-empty string"),
         ({"model_type": "new", "layers": None}, "layers must be a non-empty string, got None"),
-        ({"model_type": "llama"}, "'llama' is in the table already"),
+        ({"model_type": "llama"}, "'llama' is already in the table"),
         ({"model_type": "new", "attention_norm": "n", "mlp_norm": "n"}, "both 'n'"),
         ({"model_type": "new", "one_plus_weight": "yes"}, "one_plus_weight.*'yes'"),
     ],

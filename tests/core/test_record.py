@@ -259,7 +259,7 @@ def test_true_keeps_the_depths_of_the_checkpoint(tmp_path):
 def test_fewer_layers_than_depths_is_refused(tmp_path):
     """Layers cut away by a configuration value would otherwise get, or keep, depths by chance (1, 2, ... do not)."""
     tiny.model(ln_scaling={"depths": [1, 2, 3, 5]}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one entry a layer, 2 for this model, got 4"):
+    with pytest.raises(ValueError, match="one entry per layer, 2 for this model, got 4"):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
     with pytest.warns(UserWarning, match="was changed"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, ln_scaling={"depths": [1, 2]})

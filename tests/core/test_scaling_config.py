@@ -57,7 +57,7 @@ def test_wrong_values_are_refused_everywhere_before_weights_are_read(value, mess
 def test_depths_of_the_wrong_length(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    match = r"depths must have one entry a layer, 4 for this model, got 3: \[1, 2, 3\]"
+    match = r"depths must have one entry per layer, 4 for this model, got 3: \[1, 2, 3\]"
     for call in (
         lambda: LlamaForCausalLM.from_pretrained(tmp_path, ln_scaling={"depths": [1, 2, 3]}),
         lambda: LlamaForCausalLM(tiny.config(ln_scaling={"depths": [1, 2, 3]})),

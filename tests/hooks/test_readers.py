@@ -447,7 +447,7 @@ def test_a_shadow_of_one_layer_beside_the_base(flags, tmp_path):
 @pytest.mark.skipif(not hasattr(peft, "ShadowConfig"), reason="PEFT has it from 0.21 on")
 def test_a_shadow_of_a_base_with_depths_of_its_own_is_refused():
     base = AutoModelForCausalLM.from_config(tiny.config(), **SCALED, **DROPPED)
-    with pytest.raises(ValueError, match=r"depths must have one entry a layer, 1 for this model.*\[1, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"depths must have one entry per layer, 1 for this model.*\[1, 3, 4\]"):
         get_peft_model(base, peft.ShadowConfig(task_type="CAUSAL_LM"))
 
 

@@ -130,6 +130,6 @@ def test_the_probe_notices_what_reads_past_the_norm():
 
 def test_settings_with_which_norms_are_no_pre_norms():
     config = kinds.config("opt", do_layer_norm_before=False)
-    with pytest.raises(UnsupportedArchitectureError, match="do_layer_norm_before=True only, not with False"):
+    with pytest.raises(UnsupportedArchitectureError, match="only with do_layer_norm_before=True, not with False"):
         config.ln_scaling = True
     prune_config(copy.deepcopy(config), [1])

@@ -363,9 +363,9 @@ def test_a_plan_of_all_layers_is_named():
 
 
 FAMILIES = {
-    "opt": (tf.OPTConfig(), "mlp", "no module of its layers is known that computes mlp and nothing else"),
+    "opt": (tf.OPTConfig(), "mlp", "its layers have no known module that computes only mlp"),
     "bloom": (tf.BloomConfig(), "attention", "drop_attention is not supported for model_type 'bloom'"),
-    "gpt_oss": (tf.GptOssConfig(), "mlp", "Whole layers can go: drop_layers"),
+    "gpt_oss": (tf.GptOssConfig(), "mlp", "Use drop_layers to drop whole layers"),
     "qwen3_next": (tiny.config("qwen3_next"), "attention", r"layers \[0\] have no attention with a KV cache"),
     "stablelm": (tf.StableLmConfig(use_parallel_residual=True), "attention", "with use_parallel_residual=False only"),
 }
@@ -395,7 +395,7 @@ def test_a_checkpoint_without_it_cannot_be_loaded_as_a_whole_model(tmp_path):
 def test_assigned_to_a_model_that_is_built_it_is_not_saved(tmp_path):
     model = tiny.model()
     model.config.drop_attention = [1]
-    with pytest.raises(ValueError, match=r"lacks sub-layers of layers .*, its config says \{'attention': \[1\]\}"):
+    with pytest.raises(ValueError, match=r"lacks sub-layers of layers .*, but its config says \{'attention': \[1\]\}"):
         model.save_pretrained(tmp_path)
 
 

@@ -128,9 +128,9 @@ def test_wrong_values(value, message):
 
 
 def test_wrong_steps():
-    with pytest.raises(ValueError, match=r"ln_scaling is None: there is no warmup to move"):
+    with pytest.raises(ValueError, match=r"ln_scaling is None, which has no warmup"):
         set_ln_scaling_step(tiny.model(), 1)
-    with pytest.raises(ValueError, match=r"'exponent': 0.5.*there is no warmup to move"):
+    with pytest.raises(ValueError, match=r"'exponent': 0.5.*which has no warmup"):
         set_ln_scaling_step(tiny.model(ln_scaling=True), 1)
     for step in (-1, 1.0, True):
         with pytest.raises(ValueError, match=rf"step must be an integer >= 0, got {step}"):
