@@ -1,1 +1,1 @@
-"""The functions that are replaced in transformers, its Trainer and PEFT."""
+"""Replacements for functions of transformers, its Trainer and PEFT."""

@@ -1,12 +1,12 @@
-"""PEFT adapters: the base of an adapter is recorded in its adapter_config.json, and compared on loading.
+"""PEFT adapters: the base of an adapter is recorded in its adapter_config.json and compared on loading.
 
-PEFT records only the path of the base. Loaded from there, the base lacks the flags that were given as keywords, and
-weights for layer 7 of a pruned model fit layer 7 of the unpruned one; neither would fail.
+PEFT records only the path of the base. A base loaded from that path lacks flags that were passed as keywords, and
+adapter weights for layer 7 of a pruned model also fit layer 7 of the unpruned one. Neither would raise an error.
 
-The note holds the scale and the layers of the base's configuration. It is stored in `auto_mapping`, PEFT's field for
-restoring the base, and only for a base that is scaled, folded or pruned, or is so on disk.
-If a program without this package cannot load the base from its path, `peft_type` ends in a sentence that says so: PEFT
-does not know that type, and raises it as a `KeyError`.
+The note holds the scale and the layers of the base. It is stored in `auto_mapping`, PEFT's field for restoring the
+base, and only for a base that is scaled, folded or pruned, in memory or on disk. If a program without this package
+could not load the base correctly from its path, a sentence that says so is appended to `peft_type`: PEFT does not know
+the resulting type and raises a `KeyError` that shows it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnsc
 
 
 def base_state(config: PreTrainedConfig | None) -> Record:
-    """The scale and the layers in a configuration, regardless of those on disk; empty for a plain model or None."""
+    """The scale and the layers in a configuration, ignoring `on_disk`; empty for a plain model or None."""
     return dataclasses.replace(record(config), on_disk=None)
 
 
 def note(adapter: dict[str, Any]) -> Record | None:
-    """The state of the base that an adapter was saved with, from the dict of its adapter_config.json; None if none."""
+    """The state of the adapter's base when it was saved, from its adapter_config.json; None if not recorded."""
     mapping = adapter.get("auto_mapping")
     noted = mapping.get(NOTE) if isinstance(mapping, dict) else None
     if noted is None:
         return None
     try:
         if not isinstance(noted, dict):
-            raise ValueError(f"it must be a dict with {ACTIVE}, {FOLDED} and {DROPPED} or some of them, got {noted!r}")
+            raise ValueError(f"it must be a dict with any of the keys {ACTIVE}, {FOLDED} and {DROPPED}, got {noted!r}")
         return record(noted)
     except ValueError as error:
         raise ValueError(f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json: {error}") from None
 
 
 def add_note(path: Path, base: PreTrainedConfig) -> None:
-    """Notes in an adapter_config.json what its base is; a note that is there already is replaced."""
+    """Records the base in an adapter_config.json, replacing any existing note."""
     adapter = json.loads(path.read_text(encoding="utf-8"))
     found, noted = base_state(base), record(base) != Record()
     if not noted and note(adapter) is None:
@@ -57,30 +57,30 @@ def add_note(path: Path, base: PreTrainedConfig) -> None:
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
     if noted:
         mapping[NOTE] = found.to_dict()
-        there = _config_on_disk(adapter)
-        if found.needs_plugin or there is None or base_state(there) != found:
+        on_disk = _config_on_disk(adapter)
+        if found.needs_plugin or on_disk is None or base_state(on_disk) != found:
             adapter["peft_type"] += TRIPWIRE
     adapter["auto_mapping"] = mapping or None
     path.write_text(json.dumps(adapter, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
-    """The dict of an adapter_config.json with its own `peft_type`, in place."""
+    """Restores the original `peft_type` in the dict of an adapter_config.json, in place."""
     if isinstance(kind := adapter.get("peft_type"), str):
         adapter["peft_type"] = kind.removesuffix(TRIPWIRE)
     return adapter
 
 
 def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that restore the base that the adapter was trained on, as far as needed.
+    """The keywords of `from_pretrained` needed to restore the base that the adapter was trained on.
 
     Args:
         adapter: the dict of an adapter_config.json.
-        base: the current configuration of the base; None reads the one at the path that PEFT recorded.
+        base: the current configuration of the base; if None, it is read from the path that PEFT recorded.
     """
     wanted = note(adapter)
     base = base or (_config_on_disk(adapter) if wanted else None)
-    if wanted is None or base is None:  # where there is no base, loading it will say what is wrong
+    if wanted is None or base is None:  # if the base is missing, loading it will raise an error
         return {}
     if (found := keywords_to_restore(wanted, base)) is None:
         raise ValueError(_mismatch(adapter, "this adapter", wanted, base))
@@ -88,7 +88,7 @@ def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> d
 
 
 def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
-    """The keywords of `from_pretrained` that make a model with the wanted record of a checkpoint; None if none do."""
+    """The keywords of `from_pretrained` that give a model with record `wanted` from a checkpoint, if there are any."""
     if (found := _to_restore(wanted, base)) is None:
         return None
     restored = copy.deepcopy(base)
@@ -96,54 +96,54 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
     try:
         set_ln_scaling(restored, found.get("ln_scaling"))
         require_valid(restored)
-    except ValueError:  # depths of another number of layers, a scale of zero
+    except ValueError:  # depths for a different number of layers, or a scale of zero
         return None
     return found if wanted == base_state(restored) else None
 
 
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
-    """Refuses an adapter that was trained on a base with another scale or other layers than the one at hand.
+    """Refuses an adapter that was trained on a base with a different scale or different layers.
 
     Args:
         adapter: the dict of its adapter_config.json.
-        name: what it was loaded by.
-        base: the configuration of the model that it is to be put on; None for a model of another library.
+        name: the name or path it was loaded from.
+        base: the configuration of the model to attach it to; None for a model of another library.
     """
     here, wanted = base_state(base), note(adapter)
     if wanted is None:
         if base is None:
             return
-        # Trained on a plain base, or without this package on one that is pruned or folded on disk.
+        # Trained on a plain base, or, without this package, on a base that is pruned or folded on disk.
         plain = here == Record()
-        there = _config_on_disk(adapter, local=plain)
-        if there is None and plain:
+        on_disk = _config_on_disk(adapter, local=plain)
+        if on_disk is None and plain:
             return
-        if there is None and not here.needs_plugin:
+        if on_disk is None and not here.needs_plugin:
             warn(
-                f"whether the adapter {name!r} was trained on this base, which has {_describe(here)}, cannot be "
-                f"known: it has no note, and its base {adapter.get('base_model_name_or_path')!r} cannot be read"
+                f"cannot tell whether the adapter {name!r} was trained on this base, which has {_describe(here)}: it "
+                f"does not record its base, and {adapter.get('base_model_name_or_path')!r} cannot be read"
             )
             return
-        wanted = base_state(there)
+        wanted = base_state(on_disk)
     if wanted != here:
         raise ValueError(_mismatch(adapter, f"the adapter {name!r}", wanted, base))
 
 
 def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
-    """The keywords, without checking whether they are enough; None if layers are missing."""
-    held, original = checkpoint_layers.original_layers(base)
-    kept, of = list(range(original)), original
+    """The keywords, without checking whether they suffice; None if layers are missing."""
+    available, original = checkpoint_layers.original_layers(base)
+    kept, num_layers = list(range(original)), original
     if wanted.dropped:
-        kept, of = wanted.dropped.kept, wanted.dropped.num_hidden_layers
-    if of != original or not set(kept) <= set(held):
+        kept, num_layers = wanted.dropped.kept, wanted.dropped.num_hidden_layers
+    if num_layers != original or not set(kept) <= set(available):
         return None
     found: dict[str, Any] = {}
-    if kept != held:
-        found["drop_layers"] = [position for position, layer in enumerate(held) if layer not in kept]
-    there = record(base).dropped
+    if kept != available:
+        found["drop_layers"] = [position for position, layer in enumerate(available) if layer not in kept]
+    present = record(base).dropped
     for kind in SUBLAYERS:
-        gone, before = (getattr(dropped, kind, ()) for dropped in (wanted.dropped, there))
-        if absent := [position for position, layer in enumerate(held) if layer in gone and layer not in before]:
+        after, before = (getattr(dropped, kind, ()) for dropped in (wanted.dropped, present))
+        if absent := [position for position, layer in enumerate(available) if layer in after and layer not in before]:
             found[f"drop_{kind}"] = absent
     if wanted.active != base_state(base).active:
         found["ln_scaling"] = wanted.active.to_dict() if wanted.active else False
@@ -171,7 +171,7 @@ def _describe(state: Record) -> str:
 
 
 def _config_on_disk(adapter: dict[str, Any], local: bool = False) -> PreTrainedConfig | None:
-    """The configuration at the path that PEFT noted, or None if it cannot be read; `local` asks no Hub for it."""
+    """The configuration at the path that PEFT recorded, or None if unreadable; `local` skips the Hub."""
     found: PreTrainedConfig | None = None
     if name := adapter.get("base_model_name_or_path"):
         with contextlib.suppress(OSError, ValueError):

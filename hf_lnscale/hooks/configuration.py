@@ -1,4 +1,4 @@
-"""`PreTrainedConfig`: the flags are read, and a scaled checkpoint's config.json is protected."""
+"""`PreTrainedConfig`: reads the flags and protects the config.json of a scaled checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..core import record
 from ..core.errors import ArgumentError
 from .install import DROPS, Original, require_supported
 
-# Keywords of from_pretrained that say where a file is found.
+# Keywords of from_pretrained that determine where files are found.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Where a config.json is written first, while a model is saved.
+# Maps a config.json to the temporary path it is written to while a model is saved.
 written_as: ContextVar[dict[Path, Path]] = ContextVar("written_as")
 _T = TypeVar("_T")
 
 
 @contextmanager
 def setting(variable: ContextVar[_T], value: _T) -> Iterator[None]:
-    """Within it, a context variable has a value."""
+    """Context in which a context variable has the given value."""
     token = variable.set(value)
     try:
         yield
@@ -39,7 +39,7 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
 
 
 def set_drops(config: PreTrainedConfig, values: dict[str, Any]) -> None:
-    """Takes out what the keywords of `DROPS` say."""
+    """Drops the layers and sub-layers that the keywords in `DROPS` name."""
     if all(value is None for value in values.values()):
         return
     require_supported()
@@ -49,17 +49,17 @@ def set_drops(config: PreTrainedConfig, values: dict[str, Any]) -> None:
 
 
 def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `DROPS`, which are taken out of `kwargs`."""
+    """Removes the keywords in `DROPS` from `kwargs` and returns them."""
     return {name: kwargs.pop(name, None) for name in DROPS}
 
 
 def located(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keywords of `from_pretrained` that say where a file is found."""
+    """The keywords of `from_pretrained` that determine where files are found."""
     return {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
 
 
 def saved_config(config: PreTrainedConfig, name: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The dict of the config.json of a checkpoint; `config` is of the model that reads it."""
+    """The config.json of a checkpoint as a dict; `config` belongs to the model that reads it."""
     saved, _ = type(config).get_config_dict(name, **located(kwargs or {}))
     return saved
 
@@ -72,14 +72,14 @@ def drop_property(name: str) -> property:
     return property(
         lambda config: None,
         lambda config, value: set_drops(config, {name: value}),
-        doc=f"As the keyword {name} of from_pretrained, when assigned to. `dropped_layers` says what is missing.",
+        doc=f"Assigning to it acts like the keyword {name} of from_pretrained. `dropped_layers` lists what is missing.",
     )
 
 
 def from_dict(original: Original, /, cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
     drops = pop_drops(kwargs)
     made = original(cls, *args, **kwargs)
-    # After every other keyword: what is valid depends on the number of layers.
+    # Set after all other keywords, since valid values depend on the number of layers.
     config = made[0] if isinstance(made, tuple) else made
     set_drops(config, drops)
     set_ln_scaling(config, ln_scaling)
@@ -110,15 +110,15 @@ def to_json_file(original: Original, /, self: PreTrainedConfig, json_file_path: 
 def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         found = original(cls, *args, **kwargs)
-    except RecursionError:  # nested too deeply; transformers names the file in its error for what is not JSON
+    except RecursionError:  # as JSONDecodeError, so that transformers' error names the file
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
     return record.unprotect(found)
 
 
 def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
-    """Hook on the constructor: its keywords mean the same in any order."""
+    """Hook on the constructor, so that its keywords work in any order."""
     drops = pop_drops(kwargs)
-    if record.FOLDED in kwargs:  # both stand in a file: what is wrong with it is said when it is read
+    if record.FOLDED in kwargs:  # both keys come from a file, which is validated when it is read
         kwargs, ln_scaling = {"ln_scaling": ln_scaling, **kwargs}, None
     original(self, *args, **kwargs)
     set_drops(self, drops)
@@ -134,14 +134,14 @@ def update(original: Original, /, self: PreTrainedConfig, config_dict: Any, *arg
 
 
 def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-    """The configuration of the layers for multi-token prediction, which `generate(use_mtp=True)` asks for first."""
+    """The configuration of the multi-token prediction layers, which `generate(use_mtp=True)` reads first."""
     found = record.record(self)
     if found.active or found.dropped:
         raise ArgumentError(
             "use_mtp",
             True,
             problem=f"is not supported for a model with {'dropped layers' if found.dropped else 'ln_scaling'}: the "
-            "layers for multi-token prediction were trained on another model. Use an assistant_model, such as "
-            "hf_lnscale.draft_model makes",
+            "multi-token prediction layers were trained with a different model. Use an assistant_model, for example "
+            "from hf_lnscale.draft_model",
         )
     return original(self, *args, **kwargs)

@@ -1,6 +1,6 @@
-"""Libraries that can be imported before transformers, or amid its import: accelerate, torch.distributed and lm-eval.
+"""Hooks for libraries that may be imported before or during transformers: accelerate, torch.distributed and lm-eval.
 
-Imports the standard library only; what a wrapper needs is imported once it is called.
+Imports only the standard library; wrappers import what they need when called.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .install import Original
 
 
 def _models_imported() -> bool:
-    return "transformers.modeling_utils" in sys.modules  # else there is no model of transformers
+    return "transformers.modeling_utils" in sys.modules  # otherwise no transformers model exists
 
 
 def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any,
 def set_up_planner(
     original: Original, /, self: Any, state_dict: Any, metadata: Any = None, *args: Any, **kwargs: Any
 ) -> None:
-    """The planner of a load, which reads tensors into those of a state dict by their names."""
+    """The load planner, which matches tensors to those of a state dict by name."""
     original(self, state_dict, metadata, *args, **kwargs)
     if metadata is not None and _models_imported():
         from .readers import require_all_layers
@@ -36,7 +36,7 @@ def set_up_planner(
 
 
 def create_model(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """lm-eval's `delta`, a second checkpoint whose tensors are added to those of the first by their names."""
+    """lm-eval's `delta`, a second checkpoint whose tensors are added to those of the first by name."""
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     if delta := given.get("delta"):
         from .readers import require_same_layers

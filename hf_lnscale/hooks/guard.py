@@ -1,4 +1,4 @@
-"""Refuses the flags where transformers, PEFT or vLLM is not as the hooks need it. Imports no transformers itself."""
+"""Refuses the flags if transformers, PEFT or vLLM does not match the hooks. Does not import transformers itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .install import CONFIGURATION, DROPS, GROUPS, MODELS, VLLM, Original, requi
 
 
 def refuse(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-    """Refuses flags, and configurations and models that have one, and passes on everything else."""
-    if MODELS in sys.modules:  # else accelerate is used without transformers
+    """Refuses flags, and configurations and models that have one; passes through everything else."""
+    if MODELS in sys.modules:  # otherwise accelerate is used without transformers
         from ..core.record import is_flagged
 
         if any(is_flagged(getattr(value, "config", value)) for value in (*args, *kwargs.values())):

@@ -1,10 +1,10 @@
-"""The table of all that is replaced in transformers, PEFT and vLLM; `enable()` installs it, `disable()` removes it.
+"""The table of all functions replaced in transformers, PEFT and vLLM. `enable()` installs it, `disable()` removes it.
 
-A module that is not imported yet is hooked right after it is imported. This file imports only the standard library.
+A module that is not imported yet is hooked right after its import. This file imports only the standard library.
 
-Each hook is a thin wrapper around the original function and, for a model without a flag, only calls it. If one function
-is not as the table says, none in its group is wrapped: models without a flag work as before, and using a flag raises an
-`UnsupportedTransformersError`.
+Each hook is a thin wrapper that, for a model without a flag, only calls the original function. If any function in a
+group differs from the table, none in the group is wrapped: models without a flag work as before, and using a flag
+raises an `UnsupportedTransformersError`.
 """
 
 from __future__ import annotations
@@ -32,25 +32,24 @@ GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, L
 
 # The function that a hook replaces.
 Original = Callable[..., Any]
-# Keywords of from_pretrained and fields of a configuration that take parts out; all count layers as they were before.
+# Keywords of from_pretrained, and configuration fields, that drop parts. All use layer indices from before the drop.
 DROPS = ("drop_layers", "drop_attention", "drop_mlp")
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One attribute that is replaced."""
+    """One replaced attribute."""
 
-    group: str  # the module whose import is waited for
+    group: str  # the module whose import triggers the hook
     owner: str  # the class, as `module:name`, or the module itself, as `module:`
     name: str
-    # What is called in its place, with the original first, as `module:name` in this folder; or, if its name ends so,
-    # what makes a property of that name.
+    # The replacement, as `module:name` in this folder, called with the original as first argument; a name that ends in
+    # `_property` is called with the attribute's name and returns a property.
     replacement: str
-    # Those of the original that must be there, divided by spaces: all of a private function, the first ones of a public
-    # one. Empty if none is relied on.
+    # Required parameters of the original, separated by spaces: all for a private function, the leading ones for a
+    # public function. Empty if the hook relies on none.
     parameters: str = ""
-    # The first release of transformers that has the function and anything for the hook to do; before it, the hook is
-    # left out where the function is missing.
+    # The first release of transformers in which the hook is needed; in earlier ones the function may be missing.
     needed_since: str = ""
 
 
@@ -65,7 +64,7 @@ _PROPERTIES = (
 
 HOOKS = (
     *_PROPERTIES,
-    # Keywords of the constructor that are no fields of its class, and the values of a dict, are assigned one by one.
+    # transformers assigns constructor keywords that are not fields, and the values of a dict, one by one.
     Hook(CONFIGURATION, _CONFIG, "__post_init__", "configuration:post_init", "self"),
     Hook(CONFIGURATION, _CONFIG, "update", "configuration:update", "self config_dict"),
     Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", "cls config_dict"),
@@ -78,23 +77,23 @@ HOOKS = (
     Hook(MODELS, _MODEL, "post_init", "models:post_init", "self"),
     Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", "self save_directory"),
     Hook(MODELS, _MODEL, "from_pretrained", "models:from_pretrained", "cls pretrained_model_name_or_path"),
-    # Private: every `AutoModel.from_config` calls it; unknown keywords would go on to the model's `__init__`.
+    # Private: every `AutoModel.from_config` calls it; unknown keywords would be passed to the model's `__init__`.
     Hook(MODELS, _MODEL, "_from_config", "models:from_config", "cls config kwargs"),
-    # Private: the last place where the names of a checkpoint's tensors are known and none has been read. The public
-    # `key_mapping` is kept with the model and reverted on saving: old numbers with a config of fewer layers.
+    # Private: the last function called while tensor names are known and no tensor has been read. The public
+    # `key_mapping` is stored with the model and reverted on saving: old layer indices with a config of fewer layers.
     Hook(
         MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
         "model state_dict checkpoint_files load_config expected_keys",
     ),
-    # Not a class's: the one place where a model's safetensors files are written, with their metadata.
+    # A module-level function: the only one that writes a model's safetensors files and their metadata.
     Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", "tensors filename"),
-    # Private: reads a checkpoint of torch.distributed.checkpoint by names, without the function above. Before 5.20
-    # from_pretrained cannot read such a checkpoint.
+    # Private: loads torch.distributed.checkpoint checkpoints by tensor name, bypassing `_load_pretrained_model`. Before
+    # 5.20, from_pretrained does not support such checkpoints.
     Hook(
         MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
         "self distributed_checkpoint_dir device_map device_mesh", needed_since="5.20",
     ),
-    # Private, of torch: every load_state_dict comes by here, also that of a wrapper around the model.
+    # Private to torch: every load_state_dict calls it, including that of a module that wraps the model.
     Hook(
         MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
         "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
@@ -123,23 +122,23 @@ HOOKS = (
         PEFT, "peft.utils.hotswap:", "hotswap_adapter_from_state_dict", "peft:hotswap_from_state_dict",
         "model state_dict adapter_name config",
     ),
-    # Private: X-LoRA reads each of its experts with it.
+    # Private: X-LoRA loads each of its experts with it.
     Hook(
         PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",
         "lora_model adapter_name model_id torch_device ephemeral_gpu_offload autocast_adapter_dtype subfolder kwargs",
     ),
-    # AutoPeftModelForCausalLM and its sisters share it: the one place that loads the base by its path.
+    # Shared by AutoPeftModelForCausalLM and similar classes: the only function that loads the base by its path.
     Hook(
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
         "cls pretrained_model_name_or_path",
     ),
     Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", "model layer_map"),
-    # Private: what LoftQ reads the weights of the base with, by the names that they have in memory.
+    # Private: LoftQ uses it to read the base's weights by their names in memory.
     Hook(
         PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
         "self peft_model model_path",
     ),
-    # accelerate's modules have taken the function from one another.
+    # Several modules of accelerate import the function by name.
     *(
         Hook(ACCELERATE, f"{module}:", "load_checkpoint_in_model", "early:load_checkpoint_in_model", "model checkpoint")
         for module in (
@@ -147,18 +146,18 @@ HOOKS = (
             "accelerate.utils.modeling",
         )
     ),
-    # Every load of torch.distributed.checkpoint is planned by it.
+    # Plans every load of torch.distributed.checkpoint.
     Hook(
         DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "early:set_up_planner",
         "self state_dict metadata",
     ),
-    # Private: the only place where both checkpoints are named. Its parameters are looked up by name.
+    # Private: the only function that receives the names of both checkpoints. The hook reads its parameters by name.
     Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "early:create_model"),
-    # vLLM goes by `architectures`, which the hooks above give it without the mark that serving/vllm.py is found by.
+    # vLLM selects a model class by `architectures`, from which the hooks above remove serving/vllm.py's prefix.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", "self model"),
 )  # fmt: skip
 
-# Refuse flags in a group in which transformers differs from the table; the properties do so by themselves.
+# Installed instead of a group that differs from the table, to refuse flags. The properties refuse them on their own.
 GUARDS = (
     *_PROPERTIES,
     Hook(CONFIGURATION, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
@@ -175,19 +174,19 @@ _MISSING = object()
 
 
 class _Installed(NamedTuple):
-    original: Any  # _MISSING where the class inherited the attribute or had none
+    original: Any  # _MISSING if the class itself did not define the attribute
     hook: Any
 
 
 _lock = threading.RLock()
 _enabled = False
 _installed: dict[tuple[Any, str], _Installed] = {}
-_waiting: set[str] = set()  # groups that are not imported yet
+_waiting: set[str] = set()  # groups not imported yet
 problems: dict[str, list[str]] = {}  # group: differences from the table
 
 
 def enable() -> None:
-    """Makes transformers understand the flags. Importing `hf_lnscale` calls it; a second call changes nothing."""
+    """Enables the flags in transformers. Importing `hf_lnscale` calls it; repeated calls have no effect."""
     global _enabled
     with _lock:
         if _enabled:
@@ -197,26 +196,26 @@ def enable() -> None:
         sys.meta_path.insert(0, _finder)
     for group in GROUPS:
         if sys.modules.get(group) is not None:
-            importlib.import_module(group)  # waits if another thread is importing it at the moment
+            importlib.import_module(group)  # waits if another thread is importing it
     _install_what_is_imported()
 
 
 def disable() -> None:
-    """Puts back exactly the functions that were there.
+    """Restores the original functions.
 
-    Models that are scaled stay scaled in memory; save or fold them before: without the plugin, `save_pretrained`
-    writes an unprotected `config.json`.
+    Scaled models in memory stay scaled. Save or fold them first: without the plugin, `save_pretrained` writes an
+    unprotected `config.json`.
 
     Raises:
-        RuntimeError: if another library has since replaced one of the functions; nothing is changed then.
+        RuntimeError: if another library has since replaced one of the functions; nothing is changed in that case.
     """
     global _enabled
     with _lock:
         for (owner, name), (_, hook) in _installed.items():
-            if (now := owner.__dict__.get(name)) is not hook:
+            if (current := owner.__dict__.get(name)) is not hook:
                 raise RuntimeError(
                     f"{owner.__name__}.{name} was replaced after hf_lnscale.enable(), by "
-                    f"{getattr(now, '__module__', 'another library')}; undo that first"
+                    f"{getattr(current, '__module__', 'another library')}; undo that first"
                 )
         for (owner, name), (original, _) in _installed.items():
             if original is _MISSING:
@@ -232,7 +231,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether transformers understands the flags in this process, or will as soon as it is imported."""
+    """Whether the flags are enabled in this process, or will be once transformers is imported."""
     return _enabled
 
 
@@ -240,14 +239,14 @@ def is_enabled() -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules to hook as they would be found, with a loader that hooks them once they are loaded."""
+    """Finds the modules to hook as usual, but with a loader that hooks them once they are loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in GROUPS:
-            # A module whose import had begun before this finder was there. Not while one of this package is looked for:
-            # what is installed may import that very module, which would then be run a second time.
+            # Hook modules whose import had begun before this finder was installed. Not during the search for a module
+            # of this package: installing hooks may import that very module, which would then be executed twice.
             if name.partition(".")[0] != _PACKAGE:
                 _install_what_is_imported()
             return None
@@ -262,7 +261,7 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
-    def __getattr__(self, name: str) -> Any:  # the spec may be asked for without an import: get_source, get_filename
+    def __getattr__(self, name: str) -> Any:  # get_source, get_filename and others that work without an import
         return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -293,7 +292,7 @@ def _install_what_is_imported() -> None:
 
 
 def _initializing(name: str) -> bool:
-    """Whether the import of a module has begun and not ended."""
+    """Whether a module is currently being imported."""
     return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
 
 
@@ -302,10 +301,10 @@ def _importing_this_package() -> bool:
 
 
 def _install(group: str) -> None:
-    """Hooks the classes of a group, or only refuses flags there if something differs from the table.
+    """Hooks the classes of a group, or only refuses flags there if anything differs from the table.
 
-    A module of this package may be the one that imports transformers, and a replacement may need that module: the group
-    then waits for the next import.
+    If a module of this package is importing transformers and a replacement needs that module, the group waits for the
+    next import.
     """
     try:
         made, found = _made(HOOKS, group)
@@ -317,7 +316,7 @@ def _install(group: str) -> None:
     if found:
         problems[group] = found
         made, _ = _made(GUARDS, group)
-    # Not while anything is imported: another thread could hold the import's lock and wait for this one.
+    # Import nothing while holding the lock: another thread could hold the import lock and wait for this one.
     with _lock:
         for (owner, name), hook in made.items():
             _installed[owner, name] = _Installed(owner.__dict__.get(name, _MISSING), hook)
@@ -325,7 +324,7 @@ def _install(group: str) -> None:
 
 
 def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any], list[str]]:
-    """The replacements of a group, and the differences from its table."""
+    """The replacements for a group, and its differences from the table."""
     made: dict[tuple[Any, str], Any] = {}
     found: list[str] = []
     for hook in table:
@@ -343,7 +342,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             found.append(str(error))
             continue
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
-            continue  # reloaded, and the class is the same
+            continue  # the module was reloaded with the same class
         if factory.endswith("_property"):
             made[owner, hook.name] = replacement(hook.name)
             continue
@@ -378,10 +377,10 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 def require_supported(*groups: str) -> None:
-    """Refuses the use of a flag if a hook that it needs could not be installed.
+    """Refuses the flags if a hook that they need could not be installed.
 
     Raises:
-        UnsupportedTransformersError: with the release, what is missing and the releases that are supported.
+        UnsupportedTransformersError: names the release, what is missing and the supported releases.
     """
     _install_what_is_imported()
     found = [problem for group in groups or (CONFIGURATION, MODELS) for problem in problems.get(group, ())]
@@ -393,6 +392,6 @@ def require_supported(*groups: str) -> None:
         f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft", "vllm") if name in sys.modules
     ]
     raise UnsupportedTransformersError(
-        f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported are the "
-        f"releases {SUPPORTED} of transformers. Models that use neither are not affected."
+        f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported releases "
+        f"of transformers: {SUPPORTED}. Models that use neither are not affected."
     )

@@ -27,7 +27,7 @@ from .install import DROPS, Original, require_supported
 from .peft import adapter_to_load, noted_base
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
 
-# Attribute of a model that is being constructed: the handle of the check in `init`.
+# Attribute of a model under construction: the handle of the check registered in `init`.
 _UNAPPLIED = "_ln_scaling_unapplied"
 
 
@@ -35,7 +35,7 @@ def init(original: Original, /, self: PreTrainedModel, *args: Any, **kwargs: Any
     original(self, *args, **kwargs)
     if is_flagged(self.config):
         require_supported()
-        # Should a release not call `post_init`, the model must not run unscaled.
+        # If a model does not call `post_init`, it must not run unscaled.
         vars(self)[_UNAPPLIED] = self.register_forward_pre_hook(lambda model, _: require_applied(model))
 
 
@@ -53,7 +53,7 @@ def _done(model: Any) -> None:
 
 
 def require_applied(model: Any) -> None:
-    """Refuses a model whose construction ended without `post_init`, unless it matches its configuration anyway."""
+    """Refuses a model constructed without calling `post_init`, unless it matches its configuration anyway."""
     for part in model.modules():
         if _UNAPPLIED not in vars(part):
             continue
@@ -61,10 +61,9 @@ def require_applied(model: Any) -> None:
             require_consistent(part)
         except ValueError:
             raise UnsupportedTransformersError(
-                f"{type(part).__name__} was constructed without calling post_init, so what its configuration says of "
-                "scaling and missing sub-layers was not applied. "
-                "If it is a class of your own, call self.post_init() at the end of its __init__; if it is one of "
-                "transformers, this release is not supported."
+                f"{type(part).__name__} was constructed without calling post_init, so the scaling and missing "
+                "sub-layers in its configuration were not applied. If it is a custom class, call self.post_init() at "
+                "the end of its __init__; if it is part of transformers, this release is not supported."
             ) from None
         _done(part)
 
@@ -74,8 +73,8 @@ def save_pretrained(original: Original, /, self: PreTrainedModel, *args: Any, **
         require_consistent(self)
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     folder, main = given["save_directory"], given.get("is_main_process", True)
-    with setting(noted_base, self.config):  # the model may hold adapters, which are then what is saved
-        # With push_to_hub, the original uploads config.json with everything else at its end.
+    with setting(noted_base, self.config):  # if the model has adapters, those are saved instead
+        # With push_to_hub, the original uploads all files, including config.json, before it returns.
         last = must_be_written_last(folder, self.config) and not given.get("push_to_hub")
         with weights_first(folder, self.config, main) if last else contextlib.nullcontext():
             return original(self, *args, **kwargs)
@@ -92,11 +91,12 @@ def from_pretrained(
         kwargs = {**adapters.keywords(adapter, given), **kwargs}
     if isinstance(config, PreTrainedConfig):
         kwargs["config"] = config = copy.deepcopy(config)
-        # With a configuration object, keywords would go on to the model's `__init__`.
+        # With a configuration object, keywords would be passed to the model's `__init__`.
         set_drops(config, pop_drops(kwargs))
         set_ln_scaling(config, kwargs.pop("ln_scaling", None))
         own = record(config)
-        # A configuration of another name does not describe these weights; a copy through `to_dict` lost the state.
+        # A configuration with another name does not describe these weights; a copy made through `to_dict` has no
+        # `ON_DISK`.
         if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
             note_what_is_on_disk(config, name, kwargs)
     _refuse_gguf_without_layers(config, kwargs)
@@ -111,30 +111,30 @@ def from_pretrained(
 
 
 def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords that make the model whose configuration has this name, of the checkpoint that it was loaded from."""
+    """The keywords that turn the checkpoint into the model that this name was taken from."""
     if name.changed:
         raise ArgumentError(
             "pretrained_model_name_or_path",
             str(name),
-            problem=f"is the name of a model that was {name.changed} in memory, so loading it gives another model. "
-            "Save the model and load it from that folder, or pass the second model yourself, such as "
+            problem=f"is the name of a model that was {name.changed} in memory, so loading it gives a different model. "
+            "Save the model and load it from that folder, or pass the second model explicitly, for example "
             "ref_model=copy.deepcopy(model)",
         )
     base = kwargs.get("config")
     if not isinstance(base, PreTrainedConfig):
         trusted = kwargs.get("trust_remote_code")
         base = AutoConfig.from_pretrained(str(name), **located(kwargs), trust_remote_code=trusted)
-    wanted, there = name.record, record(base)
-    if wanted.folded != there.folded and (wanted.folded, there.folded) in (
-        (there.active, None),
+    wanted, saved = name.record, record(base)
+    if wanted.folded != saved.folded and (wanted.folded, saved.folded) in (
+        (saved.active, None),
         (None, wanted.active),
-    ):  # folded or unfolded in memory: the same function
-        wanted = dataclasses.replace(wanted, active=there.active, folded=there.folded)
+    ):  # folded or unfolded in memory, which does not change the outputs
+        wanted = dataclasses.replace(wanted, active=saved.active, folded=saved.folded)
     found = adapters.keywords_to_restore(wanted, base)
     if found is None:
         raise CheckpointError(
-            f"{str(name)!r} does not hold the model that its name was taken from, which has {wanted.to_dict()}: the "
-            "checkpoint was replaced since. Save the model and use that folder"
+            f"{str(name)!r} no longer holds the model that was loaded from it, which has {wanted.to_dict()}: the "
+            "checkpoint has been replaced. Save the model and use that folder"
         )
     return found
 
@@ -143,7 +143,7 @@ def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
     pruned = record(config).dropped or any(kwargs.get(name) is not None for name in DROPS)
     if kwargs.get("gguf_file") and pruned:
         raise ValueError(
-            "drop_layers: layers cannot be left out of a GGUF file; load it whole and use "
+            "drop_layers: layers cannot be dropped while loading a GGUF file; load the whole model and use "
             "hf_lnscale.drop_layers(model, layers)"
         )
 
@@ -152,7 +152,7 @@ def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, 
     write(config, dataclasses.replace(record(config), on_disk=None))
     try:
         saved = saved_config(config, name, kwargs)
-    except (OSError, ValueError):  # no configuration next to the weights, as for a single file
+    except (OSError, ValueError):  # no configuration next to the weights, for example for a single file
         return
     if active := record(saved).active:
         if positions := checkpoint_layers.positions_on_disk(config, saved):
@@ -162,16 +162,16 @@ def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, 
 
 def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
     what = {
-        "on": "ln_scaling was switched on for {name!r}, which was trained without it. Its layers do not expect scaled "
-        "inputs: SmolLM2-135M goes from perplexity 23 to over two million this way. LayerNorm Scaling is for training: "
+        "on": "ln_scaling was enabled for {name!r}, which was trained without it. Its layers do not expect scaled "
+        "inputs: this takes SmolLM2-135M from perplexity 23 to over two million. LayerNorm Scaling is for training: "
         "load this checkpoint without the flag, or train a model from scratch with "
         "AutoModelForCausalLM.from_config(config, ln_scaling=True). If it was trained with the scale by a program that "
-        "does not say so in config.json, mark it: hf-lnscale adopt {name} --out DIR",
-        "off": "ln_scaling was switched off for {name!r}, which was trained with it. Its layers expect scaled inputs: "
-        "expect its outputs to be useless. To run it without hf_lnscale, fold the scale into the weights: "
+        "does not record it in config.json, mark it: hf-lnscale adopt {name} --out DIR",
+        "off": "ln_scaling was disabled for {name!r}, which was trained with it. Its layers expect scaled inputs, so "
+        "its outputs will be useless. To run it without hf_lnscale, fold the scale into the weights: "
         "hf_lnscale.fold_ln_scaling(model) or `hf-lnscale export`.",
-        "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Expect "
-        "its outputs to be wrong; leave the keyword out, or give ln_scaling=True, to use the checkpoint's own.",
+        "other": "ln_scaling was changed for {name!r}, which was trained with another exponent or other depths. Its "
+        "outputs will be wrong; omit the keyword, or pass ln_scaling=True, to use the checkpoint's own scaling.",
     }
     if change := trained_without(config):
         warn(what[change].format(name=str(name)))
@@ -184,7 +184,7 @@ def from_config(original: Original, /, cls: Any, config: Any, *args: Any, **kwar
         set_drops(config, drops)
     if "ln_scaling" in kwargs:
         config = copy.deepcopy(config)
-        # The weights are new: nothing is folded into them, even if the configuration says so.
+        # The weights are newly initialized, so no scale is folded into them, whatever the configuration says.
         write(config, dataclasses.replace(record(config), folded=None))
         set_ln_scaling(config, kwargs.pop("ln_scaling"))
     model = original(cls, config, *args, **kwargs)
@@ -200,7 +200,7 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
     model, state_dict, load_config = given["model"], given["state_dict"], given["load_config"]
     name, files = load_config.pretrained_model_name_or_path, given["checkpoint_files"] or []
     saved = functools.cache(lambda: saved_config(model.config, name, load_config.download_kwargs))
-    own = given["expected_keys"] is None  # given for an adapter alone, which has the layer numbers of its model
+    own = given["expected_keys"] is None  # set only for an adapter, which uses its model's layer indices
     if own and name is not None and require_same_checkpoint(files, saved):
         checkpoint_layers.require_sublayers(model.config, saved())
     if record(model.config).dropped is None:
@@ -217,15 +217,15 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
             renamed = checkpoint_layers.renumber(state_dict, model, positions)
             kept = {new: state_dict[old] for old, new in renamed.items()}
             if is_deepspeed_zero3_enabled():
-                # It copies whole tensors; slices are materialized for those that are kept.
+                # ZeRO-3 copies whole tensors, so the slices of kept layers are materialized.
                 kept = {key: value[:] if hasattr(value, "get_shape") else value for key, value in kept.items()}
-            # Without the files: offloading to disk would read tensors from them by their new names.
+            # The files are not passed on: offloading to disk would read tensors from them by their new names.
             given.update(state_dict=kept, checkpoint_files=None)
         found, offloaded = original(*bound.args, **bound.kwargs)
-    # The tensors of missing sub-layers were not read, and are nothing to report.
+    # Tensors of missing sub-layers are skipped on purpose and need not be reported.
     names = checkpoint_layers.names_of_sublayers(model)
     found.unexpected_keys = {key for key in found.unexpected_keys if not names.match(key)}
-    # A tied tensor is written under one name, and read under both; of files transformers sees to that itself.
+    # A tied tensor is stored under one name and read under both. With files, transformers handles this itself.
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if offloaded and source in offloaded:
             offloaded.setdefault(name, offloaded[source])
@@ -236,14 +236,14 @@ def load_distributed(original: Original, /, self: PreTrainedModel, folder: Any, 
     config = self.config
     if record(config).dropped and checkpoint_layers.positions_on_disk(config, saved_config(config, folder)) is not None:
         raise ValueError(
-            f"drop_layers: {str(folder)!r} is a distributed checkpoint, of which no layers can be left out; "
-            "load it whole and use hf_lnscale.drop_layers(model, layers)"
+            f"drop_layers: layers cannot be dropped while loading the distributed checkpoint {str(folder)!r}; "
+            "load the whole model and use hf_lnscale.drop_layers(model, layers)"
         )
     return original(self, folder, *args, **kwargs)
 
 
 def _checkpoint_tensors(files: list[str], load_config: Any, opened: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor of a checkpoint under its name; of safetensors files none is read yet."""
+    """All tensors of a checkpoint by name. Tensors in safetensors files are not read yet."""
     tensors: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""PEFT: an adapter records its base, and is refused on any other."""
+"""PEFT: an adapter records its base model and is refused on any other."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ noted_base: ContextVar[PreTrainedConfig | None] = ContextVar("noted_base", defau
 
 
 def read_adapter(name: Any, where: dict[str, Any]) -> dict[str, Any] | None:
-    """The dict of an adapter's adapter_config.json, or None if there is none."""
+    """The contents of an adapter's adapter_config.json, or None if there is none."""
     file = find_adapter_config_file(os.fspath(name), **located(where))
     return adapters.without_tripwire(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
 
 def adapter_to_load(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The adapter that `from_pretrained` is going to put on the base it loads."""
+    """The adapter that `from_pretrained` will attach to the base it loads."""
     given = kwargs.get("adapter_kwargs") or {}
-    if (found := given.get("_adapter_model_path")) is not None:  # AutoModel has looked
+    if (found := given.get("_adapter_model_path")) is not None:  # AutoModel has already looked it up
         return read_adapter(found, {**kwargs, **given})
-    # On the Hub, looking would cost every model a request; `load_adapter` will look there, and refuse.
+    # Looking on the Hub would cost a request for every model; `load_adapter` looks there later and checks the base.
     folder = isinstance(name, (str, os.PathLike)) and os.path.isdir(name)
     return read_adapter(name, {"subfolder": kwargs.get("subfolder")}) if folder else None
 
 
 def require_base_of(name: Any, where: dict[str, Any], model: Any) -> None:
-    """Refuses to put an adapter on another base than its own."""
+    """Refuses an adapter that was trained on a different base."""
     adapter = read_adapter(name, where)
     if adapter is not None:
         base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
@@ -76,7 +76,7 @@ def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) ->
 
 
 def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-    """For each of PEFT's functions that reads an adapter for a model in memory: before the model is changed."""
+    """Checks the base before any PEFT function that loads an adapter into a model in memory changes the model."""
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     model = next(given[name] for name in ("model", "lora_model", "self") if name in given)
     adapter = given.get("model_id") or given["model_name_or_path"]
@@ -85,10 +85,10 @@ def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def hotswap_from_state_dict(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `hotswap_adapter` calls it, also where that was imported by its name before this package."""
+    """Called by `hotswap_adapter`, even where that was imported by name before this package."""
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     adapter, model = given["config"].to_dict(), given["model"]
-    if adapters.note(adapter) is not None:  # one in memory has none, and may be of this model
+    if adapters.note(adapter) is not None:  # an adapter in memory has none and may belong to this model
         base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
         adapters.require_base(adapter, given["adapter_name"], base)
     return original(*args, **kwargs)
@@ -99,6 +99,6 @@ def auto_adapter(original: Original, /, cls: Any, pretrained_model_name_or_path:
     with warnings.catch_warnings():
         if adapter is not None and (found := adapters.keywords(adapter)):
             kwargs = {**found, **kwargs}
-            # Not a cold switch: that is how the adapter was trained.
+            # The adapter was trained with this scale, so the warning does not apply.
             warnings.filterwarnings("ignore", message="ln_scaling was")
         return original(cls, pretrained_model_name_or_path, *args, **kwargs)

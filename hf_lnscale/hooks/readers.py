@@ -1,6 +1,6 @@
-"""Functions that read weights by the names of tensors, repeat layers, or average models.
+"""Functions that read weights by tensor name, repeat layers, or average models.
 
-The names in a checkpoint number its own layers. In a model without some of them, layer 7 is another one.
+Tensor names use a checkpoint's own layer indices. In a model with dropped layers, index 7 is a different layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .saving import require_same_checkpoint
 def save_to_state_dict(
     original: Original, /, self: PreTrainedModel, destination: Any, prefix: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Notes in the metadata that torch keeps in a state, beside its keys, what the model lacks."""
+    """Stores what the model lacks in the metadata that torch keeps in a state dict, next to its keys."""
     original(self, destination, prefix, *args, **kwargs)
     if (dropped := record(self.config).dropped) and hasattr(destination, "_metadata"):
         destination._metadata[prefix[:-1]][MARK] = dropped.to_dict()
@@ -49,39 +49,39 @@ def load_from_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if MARK in local_metadata and (there := record({DROPPED: local_metadata[MARK]}).dropped):
+    if MARK in local_metadata and (saved := record({DROPPED: local_metadata[MARK]}).dropped):
         if stack := own_stack(self):
-            _require_own_state(self, len(stack.layers), there)
+            _require_own_state(self, len(stack.layers), saved)
     elif record(self.config).dropped and (stack := own_stack(self)):
-        # Such a state has no configuration; one with more layers than the model is of another.
+        # This state dict has no record; if it has more layers than the model, it belongs to another one.
         layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
         found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
         if max(found, default=0) >= len(stack.layers):
-            raise _of_another_model(self, f"the state_dict holds a layer {max(found)}")
+            raise _of_another_model(self, f"the state_dict has a layer {max(found)}")
     return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
 
 
-def _require_own_state(model: PreTrainedModel, num_layers: int, there: Dropped) -> None:
-    """Refuses the state of a model of other layers, or that lacks sub-layers which this one has.
+def _require_own_state(model: PreTrainedModel, num_layers: int, saved: Dropped) -> None:
+    """Refuses a state dict of a model with different layers, or without sub-layers that this model has.
 
     Raises:
-        CheckpointError: if so. A model without a record may be of any layers, if it has as many.
+        CheckpointError: if so. A model without a record accepts any layers, if their number matches.
     """
-    other = (there.layers, there.num_hidden_layers) if num_layers == len(there.kept) else ((), num_layers)
-    here = record(model.config).dropped or Dropped(*other)
-    absent = [f"{kind} {layer}" for kind in SUBLAYERS for layer in {*getattr(there, kind)} - {*getattr(here, kind)}]
-    if absent or (here.layers, here.num_hidden_layers) != (there.layers, there.num_hidden_layers):
+    other = (saved.layers, saved.num_hidden_layers) if num_layers == len(saved.kept) else ((), num_layers)
+    own = record(model.config).dropped or Dropped(*other)
+    absent = [f"{kind} {layer}" for kind in SUBLAYERS for layer in {*getattr(saved, kind)} - {*getattr(own, kind)}]
+    if absent or (own.layers, own.num_hidden_layers) != (saved.layers, saved.num_hidden_layers):
         raise CheckpointError(
-            f"the state_dict is that of a model of {there.num_hidden_layers} layers without {there}, but this "
-            f"{type(model).__name__} is one of {here.num_hidden_layers} without {str(here) or 'a gap'}. By their "
-            "names, weights would go to other layers, or be missing"
+            f"the state_dict belongs to a model of {saved.num_hidden_layers} layers without {saved}, but this "
+            f"{type(model).__name__} has {own.num_hidden_layers}, {f'without {own}' if str(own) else 'all present'}. "
+            "Matched by name, weights would be loaded into the wrong layers, or be missing"
         )
 
 
 def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Refuses a checkpoint whose tensors are about to be put into modules by their names, if its layers are others.
+    """Refuses a checkpoint with different layers whose tensors are about to be loaded into modules by name.
 
-    It is given as a folder, a file, or the index of a sharded checkpoint.
+    The checkpoint is a folder, a file, or the index of a sharded checkpoint.
     """
     base = next(iter(pretrained_modules(model)), None)
     path = Path(checkpoint)
@@ -91,12 +91,12 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
     if path.suffix == ".json" or not files:
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if _positions(base, folder, files) is not None:
-        raise _of_another_model(base, f"{str(path)!r} holds other layers")
+        raise _of_another_model(base, f"{str(path)!r} has different layers")
     try:
         saved = saved_config(base.config, folder)
-    except (OSError, ValueError):  # no configuration, or none of transformers
+    except (OSError, ValueError):  # no configuration, or not one of transformers
         saved = {}
-    # What is missing would keep the values that the model was made with.
+    # Missing sub-layers would keep the values that the model was initialized with.
     checkpoint_layers.require_sublayers(base.config, saved)
     loaded = copy.deepcopy(base.config)
     note_what_is_on_disk(loaded, folder, {})
@@ -104,7 +104,7 @@ def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[
 
 
 def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> list[int] | None:
-    """Where the layers of a model are in weight files; None if under their own numbers."""
+    """Positions of a model's layers in weight files; None if they match their own indices."""
     if record(model.config).dropped is None:
         return None
     if (folder / "config.json").is_file():
@@ -120,26 +120,28 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
     assert dropped is not None
     return CheckpointError(
         f"{what}, but this {type(model).__name__} has {len(dropped.kept)} layers, {dropped.kept} of the "
-        f"{dropped.num_hidden_layers} of the original. Read by their numbers, weights would go to other layers. "
+        f"original {dropped.num_hidden_layers}. Matched by index, weights would be loaded into the wrong layers. "
         f"Load it with from_pretrained(..., drop_layers={list(dropped.layers)})"
     )
 
 
 def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
-    """Refuses to read fewer layers than are stored for a cut model. A state dict does not say whose it is; a model of
-    that many layers, cut from another, must be in memory."""
-    here, there = _highest_numbers(wanted), _highest_numbers(stored)
-    fewer = {prefix: number for prefix, number in here.items() if number < there.get(prefix, 0)}
+    """Refuses to load a checkpoint with more layers into a cut model.
+
+    The state dict does not say which model it belongs to, so any cut model in memory with that many layers counts.
+    """
+    requested, available = _highest_indices(wanted), _highest_indices(stored)
+    fewer = {prefix: index for prefix, index in requested.items() if index < available.get(prefix, 0)}
     for model in gc.get_objects() if fewer else ():
         cut = issubclass(type(model), PreTrainedModel) and record(getattr(model, "config", None)).dropped
         if cut and (stack := own_stack(model)):
-            for prefix, number in fewer.items():
-                if prefix.endswith(stack.family.layers) and number == len(stack.layers) - 1:
-                    raise _of_another_model(model, f"the checkpoint holds a layer {there[prefix]}")
+            for prefix, index in fewer.items():
+                if prefix.endswith(stack.family.layers) and index == len(stack.layers) - 1:
+                    raise _of_another_model(model, f"the checkpoint has a layer {available[prefix]}")
 
 
-def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
-    """The highest number that follows each prefix in names such as `model.layers.3.mlp`."""
+def _highest_indices(names: Iterable[str]) -> dict[str, int]:
+    """The highest index after each prefix in names such as `model.layers.3.mlp`."""
     found: dict[str, int] = {}
     for name in names:
         for match in re.finditer(r"\.(\d+)\.", name):
@@ -149,30 +151,30 @@ def _highest_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a checkpoint of which the tensors are about to be added to those of another, if its layers are others.
+    """Refuses a delta checkpoint with different layers, whose tensors are about to be added to those of a model.
 
     Raises:
-        ArgumentError: if layers were dropped, or a scale was folded, in one of them alone or in another way; or if the
-            second lacks sub-layers of the first.
+        ArgumentError: if dropped layers or a folded scale differ between the two, or the delta lacks sub-layers that
+            the model has.
     """
     configs = [AutoConfig.from_pretrained(one, **where) for one in (name, delta)]
     first, second = map(record, configs)
-    # Models that lack none need not count their layers.
+    # A configuration without dropped layers need not have a number of layers.
     differ = (first.dropped or second.dropped) and operator.ne(*map(checkpoint_layers.original_layers, configs))
-    lacking = [(kind, set(gone) - set(first.sublayers.get(kind, ()))) for kind, gone in second.sublayers.items()]
-    if not differ and (names := [f"{kind} of layers {sorted(gone)}" for kind, gone in lacking if gone]):
+    lacking = [(kind, set(layers) - set(first.sublayers.get(kind, ()))) for kind, layers in second.sublayers.items()]
+    if not differ and (names := [f"{kind} of layers {sorted(layers)}" for kind, layers in lacking if layers]):
         raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
     if differ or first.folded != second.folded:
         raise ArgumentError(
             "delta",
             delta,
-            problem=f"has {second.to_dict()} and the model {first.to_dict()}: their tensors of one name are not of the "
-            "same layer, or not of the same scale. Add the delta to the original model, and cut or fold the sum",
+            problem=f"has {second.to_dict()} and the model {first.to_dict()}: tensors of the same name belong to "
+            "different layers or scales. Add the delta to the original model, then cut or fold the sum",
         )
 
 
 def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
-    """Makes PEFT's LoftQ read the weights of a layer where the checkpoint has it."""
+    """Makes PEFT's LoftQ read a layer's weights from its position in the checkpoint."""
     original(self, peft_model, *args, **kwargs)
     model = peft_model.get_base_model()
     if not record(getattr(model, "config", None)).dropped:
@@ -187,7 +189,7 @@ def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: 
 
 
 def replicate_layers(original: Original, /, model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `layer_replication`: an adapter notes its base, and cannot note the depths of layers that are repeated."""
+    """PEFT's `layer_replication`, refused because an adapter cannot record the depths of repeated layers."""
     for module in pretrained_modules(model):
         found = record(module.config)
         if scaling := found.active or found.folded:
@@ -196,15 +198,15 @@ def replicate_layers(original: Original, /, model: Any, layer_map: Any, *args: A
             raise ArgumentError(
                 "layer_replication",
                 layer_map,
-                problem="cannot be used on a model with LayerNorm Scaling, which is a property of its layers, as "
-                "the adapter could not be loaded again. Repeat the layers in the model itself, with "
-                f'ln_scaling={{"depths": {repeated}}}, save it, and put the adapter on that',
+                problem="cannot be used on a model with LayerNorm Scaling, since the adapter could not be loaded "
+                "again. Repeat the layers in the model itself, with "
+                f'ln_scaling={{"depths": {repeated}}}, save it, and attach the adapter to that',
             )
     return original(model, layer_map, *args, **kwargs)
 
 
 def update_parameters(original: Original, /, self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """torch's `AveragedModel`: the scale of an average is that of the model, as its buffers are."""
+    """`AveragedModel` of torch: copies the warmup step from the model, as it does with buffers."""
     result = original(self, model, *args, **kwargs)
     for module in pretrained_modules(model):
         if (scaling := record(module.config).active) and scaling.warmup_steps:

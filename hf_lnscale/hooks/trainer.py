@@ -1,4 +1,4 @@
-"""`Trainer`: what a run may be resumed from."""
+"""`Trainer`: checks the checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
     config = getattr(self.model, "config", None)
     # The original refuses a missing folder.
     if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and isinstance(config, PreTrainedConfig):
-        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not of an adapter, nor plain and sharded
+        has_config = os.path.isfile(os.path.join(folder, "config.json"))  # not for an adapter or sharded state
         step = require_same_model(config, str(folder)) if has_config else _recorded_step(config, Path(folder))
-        if step is not None and self.model is not None:  # the weights that are loaded next belong to it
+        if step is not None and self.model is not None:  # the weights loaded next belong to this step
             set_ln_scaling_step(self.model, step)
         if not has_config:
             require_base_of(folder, {}, self.model)
@@ -45,7 +45,7 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
 def save_model(original: Original, /, self: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
     result = original(self, output_dir, *args, **kwargs)
     folder, model = Path(output_dir or str(self.args.output_dir)), self.model
-    # `train` could not tell another scale or other layers by a sharded state alone.
+    # From a sharded state alone, `train` could not detect a different scale or different layers.
     sharded = self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").exists()
     if sharded and isinstance(model, PreTrainedModel) and is_flagged(model.config):
         model.config.save_pretrained(folder)
@@ -53,14 +53,14 @@ def save_model(original: Original, /, self: Trainer, output_dir: str | None = No
 
 
 def _recorded_step(config: PreTrainedConfig, folder: Path) -> int | None:
-    """The step of a warmup that was saved with the state of the Trainer, if the model has a warmup."""
+    """The warmup step saved with the Trainer state, if the model has a warmup."""
     own, state = record(config).active, folder / "trainer_state.json"
     if own is None or not own.warmup_steps or not state.is_file():
         return None
     try:
         recorded = recorded_scaling(read_object(state).get("stateful_callbacks") or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"resume_from_checkpoint: {str(state)!r} holds no state of a warmup: {error!r}") from None
+        raise ValueError(f"resume_from_checkpoint: {str(state)!r} has no valid warmup state: {error!r}") from None
     return recorded.step if recorded else None
 
 
@@ -68,34 +68,34 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
     if scale is None or not scale.warming_up:
         return
     if not any(getattr(callback, "moves_ln_scaling", False) for callback in trainer.callback_handler.callbacks):
-        held = LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
+        constant = LNScalingConfig(scale.exponent_now, scale.depths).to_dict()
         raise ValueError(
-            f"the warmup of the model's ln_scaling stands at step {scale.step} of {scale.warmup_steps}, and nothing in "
-            "this Trainer moves it. Add LNScalingWarmupCallback(), from hf_lnscale.training, to its callbacks, or keep "
-            f"it where it is: hf_lnscale.apply_ln_scaling(model, {held})"
+            f"the model's ln_scaling warmup is at step {scale.step} of {scale.warmup_steps}, and no callback of this "
+            "Trainer advances it. Add LNScalingWarmupCallback() from hf_lnscale.training to its callbacks, or keep the "
+            f"current scale: hf_lnscale.apply_ln_scaling(model, {constant})"
         )
     for callback in trainer.callback_handler.callbacks:
-        # TRL's: a reference model that follows the model, and a mean of the model that is saved at the end.
+        # TRL callbacks that sync a reference model, or save a running average of the model.
         if hasattr(callback, "sync_target_model") or hasattr(callback, "running_model"):
             raise ValueError(
-                f"{type(callback).__name__} averages the model's weights, and the scale of the average would stay at "
-                f"step {scale.step} of the {scale.warmup_steps} of the warmup of ln_scaling. Finish the warmup without "
-                "it (of a reference model: sync_ref_model=False)"
+                f"{type(callback).__name__} averages the model's weights, but the scale of the average would stay at "
+                f"step {scale.step} of {scale.warmup_steps} of the ln_scaling warmup. Finish the warmup without it "
+                "(for a reference model: sync_ref_model=False)"
             )
 
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
-    """The step of a warmup that the checkpoint stands at, if the model has the same one."""
+    """Refuses a checkpoint of a different model; returns its warmup step if both have the same warmup."""
     saved = saved_config(config, folder)
     both = (type(config).from_dict(dict(saved)), config)
-    if any(record(one).dropped for one in both):  # others need not count their layers
-        there, here = ((*checkpoint_layers.original_layers(one), record(one).sublayers) for one in both)
-        if there != here:
-            lacking = ["".join(f" without {kind} in {gone}" for kind, gone in one[2].items()) for one in (there, here)]
+    if any(record(one).dropped for one in both):  # other configurations need not have a number of layers
+        theirs, ours = ((*checkpoint_layers.original_layers(one), record(one).sublayers) for one in both)
+        if theirs != ours:
+            lacking = ["".join(f" without {kind} in {at}" for kind, at in one[2].items()) for one in (theirs, ours)]
             raise ValueError(
-                f"resume_from_checkpoint={folder!r} was trained with layers {there[0]} of {there[1]}{lacking[0]}, the "
-                f"model has layers {here[0]} of {here[1]}{lacking[1]}; load the model with the same drop_layers, "
-                "drop_attention and drop_mlp to resume"
+                f"resume_from_checkpoint={folder!r} was trained with layers {theirs[0]} of {theirs[1]}{lacking[0]}, "
+                f"but the model has layers {ours[0]} of {ours[1]}{lacking[1]}; load the model with the same "
+                "drop_layers, drop_attention and drop_mlp to resume"
             )
     own, trained = record(config).active, record(saved).active
     resumed = copy.deepcopy(config)
@@ -106,7 +106,7 @@ def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
     if warming_up or trained_without(resumed) is not None:
         raise ValueError(
             f"resume_from_checkpoint={folder!r} was trained with "
-            f"ln_scaling={trained and trained.to_dict()}, the model has "
+            f"ln_scaling={trained and trained.to_dict()}, but the model has "
             f"ln_scaling={get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
     return None

@@ -1,4 +1,4 @@
-"""vLLM: the configuration that it reads of a scaled checkpoint keeps its mark, which no class but ours is found by."""
+"""vLLM: keeps the architecture prefix of a protected checkpoint, so that only this package's model class matches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .install import Original
 def parse(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
     values, config = original(self, *args, **kwargs)
     if prefix := record(config).architecture_prefix:
-        # Without architectures vLLM takes the class of the model_type, which is the family's own.
+        # Without architectures, vLLM would use the family's own class for the model_type.
         config.architectures = [prefix + name for name in config.architectures or [""]]
-        overrides = kwargs.get("hf_overrides")  # what vLLM does to this configuration next
+        overrides = kwargs.get("hf_overrides")  # vLLM applies them to this configuration next
         if callable(overrides):
             left = overrides(copy.deepcopy(config)).architectures
         else:
@@ -24,7 +24,7 @@ def parse(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
             raise ArgumentError(
                 "hf_overrides",
                 {"architectures": left},
-                problem=f"takes the mark {prefix!r} from the model's {config.architectures}, and its LayerNorm "
-                "Scaling or missing sub-layers with it. Leave it out, or export the model first: hf-lnscale export",
+                problem=f"removes the prefix {prefix!r} from the model's {config.architectures}, and with it LayerNorm "
+                "Scaling or the missing sub-layers. Omit it, or export the model first: hf-lnscale export",
             )
     return values, config

@@ -220,7 +220,7 @@ def test_an_interpreter_without_hf_lnscale_says_so(tmp_path):
         env={"PYTHONPATH": str(STARTUP)},
     )
     assert done.stdout == "1\n"
-    assert "has no hf_lnscale: no flags there" in done.stderr
+    assert "has no hf_lnscale installed, so the flags are not enabled there" in done.stderr
 
 
 def test_the_path_is_extended_once(monkeypatch):

@@ -44,7 +44,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
+@pytest.mark.filterwarnings("ignore:ln_scaling was enabled")
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_every_form_of_the_argument(value, plain_folder, expected):
     model = AutoModelForCausalLM.from_pretrained(plain_folder, ln_scaling=value)
@@ -78,7 +78,7 @@ FROM_PRETRAINED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
+@pytest.mark.filterwarnings("ignore:ln_scaling was enabled")
 @pytest.mark.parametrize("way", FROM_PRETRAINED)
 def test_from_pretrained(way, plain_folder, expected):
     model = FROM_PRETRAINED[way](plain_folder)
@@ -156,7 +156,7 @@ def test_sft_config(plain_folder, tmp_path):
     assert ln_scales(AutoModelForCausalLM.from_pretrained(tmp_path / "final")) == SCALES
 
 
-@pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
+@pytest.mark.filterwarnings("ignore:ln_scaling was enabled")
 @pytest.mark.parametrize("family", tiny.COMPOSITE)
 def test_text_stack_of_a_vision_model(family, tmp_path):
     """The flag is the text decoder's, wherever it is said, and its vision tower is left alone."""

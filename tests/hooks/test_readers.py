@@ -26,7 +26,7 @@ import tiny
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.training import LNScalingWarmupCallback
 
-CUT = "Read by their numbers, weights would go to other layers"
+CUT = "Matched by index, weights would be loaded into the wrong layers"
 KEPT = [0, 2, 3]
 
 
@@ -132,11 +132,11 @@ def test_every_wrapper_and_every_part_of_the_state(wrap, whole):
 
 
 OTHER_STATES = {
-    "another layer": ({"layers": [2]}, {"layers": [1]}, "without layers 2, .*is one of 4 without layers 1"),
-    "a layer more": ({"layers": [1, 2]}, {"layers": [1]}, "without layers 1, 2, .*is one of 4 without layers 1"),
+    "another layer": ({"layers": [2]}, {"layers": [1]}, "without layers 2, .*has 4, without layers 1"),
+    "a layer more": ({"layers": [1, 2]}, {"layers": [1]}, "without layers 1, 2, .*has 4, without layers 1"),
     "another attention": ({"attention": [2]}, {"attention": [1]}, "without attention of layers 2"),
     "the other part": ({"attention": [1]}, {"mlp": [1]}, "without attention of layers 1.* without MLPs of layers 1"),
-    "a layer, into a whole model": ({"layers": [1]}, {}, "without layers 1, .*is one of 4 without a gap"),
+    "a layer, into a whole model": ({"layers": [1]}, {}, "without layers 1, .*has 4, all present"),
     "attention, into a whole model": ({"attention": [1]}, {}, "without attention of layers 1"),
 }
 
@@ -150,7 +150,7 @@ def test_the_state_of_a_model_that_lacks_others_is_refused(case, through_a_file,
         torch.save(state, tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
     model = hf_lnscale.drop_layers(tiny.model(seed=1), **here)
-    with pytest.raises(ValueError, match=f"the state_dict is that of a model of 4 layers {message}"):
+    with pytest.raises(ValueError, match=f"the state_dict belongs to a model of 4 layers {message}"):
         model.load_state_dict(state, strict=False)
 
 
@@ -176,7 +176,7 @@ def test_a_plain_model_loads_what_it_always_has(whole):
 
 def test_a_cold_scale_is_warned_of(whole, recwarn):
     with_map(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), ln_scaling=True), whole)
-    assert sum("switched on for" in str(warning.message) for warning in recwarn) == 1
+    assert sum("enabled for" in str(warning.message) for warning in recwarn) == 1
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_accelerate_without_transformers_stays_without(run_python):
 def test_a_scaled_checkpoint_read_by_a_plain_model_is_warned_of(tmp_path, recwarn):
     tiny.model(ln_scaling=True).save_pretrained(tmp_path)
     with_map(tiny.model(), tmp_path)
-    assert sum("switched off for" in str(warning.message) for warning in recwarn) == 1
+    assert sum("disabled for" in str(warning.message) for warning in recwarn) == 1
 
 
 def test_a_checkpoint_without_a_sublayer_is_refused_by_a_model_that_has_it(tmp_path):
@@ -232,7 +232,7 @@ def test_a_distributed_checkpoint_of_the_whole_model_is_refused_by_a_cut_one(sta
     distributed.save(named, checkpoint_id=tmp_path / "stored")
     model = cut(whole)
     before = weights(model)
-    with pytest.raises(distributed.CheckpointException, match=rf"holds a layer 3, .*{CUT}.*drop_layers=\[1\]"):
+    with pytest.raises(distributed.CheckpointException, match=rf"has a layer 3, .*{CUT}.*drop_layers=\[1\]"):
         distributed.load(state(model), checkpoint_id=tmp_path / "stored")
     assert equal(weights(model), before)
     # Whoever reads another model meanwhile may.
@@ -312,7 +312,7 @@ def test_the_delta_of_lm_eval_is_added_layer_by_layer(base, delta, flags, deltas
     [("cut base", "delta"), ("base", "cut delta"), ("folded base", "scaled delta"), ("folded base", "delta")],
 )
 def test_a_delta_of_other_layers_or_scale_is_refused(base, delta, deltas):
-    with pytest.raises(ValueError, match=r"delta .* not of the same layer, or not of the same scale"):
+    with pytest.raises(ValueError, match=r"delta .* belong to different layers or scales"):
         with_delta(deltas, base, delta)
 
 

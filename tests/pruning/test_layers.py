@@ -342,7 +342,7 @@ def test_folded_on_disk(tmp_path):
     assert read_info(tmp_path / "pruned").scales == ln_scales(pruned)
 
 
-@pytest.mark.filterwarnings("ignore:ln_scaling was switched on")
+@pytest.mark.filterwarnings("ignore:ln_scaling was enabled")
 def test_scaled_after_dropping_a_layer_has_its_own_depth(tmp_path):
     """Both keywords at once, or one after the other: depth belongs to the layer, not to its position."""
     tiny.model().save_pretrained(tmp_path / "full")
@@ -473,7 +473,7 @@ def test_the_text_part_of_a_vision_model(tmp_path):
 
 def test_gguf_is_refused(tmp_path):
     tiny.model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="layers cannot be left out of a GGUF file"):
+    with pytest.raises(ValueError, match="layers cannot be dropped while loading a GGUF file"):
         LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", drop_layers=[1])
 
 

@@ -436,7 +436,7 @@ def test_what_other_commands_say(tmp_path):
     assert "Attention of layers 1; MLPs of layers 2 of the original's 4" in card
     with pytest.raises(ValueError, match="without attention or MLP"):
         export_gguf(tmp_path / "cut", tmp_path / "cut.gguf", converter=__file__)
-    with pytest.raises(ValueError, match="drop_layers: layers cannot be left out of a GGUF file"):
+    with pytest.raises(ValueError, match="drop_layers: layers cannot be dropped while loading a GGUF file"):
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", config=tiny.config(), drop_mlp=[1])
 
 

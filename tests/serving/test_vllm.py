@@ -86,7 +86,7 @@ for overrides in (plain, lambda config: config.update(plain) or config):
     try:
         HFConfigParser().parse(sys.argv[2], False, hf_overrides=overrides)
     except ValueError as error:
-        assert "hf_overrides {'architectures': ['LlamaForCausalLM']} takes the mark 'LNS' from" in str(error)
+        assert "hf_overrides {'architectures': ['LlamaForCausalLM']} removes the prefix 'LNS' from" in str(error)
     else:
         raise SystemExit("it was taken")
     HFConfigParser().parse(sys.argv[3], False, hf_overrides=overrides)

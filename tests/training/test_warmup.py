@@ -330,7 +330,7 @@ def test_starting_a_warmup_is_no_cold_switch(tmp_path):
     for value in (WARMUP, {"exponent": 0.5}, HALF_WAY | {"step": 3}):
         with pytest.warns(UserWarning, match="ln_scaling was changed"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "half", ln_scaling=value)
-    with pytest.warns(UserWarning, match="ln_scaling was switched on"):
+    with pytest.warns(UserWarning, match="ln_scaling was enabled"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain", ln_scaling=HALF_WAY)
 
 
@@ -555,7 +555,7 @@ def test_after_the_warmup_a_run_is_resumed_without_the_callback(tmp_path):
 
 def test_a_warmup_that_nothing_moves_is_refused(tmp_path):
     run = trainer(half_way(), tmp_path, [])
-    message = r"stands at step 2 of 4, and nothing in this Trainer moves it.*WarmupCallback"
+    message = r"is at step 2 of 4, and no callback of this Trainer advances it.*WarmupCallback"
     with pytest.raises(ValueError, match=message) as error:
         run.train()
     # What the message proposes.

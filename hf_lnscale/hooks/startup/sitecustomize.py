@@ -1,8 +1,8 @@
-"""Runs at the start of every Python process under `hf-lnscale run`: turns the flags on with transformers.
+"""Runs at startup of every Python process under `hf-lnscale run`: enables the flags when transformers is imported.
 
-Python imports a module of this name at its start, and this folder is the first of PYTHONPATH. A process that does not
-import transformers stays unchanged; one that does imports hf_lnscale right after it. Only the standard library is
-imported here, since the interpreter may be one without hf_lnscale.
+Python imports a module of this name at startup, and this folder is first on PYTHONPATH. Processes that do not import
+transformers are unaffected; in others, hf_lnscale is imported right after it. Imports only the standard library, since
+the interpreter may not have hf_lnscale installed.
 """
 
 import importlib.abc
@@ -16,12 +16,12 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers as usual, with a loader that imports hf_lnscale after it."""
+    """Finds transformers as usual, but with a loader that then imports hf_lnscale."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":
             return None
-        # May be asked without an import, just to see whether it is there.
+        # This may also be called without an import, to check whether transformers is installed.
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
@@ -41,7 +41,7 @@ class _Loader(importlib.abc.Loader):
         self.loader.exec_module(module)
         if importlib.util.find_spec("hf_lnscale") is None:
             print(
-                f"hf-lnscale run: {sys.executable} imports transformers and has no hf_lnscale: no flags there",
+                f"hf-lnscale run: {sys.executable} has no hf_lnscale installed, so the flags are not enabled there",
                 file=sys.stderr,
             )
             return
@@ -49,7 +49,7 @@ class _Loader(importlib.abc.Loader):
 
 
 def _run_the_one_that_this_hides() -> None:
-    """There may be another sitecustomize further down the path, as of a Linux distribution or of a profiler."""
+    """Runs another sitecustomize later on the path, for example of a Linux distribution or a profiler."""
     path = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", path)
     if spec is None or spec.loader is None:
