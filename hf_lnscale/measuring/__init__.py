@@ -1,1 +1,1 @@
-"""The ground of every measurement: text as batches, the residual stream, a model without layers, losses."""
+"""Building blocks of every measurement: text batches, the residual stream, models without some layers, and losses."""

@@ -1,7 +1,6 @@
-"""How far layers turn the residual stream: Block Influence and angular distance.
+"""How far layers rotate the residual stream: Block Influence and angular distance.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, L layers, P = L + 1 places in the residual
-stream.
+Shapes: B batch, T tokens, N selected tokens of B x T, D hidden size, L layers, P = L + 1 places in the residual stream.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch.nn import functional as F
 def cosine_distance(
     x_BTD: torch.Tensor, y_BTD: torch.Tensor, x_norm_BT: torch.Tensor, y_norm_BT: torch.Tensor
 ) -> torch.Tensor:
-    """1 - cosine of each token's two states, from the states and their norms; shape (B, T).
+    """1 - cosine similarity of each token's two states, given the states and their norms; shape (B, T).
 
-    Its mean over tokens is Block Influence, with x and y a layer's input and output (ShortGPT, arXiv 2403.03853,
+    With x and y a layer's input and output, the mean over tokens is Block Influence (ShortGPT, arXiv 2403.03853,
     equation 1).
     """
     product_BT = (x_norm_BT * y_norm_BT).clamp_min(torch.finfo(x_norm_BT.dtype).tiny)
@@ -29,8 +28,8 @@ def cosine_distance(
 def layer_angle(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
     """Angle between a layer's input and output, in radians, shape (B, T).
 
-    It is computed from what the layer adds, d = y - x, since the arccosine of a cosine near 1 keeps no digits of a
-    small angle in float32: tan(angle) = |x| |d| sin(x, d) / (|x|^2 + x d).
+    Computed from the layer's contribution d = y - x, since in float32 the arccosine of a cosine near 1 loses all digits
+    of a small angle: tan(angle) = |x| |d| sin(x, d) / (|x|^2 + x d).
     """
     d_BTD = y_BTD - x_BTD
     xx_BT, dd_BT, xd_BT = (torch.linalg.vecdot(a, b) for a, b in ((x_BTD, x_BTD), (d_BTD, d_BTD), (x_BTD, d_BTD)))
@@ -38,8 +37,10 @@ def layer_angle(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
 
 
 class BlockAngles:
-    """Angular distances over every block of layers: arccos(cos(x_i, x_{i+n})) / pi (Gromov et al., arXiv 2403.17887,
-    equation 7), mean over tokens, in float64."""
+    """Angular distance of every block of layers, averaged over tokens in float64.
+
+    arccos(cos(x_i, x_{i+n})) / pi (Gromov et al., arXiv 2403.17887, equation 7).
+    """
 
     def __init__(self, layers: int) -> None:
         self.layers, self.count = layers, 0
@@ -54,7 +55,7 @@ class BlockAngles:
             self.count += len(x_NPD)
 
     def mean(self) -> torch.Tensor:
-        """Shape (L, L): the block of n layers from layer i on at [i, n - 1], NaN where there are not as many."""
+        """Shape (L, L): entry [i, n - 1] is the block of n layers starting at layer i; NaN if it exceeds the model."""
         means_LL = torch.full((self.layers, self.layers), math.nan, dtype=torch.float64)
         for n in range(1, self.layers + 1):
             means_LL[: self.layers - n + 1, n - 1] = self._sums_PP.diagonal(n) / self.count

@@ -1,14 +1,14 @@
-"""Finds out whether a model is measured on text that its layers were chosen or healed on.
+"""Detects evaluation on text that was used to choose or heal a model's layers.
 
 A passage is `PASSAGE` consecutive tokens, about a dozen words: audits of training data look for overlaps of about that
-length (13 words in arXiv 2005.14165, appendix C). Of a text, the configuration keeps the `KEPT` smallest hashes of its
-distinct passages: a uniform sample however long the text is (bottom-k sampling, Broder 1997), and the same sample can
-be drawn from any other text. Only passages across the border of two windows are lost: 15 of 512 in windows of 512.
+length (13 words in arXiv 2005.14165, appendix C). The configuration stores the `KEPT` smallest hashes of a text's
+distinct passages, a uniform sample regardless of its length (bottom-k sampling, Broder 1997) that is comparable between
+texts. Only passages that cross a window boundary are lost: 15 of 512 in windows of 512.
 
-Misses: with a fraction f of the known text measured on, none of the kept passages is in it with probability
-(1 - f)^128, 0.1 % at f = 0.05 and 8 % at 0.02. False alarms: hashes of 48 bits practically never meet by chance, so
-what is left is text that different texts do share, such as a license. One passage alone is therefore reported only if
-it is at least a tenth of those that could have been found.
+Misses: if a fraction f of the known text is evaluated, it contains none of the stored passages with probability
+(1 - f)^128, 0.1 % at f = 0.05 and 8 % at 0.02. False alarms: 48-bit hashes practically never collide, so the remaining
+cause is text that documents really share, such as a license. A single passage is therefore reported only if it is at
+least a tenth of those that could have been found.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FACTORS = [
 
 
 def passages(sequences: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sorted hashes, of 48 bits, of the distinct passages in sequences of ids; a shorter sequence is one passage."""
+    """Sorted 48-bit hashes of the distinct passages in sequences of ids; a shorter sequence is one passage."""
     found = [torch.zeros(0, dtype=torch.long)]
     for ids_T in sequences:
         ids_T = F.pad(ids_T.long().cpu(), (0, max(0, PASSAGE - len(ids_T))), value=-1)
@@ -38,7 +38,7 @@ def passages(sequences: Iterable[torch.Tensor]) -> torch.Tensor:
         hashes = torch.zeros(length, dtype=torch.long)
         for i, factor in enumerate(_FACTORS):  # multilinear hashing, modulo 2^64
             hashes += factor * ids_T[i : i + length]
-        found.append(hashes >> 16 & (1 << 48) - 1)  # the high bits are the uniform ones
+        found.append(hashes >> 16 & (1 << 48) - 1)  # only the high bits are uniformly distributed
     distinct: torch.Tensor = torch.cat(found).unique()
     return distinct
 
@@ -49,15 +49,15 @@ def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:
 
 
 def sketch(batches: TokenBatches) -> KnownText:
-    """A sample of the passages of a text, as hashes."""
+    """A sample of hashes of a text's passages."""
     kept = passages(sequences_of(batches))[:KEPT]
     return KnownText(batches.source, tuple(kept.tolist()))
 
 
 def share_known(text: KnownText, sequences: Iterable[torch.Tensor]) -> float:
-    """Estimates the fraction of the sequences that is in a text; 0 if they share nothing but a passage by chance."""
+    """Estimates the fraction of the sequences contained in a text; 0 if at most one passage matches by chance."""
     own = passages(sequences)
-    if len(text.passages) >= KEPT:  # the same sample of both
+    if len(text.passages) >= KEPT:  # restrict both to the same sample
         own = own[own <= text.passages[-1]]
     met = int(torch.isin(own, torch.tensor(text.passages, dtype=torch.long)).sum())
     share = met / max(1, len(own))
@@ -65,16 +65,16 @@ def share_known(text: KnownText, sequences: Iterable[torch.Tensor]) -> float:
 
 
 def percent(share: float) -> str:
-    """A share that is estimated from a sample, with two digits."""
+    """Formats a fraction estimated from a sample, with two digits."""
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def caution(config: PreTrainedConfig, sequences: Iterable[torch.Tensor]) -> str | None:
-    """A sentence for who measures a model on text that it was chosen or healed on; None where it was not."""
+    """A warning if the sequences overlap with text used to choose or heal the model's layers, else None."""
     text = known_text(config)
     if text is None or not (share := share_known(text, sequences)):
         return None
     return (
-        f"About {percent(share)} of this text is what the model's layers were chosen or healed on ({text.source}): "
-        "it does better here than on text that it does not know."
+        f"About {percent(share)} of this text was used to choose or heal the model's layers ({text.source}), so its "
+        "results are better here than on other text."
     )

@@ -1,6 +1,6 @@
-"""The loss of a model with layers, or sub-layers, left out.
+"""The loss of a model without some layers or sub-layers.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, V vocabulary, L layers.
+Shapes: B batch, T tokens, N selected tokens of B x T, S sequences, D hidden size, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from .uncertainty import ratio_residuals, standard_error
 
 # Largest loss (nats per token) before exp() overflows.
 MOST_NATS = 700.0
-# Logits that are upcast at a time on a CPU: the memory of a small part is used again for the next one.
+# Number of logits to upcast at once on a CPU; small enough for malloc to reuse the memory.
 _UPCAST_LOGITS = 2**20
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), loss in nats per token; infinite where that overflows."""
+    """exp(loss), with the loss in nats per token; infinity on overflow."""
     return math.exp(loss) if loss < MOST_NATS else math.inf
 
 
 def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token, shape (N,), nats, in at least float32."""
+    """Cross-entropy of each token in nats, shape (N,), computed in at least float32."""
     size = max(1, _UPCAST_LOGITS // logits_NV.shape[1] if logits_NV.device.type == "cpu" else len(logits_NV))
-    # Not slices: backward, each of those would fill a gradient of all logits.
+    # `split` rather than slices, since the backward of each slice would allocate a gradient for all logits.
     parts = zip(logits_NV.split(size), targets_N.to(logits_NV.device).split(size), strict=True)
     return torch.cat([F.cross_entropy(upcast(some_NV), some_N, reduction="none") for some_NV, some_N in parts])
 
 
-def loss_gradient(halves: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Gradient of the loss, summed over tokens, with respect to the states that the head reads, shape (N, D).
+def loss_gradient(split_model: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Gradient of the loss, summed over tokens, with respect to the head's input, shape (N, D).
 
-    The backward pass goes through the head a part of the logits at a time.
+    Processes the logits in slices to save memory.
     """
     leaf_ND = x_ND.detach().requires_grad_()
     gradient_ND = torch.zeros_like(leaf_ND)
     with torch.enable_grad():
-        for part in halves.parts(len(leaf_ND)):
-            loss = token_losses(halves.logits(leaf_ND[part]), targets_N[part]).sum()
+        for part in split_model.parts(len(leaf_ND)):
+            loss = token_losses(split_model.logits(leaf_ND[part]), targets_N[part]).sum()
             gradient_ND += torch.autograd.grad(loss, leaf_ND)[0]
     return gradient_ND
 
 
 class MeanLoss:
-    """A mean over tokens, in nats, kept by sequence so that it has a standard error.
+    """A mean over tokens, in nats, accumulated by sequence to compute its standard error.
 
     Attributes:
         total: sum over tokens.
@@ -73,7 +73,7 @@ class MeanLoss:
         self.sums_S = torch.zeros(len(counts_S), dtype=torch.float64)
 
     def add(self, values_N: torch.Tensor, sequences_N: torch.Tensor) -> None:
-        """Adds tokens, each of the sequence with the given number."""
+        """Adds the values of tokens that belong to the given sequences."""
         values_N = values_N.cpu().double()
         self.total += values_N.sum().item()
         self.sums_S.index_add_(0, sequences_N, values_N)
@@ -83,7 +83,10 @@ class MeanLoss:
         return self.total / int(self.counts_S.sum())
 
     def error(self, reference: MeanLoss | None = None) -> float | None:
-        """Standard error of the mean, or of its difference to a reference on the same sequences; None for one."""
+        """Standard error of the mean, or of its difference to a reference on the same sequences.
+
+        None for a single sequence.
+        """
         used_S = self.counts_S > 0
         residuals_S = ratio_residuals(self.sums_S[used_S], self.counts_S[used_S], self.mean)
         if reference is not None:
@@ -92,14 +95,14 @@ class MeanLoss:
 
 
 class SourceLosses:
-    """The loss of a model on several sources of text, or on `only` one of them: `of`, by the name of the source.
+    """The loss of a model on each source of text, or on `only` one of them; `of` maps names of sources to losses.
 
-    `hidden` gives the decoder's output for the batch with an index, shape (B, T, D).
+    `hidden` returns the decoder's output for a batch index, shape (B, T, D).
     """
 
     def __init__(
         self,
-        halves: SplitModel,
+        split_model: SplitModel,
         batches: TokenBatches,
         hidden: Callable[[int], torch.Tensor],
         only: str | None = None,
@@ -107,44 +110,44 @@ class SourceLosses:
         picked = [predictions(batch) for batch in batches]
         self.of: dict[str, MeanLoss] = {}
         for name in [only] if only else dict.fromkeys(batch.name for batch in batches):
-            mine = [index for index, batch in enumerate(batches) if batch.name == name]
-            loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in mine]))
+            indices = [index for index, batch in enumerate(batches) if batch.name == name]
+            loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in indices]))
             if not loss.counts_S.sum():
                 raise ArgumentError(
-                    "data", problem=f"there is no token to predict in {name}; sequences must hold two tokens or more"
+                    "data", problem=f"{name} has no token to predict; sequences must have at least two tokens"
                 )
             sequences = 0
-            for index in mine:
+            for index in indices:
                 picked_BT, targets_N = picked[index]
                 x_ND = pick_tokens(hidden(index), picked_BT)
                 sequences_N = sequences + picked_BT.nonzero()[:, 0]
-                for part in halves.parts(len(x_ND)):
-                    loss.add(token_losses(halves.logits(x_ND[part]), targets_N[part]), sequences_N[part])
+                for part in split_model.parts(len(x_ND)):
+                    loss.add(token_losses(split_model.logits(x_ND[part]), targets_N[part]), sequences_N[part])
                 sequences += len(picked_BT)
             self.of[name] = loss
 
     @property
     def mean(self) -> float:
-        """Mean over sources, each counted once: the logarithm of the geometric mean of their perplexities."""
+        """Unweighted mean over sources: the logarithm of the geometric mean of their perplexities."""
         return sum(loss.mean for loss in self.of.values()) / len(self.of)
 
     def error(self, reference: SourceLosses | None = None) -> float:
-        """Standard error of the mean, or of its difference to a reference; a source of one sequence adds nothing."""
+        """Standard error of the mean, or of its difference to a reference; single-sequence sources count as 0."""
         errors = [loss.error(reference.of[name] if reference else None) or 0.0 for name, loss in self.of.items()]
         return math.hypot(*errors) / len(self.of)
 
 
 def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[Unit] = ()) -> SourceLosses:
-    """The loss of a model from which layers are removed, for each source of text."""
-    halves, gone = SplitModel(model), list(removed)
+    """The loss of a model without the removed layers, for each source of text."""
+    split_model, removed = SplitModel(model), list(removed)
     with eval_mode(model):
-        return SourceLosses(halves, batches, lambda index: halves.hidden(batches.batches[index], gone))
+        return SourceLosses(split_model, batches, lambda index: split_model.hidden(batches.batches[index], removed))
 
 
 def loss_without(model: nn.Module, batches: Any, removed: Iterable[Unit] = ()) -> float:
-    """The loss of a model from which layers are removed, in nats per token, its mean over sources of text.
+    """The loss of a model without the removed layers, in nats per token, averaged over sources of text.
 
-    `batches` are as `token_batches` takes them.
+    `batches` is anything that `token_batches` accepts.
     """
     return losses_by_source(model, token_batches(batches, text_stack(model).model), removed).mean
 
@@ -157,19 +160,19 @@ def sweep_losses(
     measure: str = "loss",
     progress: bool = True,
 ) -> dict[Any, float]:
-    """The loss after removing one more layer, or the attention or the MLP of one, for each candidate.
+    """The loss after removing one more layer or sub-layer, for each candidate.
 
-    The states before every candidate are kept from one pass, and a candidate runs only the layers after it: half the
-    layers on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
+    One pass stores the states before every candidate, so each candidate runs only the layers after it: half the layers
+    on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
 
     Args:
         model: a causal language model of a known family.
-        batches: as `token_batches` takes it.
-        removed: positions of layers that are removed already, and pairs such as ("attention", 3).
-        candidates: what to try, each by itself on top of `removed`; None tries all layers that are left.
-        measure: "loss", the mean cross-entropy of the next token, or "kl", the mean of KL(full || without) over all
-            tokens, where full is the model with nothing removed.
-        progress: show a progress bar.
+        batches: anything that `token_batches` accepts.
+        removed: positions of layers already removed, and pairs such as ("attention", 3).
+        candidates: layers or sub-layers to remove one at a time in addition; None tries all remaining layers.
+        measure: "loss", the mean cross-entropy of the next token, or "kl", the mean over all tokens of
+            KL(full || without), where "full" is the model with nothing removed.
+        progress: whether to show a progress bar.
 
     Returns:
         Candidate -> nats per token, in the order of the candidates.
@@ -186,32 +189,32 @@ def sweep(
     measure: str,
     progress: bool | Callable[[float], object],
 ) -> tuple[MeanLoss, dict[Any, MeanLoss]]:
-    """`sweep_losses` with the loss of the model without `removed` (for "loss" only), and with losses by sequence.
+    """Like `sweep_losses`, but returns losses by sequence, and first the loss without `removed` (for "loss" only).
 
-    `progress` shows a bar, or is called with the fraction of the work done since the last call.
+    `progress` may also be a function that is called with the fraction of work done since its last call.
     """
     if measure not in ("loss", "kl"):
         raise ArgumentError("measure", measure, "'loss' or 'kl'")
-    halves = SplitModel(model)
-    layers = halves.stack.layers
-    gone = set(_positions("removed", removed, len(layers)))
+    split_model = SplitModel(model)
+    layers = split_model.stack.layers
+    removed = set(_positions("removed", removed, len(layers)))
     if candidates is None:
-        candidates = [i for i in range(len(layers)) if i not in gone]
+        candidates = [i for i in range(len(layers)) if i not in removed]
     candidates = _positions("candidates", candidates, len(layers))
-    if twice := gone.intersection(candidates):
-        problem = f"layer {next(iter(twice))} is removed already; removed is {sorted(gone, key=str)}"
+    if twice := removed.intersection(candidates):
+        problem = f"layer {next(iter(twice))} is already removed; removed is {sorted(removed, key=str)}"
         raise ArgumentError("candidates", problem=problem)
 
     picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
     counts_S = torch.cat([picked_BT.sum(1) for picked_BT in picked])
     if not counts_S.sum():
-        raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
+        raise ArgumentError("data", problem="there is no token to predict; sequences must have at least two tokens")
     current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
     bar = logging.tqdm(
         total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False, bar_format=_BAR
     )
     advance = progress if callable(progress) else bar.update
-    # For a batch the layers are one half of the work and the head is the other, near enough for a bar.
+    # For the progress bar, layers and head are assumed to take half of the time each.
     share, sequences = 0.5 / max(len(batches), 1), 0
     used, states = set(map(layer_of, candidates)), dict[int, torch.Tensor]()
     score: Callable[[torch.Tensor], torch.Tensor]
@@ -224,30 +227,32 @@ def sweep(
         for batch, picked_BT in zip(batches, picked, strict=True):
             targets_N = predictions(batch)[1]
             left = Counter(map(layer_of, candidates))
-            with capture_residual_stream(halves.stack, keep):
-                current_ND = pick_tokens(halves.hidden(batch, gone), picked_BT)
-            full_ND = pick_tokens(halves.hidden(batch), picked_BT) if measure == "kl" and gone else current_ND
+            with capture_residual_stream(split_model.stack, keep):
+                current_ND = pick_tokens(split_model.hidden(batch, removed), picked_BT)
+            needs_full = measure == "kl" and removed
+            full_ND = pick_tokens(split_model.hidden(batch), picked_BT) if needs_full else current_ND
             finals: dict[Unit, torch.Tensor] = {}
             for candidate in totals:
                 layer = layer_of(candidate)
                 left[layer] -= 1
-                # After its last use, the state that follows from it takes its place in memory.
+                # After its last use, a state is released to make room for the next one.
                 x_BTD = states[layer] if left[layer] else states.pop(layer)
                 if layer == candidate:
-                    final_BTD = halves.hidden(batch, gone, (layer, x_BTD))
+                    final_BTD = split_model.hidden(batch, removed, (layer, x_BTD))
                 else:
-                    final_BTD = halves.hidden(batch, [*gone, candidate], (layer - 1, x_BTD) if layer else None)
+                    start = (layer - 1, x_BTD) if layer else None
+                    final_BTD = split_model.hidden(batch, [*removed, candidate], start)
                 finals[candidate] = pick_tokens(final_BTD, picked_BT)
                 advance(share / len(candidates))
             sequences_N = sequences + picked_BT.nonzero()[:, 0]
-            for part in halves.parts(len(full_ND)):
+            for part in split_model.parts(len(full_ND)):
                 if measure == "loss":
                     score = partial(token_losses, targets_N=targets_N[part])
-                    current.add(score(halves.logits(current_ND[part])), sequences_N[part])
+                    current.add(score(split_model.logits(current_ND[part])), sequences_N[part])
                 else:
-                    score = _divergence_from(halves.logits(full_ND[part]))
+                    score = _divergence_from(split_model.logits(full_ND[part]))
                 for candidate, x_ND in finals.items():
-                    totals[candidate].add(score(halves.logits(x_ND[part])), sequences_N[part])
+                    totals[candidate].add(score(split_model.logits(x_ND[part])), sequences_N[part])
                 advance(share * len(full_ND[part]) / len(full_ND))
             sequences += len(picked_BT)
     return current, totals
@@ -260,7 +265,7 @@ def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Te
 
 
 def layer_of(unit: Unit) -> int:
-    """The layer that a unit is, or is a part of."""
+    """The layer that a unit is or belongs to."""
     return unit[1] if isinstance(unit, tuple) else unit
 
 

@@ -1,8 +1,8 @@
-"""A causal language model run in two parts, decoder and head, with any of its layers left out.
+"""Runs a causal language model in two parts, decoder and head, optionally without some of its layers.
 
-"Without a layer" is exact: the layer does not run, and the numbers are those of a model from which it was deleted.
+Removing a layer is exact: the layer does not run, and outputs equal those of a model from which it was deleted.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary.
+Shapes: B batch, T tokens, N selected tokens of B x T, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ..core.sublayers import Unit, absent
 from .stream import hidden_states
 from .text import Batch
 
-# Logits in memory at a time, B x T x V being too many for small machines. In bfloat16 they take a little under 32 MiB,
-# the most that glibc's malloc uses again; above it, memory that is fresh for each slice takes as long as the head.
+# Maximum number of logits in memory, since B x T x V may not fit. In bfloat16 this is just under 32 MiB, the largest
+# allocation that glibc's malloc reuses; allocating fresh memory for each larger slice takes as long as the head itself.
 _MAX_LOGITS = 15 * 2**20
-# Only the last state is needed, whatever the config asks for. (For the others, transformers would add permanent hooks
-# to the layers.)
+# Only the last hidden state is needed, whatever the config requests. (For the others, transformers would add permanent
+# hooks to the layers.)
 PLAIN_FORWARD = {"use_cache": False, "return_dict": True} | dict.fromkeys(
     ["output_hidden_states", "output_attentions", "output_router_logits"], False
 )
 
 
 class StandIn(nn.Module):
-    """Takes a module's place in its parent, with another forward; all other attributes are the module's own."""
+    """Replaces a module with one that has a different forward; all other attributes are the original's."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        vars(self).update(_module=module, _forward=forward)  # not a child: its parameters would be counted twice
+        vars(self).update(_module=module, _forward=forward)  # no child, whose parameters would count twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
@@ -49,7 +49,7 @@ class StandIn(nn.Module):
 
 @contextmanager
 def replaced(parent: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it, stand-ins take the place of some children of a module."""
+    """Context in which some children of a module are replaced."""
     saved = {name: parent._modules[name] for name in children}
     parent._modules.update(children)
     try:
@@ -59,11 +59,11 @@ def replaced(parent: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[N
 
 
 class SplitModel:
-    """A causal language model as its decoder, up to the final norm, and its head.
+    """A causal language model split into its decoder (up to and including the final norm) and its head.
 
-    Both run the model's own forward, with stand-ins for the parts left out: masks, rotary embeddings and the family's
-    treatment of logits (soft-capping, scaling) are the model's. Layers keep their index, by which some families choose
-    a mask.
+    Both run the model's own forward, with placeholders for removed parts, so masks, rotary embeddings and logit
+    processing (soft-capping, scaling) are the model's own. Layers keep their index, by which some families select a
+    mask.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,8 +78,8 @@ class SplitModel:
         if not heads:
             raise ArgumentError(
                 "model",
-                problem=f"{type(model).__name__} has no language head to predict tokens with; load it with "
-                "AutoModelForCausalLM, or choose a method that needs none, such as 'block_influence'",
+                problem=f"{type(model).__name__} has no language modeling head; load it with AutoModelForCausalLM, or "
+                "choose a method that needs none, such as 'block_influence'",
             )
         self.head, path = heads[-1]
         folder, _, self.name = path.rpartition(".")
@@ -94,8 +94,8 @@ class SplitModel:
 
         Args:
             batch: token ids.
-            removed: layers, and attention or MLPs of layers, that do not run.
-            start: (position, x_BTD): the stream after that layer is x_BTD; no layer up to it runs.
+            removed: layers and sub-layers to skip.
+            start: (position, x_BTD): starts after that layer, with x_BTD as the residual stream.
         """
         position, x_BTD = start if start else (-1, None)
         removed = list(removed)
@@ -114,7 +114,7 @@ class SplitModel:
         return hidden_BTD
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """The head's output for states that `hidden` returned, shape (N, V), in its own dtype."""
+        """The head's output for states returned by `hidden`, shape (N, V), in the head's dtype."""
         output = copy.copy(self.output)
         output["last_hidden_state"] = x_ND[None]
         ids_1N = torch.zeros(1, len(x_ND), dtype=torch.long, device=x_ND.device)
@@ -124,7 +124,7 @@ class SplitModel:
         return found
 
     def parts(self, count: int) -> Iterator[slice]:
-        """Slices of `count` tokens whose logits fit into memory."""
+        """Slices of `count` tokens whose logits fit in memory."""
         return logit_slices(count, self.stack.model.config.vocab_size)
 
     def _skip(self, position: int, x_BTD: torch.Tensor | None = None) -> StandIn:
@@ -140,13 +140,13 @@ class SplitModel:
 
 
 def logit_slices(count: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of `count` tokens whose logits fit into memory."""
+    """Slices of `count` tokens whose logits fit in memory."""
     size = max(1, _MAX_LOGITS // vocab_size)
     return (slice(at, at + size) for at in range(0, count, size))
 
 
 def returns_tuples(stack: Stack) -> list[bool]:
-    """Whether each layer returns its output in a tuple, as layers did up to transformers 4; found on two tokens."""
+    """Whether each layer returns a tuple, as layers did up to transformers 4. Determined by a pass over two tokens."""
     found: list[bool] = []
     with ExitStack() as hooks:
         for layer in stack.layers:
@@ -157,16 +157,16 @@ def returns_tuples(stack: Stack) -> list[bool]:
 
 
 def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens predict a next one, shape (B, T), bool, and the tokens that they should predict, shape (N,).
+    """A mask of the tokens that predict a next one, shape (B, T), bool, and their targets, shape (N,).
 
-    Both are real, neither padding.
+    Neither the predicting token nor its target is padding.
     """
     predicted = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
     return F.pad(predicted, (0, 1)), batch.input_ids[:, 1:][predicted]
 
 
 def pick_tokens(x_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
-    """The states of some tokens, shape (N, D)."""
+    """The states of the selected tokens, shape (N, D)."""
     return x_BTD[picked_BT.to(x_BTD.device)]
 
 
@@ -174,13 +174,13 @@ def model_inputs(stack: Stack, batch: Batch) -> dict[str, torch.Tensor]:
     """Keyword arguments of the decoder's forward, on the device of its embedding."""
     require_known_ids(batch.input_ids, stack.model.config)
     device: torch.device = stack.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    # Offloaded weights are on "meta"; the hooks that bring them back move the inputs too.
+    # Offloaded weights are on "meta"; the hooks that restore them also move the inputs.
     return (batch if device.type == "meta" else batch.to(device)).model_inputs()
 
 
 def require_known_ids(ids: torch.Tensor, config: Any) -> None:
-    """Refuses token ids beyond the vocabulary, with which a model would fail, or on a GPU end the process."""
+    """Refuses token ids outside the vocabulary, which would raise an error or, on a GPU, end the process."""
     size = config.get_text_config().vocab_size
     if (wrong := ids[(ids < 0) | (ids >= size)]).numel():
-        beyond = f"token id {int(wrong[0])} is beyond the model's vocabulary of {size:,}"
-        raise ArgumentError("data", problem=f"{beyond}; is the tokenizer another model's?")
+        problem = f"token id {int(wrong[0])} is outside the model's vocabulary of {size:,} tokens; check the tokenizer"
+        raise ArgumentError("data", problem=problem)

@@ -1,4 +1,4 @@
-"""Hooks on the residual stream of a running model.
+"""Hooks that read the residual stream of a running model.
 
 Shapes: B batch, T tokens, D hidden size, L layers, P = L + 1 places in the stream (place i is before layer i, place L
 after the last layer).
@@ -20,7 +20,7 @@ from .text import Batch
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is back in the mode it was in."""
+    """Context with evaluation mode and without gradients. Restores each module's mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -37,10 +37,10 @@ def capture_residual_stream(
     visit: Callable[[int, torch.Tensor], None],
     middle: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Within it, `visit(place, x_BTD)` is called with each of the P states of a pass, in order.
+    """Context in which each forward pass calls `visit(place, x_BTD)` with its P states in order.
 
-    Between places i and i + 1, `middle(i, x_BTD)` is called with the state between attention and MLP: the input of the
-    norm before the MLP.
+    Between places i and i + 1, `middle(i, x_BTD)` is called with the state between attention and MLP (the input of the
+    MLP's pre-norm).
     """
 
     def reader(function: Callable[[int, torch.Tensor], None], place: int) -> Callable[..., None]:
@@ -63,33 +63,33 @@ def capture_residual_stream(
 
 
 def first_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are the first of their sequence, shape (B, T), bool; padding is not counted."""
+    """A mask of the first non-padding token of each sequence, shape (B, T), bool."""
     return batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
 
 
 def last_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are the last of their sequence, shape (B, T), bool; padding is not counted."""
+    """A mask of the last non-padding token of each sequence, shape (B, T), bool."""
     return batch.attention_mask & (batch.attention_mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The input of a decoder layer or a norm, shape (B, T, D), from the arguments it was called with."""
+    """The input of a decoder layer or norm, shape (B, T, D), given its call arguments."""
     found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return found
 
 
 def layer_output(output: Any) -> torch.Tensor:
-    """The output of a decoder layer, shape (B, T, D), from the value it returned."""
+    """The output of a decoder layer, shape (B, T, D), given its return value."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
 def kv_cache(output: Any) -> dict[str, Any]:
-    """The cache in a model's output, by the keyword that takes it in the next call; transformers 5.24 renamed it."""
+    """The KV cache in a model's output as a keyword argument for the next call (renamed in transformers 5.24)."""
     names = ("cache", "past_key_values", "cache_params", "state")
     return {name: value for name, value in output.items() if name in names}
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """Converted to at least float32."""
+    """Converts to float32 unless the dtype is already at least as wide."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

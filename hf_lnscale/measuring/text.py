@@ -1,4 +1,4 @@
-"""Text or token ids as batches to measure on."""
+"""Converts text or token ids to batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..core.config import is_integer
 from ..core.display import brief
 from ..core.json_file import parse
 
-# The source of data that is not text.
+# Name of the source if the data is not text.
 TOKEN_IDS = "token ids"
 
 
@@ -30,7 +30,7 @@ class Batch:
     """Sequences of token ids, all from one source of text."""
 
     input_ids: torch.Tensor  # shape (B, T)
-    attention_mask: torch.Tensor  # shape (B, T), bool; False at padding, which no measurement counts
+    attention_mask: torch.Tensor  # shape (B, T), bool; False for padding, which all measurements ignore
     name: str = ""  # of the source
 
     def to(self, device: torch.device | str) -> Batch:
@@ -41,7 +41,7 @@ class Batch:
         return not bool(self.attention_mask.all())
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of a model's forward; without padding there is no mask, so that fast kernels apply."""
+        """Keyword arguments of a model's forward. Omits the mask if there is no padding, so that fast kernels apply."""
         if self.padded:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask.long()}
         return {"input_ids": self.input_ids}
@@ -49,13 +49,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """How text is cut into windows of tokens.
+    """How text is split into windows of tokens.
 
     Attributes:
-        num_tokens: tokens to take from a text, from its start; None takes all of them.
-        seq_len: tokens in a window, at most `num_tokens`; None is 512, or the number of positions of the model if that
-            is smaller.
-        batch_size: windows in a batch.
+        num_tokens: number of tokens to use, from the start of the text; None uses all.
+        seq_len: tokens per window, at most `num_tokens`; None means 512, or the model's number of positions if that is
+            smaller.
+        batch_size: windows per batch.
 
     Raises:
         ValueError: if a size is too small; the message names it.
@@ -70,18 +70,18 @@ class Windows:
             value = getattr(self, name)
             free = value is None and name != "batch_size"
             if not free and (not is_integer(value) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 class TokenBatches:
-    """Batches that can be gone through more than once, in the same order.
+    """Batches that can be iterated repeatedly, in the same order.
 
     Attributes:
-        batches: the batches, on the CPU. Only ids are held: eight bytes a token.
-        source: where they come from, in words, for a plan's JSON.
-        weights: name of each source of text -> how much it counts in a fit, whatever its number of tokens; 0 for text
-            that is only measured on. Data without named sources is one source, named by `source`.
-        tokenizer: of the text, or of the model whose token ids were given; None if it is not known.
+        batches: the batches, on the CPU, at eight bytes per token.
+        source: a description of the data's origin, stored in a plan's JSON.
+        weights: name of each source -> its weight in a fit, independent of its number of tokens; 0 for text that is
+            only used for evaluation. Data without named sources is one source, named `source`.
+        tokenizer: the tokenizer of the text or token ids; None if unknown.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TokenBatches:
 
     @classmethod
     def join(cls, sources: Mapping[str, tuple[TokenBatches, float]]) -> TokenBatches:
-        """Several sources of text as one: name -> (batches, weight)."""
+        """Joins several sources: name -> (batches, weight)."""
         parts = {name: batches for name, (batches, _) in sources.items()}
         return cls(
             [replace(batch, name=name) for name, batches in parts.items() for batch in batches],
@@ -117,7 +117,7 @@ class TokenBatches:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens, excluding padding."""
         return sum(int(batch.attention_mask.sum()) for batch in self.batches)
 
     @property
@@ -125,9 +125,9 @@ class TokenBatches:
         return sum(len(batch.input_ids) for batch in self.batches)
 
     def describe(self) -> dict[str, Any]:
-        """The record of the data: `source`, `num_tokens`, `num_sequences` and `sha256` of ids and padding.
+        """Describes the data: `source`, `num_tokens`, `num_sequences` and the `sha256` of ids and padding.
 
-        With several sources of text also `sources`, each with its `weight`, `num_tokens` and `num_sequences`.
+        With several sources, also `sources` with the `weight`, `num_tokens` and `num_sequences` of each.
         """
         digest = hashlib.sha256()
         for batch in self.batches:
@@ -145,11 +145,11 @@ class TokenBatches:
         return found
 
     def split(self, held_out: float, whole: Collection[str] = ()) -> tuple[TokenBatches, TokenBatches]:
-        """The sequences in two parts that share none: to choose by, and the last ones, held out to judge by.
+        """Splits the sequences into calibration text and held-out text, taken from the end of each source.
 
         Args:
-            held_out: fraction of the sequences of each source in the second part, at least one each.
-            whole: sources that go into the second part whole.
+            held_out: fraction of each source's sequences to hold out, at least one sequence.
+            whole: sources to hold out entirely.
         """
         parts: tuple[list[Batch], list[Batch]] = ([], [])
         for name in self.weights:
@@ -158,8 +158,8 @@ class TokenBatches:
             if total < 2 and name not in whole:
                 of = f" of {name}" if len(self.weights) > 1 else ""
                 raise ValueError(
-                    f"data: {total} sequence(s) of tokens{of} cannot be divided into calibration and held-out data; "
-                    "give more text, a smaller seq_len, or held-out data of its own"
+                    f"data: {total} sequence(s) of tokens{of} cannot be split into calibration and held-out data; "
+                    "use more text, a smaller seq_len, or separate held-out data"
                 )
             first = 0 if name in whole else total - min(total - 1, max(1, round(total * held_out)))
             for batch in source:
@@ -182,28 +182,30 @@ def token_batches(
     tokenizer: Any = None,
     windows: Windows = Windows(),
 ) -> TokenBatches:
-    """Makes batches of whatever a user has.
+    """Converts text, datasets, files or token ids to batches.
 
-    Texts are tokenized, joined with the end-of-text token between them, and cut into `windows`, so that
-    there is no padding; a remainder that fills no window is left out, and so are texts of nothing but white space. Only
-    as much is read as `windows.num_tokens` asks for. If the tokenizer prepends a token to a text (the `bos_token` of
-    Llama or Gemma), every window begins with it, and it counts: these models were trained that way.
+    Texts are tokenized, joined with the end-of-text token and split into `windows`, without padding. An incomplete
+    last window is dropped, and blank texts are skipped. No more text is read than `windows.num_tokens` requires. If the
+    tokenizer prepends a token (the `bos_token` of Llama or Gemma), every window starts with it, as in the model's
+    training, and it counts as a token.
 
     Args:
-        data: texts (a list, or any iterable, of strings); a `datasets.Dataset`, streamed or not, or other rows, with a
-            column "text" or "messages"; the path of a text file, or of a .json or .jsonl file with such a row a line;
-            or token ids: a tensor or array of shape (B, T), a dict with "input_ids" and perhaps "attention_mask", or an
-            iterable of these, or of lists of ids. Or several sources of text, as a dict {name: data} or
-            {name: (data, weight)}, where data is any of the above and the weight, 1 by default, says how much the
-            source counts when weights are fitted, and how many of the tokens it contributes; a source of weight 0 is
-            measured on and never fitted. Each source has two windows at least.
+        data: one of
+            - texts: a list, or any iterable, of strings;
+            - rows with a column "text" or "messages", such as a `datasets.Dataset`, streamed or not;
+            - the path of a text file, or of a .json or .jsonl file with one such row per line;
+            - token ids: a tensor or array of shape (B, T), a dict with "input_ids" and optionally "attention_mask", or
+              an iterable of these or of lists of ids;
+            - several sources of text: a dict {name: data} or {name: (data, weight)}, with data as above. The weight (1
+              by default) is the source's weight in a fit and determines its number of tokens, at least two windows. A
+              source of weight 0 is only evaluated.
         model: the model whose tokenizer is loaded if none is given.
-        tokenizer: turns text into ids; not needed for token ids.
-        windows: how texts are cut. Batches of token ids are taken whole.
+        tokenizer: converts text to ids; not needed for token ids.
+        windows: how texts are split. Batches of token ids are used as they are.
 
     Raises:
-        ValueError: for data of another kind, without a known column, without any text, or for sizes that are not
-            positive; the message names the argument.
+        ValueError: if the data is of an unknown type, has no known column or no text, or a size is not positive; the
+            message names the argument.
         FileNotFoundError: if `data` is a string and no such file exists.
     """
     if isinstance(data, TokenBatches):
@@ -232,7 +234,7 @@ def token_batches(
     if tokenizer is None:
         name = "" if model is None else model.config.name_or_path
         if not name:
-            raise ValueError("tokenizer: give one, as the data is text and the model has no name to load it by")
+            raise ValueError("tokenizer: required, since the data is text and the model has no name to load it by")
         tokenizer = AutoTokenizer.from_pretrained(name)
     seq_len = window_length(windows.seq_len, [] if model is None else [model.config])
     batches = _windows(_texts(rows, tokenizer), tokenizer, windows, seq_len, source)
@@ -245,14 +247,14 @@ def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any
         if not isinstance(name, str) or not name:
             raise ValueError(f"data: sources of text must have names, got {name!r}")
         if not 0 <= weight < math.inf:
-            raise ValueError(f"data: the weight of {name} must be a number of at least 0, got {weight!r}")
+            raise ValueError(f"data: the weight of {name} must be a number >= 0, got {weight!r}")
     total = sum(weight for _, weight in pairs.values())
     if not total > 0:
         raise ValueError(f"data: at least one source must have a weight above 0, got {dict.fromkeys(pairs, 0)}")
     least = 2 * window_length(windows.seq_len, [] if model is None else [model.config])
     sources: dict[str, tuple[TokenBatches, float]] = {}
     for name, (one, weight) in pairs.items():
-        # A source that is only measured on has as much as one of average weight.
+        # A source of weight 0 gets as many tokens as one of average weight.
         share = weight / total or 1 / len(pairs)
         size = None if windows.num_tokens is None else max(least, round(windows.num_tokens * share))
         try:
@@ -274,12 +276,15 @@ def _is_weighted(value: Any) -> bool:
 
 
 def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
-    """Reads sources of text as they are written on a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
+    """Parses sources of text from a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
 
-    Without a name, a source is named after its file, without the suffix. What is itself the path of a file is taken as
-    one, whatever characters are in it. Returned is {name: (path, weight)}, as `token_batches` takes it.
+    The default name is the file name without its suffix. An argument that is itself the path of an existing file is
+    used as such, even if it contains `=` or `:`.
+
+    Returns:
+        {name: (path, weight)}, as accepted by `token_batches`.
     """
-    valid = "valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"
+    valid = "use PATH, NAME=PATH or NAME=PATH:WEIGHT"
     sources: dict[str, tuple[str, float]] = {}
     for argument in arguments:
         name, path, weight = "", argument, 1.0
@@ -291,35 +296,37 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
                     raise ValueError(f"data: {argument!r} has no name before '='; {valid}")
             front, colon, number = path.rpartition(":")
             if colon and not os.path.isfile(path):
-                with suppress(ValueError):  # no number: a part of the path
+                with suppress(ValueError):  # not a number, so part of the path
                     path, weight = front, float(number)
         name = name or Path(path).stem
         if not path or not 0 <= weight < math.inf:
             raise ValueError(f"data: {argument!r} is not a source of text; {valid}")
         if name in sources:
-            raise ValueError(f"data: two sources are named {name!r}; name them apart, such as other={path}")
+            raise ValueError(f"data: two sources are named {name!r}; rename one, for example other={path}")
         sources[name] = path, weight
     return sources
 
 
 def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
-    """The tokens in a window for models of these configurations: `seq_len`, or as many as all can up to the default.
+    """The window length for models with these configurations: `seq_len`, or the default limited by their positions.
 
-    More than a model has positions are refused: beyond these its figures are not its own.
+    A `seq_len` beyond a model's number of positions is refused, since its results there would be meaningless.
     """
     length = default if seq_len is None else seq_len
     for config in configs:
         most: int = getattr(config.get_text_config(), "max_position_embeddings", None) or length
         if seq_len is not None and seq_len > most:
-            raise ValueError(f"seq_len must be at most {most}, the positions of {config.name_or_path!r}; got {seq_len}")
+            raise ValueError(
+                f"seq_len must be at most {most}, the number of positions of {config.name_or_path!r}, got {seq_len}"
+            )
         length = min(length, most)
     return length
 
 
 def documents(data: Any, tokenizer: Any = None) -> list[str]:
-    """The texts in whatever a user has, as `token_batches` finds them: each text, row or text file one by itself.
+    """The texts in any data that `token_batches` accepts, one for each text, row or text file.
 
-    The tokenizer's chat template renders a column "messages".
+    A column "messages" is rendered with the tokenizer's chat template.
     """
     if isinstance(data, (str, os.PathLike)):
         data = _file_rows(Path(data))
@@ -329,13 +336,13 @@ def documents(data: Any, tokenizer: Any = None) -> list[str]:
 
 
 def added_beginning(tokenizer: Any) -> int | None:
-    """The token that a tokenizer itself prepends to a text, if it does."""
+    """The token that a tokenizer prepends to a text, if any."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is an array of token ids: a tensor, or a numpy array that holds no texts."""
+    """Whether a value is an array of token ids: a tensor, or a numpy array without strings."""
     numpy = hasattr(value, "__array_interface__") and value.dtype.kind not in "OSU"
     return numpy or isinstance(value, torch.Tensor)
 
@@ -358,19 +365,19 @@ def _ids(row: Any) -> Batch:
 
 
 def require_file(data: Any) -> None:
-    """Refuses the path of a file that is not there, also among sources; other data is not looked at."""
+    """Refuses the path of a missing file, also within sources; ignores other data."""
     if isinstance(data, Mapping):
         for value in data.values():
             require_file(value[0] if _is_weighted(value) else value)
-    # Not Path.is_file(), which fails on a name that is too long, as that of a whole text is.
+    # Not Path.is_file(), which raises on overlong names, such as a text passed by mistake.
     if isinstance(data, (str, os.PathLike)) and not os.path.isfile(data):
         name = brief(os.fspath(data))
-        raise FileNotFoundError(f"data: there is no file {name} (a text itself must be in a list: data=['...'])")
+        raise FileNotFoundError(f"data: there is no file {name} (to pass a text, put it in a list: data=['...'])")
 
 
 def _file_rows(path: Path) -> Iterator[Any]:
     require_file(path)
-    wanted = 'JSON lines are wanted, a row a line, such as {"text": "..."}'
+    expected = 'expected JSON lines, one row per line, such as {"text": "..."}'
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix not in (".jsonl", ".json"):
@@ -382,9 +389,9 @@ def _file_rows(path: Path) -> Iterator[Any]:
                 try:
                     row = parse(line)
                 except ValueError as error:
-                    raise ValueError(f"data: line {number} of {path.name} is not JSON: {error}; {wanted}") from None
+                    raise ValueError(f"data: line {number} of {path.name} is not JSON: {error}; {expected}") from None
                 if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
-                    raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {wanted}")
+                    raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {expected}")
                 yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
@@ -400,7 +407,7 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
             rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-            # The windows put it back.
+            # `_windows` adds it again.
             yield rendered.removeprefix(getattr(tokenizer, "bos_token", None) or "")
         elif isinstance(row, Mapping) and "text" in row:
             raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")
@@ -414,7 +421,7 @@ def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: in
     num_tokens = windows.num_tokens
     if num_tokens is not None:
         seq_len = min(seq_len, num_tokens)
-    length = seq_len if begin is None else seq_len - 1  # of the text in a window
+    length = seq_len if begin is None else seq_len - 1  # without the prepended token
     wanted = None if num_tokens is None else num_tokens // seq_len * length
     ids: list[int] = []
     for text in texts:
@@ -422,7 +429,7 @@ def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: in
             continue
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        # A window needs no more characters than this; a long file would else be tokenized to its end.
+        # More than enough characters for the missing tokens; otherwise a long file would be tokenized to its end.
         if wanted is not None:
             text = text[: 64 * (wanted - len(ids) + 1)]
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -430,7 +437,7 @@ def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: in
             ids = ids[:wanted]
             break
     if not ids or (len(ids) < 2 and begin is None):
-        raise ValueError(f"data: {source} holds {len(ids)} token(s) of text; two are the least to predict one")
+        raise ValueError(f"data: {source} has {len(ids)} token(s) of text; predicting a token takes at least two")
     length = min(length, len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     if begin is not None:

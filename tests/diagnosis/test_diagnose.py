@@ -718,7 +718,7 @@ def test_tokens_with_an_embedding_of_zero_are_no_reason_to_refuse(ids):
 @pytest.mark.parametrize("wrong", [96, -1])
 def test_token_ids_beyond_the_vocabulary_are_refused(wrong, ids):
     ids[1, 4] = wrong
-    with pytest.raises(ValueError, match=rf"^data: token id {wrong} is beyond the model's vocabulary of 96"):
+    with pytest.raises(ValueError, match=rf"^data: token id {wrong} is outside the model's vocabulary of 96"):
         diagnose(tiny.loud(), ids, progress=False)
     ids[1, 4] = 95
     diagnose(tiny.loud(), ids, **CHEAP)

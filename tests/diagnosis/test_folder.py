@@ -115,14 +115,14 @@ def test_the_text_is_looked_at_before_a_model_is_loaded(checkpoints, tmp_path, m
     monkeypatch.setattr(Placement, "load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "empty.txt").write_text("  ")
     done = command(checkpoints, "--out", tmp_path / "out", "--data", tmp_path / "empty.txt")
-    assert "two are the least to predict one" in str(done.exception)
+    assert "predicting a token takes at least two" in str(done.exception)
     # A tokenizer with more tokens than the model has embeddings; of the second of two models.
     shutil.copytree(checkpoints / "plain", tmp_path / "other")
     save_tokenizer(tmp_path / "other", 200)
     (tmp_path / "text.txt").write_text("w3 w4 w150 w5")
     text = ("--data", tmp_path / "text.txt")
     done = command(checkpoints, "--out", tmp_path / "out", *text, "--compare", tmp_path / "other")
-    assert "token id 150 is beyond the model's vocabulary of 96" in str(done.exception)
+    assert "token id 150 is outside the model's vocabulary of 96" in str(done.exception)
     for file in (tmp_path / "other").glob("token*"):
         file.unlink()
     done = command(checkpoints, "--out", tmp_path / "out", *text, model=tmp_path / "other")
@@ -150,7 +150,7 @@ def test_little_text_is_a_caution_everywhere(checkpoints, tmp_path):
     assert not found.verdict["sufficient"]
     few, short = found.verdict["cautions"]
     assert few.startswith("4 tokens in 1 sequence are too few for a verdict")
-    assert short == "The text ends after 4 of the 256 tokens to measure on."
+    assert short == "The text has only 4 of the 256 tokens requested."
     assert found.baseline["perplexity_error"] is None  # of a single sequence
     for text in (" ".join(done.stdout.split()), (tmp_path / "out/report.html").read_text(encoding="utf-8")):
         assert few in text
@@ -164,7 +164,7 @@ def test_standard_errors_are_shown(checkpoints, tmp_path):
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     for one in (Diagnosis.load(tmp_path / "out" / name) for name in ("diagnosis.json", "compare.json")):
         assert one.data["num_tokens"] == 384
-        assert "The text ends after 384 of the 1,000,000 tokens to measure on." in " ".join(done.stdout.split())
+        assert "The text has only 384 of the 1,000,000 tokens requested." in " ".join(done.stdout.split())
         perplexity = verdict.with_error(one.baseline["perplexity"], one.baseline["perplexity_error"])
         assert " ± " in perplexity
         assert page.count(perplexity) == 2  # beside the verdict, and in the table of differences

@@ -138,14 +138,14 @@ def test_a_verdict_takes_some_text(changes, sufficient):
         assert "too little text" in found["headline"]
         (caution,) = found["cautions"]
         assert f"{data['num_tokens']:,} tokens in {data['num_sequences']} sequence" in caution
-        assert "it takes 2,048 tokens in 4 sequences" in caution
+        assert "which takes 2,048 tokens in 4 sequences" in caution
 
 
 @pytest.mark.parametrize(("wanted", "short"), [(None, False), (2048, False), (2559, False), (2560, True)])
 def test_a_text_that_ends_early(wanted, short):
     """A remainder that fills no window of 512 is left out of any text."""
     found = verdict.judge(places([1.0] * 4), layers_of([1] * 4, [1] * 4), BASELINE, [], DATA, wanted)
-    assert found["cautions"] == (["The text ends after 2,048 of the 2,560 tokens to measure on."] if short else [])
+    assert found["cautions"] == (["The text has only 2,048 of the 2,560 tokens requested."] if short else [])
 
 
 def test_the_rise_has_its_standard_error():

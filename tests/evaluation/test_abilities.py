@@ -122,7 +122,7 @@ def test_a_tokenizer_that_begins_no_text_is_refused_before_a_model_is_loaded(fol
     tokenizer.bos_token = tokenizer.eos_token = None
     for one in (model, tokenizer):
         one.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no bos_token and no eos_token"):
+    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
         evaluate([tmp_path, folder / "second"], abilities=True, speed=False)
 
 
@@ -165,7 +165,7 @@ def test_prune_says_what_evaluate_says(folder, tmp_path):
 def test_prune_refuses_a_tokenizer_that_begins_no_text_before_it_searches(folder):
     model, tokenizer = load(folder / "first")
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no bos_token and no eos_token"):
+    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
         prune(model, ["some text"], tokenizer=tokenizer, abilities=True, num_layers=1)
     model.name_or_path = model.config.name_or_path = ""
     with pytest.raises(ValueError, match="give the one to ask with"):

@@ -120,7 +120,7 @@ def test_unknown_tokens_are_counted():
     [
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"seq_len": 8, "stride": 9}, r"stride must be at most seq_len \(8\)"),
-        ({"seq_len": 65}, "seq_len must be at most 64, the positions of"),
+        ({"seq_len": 65}, "seq_len must be at most 64, the number of positions of"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
         ({"data": [""]}, "no token to predict"),

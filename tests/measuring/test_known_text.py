@@ -86,7 +86,7 @@ def test_windows_of_another_length_and_place(tokenizer):
     add_known_text(config, found)
     for windows in (Windows(4096, 128), Windows(8192, 300), Windows(16_384, 48)):
         batches = token_batches([text[1000:]], tokenizer=tokenizer, windows=windows)
-        assert "chosen or healed on (list)" in caution(config, sequences_of(batches))
+        assert "used to choose or heal the model's layers (list)" in caution(config, sequences_of(batches))
         begun = [torch.cat([torch.tensor([0]), ids]) for ids in sequences_of(batches)]
         assert caution(config, begun)
     later = token_batches([text[100_000:]], tokenizer=tokenizer, windows=Windows(16_384, 512))

@@ -53,7 +53,7 @@ def test_own_text_is_sampled_from_the_model():
     again = own_text(model, tokenizer(), num_tokens=40 * 200, seq_len=40, batch_size=60)
     assert torch.equal(torch.cat(again), ids)
     nameless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(ValueError, match="no bos_token and no eos_token"):
+    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
         own_text(model, nameless, 40)
 
 

@@ -88,7 +88,7 @@ def test_windows_are_no_longer_than_the_positions_of_the_model():
     assert len(rows_of(token_batches(text, tokenizer=tokenizer()))[0]) == 512
     for measure in (diagnose, plan_pruning):
         given = {"num_layers": 1} if measure is plan_pruning else {"gradients": False}
-        with pytest.raises(ValueError, match=r"seq_len must be at most 32, the positions of .*; got 33"):
+        with pytest.raises(ValueError, match=r"seq_len must be at most 32, the number of positions of .*, got 33"):
             measure(model, text, tokenizer=tokenizer(), windows=Windows(seq_len=33), progress=False, **given)
 
 
@@ -107,7 +107,7 @@ def test_no_more_tokens_than_asked_for():
     for num_tokens, shape in ((64, (1, 64)), (512, (1, 512)), (1000, (1, 512))):
         (batch,) = token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=num_tokens, seq_len=512))
         assert batch.input_ids.shape == shape
-    with pytest.raises(ValueError, match="num_tokens must be an integer of at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_tokens must be an integer >= 2, got 1"):
         token_batches(text, tokenizer=tokenizer(), windows=Windows(num_tokens=1))
 
 
@@ -139,9 +139,9 @@ ROWS = [{"text": words(3)}, {"text": words(4)}]
 FILES = {
     "pretty.json": (
         json.dumps(ROWS, indent=1).encode(),
-        r"line 1 of pretty.json is not JSON: .*; JSON lines are wanted",
+        r"line 1 of pretty.json is not JSON: .*; expected JSON lines",
     ),
-    "array.json": (json.dumps(ROWS).encode(), "line 1 of array.json holds a list of rows; JSON lines are wanted"),
+    "array.json": (json.dumps(ROWS).encode(), "line 1 of array.json holds a list of rows; expected JSON lines"),
     "latin.txt": ("w3 é".encode("latin-1"), "latin.txt is not UTF-8 text: .*byte 0xe9"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl is not UTF-8 text: .*byte 0xe9"),
     "none.jsonl": (
@@ -193,14 +193,14 @@ def test_every_source_has_two_windows():
     found = token_batches(data, tokenizer=tokenizer(), windows=Windows(16, 8))
     assert {name: found.only(name).num_tokens for name in found.weights} == {"a": 16, "b": 16}
     short = token_batches({"a": [words(*[3] * 50)], "b": [words(4, 4)]}, tokenizer=tokenizer(), windows=Windows(16, 8))
-    with pytest.raises(ValueError, match=r"data: 1 sequence\(s\) of tokens of b cannot be divided"):
+    with pytest.raises(ValueError, match=r"data: 1 sequence\(s\) of tokens of b cannot be split"):
         short.split(0.25)
 
 
 def test_wrong_sources_are_named():
     for data, message in (
-        ({"a": ([words(3)], -1)}, "the weight of a must be a number of at least 0, got -1"),
-        ({"a": ([words(3)], float("nan"))}, "the weight of a must be a number of at least 0, got nan"),
+        ({"a": ([words(3)], -1)}, "the weight of a must be a number >= 0, got -1"),
+        ({"a": ([words(3)], float("nan"))}, "the weight of a must be a number >= 0, got nan"),
         ({"a": ([words(3)], 0)}, "at least one source must have a weight above 0"),
         ({"": [words(3)]}, "sources of text must have names, got ''"),
         ({1: [words(3)]}, "sources of text must have names, got 1"),
@@ -234,9 +234,9 @@ def test_sources_on_a_command_line(tmp_path, monkeypatch):
     for arguments, message in (
         (["=a.txt"], "'=a.txt' has no name before '='"),
         (["a="], "'a=' is not a source of text"),
-        (["a=b.txt:-1"], "is not a source of text; valid is PATH, NAME=PATH or NAME=PATH:WEIGHT"),
+        (["a=b.txt:-1"], "is not a source of text; use PATH, NAME=PATH or NAME=PATH:WEIGHT"),
         (["a=b.txt:inf"], "is not a source of text"),
-        (["x/a.txt", "y/a.txt"], "two sources are named 'a'; name them apart, such as other=y/a.txt"),
+        (["x/a.txt", "y/a.txt"], "two sources are named 'a'; rename one, for example other=y/a.txt"),
     ):
         with pytest.raises(ValueError, match=f"data: .*{message}"):
             parse_sources(arguments)
@@ -244,7 +244,7 @@ def test_sources_on_a_command_line(tmp_path, monkeypatch):
 
 def test_a_text_in_place_of_a_path_is_refused_in_a_line():
     """Whose name is longer than a file's can be."""
-    with pytest.raises(FileNotFoundError, match=r"^data: there is no file 'a text .*must be in a list"):
+    with pytest.raises(FileNotFoundError, match=r"^data: there is no file 'a text .*put it in a list"):
         token_batches("a text " * 1000)
     with pytest.raises(FileNotFoundError) as refused:
         token_batches({"wiki": "a text " * 1000})

@@ -191,7 +191,7 @@ def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tm
     other.write_text(" ".join(f"w{token}" for token in tiny.tokens(1, 800, seed=7)[0].tolist()))
     half = tmp_path / "half.txt"  # of it, and from another place on
     half.write_text(" ".join(text.read_text().split()[205:500]))
-    told = "chosen or healed on (text.txt): it does better here than on text that it does not know"
+    told = "used to choose or heal the model's layers (text.txt), so its results are better here than on other text"
     whole, pruned = str(checkpoint), str(tmp_path / "out")
     for file, known in ((text, True), (half, True), (other, False)):
         compared = evaluate([whole, pruned], file, speed=False, progress=False)
@@ -218,7 +218,7 @@ def test_the_text_that_a_model_was_healed_on_is_known_to_it():
     report = hf_lnscale.heal(full, [2, 3], said, progress=False)
     assert report.kept
     assert full.config.calibration_text["source"] == "token ids"
-    with pytest.warns(UserWarning, match=r"held-out data: About .* chosen or healed on \(token ids\)"):
+    with pytest.warns(UserWarning, match=r"held-out data: About .* used to choose or heal .* layers \(token ids\)"):
         hf_lnscale.heal(copy.deepcopy(full), [1], tiny.tokens(8, 32), held_out=said[:8], progress=False)
     report.undo()
     assert not hasattr(full.config, "calibration_text")
@@ -272,7 +272,7 @@ def test_a_table_of_80_columns(monkeypatch):
 def test_text_that_ends_early_is_told(checkpoint, text):
     tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
     given = {"drop": [1], "heal": None, "progress": False}
-    ends = "data: The text ends after 800 of the 816 tokens to measure on."
+    ends = "data: The text has only 800 of the 816 tokens requested."
     for number, told in {800: False, 815: False, 816: True}.items():
         found = hf_lnscale.prune(model(), str(text), tokenizer=tokenizer, windows=Windows(number, 16), **given)
         assert (ends in found.plan.notes["cautions"]) == told

@@ -608,7 +608,7 @@ def test_wrong_arguments_are_refused(arguments, message, ids):
         ({"removed": [4]}, "removed: layers are 0 to 3, got 4"),
         ({"removed": [-1]}, "removed: layers are 0 to 3, got -1"),
         ({"candidates": ["1"]}, "candidates: layers are 0 to 3, got '1'"),
-        ({"removed": [1], "candidates": [0, 1]}, "candidates: layer 1 is removed already"),
+        ({"removed": [1], "candidates": [0, 1]}, "candidates: layer 1 is already removed"),
         ({"measure": "accuracy"}, "measure must be 'loss' or 'kl', got 'accuracy'"),
     ],
 )
