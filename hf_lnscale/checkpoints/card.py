@@ -1,4 +1,4 @@
-"""The model card of every checkpoint that this package writes or uploads."""
+"""Model cards for the checkpoints that this package writes or uploads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Table:
 
     header: Row
     rows: Sequence[Row]
-    note: str = ""  # a paragraph below the table: what the figures were measured on
+    note: str = ""  # a paragraph below the table that says how the values were measured
     heading: str = ""
 
     def __str__(self) -> str:
@@ -46,19 +46,19 @@ def model_card(
     made_by: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """Makes a model card. Text that is not of the type `Markdown` is escaped.
+    """Creates a model card. Text that is not of type `Markdown` is escaped.
 
     Args:
-        base_model, dataset: what the model was made from; a local path is left out.
-        library_name, pipeline_tag: the Hub's names of the library that loads the model and of the task.
-        tags: in addition to "hf-lnscale".
-        notes: sentences about how the model was made, joined to one paragraph.
+        base_model, dataset: what the model was made from; local paths are omitted.
+        library_name, pipeline_tag: the Hub's names for the library that loads the model and for the task.
+        tags: tags in addition to "hf-lnscale".
+        notes: sentences on how the model was made, joined into one paragraph.
         code: Python code that loads the model.
         parts: tables, or sections in Markdown.
-        pictures: names of image files in the folder of the card.
-        settings: arguments by name; empty ones and False are left out.
+        pictures: names of image files in the card's folder.
+        settings: arguments by name; empty values and False are omitted.
         made_by: the command line or function that made the model.
-        versions: of libraries, by name; by default of this package, transformers and torch.
+        versions: library versions by name; by default those of this package, transformers and torch.
     """
     data = ModelCardData(
         base_model=_public(base_model),

@@ -1,6 +1,6 @@
-"""The configuration of a checkpoint of DeciLM, which this file lies beside: hf-lnscale export --format deci wrote both.
+"""Configuration class of the DeciLM checkpoint in this folder. Written by `hf-lnscale export --format deci`.
 
-vLLM knows the architecture, but leaves its configuration to the checkpoint. Nothing of hf_lnscale is needed to read it.
+vLLM implements the architecture but expects the checkpoint to define its configuration. Does not require hf_lnscale.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 
 class Part(dict[str, Any]):
-    """What JSON can hold, read as attributes."""
+    """A dict whose keys can be read as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -20,11 +20,11 @@ class Part(dict[str, Any]):
 
 
 class DeciConfig(LlamaConfig):
-    """Llama's, with what each layer has in `block_configs`."""
+    """`LlamaConfig` with `block_configs`, which describes each layer."""
 
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs: Any = (), intermediate_size: Any = None, **kwargs: Any) -> None:
-        # A checkpoint has no intermediate_size: Llama's classes, which would make the missing parts anew, want one.
+        # None in the checkpoint, so that Llama's classes fail instead of initializing the missing parts randomly.
         self.block_configs = [Part({name: Part(part) for name, part in block.items()}) for block in block_configs]
         super().__init__(**kwargs)

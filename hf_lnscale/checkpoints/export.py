@@ -1,7 +1,7 @@
 """Folds a checkpoint on disk: multiplies the scale into its norm weights and copies everything else.
 
-Works on the files, tensor by tensor, so that a checkpoint of any size needs the memory of one norm. Weights of the
-norms are overwritten in place in the copies of the safetensors files, at the offsets that their headers give.
+Works on the files tensor by tensor, so even the largest checkpoint needs memory for only one norm. Norm weights are
+overwritten in the copied safetensors files, at the offsets given in their headers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..core.record import ACTIVE, FOLDED, MARK, layers_of, mark, parts, protect,
 from .folders import atomic_directory, require_free
 from .names import locate, read_config
 
-# Not copied: the state of a training run, and weights beside the model's safetensors files.
+# Not copied: the state of a training run, and weights other than the model's safetensors files.
 NOT_COMPANIONS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
     "trainer_state.json", "pytorch_model.bin.index.json",
@@ -44,21 +44,21 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class CheckpointInfo:
     """The description of a checkpoint in its `config.json`."""
 
-    path: str  # as it was named
+    path: str  # as given
     model_type: str  # of the whole model
     family: str  # the model_type of its text decoder
-    supported: bool  # whether the table of families has it
-    num_layers: int | None  # of the text decoder; None if the configuration has no such number
-    active: dict[str, Any] | None  # the scaling that is applied on loading
-    folded: dict[str, Any] | None  # the scaling that is part of the norm weights
-    scales: list[float]  # the factor of each layer that is applied on loading
-    # The dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if there are any, the layers that
-    # are there without `attention` or `mlp`, all in the original's numbering.
+    supported: bool  # whether it is in the table of families
+    num_layers: int | None  # of the text decoder; None if not in the configuration
+    active: dict[str, Any] | None  # the scaling applied on loading
+    folded: dict[str, Any] | None  # the scaling contained in the norm weights
+    scales: list[float]  # the scale of each layer applied on loading
+    # The dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if any, the layers that lack only
+    # `attention` or `mlp`; all indices refer to the original.
     dropped: dict[str, Any] | None = None
 
 
 def read_info(path: str) -> CheckpointInfo:
-    """Reads the `config.json` of a folder or of a repository on the Hub, and no weights."""
+    """Reads the `config.json` of a folder or a Hub repository, but no weights."""
     config = read_config(path)
     num_layers, found = layers_of(config), record(config)
     try:
@@ -81,25 +81,25 @@ def read_info(path: str) -> CheckpointInfo:
 def export(
     src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, progress: bool = True
 ) -> Path:
-    """Writes the folded form of a scaled checkpoint: a plain checkpoint, for any runtime.
+    """Writes a scaled checkpoint in folded form: a plain checkpoint for any runtime.
 
-    The folder appears under its name when it is complete; an interrupted export leaves nothing that loads. Tokenizer,
-    chat template, generation config and other small files are copied, the state of a training run is not.
+    The folder appears only when complete; an interrupted export leaves nothing that loads. Tokenizer, chat template,
+    generation config and other small files are copied, but not the state of a training run.
 
     Args:
-        src: folder of a scaled checkpoint in safetensors files, or the name of a repository on the Hub.
+        src: folder or Hub repository of a scaled checkpoint with safetensors files.
         out: folder to write.
-        force: replace an existing checkpoint at `out`.
-        progress: show a progress bar.
+        force: whether to replace an existing checkpoint at `out`.
+        progress: whether to show a progress bar.
 
     Returns:
         The path written.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds anything but a checkpoint.
+        FileExistsError: if `out` is not empty and `force` is False, or contains anything but a checkpoint.
         FileNotFoundError: if `src` has no config.json or no safetensors weights.
-        ValueError: if no scale is active in `src`, if one of `out` and `src` contains the other, or if the norms on
-            disk are not those of the model's family.
+        ValueError: if `src` has no active scale, one of `out` and `src` contains the other, or the norms on disk do
+            not match the model's family.
     """
     return copy_checkpoint(src, out, _folded_config, force=force, progress=progress)
 
@@ -113,13 +113,13 @@ def copy_checkpoint(
     progress: bool,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Copies a checkpoint file by file, its active scale folded.
+    """Copies a checkpoint file by file and folds its active scale.
 
     Args:
-        src, out, force, progress: as for `export`.
-        describe: makes the config.json to write from the configuration, what its file holds without the active scale,
-            and the name to show; raises an error to refuse it.
-        finish: is given the folder, complete, before it takes its place; raises an error if it is not right.
+        src, out, force, progress: see `export`.
+        describe: returns the config.json to write, given the configuration, the dict of its file without the active
+            scale, and the name to show. May raise an error.
+        finish: called with the complete folder before it is moved into place. May raise an error.
     """
     name, where = locate(src)
     if where:
@@ -142,23 +142,23 @@ def copy_checkpoint(
     names = [name for some in folds.values() for name in some]
     expected = len(scales) * len(family.pre_norms) - sum(map(len, found.sublayers.values()))
     if scales and sum(name.endswith(".weight") for name in names) != expected:
-        raise ValueError(f"{str(src)!r} holds {len(names)} pre-norm tensors, {expected} were expected for its family")
+        raise ValueError(f"{str(src)!r} has {len(names)} pre-norm tensors, but its family should have {expected}")
 
     with atomic_directory(target, force) as folder:
         copy_companions(source, folder, indexed=SAFE_WEIGHTS_NAME not in files)
         for file in tqdm(files, desc="Folding", unit="file", disable=not progress):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             _copy_folded(source / file, folder / file, folds[file], mark(record(plain)))
-        for file in files:  # all of them, on a disk that may have filled up
+        for file in files:  # only after all are written, since the disk may have filled up
             _require_folded(source / file, folder / file, folds[file])
-        # Last: without it, the folder is not a checkpoint.
+        # Written last, since the folder is not a checkpoint without it.
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         finish(folder)
     return Path(out)
 
 
 def _weight_files(source: Path) -> dict[str, set[str] | None]:
-    """The weight files that `from_pretrained` reads, and the tensors that it reads from each (None: all).
+    """The weight files that `from_pretrained` reads, and the tensors it reads from each (None means all).
 
     A single file takes precedence over an index.
     """
@@ -176,7 +176,7 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
     for name in files:
         if not (source / name).is_file():
             raise FileNotFoundError(
-                f"{str(source)!r} has no {name}; only checkpoints in safetensors files are exported"
+                f"{str(source)!r} has no {name}; only checkpoints with safetensors files can be exported"
             )
     return dict(sorted(files.items()))
 
@@ -184,30 +184,30 @@ def _weight_files(source: Path) -> dict[str, set[str] | None]:
 def _folded_config(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any]:
     found = record(config)
     if found.active is None:
-        state = "its scale is folded already" if found.folded else "it has no active ln_scaling"
+        state = "its scale is already folded" if found.folded else "it has no active ln_scaling"
         if found.sublayers:
-            state += "; for its layers without attention or MLP there is hf-lnscale export --format zeros, or deci"
+            state += "; for its layers without attention or MLP use hf-lnscale export --format zeros or --format deci"
         raise ValueError(f"{shown!r} needs no export: {state}")
     return protect(values)
 
 
 def _folds(file: Path, read: set[str] | None, family: Family, scales: list[float]) -> dict[str, Fold]:
-    """The tensors of the pre-norms that are read from a file, each with the function that folds it."""
+    """The pre-norm tensors read from a file, each with the function that folds it."""
     with safe_open(file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if read is None or name in read]  # noqa: SIM118
     found: dict[str, Fold] = {}
     for name in names:
         layer, one_plus = family.layer_of_pre_norm(name), family.one_plus_weight and name.endswith(".weight")
-        # A multi-token-prediction layer is stored after the last one, under the next number.
+        # A multi-token prediction layer is stored after the last layer, under the next index.
         if layer is not None and layer < len(scales):
             found[name] = partial(scale_parameter, scale=scales[layer], one_plus_weight=one_plus)
     return found
 
 
 def _copy_folded(source: Path, target: Path, folds: dict[str, Fold], new_mark: str) -> None:
-    """Copies a safetensors file, then overwrites the tensors of the norms by their folded form.
+    """Copies a safetensors file, then overwrites norm tensors with their folded form.
 
-    If the file is marked with the record of its model, the copy has `new_mark` instead.
+    If the file is marked with its model's record, the copy is marked with `new_mark` instead.
     """
     with open(source, "rb") as old, open(target, "w+b") as new:
         header = old.read(int.from_bytes(old.read(8), "little"))
@@ -220,7 +220,7 @@ def _copy_folded(source: Path, target: Path, folds: dict[str, Fold], new_mark: s
         shutil.copyfileobj(old, new, 2**24)
         for name, fold in folds.items():
             if (stored := entries[name]["dtype"]) not in _DTYPES:
-                raise ValueError(f"{name} in {source.name} is stored as {stored}; known are {', '.join(_DTYPES)}")
+                raise ValueError(f"{name} in {source.name} has dtype {stored}; supported are {', '.join(_DTYPES)}")
             start, end = (8 + len(header) + offset for offset in entries[name]["data_offsets"])
             _fold_tensor(new, start, end, _DTYPES[stored], fold)
 
@@ -234,21 +234,21 @@ def _fold_tensor(file: BinaryIO, start: int, end: int, dtype: torch.dtype, fold:
 
 
 def _require_folded(source: Path, written: Path, folds: dict[str, Fold]) -> None:
-    """Verifies a written file, as on a full or failing disk: the tensors of the source, with folded pre-norms."""
+    """Verifies that a file was written correctly, since a disk may be full or failing."""
     with safe_open(source, framework="pt") as before, safe_open(written, framework="pt") as after:
         if sorted(before.keys()) != sorted(after.keys()):
-            raise CheckpointError(f"{written.name} holds other tensors than {str(source)!r}; nothing was written")
+            raise CheckpointError(f"{written.name} has different tensors from {str(source)!r}; nothing was written")
         for name, fold in folds.items():
             if not torch.equal(fold(before.get_tensor(name)), after.get_tensor(name)):
-                raise CheckpointError(f"{name} in {written.name} was not written as folded; nothing is kept")
+                raise CheckpointError(f"{name} in {written.name} was not written correctly; nothing was kept")
 
 
 def copy_companions(source: Path, folder: Path, indexed: bool = False) -> None:
-    """Copies tokenizer, templates, cards and other small files of a checkpoint; with `indexed`, also its index."""
+    """Copies the tokenizer, templates, card and other small files of a checkpoint; if `indexed`, also its index."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
             shutil.copytree(entry, folder / entry.name)
         elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
-            continue  # of other files than the one that is read
+            continue  # the index does not describe the single file that is read
         elif entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in NOT_COMPANIONS):
             shutil.copyfile(entry, folder / entry.name)

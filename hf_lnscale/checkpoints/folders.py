@@ -1,8 +1,8 @@
-"""Folders that appear under their name when they are complete, and the names by which others may know them.
+"""Output folders that appear only when complete, and names that are safe to publish.
 
-A folder is written into a hidden one beside it, `.NAME.XXXXXXXX.partial`, which holds a lock for as long as its process
-lives. What a killed process leaves is found by that lock: the next run for the same folder removes it, and puts back a
-folder that was being replaced.
+A folder is first written to a hidden one beside it, `.NAME.XXXXXXXX.partial`, which holds a lock while its process
+runs. If the process is killed, the next run for the same folder detects this by the lock, removes the hidden folder and
+restores a folder that was being replaced.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..core.errors import ArgumentError, PathExistsError
 
 logger = logging.getLogger(__name__)
 
-# Written by `evaluate` into a model's folder, and put into its card by `push`.
+# Written to a model's folder by `evaluate`, and added to its card by `push`.
 EVALUATION_FILE = "evaluation.json"
-# Files of a checkpoint, a diagnosis or an evaluation. Only folders that hold nothing else are replaced.
+# Files of a checkpoint, a diagnosis or an evaluation. A folder is replaced only if it contains nothing else.
 _OURS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf",
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
@@ -37,31 +37,32 @@ _OURS = (
     "USE_POLICY.md", ".gitattributes", "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json",
     "report.html", "*.png", "*.svg", "training_args.bin", "configuration_deci.py",
 )  # fmt: skip
-_LONGEST_NAME = 200  # bytes; file systems take 255, and a suffix is added
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and a suffix is added
 
 
 def require_free(
     target: Path, read_from: Iterable[Any], shown: str, force: bool, mark: str = "config.json", what: str = "checkpoint"
 ) -> None:
-    """Refuses an output folder that could not be written or replaced, before anything is computed.
+    """Refuses, before anything is computed, an output folder that cannot be written or replaced.
 
-    What an interrupted run for the same folder has left is cleaned up first.
+    Leftovers of an interrupted run for the same folder are cleaned up first.
 
     Args:
-        target: the folder to write, absolute; `shown` is how the user named it.
-        read_from: what is read; paths among it must neither be, hold nor lie in the target.
-        force: whether a folder may be replaced that holds the file `mark`, by which a `what` is known, and nothing that
-            is not written here.
+        target: absolute path of the output folder.
+        read_from: inputs; paths among them must not be, contain or be inside the target.
+        shown: the output folder as the user named it.
+        force: whether to allow replacing a folder that contains the file `mark`, which identifies a `what`, and only
+            files that this package writes.
     """
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
-        raise ArgumentError("out", shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
+        raise ArgumentError("out", shown, problem=f"has a name longer than {_LONGEST_NAME} bytes")
     for one in read_from:
         if isinstance(one, (str, os.PathLike)) and str(one) and Path(one).exists():
             read = Path(one).resolve()
             if target in (read, *read.parents) or read in target.parents:
-                raise ArgumentError("out", shown, problem=f"must not be, hold or lie in what is read ({one})")
+                raise ArgumentError("out", shown, problem=f"must not be, contain or be inside the input ({one})")
     if target in (Path.cwd(), *Path.cwd().parents):
-        raise ArgumentError("out", shown, problem="is or holds the current folder", hint="choose another folder")
+        raise ArgumentError("out", shown, problem="is or contains the current folder", hint="choose another folder")
     _clean_up_after_killed_runs(target)
     if _is_free(target):
         return
@@ -69,9 +70,9 @@ def require_free(
     if not force:
         problem, hint = "exists and is not empty", f"{hint}, or use `force=True` to replace it"
     elif not (target / mark).is_file():
-        problem, hint = f"is not a {what}; only what could have been written by this is replaced", ""
-    elif stranger := _stranger(target):
-        problem = f"holds {stranger!r}, which no {what} has; it is not replaced"
+        problem, hint = f"is not a {what}, so it is not replaced", ""
+    elif foreign := _foreign_file(target):
+        problem = f"contains {foreign!r}, which is not part of a {what}, so it is not replaced"
     if problem:
         raise PathExistsError("out", shown, problem=problem, hint=hint)
 
@@ -80,19 +81,19 @@ def _is_free(target: Path) -> bool:
     return not target.exists() or (target.is_dir() and not any(target.iterdir()))
 
 
-def _stranger(target: Path) -> str | None:
-    """The first entry of a folder that this package would not have written."""
+def _foreign_file(target: Path) -> str | None:
+    """The first entry of a folder that this package does not write."""
     return next((name for name in sorted(os.listdir(target)) if not any(fnmatch(name, one) for one in _OURS)), None)
 
 
 def public_name(name: str) -> str:
-    """A name on the Hub as it is, of a local path only the last part: where it lies is nobody's business."""
+    """A Hub name unchanged, but only the last component of a local path, which may be private."""
     path = name.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or os.path.exists(name)
     return os.path.basename(os.path.normpath(name)) if path else name
 
 
 def public_command(words: Iterable[str]) -> str:
-    """A command line, with paths and the values of `--option=path` by their public names."""
+    """A command line with paths, also in `--option=path`, replaced by their public names."""
     shown = []
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -102,26 +103,26 @@ def public_command(words: Iterable[str]) -> str:
 
 @contextmanager
 def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
-    """A new folder to write into; it takes the target's place at the end, and is gone on failure.
+    """Yields a new folder to write to, which replaces the target on success and is removed on failure.
 
-    With `force` a checkpoint that is there is replaced. Anything else that has appeared under the name meanwhile is an
-    error, and the result is kept beside it.
+    With `force`, an existing checkpoint is replaced. If anything else has appeared at the target in the meantime, an
+    error is raised and the result is kept beside it.
     """
     with scratch_folder(target) as scratch:
         partial, replaced = scratch / "new", scratch / "old"
         partial.mkdir()
         yield partial
-        if not _is_free(target) and (not force or not target.is_dir() or _stranger(target)):
+        if not _is_free(target) and (not force or not target.is_dir() or _foreign_file(target)):
             kept = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-"))
             os.replace(partial, kept)
             raise PathExistsError(
-                "out", str(target), problem=f"was filled meanwhile and is left alone; the result is in {kept}"
+                "out", str(target), problem=f"has appeared in the meantime and is kept; the result is in {kept}"
             )
         try:
             if target.exists():
                 os.replace(target, replaced)
             os.replace(partial, target)
-        except BaseException:  # SIGTERM among them, which can also come right after either
+        except BaseException:  # including SIGTERM, which may arrive right after either call
             if replaced.exists() and not target.exists():
                 os.replace(replaced, target)
             raise
@@ -129,13 +130,13 @@ def atomic_directory(target: Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside a file or folder to be; if this process is killed, the next for that target removes it."""
+    """Yields a hidden folder beside the target. If this process is killed, the next run for the target removes it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_killed_runs(target)
     scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     lock = FileLock(scratch / ".lock")
     with contextlib.ExitStack() as cleanup:
-        # Twice, and before it is made: SIGTERM can come amid either.
+        # Registered twice, and before the folder exists, since SIGTERM may interrupt either step.
         for _ in range(2):
             cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
         cleanup.callback(lock.release)
@@ -145,7 +146,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is complete whenever it is there."""
+    """Writes a text file that is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -158,17 +159,17 @@ def write_atomically(path: Path, text: str) -> None:
 def _clean_up_after_killed_runs(target: Path) -> None:
     for left in target.parent.glob(f".{glob_escape(target.name)}.*.partial"):
         lock = FileLock(left / ".lock")
-        # A run that is still going on, or a folder that is not ours to touch.
+        # Suppressed: the run is still active, or the folder belongs to another user.
         with contextlib.suppress(Timeout, OSError):
             lock.acquire(timeout=0)
             _remove(left, lock, target)
-            logger.warning("removed %s, which a killed run had left", left)
+            logger.warning("removed %s, left behind by a killed run", left)
 
 
 def _remove(scratch: Path, lock: FileLock, target: Path) -> None:
-    """Removes a scratch folder; what was being replaced goes back if nothing has taken its place."""
+    """Removes a scratch folder, and restores the folder that was being replaced if nothing has replaced it."""
     if (scratch / "old").is_dir() and not target.exists():
         os.replace(scratch / "old", target)
-        logger.warning("put back %s, which a run that did not end was replacing", target)
+        logger.warning("restored %s, which an interrupted run was replacing", target)
     lock.release()
     shutil.rmtree(scratch, ignore_errors=True)

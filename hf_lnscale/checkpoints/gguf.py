@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a GGUF file, with llama.cpp's own converter."""
+"""Writes a checkpoint as a GGUF file, using llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
-    """Where llama.cpp's converter is: at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH."""
+    """Finds llama.cpp's converter at `path`, at $LLAMA_CPP (either the file or llama.cpp's folder), or on PATH."""
     for source, place in (("converter", path), ("LLAMA_CPP", os.environ.get("LLAMA_CPP"))):
         if place:
             found = Path(place) / CONVERTER if Path(place).is_dir() else Path(place)
@@ -31,10 +31,9 @@ def find_converter(path: str | os.PathLike[str] | None = None) -> Path:
             return found.resolve()
     if on_path := shutil.which(CONVERTER):
         return Path(on_path).resolve()
-    places = "`converter` (not given) or `LLAMA_CPP` (not given) or on PATH"
     raise PathNotFoundError(
         "converter",
-        problem=f"a GGUF file needs llama.cpp's {CONVERTER}, and it is not at {places}",
+        problem=f"a GGUF file needs llama.cpp's {CONVERTER}, found neither by `converter` or `LLAMA_CPP` nor on PATH",
         hint="clone https://github.com/ggml-org/llama.cpp and use `converter=llama.cpp`",
     )
 
@@ -50,20 +49,20 @@ def export_gguf(
 ) -> Path:
     """Writes a checkpoint as a GGUF file, for llama.cpp and programs built on it.
 
-    An active scale is folded into the weights first, in a temporary folder. The file appears under its name when it is
-    complete. The converter runs in this Python environment and needs the packages in llama.cpp's requirements.
+    An active scale is first folded into the weights, in a temporary folder. The file appears only when complete. The
+    converter runs in this Python environment, which needs the packages in llama.cpp's requirements.
 
     Args:
-        checkpoint: folder, or name on the Hub; scaled, folded, pruned or plain.
+        checkpoint: folder or Hub repository of a scaled, folded, pruned or plain checkpoint.
         out: file to write.
         converter: see `find_converter`.
-        outtype: of the weights, as the converter names them: f32, f16, bf16, q8_0, auto.
-        force: replace `out` if it exists.
-        progress: show a progress bar while folding.
+        outtype: weight type, as named by the converter: f32, f16, bf16, q8_0, auto.
+        force: whether to replace `out` if it exists.
+        progress: whether to show a progress bar while folding.
 
     Raises:
-        ValueError: also if layers were dropped from a model whose layers differ by a pattern that may be built into
-            llama.cpp.
+        ValueError: if an argument is invalid, or layers were dropped from a model whose layers follow a pattern that
+            may be built into llama.cpp.
         RuntimeError: if the converter fails, with the last line of its output.
     """
     target = Path(out)
@@ -74,12 +73,12 @@ def export_gguf(
     script = find_converter(converter)
     name, where = locate(checkpoint)
     if where:
-        raise ValueError(f"{str(checkpoint)!r} is a GGUF file already")
+        raise ValueError(f"{str(checkpoint)!r} is already a GGUF file")
     config = read_config(name)
     if record(config).sublayers:
         raise ValueError(
-            f"{str(checkpoint)!r} has layers without attention or MLP; fill them with zeros first: hf-lnscale export "
-            "--format zeros; or --format deci, if llama.cpp can read that"
+            f"{str(checkpoint)!r} has layers without attention or MLP; fill them with zeros first (hf-lnscale export "
+            "--format zeros), or use --format deci if llama.cpp can read the result"
         )
     _require_no_pattern(config, str(checkpoint))
     with scratch_folder(target) as scratch:
@@ -88,17 +87,18 @@ def export_gguf(
         else:
             source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
         written = scratch / target.name
-        # The converter reads configuration and weights by itself: with the plugin, it would lose a scale.
+        # The converter reads configuration and weights separately, so with the plugin it would lose the scale.
         done = run_script(script, source, "--outfile", written, "--outtype", outtype)
         if done.returncode or not written.is_file():
-            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            raise RuntimeError(f"{script.name} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+            raise RuntimeError(f"{script.name} failed: {reason}")
         os.replace(written, target)
     return target
 
 
 def _require_no_pattern(config: Any, shown: str) -> None:
-    """Refuses a pruned model whose layers differ otherwise than its family's would with that number of layers."""
+    """Refuses a pruned model whose layer pattern differs from its family's default for that number of layers."""
     text = text_config(config)
     if record(config).dropped is None:
         return
@@ -107,6 +107,6 @@ def _require_no_pattern(config: Any, shown: str) -> None:
     for name in _PATTERNS:
         if getattr(text, name, None) != getattr(family, name, None):
             raise ValueError(
-                f"{shown!r} has dropped layers, and its family's layers differ ({name}): llama.cpp may have that "
-                "pattern built in, counted from the first layer, and would then compute another function"
+                f"{shown!r} has dropped layers, and its family's layers follow a pattern ({name}). llama.cpp may apply "
+                "its own built-in pattern from the first layer on and give wrong outputs"
             )

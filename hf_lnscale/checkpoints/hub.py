@@ -1,4 +1,4 @@
-"""Uploads a checkpoint to the Hugging Face Hub, with a model card of what was done and measured."""
+"""Uploads a checkpoint to the Hugging Face Hub, with a model card that documents changes and evaluation results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .card import Table, model_card
 from .folders import EVALUATION_FILE
 from .names import locate, read_config
 
-# Parts of a training run, not of the model: states, logs, and a pickle with paths of the machine.
+# Files of a training run rather than of the model: states, logs, and a pickle that contains local paths.
 LEFT_OUT = [
     ".*", "*/.*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "optimizer.*", "scheduler.*", "scaler.*",
     "rng_state*", "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py", "*.lock", "*.partial",
@@ -33,11 +33,11 @@ _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload by `push`."""
+    """The result of `push`."""
 
     repo_id: str
-    private: bool | None  # of a new repository; None: as the account is set
-    files: dict[str, int]  # paths in the folder and their sizes in bytes, without the card
+    private: bool | None  # for a new repository; None uses the account's default
+    files: dict[str, int]  # paths in the folder and sizes in bytes, excluding the card
     card: str  # the content of README.md
     folder: Path
     url: str | None = None  # of the commit; None if nothing was uploaded
@@ -61,28 +61,27 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
 ) -> Upload:
-    """Uploads a checkpoint with its model card, in one commit.
+    """Uploads a checkpoint with its model card in one commit.
 
-    The card is the folder's README.md, in which the table of the evaluation is inserted or replaced, if there is one.
-    Without a README.md it is a new card with that table, or with the trainer's last evaluation. The folder
-    itself is not changed.
+    The card is the folder's README.md with the evaluation table, if any, inserted or replaced. Without a README.md, a
+    new card is created with that table or with the Trainer's last evaluation. The folder itself is not changed.
 
     Args:
         folder: folder of a checkpoint.
-        repo_id: name of a repository on the Hub; created if it does not exist.
-        evaluation: a JSON file that `hf-lnscale evaluate --out` wrote; by default `evaluation.json` in the folder.
-        base_model: name on the Hub of the model that this one was made from, for the card.
-        allow_scaled: upload a checkpoint with an active scale, or with layers without attention or MLP, which needs
-            hf_lnscale to load.
-        private: make a new repository private.
+        repo_id: name of the Hub repository; created if it does not exist.
+        evaluation: a JSON file written by `hf-lnscale evaluate --out`; defaults to `evaluation.json` in the folder.
+        base_model: Hub name of the model that this one was made from, for the card.
+        allow_scaled: whether to allow a checkpoint that needs hf_lnscale to load, because it has an active scale or
+            layers without attention or MLP.
+        private: whether to make a new repository private.
         message: the commit message.
         dry_run: only return what would be uploaded; needs no network.
 
     Raises:
         FileNotFoundError: if `folder` is not a checkpoint or `evaluation` does not exist.
-        ValueError: if a scale is active, without `allow_scaled`; if `repo_id` or the content of `evaluation` is not
-            valid.
-        OSError: if the Hub refuses.
+        ValueError: if the checkpoint needs hf_lnscale and `allow_scaled` is False, or if `repo_id` or the content of
+            `evaluation` is invalid.
+        OSError: if the Hub rejects the upload.
     """
     path = Path(folder)
     try:
@@ -101,7 +100,7 @@ def push(
         what, first = "an active scale", "fold it first with hf-lnscale export"
         if record(config).sublayers:
             what, first = "layers without attention or MLP", "fill them first with hf-lnscale export --format zeros"
-        problem, hint = f"has {what}: loading it needs hf_lnscale", f"{first}, or use `allow_scaled=True`"
+        problem, hint = f"has {what}, so loading it requires hf_lnscale", f"{first}, or use `allow_scaled=True`"
         raise ArgumentError("folder", str(folder), problem=problem, hint=hint)
     card = _card(path, repo_id, config, base_model, _evaluated(path, evaluation))
     upload = Upload(repo_id, private, files, card, path)
@@ -121,7 +120,7 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
-    """The table of an evaluation, in Markdown, or ""."""
+    """The evaluation table in Markdown, or ""."""
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
     if not file.is_file():
         if evaluation:
@@ -132,18 +131,18 @@ def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
         return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
     except (ValueError, KeyError, AttributeError):
-        problem = "is not what hf-lnscale evaluate --out writes"
+        problem = "was not written by hf-lnscale evaluate --out"
         raise ArgumentError("evaluation", str(file), problem=problem) from None
 
 
 def _trained(path: Path) -> Table | None:
-    """The metrics that a Trainer saved in the folder."""
+    """The metrics saved in the folder by a Trainer."""
     for name in ("eval_results.json", "all_results.json"):
         if (path / name).is_file():
             metrics = read_object(path / name)
             rows = [(key, f"{value:,.4g}") for key, value in metrics.items() if isinstance(value, (int, float))]
             if rows:
-                return Table(("metric", "value"), rows, f"As the trainer reported them ({name}).", heading="Measured")
+                return Table(("metric", "value"), rows, f"As reported by the Trainer ({name}).", heading="Measured")
     return None
 
 
@@ -161,18 +160,18 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
             return re.sub(re.escape(_BEGIN) + ".*?" + re.escape(_END), lambda _: section, text, flags=re.DOTALL)
         return f"{text.rstrip()}\n\n{section}\n"
     found = record(config)
-    notes = [f"A {config.model_type} of {text_config(config).num_hidden_layers} layers."]
+    notes = [f"A {config.model_type} model with {text_config(config).num_hidden_layers} layers."]
     if found.active or found.folded:
-        state = "active in it" if found.active else "folded into its norm weights: it loads like any other model"
-        notes.append(f"It was made with LayerNorm Scaling (arXiv 2502.05795), which is {state}.")
+        state = "active" if found.active else "folded into its norm weights, so it loads like any other model"
+        notes.append(f"It uses LayerNorm Scaling (arXiv 2502.05795), which is {state}.")
     if found.dropped:
-        gone = str(found.dropped)
+        dropped = str(found.dropped)
         notes.append(
-            f"{gone[0].upper()}{gone[1:]} of the original's {found.dropped.num_hidden_layers}, counted from 0, were "
-            "dropped. That keeps classification better than generation (arXiv 2602.01997)."
+            f"{dropped[0].upper()}{dropped[1:]} (counted from 0) of the original {found.dropped.num_hidden_layers} "
+            "were dropped. This preserves classification better than generation (arXiv 2602.01997)."
         )
     if found.needs_plugin:
-        notes.append("Install hf_lnscale and import it before loading. Without it, loading fails.")
+        notes.append("Install hf_lnscale and import it before loading; without it, loading fails.")
     code = "import hf_lnscale\n" if found.needs_plugin else ""
     code += "from transformers import AutoModelForCausalLM\n\n"
     code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'

@@ -1,4 +1,4 @@
-"""Finds and loads models by the names that users give: a name on the Hub, a folder, or a GGUF file or its folder."""
+"""Finds and loads models by name: a Hub repository, a folder, or a GGUF file or its folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
-    """Converts the name of a repository on the Hub, a folder or a GGUF file to arguments of `from_pretrained`.
+    """Converts a Hub repository, folder or GGUF file to arguments of `from_pretrained`.
 
     Returns:
-        The name or folder, and `{"gguf_file": ...}` if the weights are in one. Other weights in the same folder take
+        The repository or folder, and `{"gguf_file": ...}` for a GGUF file. Other weights in the same folder take
         precedence.
     """
     path = Path(model)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{str(model)!r} is an adapter, not a model; merge it first: AutoPeftModelForCausalLM.from_pretrained("
-            f"{str(model)!r}).merge_and_unload().save_pretrained(...), in Python after import hf_lnscale"
+            f"{str(model)!r} is an adapter, not a model. Merge it first, in Python after import hf_lnscale: "
+            f"AutoPeftModelForCausalLM.from_pretrained({str(model)!r}).merge_and_unload().save_pretrained(...)"
         )
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -47,18 +47,16 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     if not found or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
         return str(model), {}
     if len(found) > 1:
-        raise CheckpointError(f"{str(model)!r} holds {len(found)} GGUF files: {', '.join(found)}; name one of them")
+        raise CheckpointError(f"{str(model)!r} contains {len(found)} GGUF files: {', '.join(found)}; name one of them")
     return str(model), {"gguf_file": found[0]}
 
 
 def read_config(model: str | os.PathLike[str]) -> Any:
-    """Reads the configuration of a model that `locate` finds, and no weights."""
+    """Reads the configuration of a model found by `locate`, but no weights."""
     name, where = locate(model)
-    hint = "a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+    hint = "a model is a folder, a .gguf file or its folder, or a repository on the Hub"
     if Path(name).is_dir() and not where and not (Path(name) / "config.json").is_file():
-        raise CheckpointNotFoundError(
-            f"the folder {str(model)!r} holds no model: no config.json and no .gguf file", hint
-        )
+        raise CheckpointNotFoundError(f"the folder {str(model)!r} contains no config.json and no .gguf file", hint)
     try:
         return AutoConfig.from_pretrained(name, **where)
     except OSError as error:
@@ -66,20 +64,19 @@ def read_config(model: str | os.PathLike[str]) -> Any:
 
 
 def is_causal_lm(config: PreTrainedConfig) -> bool:
-    """Whether `AutoModelForCausalLM` has a class for models of this configuration."""
+    """Whether `AutoModelForCausalLM` supports this configuration."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of a model that `locate` finds."""
+    """Loads the tokenizer of a model found by `locate`."""
     name, where = locate(model)
     files = Path(name).glob("*") if Path(name).is_dir() and not where else None
     # Without any of these files, transformers may return an empty tokenizer.
     if files is not None and not any(re.search("token|vocab|merges|spiece", file.name) for file in files):
         raise CheckpointError(
-            f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or the like",
-            "save the tokenizer that the model was trained with there: "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
+            f"the folder {str(model)!r} has no tokenizer: no tokenizer.json, tokenizer_config.json or similar",
+            f"save the model's own tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
         )
     try:
         return AutoTokenizer.from_pretrained(name, **where)
@@ -88,7 +85,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 
 def dtype_name(dtype: str) -> str:
-    """The torch name of a dtype that may be abbreviated, as in bf16; "auto" is returned unchanged."""
+    """The torch name of a dtype that may be abbreviated, such as bf16; "auto" is returned unchanged."""
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
     found = getattr(torch, name, None)
     if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -101,13 +98,13 @@ class Placement:
     """The device of a model and the dtype of its weights.
 
     Attributes:
-        dtype: name of a torch dtype, such as float32 or bfloat16; "auto" is the checkpoint's own.
-        device: defaults to a GPU if there is one.
-        device_map: passed to `from_pretrained` instead of a device, such as "auto" to spread a model over devices or
-            offload it.
+        dtype: name of a torch dtype, such as float32 or bfloat16; "auto" uses the checkpoint's dtype.
+        device: defaults to a GPU if available.
+        device_map: passed to `from_pretrained` in place of a device, for example "auto" to spread a model over devices
+            or offload it.
 
     Raises:
-        ArgumentError: if both `device` and `device_map` are given, or if the dtype or the device is not available.
+        ArgumentError: if both `device` and `device_map` are given, or the dtype or device is not available.
     """
 
     dtype: str = "auto"
@@ -119,17 +116,17 @@ class Placement:
         if self.device is None:
             return
         if self.device_map:
-            problem = f"and `device_map` {self.device_map!r} exclude each other"
-            raise ArgumentError("device", self.device, problem=problem, hint="give one of the two")
+            problem = f"and `device_map` {self.device_map!r} are mutually exclusive"
+            raise ArgumentError("device", self.device, problem=problem, hint="use only one of them")
         try:
             torch.empty(0, device=self.device)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ArgumentError("device", self.device, problem=f"cannot be used here: {reason}") from None
+            raise ArgumentError("device", self.device, problem=f"is not available: {reason}") from None
 
     @property
     def main_device(self) -> str:
-        """The device of the inputs."""
+        """The device to put inputs on."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(self, model: str | os.PathLike[str]) -> Any:
@@ -137,14 +134,14 @@ class Placement:
         if self.device_map:
             return load(model, dtype=self.dtype, device_map=self.device_map)
         loaded = load(model, dtype=self.dtype)
-        # A quantized model stays where its quantizer put it.
+        # A quantized model stays on the device chosen by its quantizer.
         return loaded if getattr(loaded, "is_quantized", False) else loaded.to(self.main_device)
 
 
 def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Loads a causal language model that `locate` finds, with keywords of `from_pretrained`, in evaluation mode.
+    """Loads a causal language model found by `locate` in evaluation mode, with keywords of `from_pretrained`.
 
-    The weights of a GGUF file are dequantized on loading, so that the model can be saved like any other.
+    GGUF weights are dequantized on loading, so that the model can be saved like any other.
     """
     if isinstance(kwargs.get("dtype"), str):
         kwargs["dtype"] = dtype_name(kwargs["dtype"])
@@ -157,7 +154,7 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def size_on_disk(model: str | os.PathLike[str]) -> int | None:
-    """Size of a model's weight files in bytes; None for a name on the Hub without weights in the cache."""
+    """Size of a model's weight files in bytes; None for a Hub repository that is not in the cache."""
     name, where = locate(model)
     folder = Path(name)
     if where:

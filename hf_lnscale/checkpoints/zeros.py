@@ -1,4 +1,4 @@
-"""Fills layers without attention or MLP with zeros: a plain checkpoint of whole layers, with the same outputs."""
+"""Fills missing attention and MLP modules with zeros: a plain checkpoint of complete layers with the same outputs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from .names import load, locate
 
 
 def fill_with_zeros(model: nn.Module) -> nn.Module:
-    """Puts back each missing attention and MLP, and the norms that serve it alone, in place, with all tensors zero.
+    """Restores missing attention and MLP modules, and the norms used only by them, in place, with all tensors zero.
 
-    Every tensor is zero, and not the last projection alone, so that training leaves the sub-layer without effect, too:
-    the gradient of each of its tensors is zero. What comes back is the same model, without an active scale before and
-    after, with the same outputs: a plain model of its family.
+    All tensors are zero, not just the last projection, so that their gradients are zero too and training leaves the
+    sub-layer without effect. The model must have no active scale.
+
+    Returns:
+        The same model, now a plain model of its family, with the same outputs.
     """
     stack = text_stack(model)
     found = record(stack.model.config)
@@ -54,10 +56,10 @@ def fill_with_zeros(model: nn.Module) -> nn.Module:
 
 
 def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Writes a checkpoint in which what is missing of some layers is there again, as zeros; see `fill_with_zeros`.
+    """Writes a checkpoint in which missing sub-layers are restored as zeros; see `fill_with_zeros`.
 
-    For any runtime, with the size and the speed of whole layers. An active scale is folded. Needs memory for the model.
-    Arguments and errors are those of `export`.
+    It works in any runtime, at the size and speed of complete layers. An active scale is folded. The model must fit in
+    memory. For arguments and errors, see `export`.
     """
     name, _ = locate(src)
     target = Path(out).resolve()
@@ -75,8 +77,8 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
 
 
 def _load_with_head(folder: Path) -> Any:
-    """The model of a checkpoint in the class that it was saved from: a causal language model or any other."""
+    """Loads a checkpoint with the class it was saved from, which may not be a causal language model."""
     names = AutoConfig.from_pretrained(folder).architectures or [""]
     model_class: Any = getattr(transformers, names[0], None)
     known = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-    return model_class.from_pretrained(folder).eval() if known else load(folder)  # else by code in the checkpoint
+    return model_class.from_pretrained(folder).eval() if known else load(folder)  # else custom code

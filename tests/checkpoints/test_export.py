@@ -83,7 +83,7 @@ def test_an_index_of_another_shape(content, sharded, tmp_path):
 def test_what_was_written_is_read_again(sharded, tmp_path, monkeypatch):
     """As by a disk that loses a write."""
     monkeypatch.setattr("hf_lnscale.checkpoints.export._fold_tensor", lambda *args: None)
-    with pytest.raises(ValueError, match="was not written as folded"):
+    with pytest.raises(ValueError, match="was not written correctly"):
         export(sharded, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -50,13 +50,13 @@ def test_the_current_folder_and_those_above_are_never_written(target, tmp_path, 
     here = checkpoint(tmp_path / "project" / "here")
     checkpoint(tmp_path / "project" / "more")
     monkeypatch.chdir(here)
-    with pytest.raises(ValueError, match="is or holds the current folder"):
+    with pytest.raises(ValueError, match="is or contains the current folder"):
         write(Path(target).resolve(), force=True)
     assert (here / "config.json").read_text() == "old"
 
 
 def test_a_name_that_is_too_long_is_refused_at_once(tmp_path):
-    with pytest.raises(ValueError, match="name of more than 200 bytes"):
+    with pytest.raises(ValueError, match="name longer than 200 bytes"):
         write(tmp_path / ("x" * 201))
     write(tmp_path / ("x" * 200))
 
@@ -71,7 +71,7 @@ def test_what_appears_meanwhile_is_kept_and_so_is_the_result(force, tmp_path):
             target.mkdir()
             (target / "thesis.tex").write_text("theirs")
 
-    with pytest.raises(FileExistsError, match="was filled meanwhile") as caught:
+    with pytest.raises(FileExistsError, match="has appeared in the meantime") as caught:
         run()
     assert (target / "thesis.tex").read_text() == "theirs"
     (kept,) = (path for path in tmp_path.iterdir() if path != target)
@@ -151,8 +151,8 @@ def test_the_next_run_cleans_up_after_a_killed_one(moment, tmp_path, caplog):
         write(target)
     assert (target / "config.json").read_text() == ("new" if moment == "after rename 2" else "old")
     assert os.listdir(tmp_path) == ["out"]
-    assert "which a killed run had left" in caplog.text
-    assert ("put back" in caplog.text) == (moment == "after rename 1")
+    assert "left behind by a killed run" in caplog.text
+    assert ("restored" in caplog.text) == (moment == "after rename 1")
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_the_converter_gets_a_plain_checkpoint(name, content, saved, converter, 
 def test_where_the_converter_is_looked_for(converter, tmp_path, monkeypatch):
     file = (converter / "convert_hf_to_gguf.py").resolve()
     assert find_converter(converter) == find_converter(file) == file
-    with pytest.raises(FileNotFoundError, match=r"converter \(not given\) or LLAMA_CPP \(not given\) or on PATH"):
+    with pytest.raises(FileNotFoundError, match=r"found neither by converter or LLAMA_CPP nor on PATH"):
         find_converter()
     monkeypatch.setenv("LLAMA_CPP", str(converter))
     assert find_converter() == file
@@ -98,12 +98,12 @@ def test_refused(saved, converter, tmp_path):
     with pytest.raises(ValueError, match=r"must be a file that ends in \.gguf"):
         export_gguf(saved / "plain", tmp_path / "folder", converter=converter)
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(ValueError, match="is a GGUF file already"):
+    with pytest.raises(ValueError, match="is already a GGUF file"):
         export_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", converter=converter)
     # Sliding windows on some layers: which ones, a runtime may count by itself.
     seven = {"num_hidden_layers": 7}  # the sixth of them sees everything
     hf_lnscale.drop_layers(tiny.model("gemma3_text", **seven), [1]).save_pretrained(tmp_path / "gemma")
-    with pytest.raises(ValueError, match=r"has dropped layers, and its family's layers differ \(layer_types\)"):
+    with pytest.raises(ValueError, match=r"has dropped layers, and .* follow a pattern \(layer_types\)"):
         export_gguf(tmp_path / "gemma", tmp_path / "gemma.gguf", converter=converter)
     hf_lnscale.drop_layers(tiny.model("gemma3_text", **seven), [6]).save_pretrained(tmp_path / "gemma")
     with pytest.raises(RuntimeError, match="Gemma3ForCausalLM is not supported"):  # by the stand-in

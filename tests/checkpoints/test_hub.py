@@ -148,7 +148,7 @@ def test_the_measured_table(saved, tmp_path):
         ("config", {}, FileNotFoundError, "it has no weights"),
         ("plain", {"repo_id": "a/b/c"}, ValueError, "repo_id: "),
         ("plain", {"evaluation": "none.json"}, FileNotFoundError, "^evaluation .* does not exist"),
-        ("plain", {"evaluation": "wrong.json"}, ValueError, "is not what hf-lnscale evaluate --out writes"),
+        ("plain", {"evaluation": "wrong.json"}, ValueError, "was not written by hf-lnscale evaluate --out"),
     ],
 )
 def test_refused(folder, given, error, message, saved, tmp_path, monkeypatch):

@@ -150,10 +150,10 @@ def test_an_error_is_a_line_and_a_hint(cli, tmp_path):
     message, hint = err.splitlines()
     assert message.startswith("hf-lnscale: cannot read 'no-such/model': ")
     assert "offline mode" in message  # all of transformers' own message, which has two lines
-    assert hint == "  hint: a model is a folder, a .gguf file or the folder that it is in, or a name on the Hub"
+    assert hint == "  hint: a model is a folder, a .gguf file or its folder, or a repository on the Hub"
     _, err = cli("info", tmp_path, code=1)
     message, same_hint = err.splitlines()
-    assert message == f"hf-lnscale: the folder {str(tmp_path)!r} holds no model: no config.json and no .gguf file"
+    assert message == f"hf-lnscale: the folder {str(tmp_path)!r} contains no config.json and no .gguf file"
     assert same_hint == hint
 
 
@@ -224,7 +224,7 @@ def test_every_option_has_the_name_that_the_library_uses():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without CUDA")
 def test_a_device_that_is_not_there(cli, folder, tmp_path):
     _, err = cli("evaluate", folder / "plain", "--device", "cuda", code=1)
-    assert err.startswith("hf-lnscale: --device 'cuda' cannot be used here: Torch not compiled with CUDA")
+    assert err.startswith("hf-lnscale: --device 'cuda' is not available: Torch not compiled with CUDA")
     assert len(err.splitlines()) == 1
 
 
@@ -374,7 +374,7 @@ def test_export_to_gguf_without_a_converter(cli, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     _, err = cli("export", folder / "plain", "--out", tmp_path / "x.gguf", "--format", "gguf", code=1)
-    assert "convert_hf_to_gguf.py, and it is not at --converter (not given) or LLAMA_CPP (not given) or on PATH" in err
+    assert "convert_hf_to_gguf.py, found neither by --converter or LLAMA_CPP nor on PATH" in err
     assert err.splitlines()[1].endswith("https://github.com/ggml-org/llama.cpp and use --converter llama.cpp")
     assert list(tmp_path.iterdir()) == []
 
@@ -448,4 +448,4 @@ def test_verbs_take_a_folder_with_a_gguf_file(cli, folder, tmp_path):
     loaded.save_pretrained(tmp_path / "saved")  # an ordinary model
     assert math.isclose(loaded.num_parameters(), plain.num_parameters())
     (tmp_path / "model" / "two.gguf").touch()
-    assert "holds 2 GGUF files: one.gguf, two.gguf" in cli("info", tmp_path / "model", code=1)[1]
+    assert "contains 2 GGUF files: one.gguf, two.gguf" in cli("info", tmp_path / "model", code=1)[1]

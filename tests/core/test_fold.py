@@ -201,7 +201,7 @@ def test_forced_export_replaces_nothing_but_a_checkpoint(wrong, scaled, tmp_path
     (tmp_path / "thesis/text.md").write_text("years of work")
     out = {"holds the source": tmp_path, "another folder": tmp_path / "thesis", "a file": tmp_path / "thesis/text.md"}
     before = contents(tmp_path)
-    with pytest.raises((ValueError, FileExistsError), match=r"must not be, hold or lie in|is not a checkpoint"):
+    with pytest.raises((ValueError, FileExistsError), match=r"must not be, contain or be inside|is not a checkpoint"):
         export(scaled, out[wrong], force=True, progress=False)
     assert contents(tmp_path) == before
 

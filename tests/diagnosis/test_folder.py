@@ -84,7 +84,7 @@ def test_the_command_overwrites_nothing_unasked(checkpoints, tmp_path):
     done = command(checkpoints, "--out", tmp_path, "--force")
     assert "is not a diagnosis" in str(done.exception)
     done = command(checkpoints, "--out", checkpoints)
-    assert "must not be, hold or lie in" in str(done.exception)
+    assert "must not be, contain or be inside" in str(done.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -458,7 +458,7 @@ def test_what_a_model_may_be(folder, tmp_path):
     file.touch()
     assert locate(file) == locate(tmp_path) == (str(tmp_path), {"gguf_file": "one.gguf"})
     (tmp_path / "two.gguf").touch()
-    with pytest.raises(ValueError, match=r"holds 2 GGUF files: one\.gguf, two\.gguf; name one of them"):
+    with pytest.raises(ValueError, match=r"contains 2 GGUF files: one\.gguf, two\.gguf; name one of them"):
         locate(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert locate(tmp_path) == (str(tmp_path), {})

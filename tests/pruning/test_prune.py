@@ -403,7 +403,7 @@ def test_prune_refuses(checkpoint, text, tmp_path):
     assert "is not a valid increase" in run(*given, "--max-ppl-increase", "10", "--out", tmp_path / "out", expect=2)
     assert "is not a checkpoint" in run(*given, "--layers", 1, "--force", "--out", tmp_path / "full", expect=1)
     for out in (checkpoint, checkpoint / "inside", checkpoint.parent, text.parent):
-        assert "must not be, hold or lie in" in run(*given, "--layers", 1, "--force", "--out", out, expect=1)
+        assert "must not be, contain or be inside" in run(*given, "--layers", 1, "--force", "--out", out, expect=1)
     assert "'' is not a list of layers" in run(*given, "--drop", "", "--out", tmp_path / "out", expect=2)
     assert "'a' is not a list of layers" in run(*given, "--drop", "a", "--out", tmp_path / "out", expect=2)
     assert "does not exist in a model of 6" in run(*given, "--drop", "9", "--out", tmp_path / "out", expect=1)

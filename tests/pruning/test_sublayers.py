@@ -429,7 +429,7 @@ def test_what_other_commands_say(tmp_path):
     assert read_info(str(tmp_path / "cut")).dropped | {"base": ""} == {
         "layers": [], "num_hidden_layers": 4, "base": "", "attention": [1], "mlp": [2],
     }  # fmt: skip
-    with pytest.raises(ValueError, match="loading it needs hf_lnscale"):
+    with pytest.raises(ValueError, match="loading it requires hf_lnscale"):
         push(tmp_path / "cut", "user/model", dry_run=True)
     card = push(tmp_path / "cut", "user/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale" in card
