@@ -1,4 +1,4 @@
-"""Compares models: perplexity, tasks, speed, memory and size."""
+"""Compares the perplexity, task results, speed, memory and size of models."""
 
 from __future__ import annotations
 

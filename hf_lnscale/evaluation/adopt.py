@@ -1,7 +1,7 @@
-"""Marking a checkpoint that was trained with LayerNorm Scaling elsewhere, after measuring that it was.
+"""Marks a checkpoint that was trained with LayerNorm Scaling elsewhere, after verifying this by measurement.
 
-The authors' code saves its models as plain `llama` (github.com/lmsdss/LayerNorm-Scaling), so nothing in such a
-checkpoint says that its pre-norms have to be scaled. Its perplexity does.
+The authors' code (github.com/lmsdss/LayerNorm-Scaling) saves its models as plain `llama`, so nothing in such a
+checkpoint says that its pre-norms must be scaled. Its perplexity tells.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ..measuring import sample
 from ..measuring.text import documents, window_length
 from .perplexity import Perplexity, check_windows, first_bytes, perplexity
 
-SEQ_LEN = 256  # as in the paper's training; such a model may be poor at longer windows
+SEQ_LEN = 256  # the paper's training length; such models may do poorly on longer windows
 
 
 @dataclass(frozen=True, eq=False)
 class Adopted:
-    """A checkpoint that was marked as scaled. As a string it is the measurements.
+    """A checkpoint that was marked as scaled. `str` shows the measurements.
 
     Attributes:
-        path: the folder that was written.
+        path: the folder written.
         plain: perplexity without the scale.
         scaled: perplexity with the scale.
     """
@@ -59,30 +59,31 @@ def adopt(
     force: bool = False,
     progress: bool = True,
 ) -> Adopted:
-    """Marks a checkpoint as scaled that was trained with LayerNorm Scaling and does not say so.
+    """Marks a checkpoint that was trained with LayerNorm Scaling but does not record it.
 
-    Its perplexity is measured without the scale and with it. Only if the scale lowers the loss by more than two
-    standard errors of the difference is anything written: the same weights, a `config.json` that says `ln_scaling`,
-    tokenizer and other small files. The folder appears under its name when it is complete.
+    Measures perplexity without and with the scale. Only if the scale lowers the loss by more than two standard errors
+    of the difference, writes the same weights, a `config.json` with `ln_scaling`, the tokenizer and other small files.
+    The folder appears only when complete.
 
     Args:
-        model: a folder, or a name on the Hub.
+        model: a folder or Hub repository.
         out: folder to write.
-        data: texts, a path, or rows, as for `perplexity`; None takes English that comes with Python.
-        ln_scaling: the scale that it was trained with: True for the paper's, or as for `from_pretrained`.
-        tokenizer: the one that the model was trained with, or its name, if it is not in the model's folder (the
-            authors' code leaves it out); it is written too.
-        max_bytes: take only the first of the text's bytes.
-        seq_len: tokens in a window; None is 256, with which the paper trains, or as many positions as there are.
-        batch_size: windows at a time.
-        placement: where the model is computed, and the type of its weights, also of those written.
-        force: replace a checkpoint that is at `out`.
-        progress: show progress bars.
+        data: texts, a path, or rows, as for `perplexity`; None uses English text shipped with Python.
+        ln_scaling: the scale it was trained with: True for the paper's, or any value accepted by `from_pretrained`.
+        tokenizer: the model's tokenizer, or its name, if it is not in the model's folder (the authors' code does not
+            save it); it is written too.
+        max_bytes: use only this many bytes of the text, from its start.
+        seq_len: tokens per window; the default is 256, the paper's training length, or the number of positions if that
+            is smaller.
+        batch_size: windows per batch.
+        placement: device and dtype of the model; the dtype also applies to the weights written.
+        force: whether to replace a checkpoint at `out`.
+        progress: whether to show progress bars.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds anything but a checkpoint.
-        ValueError: if the scale makes the model worse or the difference is within two standard errors; the message
-            has both perplexities. Also for a checkpoint that is marked already, and for invalid arguments.
+        FileExistsError: if `out` is not empty and `force` is False, or contains anything but a checkpoint.
+        ValueError: if the scale makes the model worse or the difference is within two standard errors (the message
+            gives both perplexities), if the checkpoint is already marked, or if an argument is invalid.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     name, gguf = locate(model)
@@ -91,11 +92,11 @@ def adopt(
     config = read_config(model)
     if gguf or not is_causal_lm(config):
         problem = f"is {'a GGUF file' if gguf else 'not a causal language model'}"
-        hint = "load it, and mark it in memory: apply_ln_scaling(model).save_pretrained(...)"
+        hint = "load it and mark it in memory: apply_ln_scaling(model).save_pretrained(...)"
         raise ArgumentError("model", str(model), problem=problem, hint=hint)
     if active := record(config).active:
-        raise ArgumentError("model", str(model), problem=f"says already that it is scaled: {active.to_dict()}")
-    set_ln_scaling(config, ln_scaling)  # validates, before anything is measured
+        raise ArgumentError("model", str(model), problem=f"is already marked as scaled: {active.to_dict()}")
+    set_ln_scaling(config, ln_scaling)  # validates the argument before anything is measured
     seq_len = window_length(seq_len, [config], SEQ_LEN)
     check_windows(config, seq_len, seq_len, batch_size)
     given = tokenizer
@@ -103,7 +104,7 @@ def adopt(
         tokenizer = load_tokenizer(tokenizer or model)
     texts = first_bytes(documents(sample.documents() if data is None else data, tokenizer), max_bytes)
     if not any(text.strip() for text in texts):
-        raise ArgumentError("data", problem="holds no text")
+        raise ArgumentError("data", problem="contains no text")
 
     loaded = placement.load(model)
     windows: dict[str, Any] = {"seq_len": seq_len, "stride": seq_len, "batch_size": batch_size, "progress": progress}
@@ -111,22 +112,22 @@ def adopt(
     apply_ln_scaling(loaded, ln_scaling)
     scaled = perplexity(loaded, texts, tokenizer, **windows)
     if reason := why_not(plain, scaled):
-        raise ArgumentError("model", str(model), problem=f"is not marked: {_figures(plain, scaled)}; {reason}")
+        raise ArgumentError("model", str(model), problem=f"was not marked: {_figures(plain, scaled)}; {reason}")
 
     with atomic_directory(target, force) as partial:
         folder = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=list(NOT_COMPANIONS))
         copy_companions(Path(folder), partial)
         if given is not None:
             tokenizer.save_pretrained(partial)
-        loaded.save_pretrained(partial)  # from memory, so that weights are read once
+        loaded.save_pretrained(partial)  # from memory, to read the weights only once
     return Adopted(Path(out), plain, scaled)
 
 
 def why_not(plain: Perplexity, scaled: Perplexity) -> str:
-    """The reason not to mark a model as trained with the scale, or ""."""
+    """The reason for not marking a model as trained with the scale, or ""."""
     change = scaled.minus(plain)["loss"]
     if change.stderr is None or abs(change.value) <= 2 * change.stderr:
-        return "the difference is within chance: measure on more text, or on text like that of its training"
+        return "the difference may be chance; use more text, or text similar to its training data"
     if change.value > 0:
         return "the scale makes it worse, so it was not trained with it"
     return ""

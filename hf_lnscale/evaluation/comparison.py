@@ -1,4 +1,4 @@
-"""Several models, measured in the same way, in one table."""
+"""Evaluates several models in the same way and shows them in one table."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from .tasks import TaskResult, run_tasks, task_manager
 
 logger = logging.getLogger(__name__)
 
-# The standard error of a standard error from K blocks is about 1 / sqrt(2 (K - 1)) of it: a quarter with nine.
+# A standard error from K blocks itself has a relative error of about 1 / sqrt(2 (K - 1)): a quarter with nine blocks.
 LEAST_BLOCKS = 9
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFigures:
-    """The measurements of one model.
+    """The results of one model.
 
     Attributes:
-        name: as the caller named it.
-        label: its name in the table.
-        parameters: their number, tied ones counted once.
-        num_layers: decoder layers.
-        size_on_disk: bytes of its weight files, if they are on this machine.
-        dtype: of its weights as measured.
-        perplexity: on the text, if there was one.
-        speed: if it was measured.
-        tasks: by task and metric.
+        name: name given by the caller.
+        label: name in the table.
+        parameters: number of parameters, with tied ones counted once.
+        num_layers: number of decoder layers.
+        size_on_disk: size of its weight files in bytes, if they are on this machine.
+        dtype: dtype of its weights during the evaluation.
+        perplexity: on the text, if one was given.
+        speed: if measured.
+        tasks: results by task and metric.
     """
 
     name: str
@@ -70,14 +70,14 @@ class Evaluation:
 
     Attributes:
         models: the first is the reference.
-        settings: everything that the figures depend on: text, windows, dtype, device, options of tasks, versions.
+        settings: everything that the results depend on: text, windows, dtype, device, task options, versions.
     """
 
     models: list[ModelFigures]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON types; each model but the first with its `differences` to the first."""
+        """The evaluation as JSON types. Every model but the first has its `differences` from the first."""
         return {
             "format": 1,
             "reference": public_name(self.models[0].name),
@@ -87,7 +87,7 @@ class Evaluation:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes Markdown to a .md file, JSON to a .json file, and `evaluation.json` into a folder.
+        """Writes Markdown to a .md file, JSON to a .json file, or `evaluation.json` to a folder.
 
         Raises:
             ArgumentError: for any other path.
@@ -98,11 +98,11 @@ class Evaluation:
         return path
 
     def markdown(self) -> str:
-        """The table in Markdown, with what it was measured on under it."""
+        """The table in Markdown, followed by the notes."""
         return f"{markdown(self._header(), self._rows())}\n\n{markdown_text(self.notes)}"
 
     def table(self) -> Table:
-        """The table for a terminal, to be followed by `notes`."""
+        """The table for a terminal; show `notes` after it."""
         return terminal(self._header(), self._rows())
 
     def _header(self) -> list[str]:
@@ -113,12 +113,12 @@ class Evaluation:
         rows: list[list[str]] = []
 
         def add(name: str, cells: Iterable[str], changes: Iterable[str] = ()) -> None:
-            """A row of figures; below that of each model but the first its difference to the first's, if known."""
+            """Adds a row of values, with the difference from the first model, if known, below each."""
             pairs = zip_longest(cells, ("", *changes), fillvalue="")
             rows.append([name, *("\n".join(filter(None, pair)) for pair in pairs)])
 
         def relative(name: str, attribute: str, show: Callable[[Any], str] = str) -> None:
-            """A row of figures with changes in percent."""
+            """Adds a row of values with changes in percent."""
             values = [attrgetter(attribute)(one) for one in self.models]
             changes = [relative_change(one, values[0]) for one in values[1:]]
             add(name, map(show, values), ["" if change is None else f"{change:+.1%}" for change in changes])
@@ -134,7 +134,7 @@ class Evaluation:
             changes = [one.minus(first.perplexity) for one in measured[1:]]
             for name in ("perplexity", "bits_per_byte"):
                 estimates = [getattr(one, name) for one in measured]
-                differences = [_change(one[name]) if name in one else "other tokens" for one in changes]
+                differences = [_change(one[name]) if name in one else "different tokens" for one in changes]
                 add(name.replace("_", " "), [with_error(one.value, one.stderr) for one in estimates], differences)
         if first.speed:
             relative("prefill, tokens/s", "speed.prefill_tokens_per_second")
@@ -149,10 +149,10 @@ class Evaluation:
 
     @property
     def notes(self) -> str:
-        """The data and settings of the measurement, and how to read the table."""
+        """The data and settings of the evaluation, and how to read the table."""
         notes = ["±: standard error."]
         if len(self.models) > 1:
-            notes.append("The second figure of a model is its difference to the first model's.")
+            notes.append("The second value of a model is its difference from the first model.")
         first = self.models[0]
         if first.perplexity:
             text, found = self.settings["data"], first.perplexity
@@ -164,30 +164,30 @@ class Evaluation:
             )
             if (blocks := len(found.block_bytes)) < LEAST_BLOCKS:
                 notes.append(
-                    f"The text makes {blocks} block{'s' * (blocks != 1)} of about {BLOCK_SIZE // 1000} kB; standard "
-                    f"errors take {LEAST_BLOCKS}, so that another text could give other figures than they say."
+                    f"The text has {blocks} block{'s' * (blocks != 1)} of about {BLOCK_SIZE // 1000} kB; reliable "
+                    f"standard errors take {LEAST_BLOCKS}, so other text may give results outside of them."
                 )
             for one in self.models:
                 if one.perplexity and one.perplexity.caution:
                     notes.append(f"{one.label}: {one.perplexity.caution}")
                 if one.perplexity and one.perplexity.unknown_tokens:
                     notes.append(
-                        f"{one.perplexity.unknown_tokens:,} tokens of the text are unknown to {one.label}: its figures "
-                        "are too low."
+                        f"{one.perplexity.unknown_tokens:,} tokens of the text are unknown to {one.label}, so its "
+                        "values are too low."
                     )
         if first.speed:
             speed = self.settings["speed"]
             together = first.speed.decode_tokens_per_second.in_turn
-            how = "in turn" if together else "one after the other, as they do not fit into memory together"
+            how = "in turn" if together else "one after the other, as they do not fit in memory together"
             dtype = f", {first.dtype}" if len({one.dtype for one in self.models}) == 1 else ""
             notes.append(
-                f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones, "
-                f"median of {speed['repeats']} runs (lowest to highest), each model in a process of its own, {how}, "
+                f"Speed: batch size 1, a prompt of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new tokens, "
+                f"median of {speed['repeats']} runs (lowest to highest), each model in a separate process, {how}, "
                 f"on {self.settings['device']}{dtype}. Peak memory is a single measurement."
             )
             if len(self.models) > 1:
                 notes.append(
-                    f"Differences of speed are given where no ranges overlap, of {LEAST_RUNS} runs or more in turn."
+                    f"Differences in speed are shown if the ranges of {LEAST_RUNS} or more runs do not overlap."
                 )
         if self.settings["tasks"]:
             limit = self.settings["tasks"]["limit"]
@@ -199,14 +199,14 @@ class Evaluation:
 
 
 def report_path(out: str | os.PathLike[str]) -> Path:
-    """The file that `Evaluation.save` writes.
+    """The file that `Evaluation.save` will write.
 
     Raises:
         ArgumentError: if `out` is neither a .json or .md file nor a folder.
     """
     path = Path(out) / EVALUATION_FILE if Path(out).is_dir() else Path(out)
     if path.suffix not in (".json", ".md"):
-        raise ArgumentError("out", str(out), "a file that ends in .json or .md, or a folder that exists")
+        raise ArgumentError("out", str(out), "a file that ends in .json or .md, or an existing folder")
     return path
 
 
@@ -230,37 +230,37 @@ def evaluate(
     placement: Placement = Placement(),
     progress: bool = True,
 ) -> Evaluation:
-    """Measures models in the same way and compares them with the first: quality, speed, memory, size.
+    """Evaluates models in the same way and compares them with the first: quality, speed, memory and size.
 
-    One model is in memory at a time. Arguments are checked before anything is measured.
+    One model is in memory at a time, except for speed. Arguments are validated before anything is measured.
 
     Args:
-        models: a folder, name on the Hub or GGUF file; or several. The first is what the others are compared with.
-        data: text for perplexity and bits per byte, see `perplexity`; a column "messages" is rendered by the first
-            model's chat template, so that the text is the same for all.
-        tasks: tasks of lm-evaluation-harness by name, or paths of task files.
+        models: one or several folders, Hub repositories or GGUF files. The first is the reference for the others.
+        data: text for perplexity and bits per byte, see `perplexity`. A column "messages" is rendered with the first
+            model's chat template, so that all models get the same text.
+        tasks: names of lm-evaluation-harness tasks, or paths of task files.
         include_path: a folder of task files.
-        limit: use only this many documents of each task.
-        num_fewshot: overrides the tasks' own number of examples.
+        limit: maximum number of documents per task.
+        num_fewshot: overrides the number of few-shot examples of each task.
         max_bytes: use only this many bytes of the text, from its start.
-        seq_len, stride: windows of the text, see `perplexity`; None for `seq_len` is 1024, or the fewest positions that
-            one of the models was made for.
-        batch_size: windows, or requests of tasks, at a time.
-        abilities: sums, copying, the questions of MMLU in lm-evaluation-harness's package, and the agreement with the
-            first model on text that this writes itself; nothing is downloaded.
-        speed: measure speed and memory.
+        seq_len, stride: windows of the text, see `perplexity`. The default `seq_len` is 1024, or the smallest number of
+            positions of any of the models.
+        batch_size: number of windows, or task requests, per batch.
+        abilities: whether to measure addition, copying, the MMLU questions packaged with lm-evaluation-harness, and
+            agreement with the first model on text that it generates. Nothing is downloaded.
+        speed: whether to measure speed and memory.
         prompt_tokens, new_tokens, repeats: see `measure`.
-        placement: where the models are computed, and the type of their weights.
-        progress: show progress bars.
+        placement: device and dtype of the models.
+        progress: whether to show progress bars.
 
     Raises:
-        ValueError: for wrong arguments; the message names them.
-        OSError: if there is no such model or file.
-        ImportError: if tasks are asked for without lm-evaluation-harness; the message names the extra.
+        ValueError: if an argument is invalid; the message names it.
+        OSError: if a model or file does not exist.
+        ImportError: if tasks are given but lm-evaluation-harness is not installed; the message names the extra.
     """
     names = [str(one) for one in ([models] if isinstance(models, (str, os.PathLike)) else models)]
     if not names:
-        raise ValueError("models: name at least one")
+        raise ValueError("models: give at least one")
     if data is None and not tasks and not abilities and not speed:
         raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
     device = placement.main_device
@@ -277,17 +277,17 @@ def evaluate(
         source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
         texts = first_bytes(documents(data, tokenizers[0]), max_bytes)
         if not any(text.strip() for text in texts):
-            raise ArgumentError("data", source, problem="holds no text")
+            raise ArgumentError("data", source, problem="contains no text")
 
     labels = _labels(names)
     costs: Sequence[Speed | None] = [None] * len(names)
     if speed:
-        logger.info("speed and memory of %s, each in a process of its own, in turn", ", ".join(labels))
+        logger.info("measuring speed and memory of %s, each in a separate process", ", ".join(labels))
         costs = measure(
             *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
         )
     figures = []
-    written: Continuations | None = None  # by the first model
+    continuations: Continuations | None = None  # generated by the first model
     for name, config, tokenizer, label, cost in zip(names, configs, tokenizers, labels, costs, strict=True):
         model: Any = placement.load(name)
         text_figures = None
@@ -302,15 +302,15 @@ def evaluate(
             )
         if abilities:
             results += ability_results(model, tokenizer, batch_size)
-            if written is not None:
-                results += written.agreement(model, tokenizer)
+            if continuations is not None:
+                results += continuations.agreement(model, tokenizer)
             elif len(names) > 1:
-                written = Continuations(model, tokenizer)
+                continuations = Continuations(model, tokenizer)
         figures.append(
             ModelFigures(
                 name=name,
                 label=label,
-                parameters=model.num_parameters(),  # of packed weights too
+                parameters=model.num_parameters(),  # counts packed weights correctly
                 num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
                 size_on_disk=size_on_disk(name),
                 dtype=_weights(model),
@@ -322,7 +322,7 @@ def evaluate(
         del model
         gc.collect()
         if device.startswith("cuda"):
-            torch.cuda.empty_cache()  # for the processes that measure
+            torch.cuda.empty_cache()  # frees memory for other processes
     return Evaluation(
         figures,
         {
@@ -345,7 +345,7 @@ def evaluate(
 
 
 def _labels(names: list[str]) -> list[str]:
-    """The last parts of each name, as many as it takes to tell the names apart."""
+    """Shortens names to their last components, keeping enough of them to tell the names apart."""
     parts = [(Path(name).resolve() if Path(name).exists() else Path(name)).parts for name in names]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-count:]) for one in parts]
@@ -355,7 +355,7 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _weights(model: Any) -> str:
-    """The dtype of a model's weights, and their quantization method if they are quantized."""
+    """The dtype of a model's weights, and their quantization method, if any."""
     dtype, quantization = str(model.dtype).removeprefix("torch."), getattr(model.config, "quantization_config", None)
     if quantization is None:
         return dtype

@@ -1,23 +1,23 @@
-"""How well a model predicts a text: perplexity over strided windows, bits per byte, and their standard errors.
+"""Perplexity over strided windows and bits per byte of a text, with standard errors.
 
-Tokens. A document is a sequence of tokens t_1 ... t_N, and every one of them is predicted exactly once; t_1
-from the token that begins a text (`bos_token`, or `eos_token` without one, as in lm-evaluation-harness).
-Windows hold `seq_len` tokens of input. The first predicts `seq_len` tokens; each further one moves on by `stride` and
-predicts these alone, from at least `seq_len - stride` preceding tokens; the last window reaches back as far as it needs
-to be full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window begins with it,
+Tokens. A document is a sequence of tokens t_1 ... t_N, each of which is predicted exactly once; t_1 is predicted from
+a beginning token (`bos_token`, or `eos_token` if there is none, as in lm-evaluation-harness).
+Windows have `seq_len` input tokens. The first predicts `seq_len` tokens. Each following one advances by `stride` and
+predicts only the new tokens, from at least `seq_len - stride` preceding ones. The last window extends backwards until
+it is full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window starts with it,
 in place of its oldest token: these models degrade without a BOS token.
 
-Bits per byte. Perplexity refers to a model's own tokens, so it cannot compare models with different tokenizers. Bits
-per byte can: all nats of the text divided by ln 2 and by its bytes in UTF-8, as the whole text is predicted.
+Bits per byte. Perplexity depends on a model's tokens, so it cannot compare models with different tokenizers. Bits per
+byte can: the total nats of the text divided by ln 2 and by its number of UTF-8 bytes.
 
-Standard errors. Tokens of one passage are not independent, so the text is cut into blocks (a document, or about 2 kB of
-a long one, at a space), and a mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
-the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are places in the text, the same for
-every model, so two models are compared in pairs of blocks, which removes the difficulty of the text (the clustered and
-the paired standard errors of arXiv 2411.00640). They say how much another text of the kind could differ, and nothing
-about another training seed.
+Standard errors. Tokens of one passage are not independent, so the text is split into blocks (documents, or about 2 kB
+of a long one, at a space). A mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
+the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are at the same places in the text for
+every model, so models are compared block by block, which removes the effect of the text's difficulty (the clustered
+and paired standard errors of arXiv 2411.00640). They estimate the variation between texts of the same kind, but not
+between training seeds.
 
-Shapes: B windows, T tokens of input, V vocabulary, K blocks.
+Shapes: B windows, T input tokens, V vocabulary, K blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SEQ_LEN = 1024
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a difference of means, and its standard error; None where it cannot be known."""
+    """A mean, or a difference of means, and its standard error; None if it cannot be determined."""
 
     value: float
     stderr: float | None
@@ -56,21 +56,21 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:
-    """How a model predicted a text.
+    """A model's predictions of a text.
 
     Attributes:
-        nats: minus the log-likelihood of the text.
-        num_tokens: tokens that were predicted.
-        num_bytes: bytes of UTF-8 that these tokens stand for.
-        num_documents: documents they are from.
-        unknown_tokens: tokens that the tokenizer replaced by its `unk_token`; what they stand for is not predicted, so
+        nats: negative log-likelihood of the text.
+        num_tokens: number of predicted tokens.
+        num_bytes: number of UTF-8 bytes that these tokens represent.
+        num_documents: number of documents.
+        unknown_tokens: tokens that the tokenizer replaced by its `unk_token`. The text behind them is not predicted, so
             bits per byte are too low.
         text: digest of the text.
-        tokenization: digest of the token ids; models are compared by the token where it is the same.
-        block_nats: shape (K,), float64; None if the tokenizer does not say where in the text a token is.
+        tokenization: digest of the token ids; only models with the same digest are compared per token.
+        block_nats: shape (K,), float64; None if the tokenizer does not return offsets of tokens in the text.
         block_tokens: shape (K,), float64.
         block_bytes: shape (K,), float64.
-        caution: a sentence, if the model's layers were chosen or healed on part of the text; "" if not.
+        caution: a warning if part of the text was used to choose or heal the model's layers, else "".
     """
 
     nats: float
@@ -92,7 +92,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(loss); its standard error is the loss's times the perplexity (delta method)."""
+        """exp(loss). Its standard error is that of the loss times the perplexity (delta method)."""
         loss, value = self.loss, math.exp(self.nats / self.num_tokens)
         return Estimate(value, None if loss.stderr is None else value * loss.stderr)
 
@@ -102,13 +102,13 @@ class Perplexity:
         return Estimate(self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2)))
 
     def minus(self, reference: Perplexity) -> dict[str, Estimate]:
-        """Differences to a reference on the same text, with the standard errors of the pairs of blocks.
+        """Differences from a reference on the same text, with paired standard errors over blocks.
 
         Returns:
-            `bits_per_byte`; and, if the tokens are the same, `loss` (nats per token) and `perplexity`.
+            `bits_per_byte` and, if the tokens are the same, `loss` (nats per token) and `perplexity`.
 
         Raises:
-            ValueError: if the texts are not the same.
+            ValueError: if the texts differ.
         """
         if self.text != reference.text:
             raise ValueError("perplexities of different texts cannot be compared")
@@ -129,7 +129,7 @@ class Perplexity:
 
 
 def _residuals(one: Perplexity, sizes: torch.Tensor, total: float) -> torch.Tensor | None:
-    """The share of each block in the error of the ratio sum(nats) / sum(sizes)."""
+    """The contribution of each block to the error of the ratio sum(nats) / sum(sizes)."""
     return None if one.block_nats is None else ratio_residuals(one.block_nats, sizes, one.nats / total)
 
 
@@ -151,21 +151,21 @@ def perplexity(
     max_bytes: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
-    """Measures how well a causal language model predicts a text.
+    """Computes the perplexity of a causal language model on a text.
 
     Args:
         model: any causal language model.
         data: texts, a path, or rows, as for `token_batches`; each text or row is one document.
-        tokenizer: loaded by the model's name if none is given.
-        seq_len: tokens of input in a window; None is 1024, or as many as the model has positions for.
-        stride: tokens that each window but the first predicts, at most `seq_len`; None is half of it.
-        batch_size: windows at a time.
-        max_bytes: take only the first of the text's bytes.
-        progress: show a progress bar.
+        tokenizer: loaded by the model's name if not given.
+        seq_len: input tokens per window; the default is 1024, or the model's number of positions if that is smaller.
+        stride: tokens predicted by each window but the first, at most `seq_len`; the default is half of it.
+        batch_size: windows per batch.
+        max_bytes: use only this many bytes of the text, from its start.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for sizes that are not positive or do not fit together, for text without a token to predict, and
-            for a model whose outputs are not finite or whose exp(loss) overflows.
+        ValueError: if sizes are not positive or inconsistent, the text has no token to predict, or the model's outputs
+            are not finite or exp(loss) overflows.
     """
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
@@ -182,7 +182,7 @@ def perplexity(
         reverse=True,
     )
     if not windows:
-        raise ValueError("data: there is no token to predict in the text")
+        raise ValueError("data: the text has no token to predict")
     nats = [torch.zeros(max(0, len(one.ids) - 1), dtype=torch.float64) for one in encoded]
     bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
     with eval_mode(model), bar:
@@ -193,25 +193,25 @@ def perplexity(
             bar.update(len(batch))
     found = _gather(texts, encoded, nats, tokenizer)
     if (loss := found.nats / found.num_tokens) >= MOST_NATS:
-        raise ValueError(f"model: its loss is {loss:.4g} nats a token on this data; nothing can be compared with that")
+        raise ValueError(f"model: its loss on this data is {loss:.4g} nats per token, too high for a comparison")
     known = caution(model.config, (document.ids[int(document.prefixed) :] for document in encoded))
     return replace(found, caution=known or "")
 
 
 def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int) -> int:
-    """Raises a ValueError for invalid sizes; returns the stride."""
+    """Validates sizes and returns the stride."""
     stride = max(1, seq_len // 2) if stride is None else stride
     for name, value in {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if stride > seq_len:
-        raise ValueError(f"stride must be at most seq_len ({seq_len}), or tokens would be left out; got {stride}")
-    window_length(seq_len, [config])  # refuses one that is too long
+        raise ValueError(f"stride must be at most seq_len ({seq_len}), or tokens would be skipped, got {stride}")
+    window_length(seq_len, [config])  # refuses windows that are too long
     return stride
 
 
 def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
-    """The first `max_bytes` bytes of the texts in UTF-8; the last text is cut between two characters."""
+    """The first `max_bytes` UTF-8 bytes of the texts, truncated at a character boundary."""
     if max_bytes is None:
         return list(texts)
     if max_bytes < 1:
@@ -228,7 +228,7 @@ def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A document: `ids` with the beginning token at [0], and where in the text each token starts, if known."""
+    """A document: `ids` with the beginning token at [0], and the offset of each token in the text, if known."""
 
     ids: torch.Tensor
     starts: list[int] | None
@@ -237,7 +237,7 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class _Window:
-    """The inputs ids[start:end] of a document; they predict ids[first] to ids[end]."""
+    """The inputs ids[start:end] of a document, which predict ids[first] to ids[end]."""
 
     document: int
     start: int
@@ -246,7 +246,7 @@ class _Window:
 
 
 def _beginning(tokenizer: Any) -> tuple[int | None, bool]:
-    """The token that a text begins with, and whether the tokenizer itself puts it there."""
+    """The beginning token, and whether the tokenizer itself adds it."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id, added_beginning(tokenizer) is not None
     return tokenizer.eos_token_id, False
@@ -260,12 +260,12 @@ def _encode(text: str, tokenizer: Any, prefix: int | None) -> _Encoded:
     if prefix is not None:
         return _Encoded(torch.tensor([prefix, *ids]), starts, True)
     if not fast and len(ids) > 1:
-        raise ValueError("tokenizer: it has neither bos_token nor eos_token to begin a text with")
+        raise ValueError("tokenizer: it has neither a bos_token nor an eos_token to start a text with")
     return _Encoded(torch.tensor(ids, dtype=torch.long), starts, False)
 
 
 def _windows(document: int, length: int, seq_len: int, stride: int) -> Iterator[_Window]:
-    """Windows over `length` ids, of which all but [0] are predicted."""
+    """Windows over `length` ids, all of which except [0] are predicted."""
     done, last = 0, length - 1
     while done < last:
         end = min(last, seq_len if done == 0 else done + stride)
@@ -274,7 +274,7 @@ def _windows(document: int, length: int, seq_len: int, stride: int) -> Iterator[
 
 
 def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere: bool) -> Iterator[torch.Tensor]:
-    """Minus the log-likelihood of what each window predicts, float64."""
+    """Negative log-likelihoods of the tokens predicted by each window, float64."""
     longest = max(window.end - window.start for window in batch)
     ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -286,7 +286,7 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         if everywhere and window.start:
             ids_BT[row, 0] = ids[0]
     device = model.get_input_embeddings().weight.device
-    # Without padding there is no mask, so that fast kernels apply. Padding comes after all tokens that are read.
+    # Without padding the mask is omitted, so that fast kernels apply. Padding is on the right.
     inputs = {} if mask_BT.all() else {"attention_mask": mask_BT.to(device)}
     logits_BTV = model(input_ids=ids_BT.to(device), use_cache=False, **inputs).logits
     for row, window in enumerate(batch):
@@ -313,7 +313,7 @@ def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor],
         if document.starts is None:
             blocks.append([values.sum().item(), len(values), len(text.encode())])
             continue
-        # Without a token to begin with, the first one is not predicted, and its bytes do not count.
+        # Without a beginning token, the first token is not predicted and its bytes do not count.
         starts = document.starts if document.prefixed else document.starts[1:]
         begin = 0 if document.prefixed else (starts[0] if starts else len(text))
         cuts, first = block_cuts(text), len(blocks)
@@ -340,7 +340,7 @@ def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor],
 
 
 def block_cuts(text: str, size: int = BLOCK_SIZE) -> list[int]:
-    """The starts of a document's blocks: about every `size` characters, before a space if there is one nearby."""
+    """Start offsets of a document's blocks: about every `size` characters, before a nearby space if possible."""
     cuts, at = [0], size
     while at <= len(text) - size // 2:
         space = re.compile(r"(?<=\S)\s").search(text, at, at + size // 4)

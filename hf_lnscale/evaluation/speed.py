@@ -1,6 +1,6 @@
-"""Speed and memory of checkpoints, each measured in a process of its own, in turn.
+"""Measures the speed and memory of checkpoints, each in a separate process.
 
-The processes take turns run by run, so that a machine whose speed drifts slows all of them alike.
+The processes alternate run by run, so that drifts in the machine's speed affect all of them equally.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ..checkpoints.names import Placement, load, size_on_disk
 from ..core.processes import command_of
 from ..measuring.stream import kv_cache
 
-# The ranges of n runs each of two equally fast models are disjoint by chance in 2 of C(2n, n) cases: 33 % for two runs,
-# 10 % for three, 3 % for four.
+# With n runs each, the ranges of two equally fast models are disjoint by chance in 2 of C(2n, n) cases: 33 % for two
+# runs, 10 % for three, 3 % for four.
 LEAST_RUNS = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The timings of several runs.
+    """Timings of several runs.
 
     Attributes:
-        median, lowest, highest: over the runs; the first, which warms up, is not among them.
+        median, lowest, highest: over all runs but the first, which is a warmup.
         runs: number of runs.
-        in_turn: whether they took turns with those of the models that they are compared with.
+        in_turn: whether the runs alternated with those of the models compared.
     """
 
     median: float
@@ -50,7 +50,7 @@ class Timing:
         return cls(statistics.median(values), min(values), max(values), len(values), in_turn)
 
     def times(self, factor: float) -> Timing:
-        """The same in another unit."""
+        """The same timings in another unit."""
         return replace(self, median=factor * self.median, lowest=factor * self.lowest, highest=factor * self.highest)
 
     def __str__(self) -> str:
@@ -58,10 +58,10 @@ class Timing:
 
 
 def relative_change(value: Timing | float | None, reference: Timing | float | None) -> float | None:
-    """Relative change from a reference; None if it is unknown or could be noise.
+    """Relative change from a reference; None if it is unknown or may be noise.
 
-    A change of timings could be noise if their ranges overlap, if there are fewer runs than `LEAST_RUNS`, or if the
-    runs did not take turns, so that the machine may have changed in between.
+    A change of timings may be noise if the ranges overlap, there are fewer than `LEAST_RUNS` runs, or the runs did not
+    alternate, so that the machine's speed may have changed in between.
     """
     if isinstance(value, Timing) and isinstance(reference, Timing):
         if value.lowest <= reference.highest and reference.lowest <= value.highest:
@@ -79,13 +79,13 @@ class Speed:
     """The cost of loading and running a checkpoint.
 
     Attributes:
-        parameters: as the model counts them, tied ones once.
-        load_seconds: until the model can run.
-        load_peak_bytes, peak_bytes: peak memory after loading, and after running: of the device on a GPU, else of the
-            whole process, interpreter and libraries included. Each is a single measurement.
-        prefill_tokens_per_second: tokens of the prompt over the time to the first token.
-        decode_tokens_per_second: tokens after the first.
-        first_token_seconds: from the prompt to the first new token.
+        parameters: number of parameters, with tied ones counted once.
+        load_seconds: time until the model is ready to run.
+        load_peak_bytes, peak_bytes: peak memory after loading and after running: device memory on a GPU, otherwise
+            memory of the whole process, including interpreter and libraries. Each is a single measurement.
+        prefill_tokens_per_second: prompt tokens divided by the time to the first token.
+        decode_tokens_per_second: decoding speed after the first token.
+        first_token_seconds: time to the first token.
     """
 
     parameters: int
@@ -105,25 +105,25 @@ def measure(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> list[Speed]:
-    """Loads each checkpoint in a new process and runs all of them in turn, batch size 1.
+    """Loads each checkpoint in a new process and alternates their runs, with batch size 1.
 
-    All models are in memory at once; where they would not fit, they are measured one after the other, and their
-    timings say so (`Timing.in_turn`).
+    All models are in memory at once. If they do not fit, they are measured one after the other, which
+    `Timing.in_turn` records.
 
     Args:
-        checkpoints: folders, names on the Hub, or GGUF files.
-        drop_layers: for each checkpoint the layers that `from_pretrained` leaves out; empty for none.
-        placement: where to run, and in which type.
-        prompt_tokens: length of the prompt, random ids.
-        new_tokens: tokens to decode after the first, greedily.
-        repeats: runs of each checkpoint, after one that warms up.
+        checkpoints: folders, Hub repositories or GGUF files.
+        drop_layers: for each checkpoint, the `drop_layers` of `from_pretrained`; empty for none.
+        placement: device and dtype.
+        prompt_tokens: length of the prompt of random ids.
+        new_tokens: number of tokens to decode greedily after the first.
+        repeats: runs of each checkpoint after a warmup run.
 
     Returns:
         One `Speed` per checkpoint.
 
     Raises:
-        ValueError: for numbers that are not positive.
-        RuntimeError: if a process fails; the message is the last line that it printed.
+        ValueError: if a number is not positive.
+        RuntimeError: if a process fails; the message is the last line it printed.
     """
     for name, value in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}.items():
         if value < 1:
@@ -140,7 +140,7 @@ def measure(
 
 
 def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) -> bool:
-    """Whether all checkpoints fit into memory at once, with room for what they compute."""
+    """Whether all checkpoints fit in memory at once, with room for activations."""
     sizes = [size_on_disk(checkpoint) for checkpoint in checkpoints]
     if placement.main_device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(placement.main_device)
@@ -149,7 +149,7 @@ def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) ->
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     else:
         return False
-    # A type other than that on disk can take up to four times the bytes (8-bit to float32).
+    # Weights may take up to four times their size on disk (8-bit to float32).
     growth = 1.5 if placement.dtype == "auto" else 4
     return all(sizes) and growth * sum(filter(None, sizes)) < free
 
@@ -179,9 +179,9 @@ def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, flo
 
 @contextlib.contextmanager
 def _started(job: dict[str, Any]) -> Iterator[Callable[..., dict[str, Any]]]:
-    """A process that runs `serve`, as a function that sends a request, if one is given, and returns the next answer.
+    """Starts a process that runs `serve`. Yields a function that sends a request, if any, and returns the next answer.
 
-    The process ends when its standard input closes, so also when this process is killed.
+    The process ends when its standard input closes, including when this process is killed.
     """
     command = [*command_of("hf_lnscale.evaluation.speed:serve"), json.dumps(job)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
@@ -209,22 +209,22 @@ def _started(job: dict[str, Any]) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """The most bytes that were ever in use: of the device's memory on a GPU, else of this process."""
+    """Peak memory in bytes: device memory on a GPU, otherwise memory of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss: a new process starts with that of the one that started it.
+        # Not ru_maxrss, which a new process inherits from its parent.
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    import resource  # not on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve() -> None:
-    """Loads the checkpoint of the job in `sys.argv` and runs it once for each line on standard input."""
+    """Loads the checkpoint of the job in `sys.argv` and runs it once per line of standard input."""
     job = json.loads(sys.argv[1])
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps output of libraries out of the answers
     device = job["device"]
     started = time.perf_counter()
     keywords = {"drop_layers": job["drop_layers"]} if job["drop_layers"] else {}

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, on a model in memory."""
+"""Runs tasks of lm-evaluation-harness on a model in memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class TaskResult:
     """A metric of a task.
 
     Attributes:
-        task, metric, filter: as lm-evaluation-harness names them.
-        value, stderr: as it reports them; no standard error where it reports none.
-        num_samples: documents of the task that were used.
-        higher_is_better: as the task defines it; None if it does not.
+        task, metric, filter: names in lm-evaluation-harness.
+        value, stderr: as reported; the standard error is None if not reported.
+        num_samples: number of documents evaluated.
+        higher_is_better: as defined by the task; None if undefined.
         version: version of the task.
-        num_fewshot: examples before each question.
-        samples: the metric of each document by its number; None if the reported value is not their mean.
+        num_fewshot: number of few-shot examples.
+        samples: the metric of each document by its index; None if the reported value is not their mean.
     """
 
     task: str
@@ -47,10 +47,11 @@ class TaskResult:
         return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
 
     def minus(self, reference: TaskResult) -> tuple[Estimate, bool]:
-        """The difference to a reference, and whether its standard error is paired.
+        """The difference from a reference, and whether its standard error is paired.
 
-        It is paired if both have the metric of the same documents (arXiv 2411.00640). If not, as for groups of tasks,
-        the two are treated as independent, which overestimates the error for models that err on the same documents.
+        It is paired if both have the metric for the same documents (arXiv 2411.00640). Otherwise, for example for task
+        groups, the results are treated as independent, which overestimates the error if models fail on the same
+        documents.
         """
         difference = self.value - reference.value
         ours, theirs = self.samples, reference.samples
@@ -67,15 +68,15 @@ class TaskResult:
 
 
 def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> Any:
-    """lm-evaluation-harness's `TaskManager`, after checking that it knows the tasks.
+    """Creates the `TaskManager` of lm-evaluation-harness and checks that it knows the tasks.
 
     Args:
         tasks: names of tasks, groups or tags, or paths of task files.
-        include_path: a folder of task files, which `tasks` then names like any other.
+        include_path: a folder of task files, which can then be named in `tasks`.
 
     Raises:
-        ImportError: if lm-evaluation-harness is missing; the message names the extra.
-        ValueError: for a task that it does not know.
+        ImportError: if lm-evaluation-harness is not installed; the message names the extra.
+        ValueError: if a task is unknown.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -107,18 +108,18 @@ def run_tasks(
     Args:
         model, tokenizer: a causal language model, on its device.
         tasks, manager: see `task_manager`.
-        batch_size: requests at a time.
-        limit: use only this many documents of each task.
-        num_fewshot: overrides the tasks' own number of examples.
+        batch_size: requests per batch.
+        limit: maximum number of documents per task.
+        num_fewshot: overrides the number of few-shot examples of each task.
 
     Raises:
-        Any error that a task raises, such as an OSError if its data cannot be downloaded.
+        Any error raised by a task, such as OSError if its data cannot be downloaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be JSON
+    with contextlib.redirect_stdout(sys.stderr):  # it prints messages, and stdout may be JSON
         found: Any = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),

@@ -251,7 +251,7 @@ def test_what_is_wrong_with_the_output_is_said_first(cli, folder, tmp_path):
     given = (folder / "plain", "--data", folder / "text.txt", "--out")
     _, err = cli("evaluate", *given, tmp_path / "x.txt", code=1)
     assert err.startswith(
-        f"hf-lnscale: --out must be a file that ends in .json or .md, or a folder that exists, got '{tmp_path}"
+        f"hf-lnscale: --out must be a file that ends in .json or .md, or an existing folder, got '{tmp_path}"
     )
     for verb, more in {"adopt": [], "diagnose": [], "prune": ["--layers", 1], "export": []}.items():
         given_here = [folder / "plain", "--out"] if verb == "export" else given
@@ -264,7 +264,7 @@ def test_what_is_wrong_with_the_output_is_said_first(cli, folder, tmp_path):
 def test_an_empty_text_is_said_before_anything_is_measured(cli, folder, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     _, err = cli("evaluate", folder / "plain", "--data", tmp_path / "empty.txt", code=1)
-    assert err.splitlines()[0].startswith("hf-lnscale: --data 'empty.txt' holds no text")
+    assert err.splitlines()[0].startswith("hf-lnscale: --data 'empty.txt' contains no text")
 
 
 def test_evaluate_the_current_folder(cli, folder, monkeypatch):

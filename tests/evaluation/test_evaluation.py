@@ -142,7 +142,7 @@ def test_outputs_that_are_no_numbers_are_refused():
 def test_a_loss_beyond_numbers_is_refused():
     model = tiny.model()
     model.lm_head.weight.data.mul_(1e6)
-    with pytest.raises(ValueError, match=r"its loss is .* nats a token on this data"):
+    with pytest.raises(ValueError, match=r"its loss on this data is .* nats per token"):
         perplexity(model, [TEXT], byte_tokenizer(), progress=False)
 
 
@@ -422,7 +422,7 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate(plain, tasks=["local_choice"], include_path=tmp_path / "none")
     with pytest.raises(ValueError, match="nothing to measure"):
         evaluate(plain, speed=False)
-    with pytest.raises(ValueError, match="name at least one"):
+    with pytest.raises(ValueError, match="give at least one"):
         evaluate([])
     with pytest.raises(FileNotFoundError, match="data: there is no file"):
         evaluate(plain, "none.txt")
