@@ -101,8 +101,8 @@ class KnownText:
                 raise TypeError
         except (TypeError, KeyError, IndexError):
             raise ValueError(
-                f'{KNOWN_TEXT} must be like {{"source": "a.txt", "passages": "00c0ffee0123"}}, with twelve hexadecimal '
-                f"digits per passage, got {stored!r:.200}"
+                f'{KNOWN_TEXT} must look like {{"source": "a.txt", "passages": "00c0ffee0123"}}, with twelve '
+                f"hexadecimal digits per passage, got {stored!r:.200}"
             ) from None
         return cls(source, tuple(sorted(int(hashes[at : at + 12], 16) for at in range(0, len(hashes), 12))))
 

@@ -243,7 +243,7 @@ def test_the_real_checkpoint(cache, tmp_path):
     ids = tokenizer(one.held_out_texts[0], return_tensors="pt").input_ids[:, :256]
     with torch.no_grad():
         loss = plain(ids, labels=ids).loss.item()
-        with pytest.warns(UserWarning, match="switched on"):
+        with pytest.warns(UserWarning, match="enabled"):
             cold = AutoModelForCausalLM.from_pretrained(folder, ln_scaling=True)
         assert cold(ids, labels=ids).loss.item() > loss + 5
         cold.save_pretrained(tmp_path / "scaled")

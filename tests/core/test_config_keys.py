@@ -45,7 +45,7 @@ NOT_DROPPED += [{"layers": [0], "num_hidden_layers": 5, "attention": [1], "mlp":
 
 @pytest.mark.parametrize("value", NOT_DROPPED, ids=repr)
 def test_dropped_layers_edited_by_hand(value, edited):
-    message = rf"^dropped_layers in .* must be like .*, got {re.escape(repr(value))}$"
+    message = rf"^dropped_layers in .* must look like .*, got {re.escape(repr(value))}$"
     for load in (AutoConfig, AutoModelForCausalLM, LlamaConfig):
         with pytest.raises(ValueError, match=message):
             load.from_pretrained(edited(dropped_layers=value))

@@ -219,8 +219,8 @@ def plain_and_scaled(tmp_path_factory):
 
 
 COLD = [
-    ("plain", True, "switched on.*trained without it.*from_config.*hf-lnscale adopt"),
-    ("scaled", False, "switched off.*trained with it.*fold_ln_scaling"),
+    ("plain", True, "enabled.*trained without it.*from_config.*hf-lnscale adopt"),
+    ("scaled", False, "disabled.*trained with it.*fold_ln_scaling"),
     ("scaled", {"exponent": 1.0}, "was changed"),
     ("scaled", {"depths": [2, 3, 4, 5]}, "was changed"),
 ]

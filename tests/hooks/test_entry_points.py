@@ -135,7 +135,7 @@ def test_sft_config(plain_folder, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    with pytest.warns(UserWarning, match="switched on"):
+    with pytest.warns(UserWarning, match="enabled"):
         trainer = SFTTrainer(
             model=str(plain_folder),
             args=SFTConfig(

@@ -25,7 +25,7 @@ def test_axolotl_sets_the_flags_on_a_configuration(tmp_path):
     for key, value in flags.items():
         setattr(config, key, value)
     assert str(record(config).dropped) == "layers 1; attention of layers 2; MLPs of layers 3"
-    with pytest.warns(UserWarning, match="switched on"):
+    with pytest.warns(UserWarning, match="enabled"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     for model in (loaded, AutoModelForCausalLM.from_config(config)):
         assert hf_lnscale.ln_scales(model) == pytest.approx([1, 3**-0.5, 4**-0.5])

@@ -137,5 +137,5 @@ def test_several_texts_are_noted_in_bounded_space():
 )  # fmt: skip
 def test_values_that_are_not_valid(value):
     config = tiny.config(calibration_text=value)
-    with pytest.raises(ValueError, match=r"^calibration_text must be like .*, got "):
+    with pytest.raises(ValueError, match=r"^calibration_text must look like .*, got "):
         known_text(config)
