@@ -1,1 +1,1 @@
-"""Layers chosen, taken out, and the rest repaired."""
+"""Chooses layers to drop, drops them and heals the rest."""

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint belong to the layers that a model has, and under which names they are loaded."""
+"""Maps the tensors of a checkpoint to the layers of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.stack import own_stack, pretrained_modules
 
 
 def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int], int]:
-    """Which layers of the model that it was once cut from a model has: their numbers there, and how many there were."""
+    """The indices, in the original model, of a model's layers, and the original's number of layers."""
     if (dropped := record(config).dropped) is not None:
         return dropped.kept, dropped.num_hidden_layers
     num_layers = config["num_hidden_layers"] if isinstance(config, dict) else text_config(config).num_hidden_layers
@@ -25,55 +25,55 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
     """The positions of a model's layers in a checkpoint.
 
     Args:
-        config: of the model that is to be loaded.
-        saved: the checkpoint's own config.json.
+        config: configuration of the model to load.
+        saved: the checkpoint's config.json.
 
     Returns:
-        For each layer of the model its number in the checkpoint; None where these are the same.
+        The index in the checkpoint of each layer of the model; None if they are the same.
 
     Raises:
-        ValueError: if the checkpoint does not hold them.
+        ValueError: if the checkpoint lacks some of the layers.
     """
     wanted, original = original_layers(config)
     text = text_config(config)
     key = type(config).base_config_key
     if key in saved and saved.get("model_type") != config.model_type:
-        saved = saved[key]  # the text part alone, of a checkpoint that has others
-    there = record(saved).dropped
-    if there is None:
-        # The class fills in what config.json leaves out. The file may ask for layers to be dropped; it has them still.
+        saved = saved[key]  # only the text decoder of a multimodal checkpoint is loaded
+    dropped = record(saved).dropped
+    if dropped is None:
+        # `from_dict` adds defaults that config.json omits. Layers that the file says to drop are still in the weights.
         full = type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp"))
-        held, held_of = original_layers(full)
+        available, total = original_layers(full)
     else:
-        held, held_of = there.kept, there.num_hidden_layers
+        available, total = dropped.kept, dropped.num_hidden_layers
     require_sublayers(config, saved)
-    if held == wanted and held_of == original:
+    if available == wanted and total == original:
         return None
-    if held_of != original or not set(wanted) <= set(held):
+    if total != original or not set(wanted) <= set(available):
+        has = f"layers {available}" if dropped else f"{len(available)} layers"
         raise ValueError(
-            f"drop_layers: the config wants layers {wanted} of a model of {original} layers, but the checkpoint "
-            f"{config.name_or_path!r} holds {'layers ' + str(held) if there else str(len(held)) + ' layers'} of a "
-            f"model of {held_of} ({text.model_type})"
+            f"drop_layers: the config needs layers {wanted} of a model with {original} layers, but the checkpoint "
+            f"{config.name_or_path!r} has {has} of a model with {total} ({text.model_type})"
         )
-    return [held.index(layer) for layer in wanted]
+    return [available.index(layer) for layer in wanted]
 
 
 def require_sublayers(config: PreTrainedConfig, saved: dict[str, Any]) -> None:
-    """Refuses a checkpoint that lacks sub-layers which a model has.
+    """Refuses a checkpoint that lacks sub-layers of a model.
 
     Args:
-        config: of the model that is to be loaded.
-        saved: the checkpoint's own config.json.
+        config: configuration of the model to load.
+        saved: the checkpoint's config.json.
 
     Raises:
-        ValueError: if so; the message names them.
+        ValueError: if sub-layers are missing; the message names them.
     """
-    there, here, (layers, _) = record(saved).dropped, record(config).dropped, original_layers(config)
+    stored, wanted, (layers, _) = record(saved).dropped, record(config).dropped, original_layers(config)
     for kind in SUBLAYERS:
-        if absent := set(getattr(there, kind, ())) & set(layers) - set(getattr(here, kind, ())):
+        if absent := set(getattr(stored, kind, ())) & set(layers) - set(getattr(wanted, kind, ())):
             raise ValueError(
                 f"drop_{kind}: the checkpoint {config.name_or_path!r} has no {kind} in layers {sorted(absent)}, which "
-                "the config wants; leave the config out, to load the model that is in the checkpoint"
+                "the config needs; omit the config to load the checkpoint's own model"
             )
 
 
@@ -86,10 +86,10 @@ def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
-    """As `positions_on_disk`, for tensors without a config.json, from the number of layers.
+    """Like `positions_on_disk`, for tensors without a config.json, based on the number of layers.
 
     Raises:
-        ValueError: if these are neither the layers of the model nor all of the original's.
+        ValueError: if it is neither the model's number of layers nor the original's.
     """
     wanted, original = original_layers(config)
     names = list(names)
@@ -100,13 +100,13 @@ def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, na
     if len(found) == original:
         return wanted
     raise ValueError(
-        f"drop_layers: state_dict holds {len(found)} layers; the model has {len(wanted)} of {original}, and either "
-        "number would do"
+        f"drop_layers: state_dict has {len(found)} layers, but must have {len(wanted)}, like the model, or {original}, "
+        "like the original model"
     )
 
 
 def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
-    """Matches the names, in a checkpoint of whole layers, of the tensors of the sub-layers that a model lacks."""
+    """Matches tensor names, in a checkpoint of complete layers, of the sub-layers that a model lacks."""
     found = []
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and (stack := own_stack(module)):
@@ -119,25 +119,25 @@ def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
 
 
 def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:
-    """New names for the tensors of a checkpoint of which some layers are kept.
+    """Renames the tensors of a checkpoint for a model that keeps some of its layers.
 
     Args:
-        names: of the tensors in the checkpoint.
-        model: the model that they are for.
-        positions: for each of its layers the number in the checkpoint.
+        names: tensor names in the checkpoint.
+        model: the model to load them into.
+        positions: the index in the checkpoint of each layer of the model.
 
     Returns:
-        Name in the checkpoint to name under which it is loaded; tensors of dropped layers are missing.
+        Name in the checkpoint -> name in the model; tensors of dropped layers are omitted.
 
     Raises:
-        ValueError: if the decoder's layers cannot be recognized by the names.
+        ValueError: if the decoder's layers cannot be identified by the names.
     """
     names = list(names)
     return rename_layers(names, _layer_names_of(model, names), positions)
 
 
 def rename_layers(names: Iterable[str], layer: re.Pattern[str], kept: list[int]) -> dict[str, str]:
-    """Names of tensors to their names when only some layers are kept; tensors of other layers are missing."""
+    """Tensor name -> its name when only some layers are kept; tensors of other layers are omitted."""
     numbers = {str(old): new for new, old in enumerate(kept)}
     renamed = {}
     for name in names:
@@ -149,15 +149,15 @@ def rename_layers(names: Iterable[str], layer: re.Pattern[str], kept: list[int])
 
 
 def layer_names(path: str) -> re.Pattern[str]:
-    """Matches names of tensors in the layers at a path: what is before the layer's number, the number, and the rest."""
+    """Matches tensor names in the layers at a path. Groups: the part before the layer's index, the index, the rest."""
     return re.compile(rf"^((?:.*?\.)?{re.escape(path)}\.)(\d+)(\..*)$")
 
 
 def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]:
-    """As `layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
+    """Like `layer_names`, for the layers of a model's text decoder among the names in a checkpoint.
 
-    A vision tower has `layers` too; the decoder's are those with its pre-norm. So have layers for predicting several
-    tokens, which transformers ignores.
+    Vision towers also have `layers`; the decoder's are those with its pre-norm. Multi-token prediction layers have it
+    too, but transformers ignores them.
     """
     family = family_of(model.config, "drop_layers")
     marks = {f".{family.attention_norm}.weight"}
@@ -172,7 +172,7 @@ def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]
     }
     if len(prefixes) != 1:
         raise ValueError(
-            f"drop_layers: the layers of {type(model).__name__} cannot be recognized by the names in the checkpoint "
+            f"drop_layers: the layers of {type(model).__name__} cannot be identified by the names in the checkpoint "
             f"(candidates: {sorted(prefixes) or 'none'})"
         )
     return re.compile(rf"^({re.escape(*prefixes)})(\d+)(\..*)$")

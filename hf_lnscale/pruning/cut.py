@@ -1,4 +1,4 @@
-"""The parts to take out of a model: the values of `drop_layers`, `drop_attention` and `drop_mlp`, read into a `Cut`."""
+"""Parses `drop_layers`, `drop_attention` and `drop_mlp` into a `Cut`, the parts to drop from a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .plan import PruningPlan
 
 @dataclass(frozen=True)
 class Cut:
-    """The parts that are taken out of a model: positions in it before any is taken out, sorted.
+    """The parts to drop from a model, as sorted positions before the drop.
 
     Attributes:
-        layers: whole layers, those that lose both sub-layers, or lose one and had lost the other before, among them.
-        attention: layers that lose their attention alone.
-        mlp: layers that lose their MLP alone.
-        text: the text that a plan chose all of it on, if one did.
+        layers: whole layers, including those that lose their second sub-layer.
+        attention: layers that lose only their attention.
+        mlp: layers that lose only their MLP.
+        text: the text on which a plan chose them, if any.
     """
 
     layers: tuple[int, ...] = ()
@@ -46,13 +46,13 @@ class Cut:
         mlp: Any = None,
         named: str = "drop_{}",
     ) -> Cut:
-        """Reads values of the arguments `drop_layers`, see `layers_to_drop`, `drop_attention` and `drop_mlp`.
+        """Parses the arguments `drop_layers` (see `layers_to_drop`), `drop_attention` and `drop_mlp`.
 
-        `named` makes the names of the last two for errors, of "attention" and "mlp".
+        `named` is a format string for the names of the last two in errors.
 
         Raises:
-            ValueError: for wrong indices, a sub-layer that is not there, or if no layer would be left.
-            UnsupportedArchitectureError: if the family is not in the table, or cannot lose sub-layers alone.
+            ValueError: if an index is invalid, a sub-layer is already missing, or no layer would be left.
+            UnsupportedArchitectureError: if the family is not in the table, or does not support dropping sub-layers.
         """
         if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
             layers = PruningPlan.load(layers)
@@ -72,8 +72,8 @@ class Cut:
         if len(whole) == (num_layers := text_config(config).num_hidden_layers):
             names = [name for name, value in typed.items() if value is not None]
             raise ValueError(
-                f"{' and '.join(names)}: nothing would be left of {num_layers} layers; a layer without attention and "
-                "MLP is dropped"
+                f"{' and '.join(names)}: nothing would be left of {num_layers} layers, since a layer that loses both "
+                "attention and MLP is dropped"
             )
         text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
         sublayers = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
@@ -81,33 +81,33 @@ class Cut:
 
 
 def _or_planned(value: Any, plan: PruningPlan, kind: str, named: str) -> Any:
-    """The value of `drop_attention` or `drop_mlp`, or what the plan beside it says."""
+    """The value of `drop_attention` or `drop_mlp`, or that of the plan."""
     planned = list(getattr(plan, kind)) or None
     if planned and value is not None:
         raise ValueError(
-            f"{named.format(kind)}: {value!r} and the plan's {planned} exclude each other; give the plan alone, or all "
-            "three lists without it"
+            f"{named.format(kind)}: {value!r} conflicts with the plan's {planned}; pass only the plan, or all three "
+            "lists without it"
         )
     return planned if value is None else value
 
 
 def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers", least: int = 1) -> list[int]:
-    """Reads a list of layers to drop.
+    """Validates a list of layers to drop.
 
     Args:
         layers: indices; negative ones count from the end.
-        num_layers: layers that there are, L.
-        argument: the name to complain under.
-        least: layers that must be left; 0 where the layers stay, and lose a part.
+        num_layers: number of layers, L.
+        argument: name of the argument for errors.
+        least: number of layers that must be left; 0 if layers only lose a part.
 
     Returns:
-        Sorted positions, each in 0 ... L - 1.
+        Sorted positions from 0 to L - 1.
 
     Raises:
-        ValueError: for indices that are not integers, out of range or given twice, or if too few layers would be left.
+        ValueError: if indices are not integers, are out of range or repeated, or too few layers would be left.
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once" + ", and not all of them" * least
-    # An array without dimensions has an __iter__ that raises.
+    # A 0-d array has an __iter__ that raises.
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
         raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
     found: list[int] = []
@@ -130,25 +130,25 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
 
 
 def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
-    """Reads a value of `drop_layers`: indices, a `PruningPlan`, None, or a number N of layers.
+    """Parses a value of `drop_layers`: indices, a `PruningPlan`, None, or a number N of layers.
 
-    The deepest N layers but the last are those that Gromov et al. (arXiv 2403.17887, section 4.4) propose where nothing
-    is measured. A plan whose figures are with healing is warned of, as dropping does not heal.
+    A number selects the deepest N layers except the last, as Gromov et al. (arXiv 2403.17887, section 4.4) propose in
+    the absence of measurements. A plan with healing causes a warning, since dropping does not heal.
     """
     if value is None:
         return []
-    family_of(config, "drop_layers")  # others need not count their layers
+    family_of(config, "drop_layers")  # other families need not have a number of layers
     num_layers = text_config(config).num_hidden_layers
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, PruningPlan):
         value.require_made_for(config)
         if "healed" in value.perplexity:
-            gone = "plan.layers" + "".join(f", {kind}=plan.{kind}" for kind in SUBLAYERS if getattr(value, kind))
+            arguments = "plan.layers" + "".join(f", {kind}=plan.{kind}" for kind in SUBLAYERS if getattr(value, kind))
             warn(
                 f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} is that of the healed model; "
                 f"without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
-                f"hf_lnscale.heal(model, plan, data) and then hf_lnscale.drop_layers(model, {gone}); or use "
+                f"hf_lnscale.heal(model, plan, data) and then hf_lnscale.drop_layers(model, {arguments}); or use "
                 "`hf-lnscale prune`."
             )
         return normalize_layers(value.layers, num_layers, "drop_layers: the plan")
@@ -160,8 +160,8 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
             )
         layers = list(range(num_layers - 1 - value, num_layers - 1))
         warn(
-            f"drop_layers={value} drops layers {layers}, the deepest but the last, by a rule of thumb and not by "
-            "measurement; it can destroy a model. hf_lnscale.plan_pruning chooses layers by what they cost."
+            f"drop_layers={value} drops layers {layers}, the deepest except the last, by a rule of thumb that can "
+            "destroy a model. hf_lnscale.plan_pruning chooses layers by measurement."
         )
         return layers
     if not isinstance(value, Iterable):
@@ -173,10 +173,10 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The attention and the MLPs, as units, that a model can lose alone: of layers that have both.
+    """The attention and MLP units that can be dropped separately, from layers that have both.
 
     Raises:
-        UnsupportedArchitectureError: if its family can lose neither; the message says why.
+        UnsupportedArchitectureError: if the family supports neither; the message gives the reason.
     """
     found: list[tuple[str, int]] = []
     for kind in SUBLAYERS:
@@ -194,32 +194,32 @@ def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: 
     text = text_config(config)
     found = normalize_layers(value, text.num_hidden_layers, argument, least=0)
     if absent := before.intersection(found):
-        raise ValueError(f"{argument}: layers {sorted(absent)} have none; it was dropped before")
+        raise ValueError(f"{argument}: layers {sorted(absent)} have none, as it has already been dropped")
     if kind == "attention":
         kinds = _kinds_of_layers(text)
         if other := [layer for layer in found if kinds and kinds[layer] in _WITHOUT_TOKENS]:
             raise ValueError(
-                f"{argument}: layers {other} have no attention with a KV cache, but {kinds[other[0]]}; the whole layer "
-                "can go: drop_layers"
+                f"{argument}: layers {other} have {kinds[other[0]]} instead of attention with a KV cache; use "
+                "drop_layers to drop whole layers"
             )
         if getattr(text, "num_kv_shared_layers", None):
-            raise ValueError(f"{argument}: with num_kv_shared_layers, other layers attend to a layer's keys and values")
+            raise ValueError(f"{argument}: with num_kv_shared_layers, other layers use a layer's keys and values")
     return found
 
 
-# Kinds of layers whose cache does not grow with the tokens.
+# Kinds of layers whose cache does not grow with the number of tokens.
 _WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
 def _kinds_of_layers(text: PreTrainedConfig) -> list[str]:
-    """The kind of each layer, if a configuration says it."""
+    """The kind of each layer, if the configuration lists them."""
     return getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
 
 
 def counting_layers(text: PreTrainedConfig) -> set[int]:
-    """The layers of which one must stay: the cache of a hybrid model counts tokens in a layer without linear attention.
+    """The layers of a hybrid model whose cache counts tokens, at least one of which must be kept.
 
-    Empty for a model that is not a hybrid.
+    These are the layers without linear attention. Empty for a model that is not a hybrid.
     """
     kinds = _kinds_of_layers(text)
     counting = {layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_TOKENS}

@@ -1,6 +1,6 @@
-"""A configuration without some layers: the fields that run over depth follow, and the cut is noted in it.
+"""Drops layers from a configuration: adjusts per-layer fields and records the cut.
 
-The note counts layers as the original model did, so that layers are found again on disk, and keep their own depth.
+The record uses the original model's indices, so that layers are found on disk and keep their own depth.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from .cut import Cut, counting_layers
 
 
 def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None, mlp: Any = None) -> None:
-    """Writes values of `drop_layers`, `drop_attention` and `drop_mlp` into a configuration; a model built from it lacks
-    what they name. All three count layers as they are in the configuration before."""
+    """Applies `drop_layers`, `drop_attention` and `drop_mlp` to a configuration. All use indices before the drop."""
     prune_config(config, Cut.of(config, value, attention, mlp))
 
 
 def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Family | None = None) -> None:
-    """Takes layers and sub-layers out of a model's configuration, in place: fields that run over depth follow.
+    """Drops layers and sub-layers from a model's configuration, in place, and adjusts per-layer fields.
 
     Args:
-        config: of the whole model; its text decoder is meant.
-        cut: what to take out, or layers, as `normalize_layers` returns them.
-        family: the row of the text decoder, if it is not in the table.
+        config: configuration of the whole model; layers are those of its text decoder.
+        cut: what to drop, or layers, as returned by `normalize_layers`.
+        family: row of the text decoder, if it is not in the table.
 
     Raises:
-        UnsupportedArchitectureError: if the family is not in the table, or its fields over depth are not known.
-        ValueError: if the configuration names layers in a place that cannot be followed.
+        UnsupportedArchitectureError: if the family is not in the table, or its per-layer fields are unknown.
+        ValueError: if the configuration refers to layers in a way that cannot be adjusted.
     """
     cut = cut if isinstance(cut, Cut) else Cut(tuple(cut))
     if not cut:
@@ -52,15 +51,15 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
     _refuse_other_mentions(config, family, kept)
     if (counting := counting_layers(text)) and not counting.intersection(kept):
         raise ValueError(
-            f"drop_layers: without layers {sorted(counting)} only layers of linear attention are left, which cannot "
+            f"drop_layers: without layers {sorted(counting)} only linear-attention layers are left, which cannot "
             "generate; keep one of them"
         )
     found = record(config)
     past = found.dropped or Dropped((), num_layers)
-    gone = {*past.layers, *(past.kept[at] for at in cut.layers)}
-    lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - gone for kind in SUBLAYERS]
+    layers = {*past.layers, *(past.kept[at] for at in cut.layers)}
+    lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - layers for kind in SUBLAYERS]
     base = past.base or public_name(config.name_or_path or "")
-    dropped = Dropped(tuple(sorted(gone)), past.num_hidden_layers, base, *(tuple(sorted(one)) for one in lacking))
+    dropped = Dropped(tuple(sorted(layers)), past.num_hidden_layers, base, *(tuple(sorted(one)) for one in lacking))
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
         for name in ("active", "folded", "on_disk")
@@ -78,7 +77,7 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
 
 def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> None:
     if (overrides := text.to_dict().get("per_layer_config")) is not None:
-        text.per_layer_config = None  # it is compared with the number of layers
+        text.per_layer_config = None  # would be validated against the number of layers
     for name, rule in rules.items():
         _FOLLOW[rule](text, name, kept)
     text.num_hidden_layers = len(kept)
@@ -88,7 +87,7 @@ def _follow(text: PreTrainedConfig, rules: dict[str, str], kept: list[int]) -> N
 
 
 def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
-    """Finds a period, with its offset if it has one, that meets the same layers after renumbering."""
+    """Finds a period, and an offset if there is one, that selects the same layers after renumbering."""
     shift = name.replace("period", "offset")
     movable = shift != name and hasattr(text, shift)
     period, offset = getattr(text, name), getattr(text, shift) if movable else -1
@@ -101,13 +100,13 @@ def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
                     setattr(text, shift, start)
                 return
     raise ValueError(
-        f"drop_layers: the config says that layers are of a kind by {name}={period}, and no period says it of layers "
-        f"{kept}; drop others, so that what is left is regular"
+        f"drop_layers: the config selects layers of a kind by {name}={period}, and no period does so for layers "
+        f"{kept}; drop other layers, so that a regular pattern is left"
     )
 
 
 def _dense(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
-    """`mlp_only_layers` takes over from `decoder_sparse_step` (every n-th layer), which no renumbering survives."""
+    """Replaces `decoder_sparse_step` (every n-th layer), which cannot be renumbered, by `mlp_only_layers`."""
     step = text.decoder_sparse_step
     dense = [layer for layer in kept if layer in getattr(text, name) or (layer + 1) % step]
     setattr(text, name, [kept.index(layer) for layer in dense])
@@ -119,15 +118,15 @@ def _shared(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
     for layer in kept:
         source = max((i for i in range(layer + 1) if kinds[i] != "shared"), default=layer)
         if source not in kept:
-            raise ValueError(f"drop_layers: layer {layer} takes its {name} from layer {source}; drop both or neither")
+            raise ValueError(f"drop_layers: layer {layer} uses the {name} of layer {source}; drop both or neither")
     setattr(text, name, [kinds[layer] for layer in kept])
 
 
 def _unset(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
     if value := getattr(text, name):
         raise ValueError(
-            f"drop_layers: with the config's {name}={value!r} layers depend on each other or on their own number, so "
-            "that the others would no longer compute what they did"
+            f"drop_layers: with the config's {name}={value!r}, layers depend on each other or on their index, so the "
+            "remaining layers would compute something else"
         )
 
 
@@ -135,7 +134,7 @@ def _value(rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig,
     return lambda text, name, kept: setattr(text, name, rule(getattr(text, name), kept))
 
 
-# For each rule of `families.RULES`: changes the field of a configuration in place, from the layers that are kept.
+# For each rule in `families.RULES`, a function that adjusts the field of a configuration to the kept layers, in place.
 _FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
     "each": _value(lambda values, kept: [values[layer] for layer in kept]),
     "cycle": _value(lambda values, kept: [values[layer % len(values)] for layer in kept]),
@@ -151,65 +150,65 @@ _FOLLOW: dict[str, Callable[[PreTrainedConfig, str, list[int]], None]] = {
 
 
 def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
-    """The rule of each field over depth that a configuration holds; refuses lists of which the rule is not known."""
+    """The rule of each per-layer field in a configuration. Refuses lists whose rule is unknown."""
     text = text_config(config)
     if family.rules is None:
         raise UnsupportedArchitectureError(
-            f"drop_layers is not supported for model_type {text.model_type!r}: which fields of its configuration run "
-            "over depth is not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), () if none."
+            f"drop_layers is not supported for model_type {text.model_type!r}: its per-layer configuration fields are "
+            "not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), or () if there are none."
         )
-    # Every configuration may have layer_types, whether or not its family comes with it.
-    said = text.to_dict()
+    # Any configuration may have layer_types, even if its family does not list it.
+    values = text.to_dict()
     rules = {"layer_types": "each"} | family.rules
-    rules = {name: rule for name, rule in rules.items() if said.get(name) is not None}
-    for name, value in said.items():
+    rules = {name: rule for name, rule in rules.items() if values.get(name) is not None}
+    for name, value in values.items():
         if not isinstance(value, (list, tuple)) or name.endswith(_NOT_OVER_DEPTH):
             continue
         if name in rules:
             if rules[name] in ("each", "shared") and len(value) != text.num_hidden_layers:
                 raise ValueError(
-                    f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers; "
-                    "which are whose cannot be known"
+                    f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers, "
+                    "so entries cannot be matched to layers"
                 )
         elif len(value) == text.num_hidden_layers:
             if "layer" not in name:
                 raise ValueError(
-                    f"drop_layers: the config's {name} has one entry for each of the {len(value)} layers; whether it "
-                    "runs over depth is not known. Say so with hf_lnscale.register_family(..., depth_fields={"
+                    f"drop_layers: the config's {name} has {len(value)} entries, as many as there are layers, but is "
+                    "not known as a per-layer field. If it is one, use hf_lnscale.register_family(..., depth_fields={"
                     f'"{name}": "each", ...}})'
                 )
             rules[name] = "each"
     return rules
 
 
-# Lists that may happen to be as long as there are layers.
+# Lists that may have as many entries as there are layers by coincidence.
 _NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
 
 
 def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
-    """Refuses a configuration whose model would have other tensors than the layers that are left."""
+    """Refuses a configuration whose model would have different tensors from the kept layers."""
     model_class = MODEL_MAPPING.get(type(before), None)
     if not isinstance(model_class, type):
-        return  # code from outside transformers
+        return  # custom code outside transformers
     shapes = _shapes(model_class, before)
     wanted = {new: shapes[old] for old, new in rename_layers(shapes, layer_names(path), kept).items()}
     try:
         built = _shapes(model_class, after)
     except Exception as error:
         raise ValueError(
-            f"drop_layers: no {before.model_type} model can be built of layers {kept} alone: {error}"
+            f"drop_layers: no {before.model_type} model can be built from only layers {kept}: {error}"
         ) from error
     if differing := sorted(wanted.items() ^ built.items()):
         name = differing[0][0]
         raise ValueError(
-            f"drop_layers: no {before.model_type} configuration describes layers {kept} alone: {name!r} has shape "
-            f"{wanted.get(name)}, and in a model of the new configuration {built.get(name)}. If a field over depth is "
-            "missing in the family's row, name it: hf_lnscale.register_family(..., depth_fields=...)"
+            f"drop_layers: no {before.model_type} configuration describes only layers {kept}: {name!r} has shape "
+            f"{wanted.get(name)}, but {built.get(name)} in a model with the new configuration. If the family's row "
+            "lacks a per-layer field, name it: hf_lnscale.register_family(..., depth_fields=...)"
         )
 
 
 def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    # Read again from its dict: as it will be loaded, and without an implementation that this machine may not have.
+    # Recreated from its dict, as on loading, and without an attention implementation that may not be installed.
     plain = copy.deepcopy(text)
     write(plain, Record())
     with torch.device("meta"):
@@ -217,33 +216,33 @@ def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-# Prefixes of the text decoder's layers in the names of whole models.
+# Prefixes of the text decoder's layers in module names of whole models.
 _BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
 
 def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[int]) -> None:
-    """Refuses a quantization_config by which layers would be quantized otherwise under their new numbers."""
+    """Refuses a quantization_config that would treat layers differently under their new indices."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
-    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     names = [
         f"{before}{family.layers}.{{}}{module}"
         for module in _modules_of_a_layer(text_config(config), family)
         for before in _BEFORE_LAYERS
     ]
-    for pattern in _strings(json.loads(json.dumps(said, default=str))):
-        ways = _ways_to_read(pattern)
+    for pattern in _strings(json.loads(json.dumps(values, default=str))):
+        matchers = _matchers(pattern)
         for new, old in enumerate(kept):
-            if any(bool(means(one.format(new))) != bool(means(one.format(old))) for one in names for means in ways):
+            if any(bool(match(one.format(new))) != bool(match(one.format(old))) for one in names for match in matchers):
                 raise ValueError(
-                    f"drop_layers: the quantization_config speaks of single layers ({pattern!r}), which would be "
-                    "others afterwards; prune the checkpoint before it is quantized"
+                    f"drop_layers: the quantization_config names single layers ({pattern!r}), whose indices would "
+                    "change; prune the checkpoint before quantizing it"
                 )
 
 
-def _ways_to_read(pattern: str) -> list[Callable[[str], Any]]:
-    """Each library reads a pattern in another way."""
+def _matchers(pattern: str) -> list[Callable[[str], Any]]:
+    """All ways in which libraries may interpret a pattern."""
     with suppress(re.error):
         expression = re.compile(pattern)
         return [lambda name: pattern in name, expression.search, expression.match, expression.fullmatch]
@@ -251,7 +250,7 @@ def _ways_to_read(pattern: str) -> list[Callable[[str], Any]]:
 
 
 def _strings(value: Any) -> Iterable[str]:
-    """Every string in a JSON value, keys too, without the prefixes by which libraries mark regular expressions."""
+    """Every string in a JSON value, including keys, without the prefixes that mark regular expressions."""
     if isinstance(value, str):
         yield re.sub(r"^(re:|[+-]:)", "", value)
     elif isinstance(value, (dict, list)):
@@ -260,7 +259,7 @@ def _strings(value: Any) -> Iterable[str]:
 
 
 def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
-    """The names of all modules in any decoder layer, from the layer on, each with a dot in front; "" is the layer."""
+    """Paths of all modules in any decoder layer, relative to the layer and starting with a dot; "" is the layer."""
     model_class = MODEL_MAPPING.get(type(text), None)
     names = (
         _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]

@@ -1,22 +1,23 @@
-"""Healing a model that layers are removed from, in closed form: no training, no new module, a plain checkpoint.
+"""Heals a model after removing layers, in closed form: no training, no new modules, a plain checkpoint.
 
-When layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut is
-changed so that its output comes close to the state that the full model has after the cut: the weights that produce its
-MLP's output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and after an
-MLP that is missing, and that of a layer without attention, are refitted in the same way.
+After layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut
+is therefore changed so that its output approximates the full model's state after the cut: the weights that produce its
+MLP output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and after a missing
+MLP, and the MLP of a layer without attention, are refitted in the same way.
 
-Five things decide whether that repairs a model or damages it:
+Five design choices determine whether this repairs or damages a model:
 
-- All tokens are fitted, the first of a sequence too. Massive activations (arXiv 2402.17762) arise on it in one layer's
-  MLP. A fit that has not seen them turns them into noise that all other tokens attend to; that alone made a perplexity
-  of 90 one of 2 million. In plain least squares they have the weight they need, as they are large.
-- The ridge penalty is therefore measured by the median feature: by the mean, massive activations would drown the rest.
-- The loss on held-out data decides what is kept, never the distance between states: the two need not agree.
-- A fit learns the text it is fitted on. Several sources of text are fitted and judged together, and a fit that makes
-  the model worse on one of them is moved back towards the old weights.
-- A small held-out set picks too weak a penalty. The largest one within a standard error of the best is taken.
+- All tokens are fitted, including the first of each sequence. Massive activations (arXiv 2402.17762) arise on it in one
+  layer's MLP. A fit that has not seen them turns them into noise that all other tokens attend to; this alone raised
+  the perplexity from 90 to 2 million. Since they are large, plain least squares gives them the weight they need.
+- For the same reason the ridge penalty is relative to the median feature: relative to the mean, massive activations
+  would dominate it.
+- The loss on held-out data decides what is kept, not the distance between states: the two need not agree.
+- A fit adapts to the text it is fitted on. Several sources of text are fitted and evaluated together, and a fit that
+  makes the model worse on one of them is moved back towards the old weights.
+- A small held-out set selects too weak a penalty, so the largest one within a standard error of the best is used.
 
-Shapes: B sequences, T tokens, N tokens of a batch that are real, D hidden size, I width of the MLP, F features.
+Shapes: B sequences, T tokens, N non-padding tokens of a batch, D hidden size, I MLP width, F features.
 """
 
 from __future__ import annotations
@@ -67,56 +68,58 @@ def heal(
     cross_validate: bool = True,
     progress: bool = True,
 ) -> HealReport:
-    """Changes weights of kept layers, in place, so that the model does better without the layers that are to go.
+    """Changes weights of kept layers, in place, to compensate for layers that will be dropped.
 
-    It removes nothing: call `drop_layers(model, layers)` afterwards. For a missing layer or MLP the last MLP before
-    it is changed, for an MLP the next one after it too, and for a missing attention the MLP of its layer; layers
-    before all that stay are not made up for. Each is healed, from the first to the last, on the states that the
-    pruned model, healed so far, produces, to match those of the full model before the next MLP's layer. A step that
-    does not lower the mean loss over the sources of held-out text is taken back, and one that raises it on any of
-    them is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so that the
-    result is never worse on a judged source than before.
+    It removes nothing: call `drop_layers(model, layers)` afterwards. A missing layer or MLP is compensated by the last
+    MLP before it, a missing MLP also by the next one after it, and a missing attention by the MLP of its layer. Layers
+    dropped before all kept layers are not compensated. MLPs are refitted from first to last, on the states of the
+    pruned model healed so far, to match the full model's states before the layer of the next MLP. A step that does not
+    lower the mean loss over the sources of held-out text is undone. A step that raises the loss on any of them is moved
+    back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so the result is never worse on
+    any held-out source.
 
-    With r the residual stream that the MLP's output u is added to, and y the full model's state to match, less what a
-    layer without MLP adds to the stream in between, the methods minimize, over all real tokens of the calibration data,
-    each source of text counting by its weight:
+    Let r be the residual stream that the MLP output u is added to, and y the full model's state to match, minus what a
+    layer without MLP adds to the stream in between. The methods minimize, over all non-padding tokens of the
+    calibration data, weighted by source:
 
     - "refit": |y - r - V a|^2 + ridge |V - W|^2, where a, of shape (I,), is the input of `down_proj`, W its weight
-      and V the new one. Needs two matrices of (I, I) and three of (I, D) in double precision beside the model. Experts
-      have no common a: there, "linear".
-    - "linear": |y - r - A u|^2 + ridge |A - I|^2, A of shape (D, D), as in ReplaceMe (arXiv 2505.02819, section 3,
-      there without the pull towards I). Each weight W whose output u is made of becomes A W: `down_proj`, and with
-      experts those of every expert, routed and shared. Gates and routing weights are scalars, so this is exact. The
-      refit with V = A W is a special case of "refit".
+      and V the new weight. Needs two (I, I) and three (I, D) matrices in double precision in addition to the model.
+      Falls back to "linear" for mixtures of experts, whose experts have no common a.
+    - "linear": |y - r - A u|^2 + ridge |A - I|^2, with A of shape (D, D), as in ReplaceMe (arXiv 2505.02819, section 3,
+      but without the pull towards I there). Each weight W that produces u is replaced by A W: `down_proj`, or that of
+      every expert, routed and shared. Gates and routing weights are scalars, so this is exact. It is the special case
+      V = A W of "refit".
 
-    Where a norm follows the MLP (Gemma 2 and 3), the weights decide the direction of what is added and the norm's
-    weight g the size of each channel. Both are fitted, one after the other: the weights to (y - r) / g, every token's
-    target and output at a root mean square of 1, then g channel by channel to y - r.
+    If a norm follows the MLP (Gemma 2 and 3), the weights determine the direction of what is added and the norm's
+    weight g the size of each channel. They are fitted one after the other: the weights to (y - r) / g, with the target
+    and output of every token normalized to a root mean square of 1, then g to y - r, channel by channel.
 
     Args:
         model: the full causal language model, in memory.
-        layers: positions to drop; negative ones count from the end. Or a plan.
-        attention, mlp: positions of layers that lose their attention or MLP alone, as in `drop_layers`.
-        data: calibration data, as `token_batches` takes it; one source of text or several, with weights. A source of
-            weight 0 is judged, not fitted. None takes English and Python code, see `measuring.sample.default_sources`.
+        layers: positions to drop (negative ones count from the end), or a plan.
+        attention, mlp: positions of layers that lose only their attention or MLP, as in `drop_layers`.
+        data: calibration data accepted by `token_batches`: one source of text or several, with weights. A source of
+            weight 0 is evaluated but not fitted. None uses English and Python code, see
+            `measuring.sample.default_sources`.
         method: one of `METHODS`.
-        held_out: data to choose the penalty by and to measure on, whose sources are all judged; None holds a quarter of
-            the sequences of each source out, and all of those of weight 0. Either way, English and Python code are
-            fitted, with little weight, and judged beside a single source, see `measuring.sample.with_default_sources`.
-        tokenizer, windows: see `token_batches`. With token ids, a tokenizer serves to judge on other text.
-        cross_validate: also fit without each source in turn, at the chosen penalty, to estimate the perplexity on text
-            that was never fitted. Costs about as much as one more penalty.
-        progress: show a bar.
+        held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
+            the sequences of each source, and all of those of weight 0. In either case, if there is a single source,
+            English and Python code are also fitted, with a small weight, and evaluated; see
+            `measuring.sample.with_default_sources`.
+        tokenizer, windows: see `token_batches`. With token ids, the tokenizer is used to evaluate on other text.
+        cross_validate: whether to also fit without each source in turn, at the chosen penalty, to estimate the
+            perplexity on text that was never fitted. Takes about as long as one more penalty.
+        progress: whether to show a progress bar.
 
     Returns:
-        A report, with figures before and after. It has no step for a cut before all layers that stay.
+        A report with results before and after. It has no step for layers dropped before all kept layers.
 
     Raises:
-        ValueError: for unknown names, layers that do not exist, data without tokens to predict, a model without a
-            language head, and weights that cannot be changed exactly: quantized, not in memory, wrapped by an adapter,
-            or shared with another module.
-        UnsupportedArchitectureError: if the family is not in the table, or if its MLP's output is not linear in these
-            weights, as measured. The model is then as it was.
+        ValueError: if a name is unknown, a layer does not exist, the data has no tokens to predict, the model has no
+            language modeling head, or weights cannot be changed exactly because they are quantized, not in memory,
+            wrapped by an adapter or shared with another module.
+        UnsupportedArchitectureError: if the family is not in the table, or its MLP output is found not to be linear in
+            these weights. The model is then unchanged.
     """
     healer = Healer(model, data, method=method, held_out=held_out, tokenizer=tokenizer, windows=windows,
                     cross_validate=cross_validate)  # fmt: skip
@@ -132,7 +135,7 @@ def heal(
 
 @contextmanager
 def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options: Any) -> Iterator[HealReport]:
-    """Within it, the model is healed as by `heal`; afterwards its weights are what they were, bit for bit.
+    """Context in which the model is healed as by `heal`. Restores the original weights on exit, bit for bit.
 
     Args:
         model, layers, data, options: see `heal`.
@@ -146,11 +149,11 @@ def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options:
 
 
 class Healer:
-    """Heals a model for several sets of layers, one after the other, running the full model once.
+    """Heals a model for several sets of layers, one after the other, while running the full model only once.
 
-    The full model's states are kept where a cut begins or ends: for each such place, one state of (tokens, D) in the
-    model's dtype, on the CPU, of all tokens of the data: 65,536 tokens at D = 4,096 in bfloat16 are 0.5 GiB a place. A
-    contiguous block has two places, and neighbouring blocks share them. `forget` frees them.
+    The full model's states are stored at both ends of each cut: one tensor of (tokens, D) per place, in the model's
+    dtype, on the CPU. 65,536 tokens with D = 4,096 in bfloat16 take 0.5 GiB per place. A contiguous block has two
+    places, shared with adjacent blocks. `forget` frees them.
 
     Args:
         model, data, method, held_out, tokenizer, windows, cross_validate: see `heal`.
@@ -182,30 +185,30 @@ class Healer:
         else:
             self.fitted = batches.only(*fitted)
             self.judged = token_batches(held_out, self.stack.model, tokenizer=tokenizer, windows=windows)
-        self.given = self.judged  # by which layers are chosen
+        self.given = self.judged  # without default sources; layers are chosen on it
         if len(self.fitted.weights) == len(self.given.weights) == 1:
             if tokenizer := self.given.tokenizer or batches.tokenizer or tokenizer:
                 self.fitted, self.judged = with_default_sources(self.fitted, self.given, tokenizer)
             else:
                 logger.warning(
-                    "healing is fitted to and judged on one kind of text alone, and may do harm on others: `tokenizer` "
-                    "is not given, which other text could be put beside these token ids with"
+                    "healing is fitted and evaluated on only one kind of text and may do harm on others; pass "
+                    "`tokenizer` to add other text to these token ids"
                 )
-        # Held-out data may be fitted data under another name.
+        # A held-out source may be the same text as a fitted one under another name.
         names, text = self.judged.weights.keys() - self.fitted.weights.keys(), sketch(self.fitted)
         self._fitted_too = {name for name in names if share_known(text, sequences_of(self.judged.only(name)))}
-        self._halves = SplitModel(model)
+        self._split_model = SplitModel(model)
         self._changed: list[Copy] = []
         self.forget()
 
     def forget(self) -> None:
-        """Frees the full model's states. They are computed again when they are needed."""
-        self._full = [{0: Stream(self._halves, batches)} for batches in (self.fitted, self.judged)]
+        """Frees the full model's states, which are recomputed when needed."""
+        self._full = [{0: Stream(self._split_model, batches)} for batches in (self.fitted, self.judged)]
         self._losses_full: SourceLosses | None = None
 
     @contextmanager
     def healed(self, layers: Iterable[int] | PruningPlan, **options: Any) -> Iterator[HealReport]:
-        """Within it, the model is healed; afterwards its weights are what they were, bit for bit."""
+        """Context in which the model is healed. Restores the original weights on exit, bit for bit."""
         report = self.heal(layers, **options)
         try:
             yield report
@@ -222,10 +225,10 @@ class Healer:
         quick: bool = False,
         progress: bool = True,
     ) -> HealReport:
-        """See `heal`. The model must be the full one as it was: undo the last report first.
+        """See `heal`. The model must have its original weights: undo the last report first.
 
         Args:
-            quick: try the largest penalty alone, and do not cross-validate; to compare sets in less time.
+            quick: try only the largest penalty and do not cross-validate, to compare sets in less time.
 
         Raises:
             ValueError: also if the last report was not undone.
@@ -234,7 +237,7 @@ class Healer:
             raise ValueError("model: it is still healed for another set of layers; call undo() on that report first")
         stack = self.stack
         if isinstance(layers, PruningPlan):
-            given: Any = replace(layers, perplexity={})  # that it has to be healed is known here
+            given: Any = replace(layers, perplexity={})  # avoids the warning that the plan needs healing
         else:
             given = normalize_layers(layers, len(stack.layers), "layers")
         cut = Cut.of(stack.model.config, given, attention, mlp)
@@ -247,9 +250,9 @@ class Healer:
         left_out: dict[str, float] = {}
         try:
             with eval_mode(self.model):
-                if self._halves.tuples is None:
-                    self._halves.tuples = returns_tuples(stack)
-                # Before any weight is changed.
+                if self._split_model.tuples is None:
+                    self._split_model.tuples = returns_tuples(stack)
+                # Computed before any weight is changed.
                 start = min([*(gap.layer for gap in gaps), *map(layer_of, dropped)], default=0)
                 full = self._keep([start, *(gap.end for gap in gaps)])
                 pruned = [streams[start].without(dropped) for streams in full]
@@ -257,12 +260,12 @@ class Healer:
                     self._losses_full = full[1][max(full[1])].losses()
                 losses = before = pruned[1].losses()
                 steps = []
-                for layer, end, gone in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
+                for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
                     pruned = [stream.at(layer) for stream in pruned]
                     targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
                     repair = Repair(stack, layer, self.method, self.fitted.weights, targets, pruned)
                     step, losses, changes = repair.heal(
-                        gone, losses, originals, self.cross_validate and not quick, quick
+                        parts, losses, originals, self.cross_validate and not quick, quick
                     )
                     for name, change in changes.items():
                         left_out[name] = left_out.get(name, 0.0) + change
@@ -313,7 +316,7 @@ class Healer:
 
 
 def why_not_healable(model: nn.Module) -> str | None:
-    """The reason why `heal` would refuse a model, or None if it would not."""
+    """The reason why `heal` cannot heal a model, or None."""
     try:
         stack = text_stack(model)
         for layer in range(len(stack.layers)):
@@ -325,28 +328,28 @@ def why_not_healable(model: nn.Module) -> str | None:
 
 
 class _Gap(NamedTuple):
-    """The missing parts around one MLP.
+    """The missing parts that one MLP compensates for.
 
     Attributes:
         layer: the layer of the MLP.
-        end: that of the next one, or the number of layers.
-        gone: what is missing there; nothing for one that only follows a missing MLP.
+        end: the layer of the next MLP, or the number of layers.
+        parts: what is missing between them; empty for an MLP that only follows a missing one.
     """
 
     layer: int
     end: int
-    gone: tuple[Unit, ...]
+    parts: tuple[Unit, ...]
 
 
 def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:
-    """Divides what is missing among the MLPs that are left, in order."""
-    total, units, start, behind = len(stack.layers), units_of(vars(cut)), 0, False
+    """Assigns the missing parts to the remaining MLPs, in order."""
+    total, units, start, after_missing_mlp = len(stack.layers), units_of(vars(cut)), 0, False
     left = [layer for layer in range(total) if layer not in (*cut.layers, *cut.mlp)]
     left = [layer for layer in left if "mlp" not in missing(stack.layers[layer], stack.family)]
     found = []
     for layer, end in zip(left, [*left[1:], total], strict=True):
-        gone = tuple(unit for unit in units if start <= layer_of(unit) < end)
-        if behind or not set(gone) <= set(range(layer)):  # whole layers before all MLPs are not made up for
-            found.append(_Gap(layer, end, gone))
-        start, behind = end, any(start <= position < end for position in cut.mlp)
+        parts = tuple(unit for unit in units if start <= layer_of(unit) < end)
+        if after_missing_mlp or not set(parts) <= set(range(layer)):  # layers dropped before all MLPs are skipped
+            found.append(_Gap(layer, end, parts))
+        start, after_missing_mlp = end, any(start <= position < end for position in cut.mlp)
     return found

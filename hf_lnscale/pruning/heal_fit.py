@@ -1,6 +1,6 @@
-"""One step of healing: the weights of one kept MLP are fitted, judged, and written or left as they are.
+"""One step of healing: fits the weights of one kept MLP, evaluates the fit, and writes or discards it.
 
-Shapes: B sequences, T tokens, N tokens of a batch that are real, D hidden size, I width of the MLP, F features.
+Shapes: B sequences, T tokens, N non-padding tokens of a batch, D hidden size, I MLP width, F features.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..measuring.stream import hidden_states, layer_output, upcast
 from ..measuring.text import TokenBatches
 from .heal_report import Copy, HealedLayer, copies, restore
 
-# The MLP, and the weights whose output it adds up, from a decoder layer. All that a layer has are changed: dense layers
-# have the first, mixtures of experts the others. Every one is (..., D, I), output channels first.
+# Paths, relative to a decoder layer, of the MLP and of the weights that produce its output. All that exist are changed:
+# the first in dense layers, the others in mixtures of experts. Shapes are (..., D, I), output channels first.
 _MLP = "mlp"
 OUTPUT_WEIGHTS = (
     "mlp.down_proj",
@@ -31,22 +31,22 @@ OUTPUT_WEIGHTS = (
     "mlp.shared_expert.down_proj",
     "mlp.shared_experts.down_proj",
 )
-# A norm on the MLP's output, from a decoder layer (Gemma 2 and 3).
+# Path of a norm on the MLP output (Gemma 2 and 3).
 _OUTPUT_NORM = "post_feedforward_layernorm"
-# Ridge penalties, in units of the median of the features' second moments, largest first; tried until one does worse.
+# Ridge penalties relative to the median second moment of the features. Tried from the largest until one does worse.
 _RIDGES = (3.0, 0.3, 0.03, 0.003)
-# Fractions of the change that are tried while a source of text is worse off with the fit than without.
+# Fractions of the change to try while the fit makes the model worse on any source of text.
 _BLENDS = (1.0, 0.5, 0.25, 0.125)
-# Relative; how far the changed weights' output may be from what was fitted.
+# Relative tolerance between the output of the changed weights and the fit.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# Tokens in double precision at a time, as a fraction of the features: few beside a matrix of (F, F).
+# Tokens per chunk in double precision, as a fraction of the features, to stay small compared to an (F, F) matrix.
 _TOKENS_PER_FEATURE, _LEAST_TOKENS = 1 / 64, 64
-# Parts in which second moments are added up: the more, the less of what symmetry gives is computed.
+# Number of stripes in which second moments are accumulated. More stripes compute less of the redundant triangle.
 _STRIPES = 8
 
 
 def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that give a layer's MLP output, each with its path: weights (..., D, I) and biases (..., D)."""
+    """The parameters that produce a layer's MLP output, with their paths: weights (..., D, I) and biases (..., D)."""
     found: list[tuple[str, nn.Parameter]] = []
     for path in OUTPUT_WEIGHTS:
         holder = submodule(stack.layers[layer], path)
@@ -58,8 +58,8 @@ def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
                 continue
         if holder._parameters.get(names[0]) is None:
             raise ValueError(
-                f"model: {path} of layer {layer} ({type(holder).__name__}) holds no plain weight; merge or unload what "
-                "wraps it (an adapter, a parametrization) before healing"
+                f"model: {path} of layer {layer} ({type(holder).__name__}) has no plain weight; merge or remove its "
+                "wrapper (an adapter, a parametrization) before healing"
             )
         parameters = [(path, holder._parameters.get(name)) for name in names]
         found += [(path, parameter) for path, parameter in parameters if parameter is not None]
@@ -83,40 +83,40 @@ def require_changeable(model: nn.Module, stack: Stack, layer: int) -> None:
     for path, weight in weights:
         where = f"model: {path} of layer {layer}"
         if weight.is_meta:
-            raise ValueError(f"{where} is not in memory (offloaded, or on the meta device); load the model whole")
+            raise ValueError(f"{where} is not in memory (offloaded, or on the meta device); load the whole model")
         if type(weight) is not nn.Parameter or weight.dtype not in TOLERANCE:
             raise ValueError(
                 f"{where} is quantized or sharded ({type(weight).__name__}, {weight.dtype}); heal the model in "
                 "floating point, in one process, and quantize or shard it afterwards"
             )
         if weight.numel() and len(names := users[weight.data_ptr()]) > 1:
-            raise ValueError(f"{where} is shared by {sorted(names)}: changing it would change more than this layer")
+            raise ValueError(f"{where} is shared by {sorted(names)}, so changing it would affect more than this layer")
 
 
 # --- the residual stream ----------------------------------------------------------------------------
 
 
 class _Reached(Exception):
-    """Ends a pass over the model in a layer after which nothing is needed."""
+    """Ends a forward pass after the last layer that is needed."""
 
 
 class Stream:
-    """The states of some data before one layer, kept on the CPU, so that going on from there runs no layer twice."""
+    """The states of the data before one layer, kept on the CPU to continue from there without rerunning layers."""
 
     def __init__(
         self,
-        halves: SplitModel,
+        split_model: SplitModel,
         batches: TokenBatches,
         removed: Iterable[Unit] = (),
         place: int = 0,
         states: list[tuple[torch.Tensor, torch.device]] | None = None,
     ) -> None:
-        self.halves, self.batches, self.removed = halves, batches, frozenset(removed)
+        self.split_model, self.batches, self.removed = split_model, batches, frozenset(removed)
         self.place, self.states = place, states
 
     def without(self, removed: Iterable[Unit]) -> Stream:
-        """The same states, to go on without some of the layers and sub-layers that follow."""
-        return Stream(self.halves, self.batches, removed, self.place, self.states)
+        """The same states, to continue without some of the following layers and sub-layers."""
+        return Stream(self.split_model, self.batches, removed, self.place, self.states)
 
     def state(self, index: int) -> torch.Tensor:
         assert self.states is not None
@@ -125,13 +125,13 @@ class Stream:
 
     def _pass(self, index: int) -> torch.Tensor:
         start = None if self.states is None else (self.place - 1, self.state(index))
-        return self.halves.hidden(self.batches.batches[index], self.removed, start)
+        return self.split_model.hidden(self.batches.batches[index], self.removed, start)
 
     def at(self, place: int) -> Stream:
         """The states before layer `place`, or after the last layer."""
         if place == self.place:
             return self
-        run = [(i, layer) for i, layer in enumerate(self.halves.stack.layers) if i not in self.removed]
+        run = [(i, layer) for i, layer in enumerate(self.split_model.stack.layers) if i not in self.removed]
         states: list[tuple[torch.Tensor, torch.device]] = []
 
         def stop(state_BTD: torch.Tensor) -> None:
@@ -148,12 +148,12 @@ class Stream:
             for index in range(len(self.batches)):
                 with suppress(_Reached):
                     self._pass(index)
-        return Stream(self.halves, self.batches, self.removed, place, states)
+        return Stream(self.split_model, self.batches, self.removed, place, states)
 
     def target(self, pruned: Stream, place: int) -> Stream:
-        """The states that a pruned model should have in an earlier place, so that they become these.
+        """The states that a pruned model should have at an earlier place in order to reach these states.
 
-        These, less what it adds in between; the change of that with the states is left out.
+        These are the states minus what the model adds in between, neglecting that this changes with the states.
         """
         if pruned.removed.issuperset(range(place, self.place)):
             return self
@@ -163,15 +163,15 @@ class Stream:
         for index in range(len(self.batches)):
             y_BTD, near_BTD, far_BTD = (upcast(stream.state(index)) for stream in (self, near, far))
             states.append(((y_BTD + near_BTD - far_BTD).cpu(), y_BTD.device))
-        return Stream(self.halves, self.batches, self.removed, place, states)
+        return Stream(self.split_model, self.batches, self.removed, place, states)
 
     def observe(
         self, index: int, layer: nn.Module, paths: Collection[str]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Runs the layer in this place alone on a batch: path in the layer -> input and output; "" is the layer."""
+        """Runs only the layer at this place on a batch: path in the layer -> (input, output); "" is the layer."""
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def note(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def record(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 seen[path] = hidden_states(args, kwargs), layer_output(output)
                 if not path:
@@ -181,24 +181,24 @@ class Stream:
 
         with ExitStack() as hooks:
             for path in (*paths, ""):
-                hook = layer.get_submodule(path).register_forward_hook(note(path), with_kwargs=True)
+                hook = layer.get_submodule(path).register_forward_hook(record(path), with_kwargs=True)
                 hooks.enter_context(hook)
             with suppress(_Reached):
                 self._pass(index)
         return seen
 
     def losses(self, only: str | None = None) -> SourceLosses:
-        """Cross-entropy of the next token, going on from this place to the end; of all sources of text, or one."""
-        return SourceLosses(self.halves, self.batches, self._pass, only)
+        """Next-token cross-entropy when continuing from here to the end, for all sources of text or only one."""
+        return SourceLosses(self.split_model, self.batches, self._pass, only)
 
 
 # --- least squares ----------------------------------------------------------------------------------
 
 
 class _Moments:
-    """Second moments of features x, and of x with what they are to explain, z, summed over tokens.
+    """Second moments x x^T of features and x z^T with the regression target z, summed over tokens.
 
-    Of the first, which are symmetric, only the triangle that Cholesky reads is complete.
+    Of the symmetric matrix x x^T, only the triangle that Cholesky reads is complete.
     """
 
     def __init__(self, xx_FF: torch.Tensor, xz_FD: torch.Tensor) -> None:
@@ -218,10 +218,10 @@ class _Moments:
         return _Moments(torch.zeros_like(self.xx_FF), torch.zeros_like(self.xz_FD))
 
     def solve_in_place(self, ridge: float) -> torch.Tensor:
-        """The coefficients that explain z best, shape (F, D), |coefficients|^2 penalized. The moments are lost."""
+        """The ridge regression coefficients, shape (F, D). Overwrites the moments."""
         diagonal_F = self.xx_FF.diagonal()
         diagonal_F += ridge * (diagonal_F.median().item() or diagonal_F.mean().item() or 1.0)
-        # The transpose of a symmetric matrix is itself, in the column-major order that LAPACK factorizes in place.
+        # Transposing a symmetric matrix gives the same matrix in column-major order, which LAPACK factorizes in place.
         factor_FF = torch.linalg.cholesky(self.xx_FF.mT, out=self.xx_FF.mT)
         half_FD = torch.linalg.solve_triangular(factor_FF, self.xz_FD, upper=False)
         change_FD: torch.Tensor = torch.linalg.solve_triangular(factor_FF.mT, half_FD, upper=True)
@@ -229,14 +229,14 @@ class _Moments:
 
 
 class _Tokens(NamedTuple):
-    """Real tokens of one source of text at one layer, in double precision.
+    """Non-padding tokens of one source of text at one layer, in double precision.
 
     Attributes:
-        name: the source.
-        u_ND: the MLP's output, as it is added to the stream unless a norm follows.
-        x_NF: the features that explain it.
-        target_ND: what should be added: the full model's state less the stream.
-        gap_ND: the full model's state less the layer's output.
+        name: name of the source.
+        u_ND: MLP output, as added to the residual stream unless a norm follows.
+        x_NF: regression features.
+        target_ND: what should be added: the full model's state minus the residual stream.
+        gap_ND: the full model's state minus the layer's output.
         y_ND: the full model's state.
     """
 
@@ -249,7 +249,7 @@ class _Tokens(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """Changes the MLP's output from u to u + x @ change, and the gain of the norm that follows, if there is one."""
+    """A change of the MLP output from u to u + x @ change, and of the gain of a following norm, if any."""
 
     ridge: float
     change_FD: torch.Tensor
@@ -257,9 +257,9 @@ class _Fit(NamedTuple):
 
 
 class Repair:
-    """A kept layer whose MLP makes up for what is missing around it.
+    """Refits the MLP of a kept layer to compensate for missing parts.
 
-    It is given the states that the layer reads in the pruned model, and those of the full model to match after it.
+    Takes the layer's input states in the pruned model, and the full model's states to match after it.
     """
 
     def __init__(
@@ -282,22 +282,23 @@ class Repair:
             self.old_norm = copies([self.norm.get_parameter("weight")])
             self.gain_D = _double(self.old_norm[0][0]) + float(stack.family.one_plus_weight)
         self.fitted, self.judged = zip(full, pruned, strict=True)
-        # Tokens are weighted so that sources count by their weights, whatever their number of tokens.
+        # Token weights that give each source its weight, independent of its number of tokens.
         counts = {name: self.fitted[1].batches.only(name).num_tokens for name in weights}
         scale = sum(counts.values()) / sum(weights.values())
         self.token_weights = {name: scale * weight / counts[name] for name, weight in weights.items()}
 
     def heal(
         self,
-        gone: tuple[Unit, ...],
+        dropped: tuple[Unit, ...],
         before: SourceLosses,
         originals: list[tuple[nn.Parameter, torch.Tensor]],
         cross_validate: bool,
         quick: bool,
     ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
-        """One step: its record, the losses after it, and how each source's would change by a fit to the others.
+        """Performs one step.
 
-        A quick one tries the largest penalty alone.
+        Returns:
+            Its record, the losses after it, and the change of each source's loss by a fit to the other sources.
         """
         originals.extend(self.old + self.old_norm)
         error_before = self._error()
@@ -309,7 +310,7 @@ class Repair:
             if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
                 break
         best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
-        fit, after = next(  # the largest penalty comes first
+        fit, after = next(  # penalties are in decreasing order
             (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
         )
         blend, reason = 1.0, "the loss on held-out data would not be lower"
@@ -327,7 +328,7 @@ class Repair:
             self._write(fit, blend)
         step = HealedLayer(
             layer=self.position,
-            dropped=gone,
+            dropped=dropped,
             method=self.method,
             ridge=math.inf if reason else fit.ridge,
             blend=blend,
@@ -341,7 +342,7 @@ class Repair:
         return step, after, changes
 
     def _blended(self, fit: _Fit, after: SourceLosses, before: SourceLosses) -> tuple[float, SourceLosses, str]:
-        """The largest blend that makes no source worse, with its losses, or the reason why there is none."""
+        """The largest blend that makes no source worse and its losses, or the reason why there is none."""
         worse: list[str] = []
         for blend in _BLENDS:
             if blend < 1.0:
@@ -354,14 +355,14 @@ class Repair:
         return 1.0, before, f"the loss on held-out data{of} would not be lower"
 
     def _left_out(self, name: str, moments: _Moments, ridge: float, blend: float, before: SourceLosses) -> float:
-        """How a source's loss changes by a fit to the others."""
+        """The change of a source's loss by a fit to the other sources."""
         self.restore()
         others = self.token_weights.keys() - {name}
         tokens = {one: self.fitted[1].batches.only(one).num_tokens for one in self.token_weights}
         if 2 * tokens[name] < sum(tokens.values()):
             part = moments.copy()
             self._add_moments(part, [name], -1.0)
-        else:  # no more work, and a difference of large numbers would be less exact
+        else:  # takes no longer, and avoids the cancellation of large numbers
             part = moments.zeros()
             self._add_moments(part, others)
         self._write(self._fit(part.solve_in_place(ridge), ridge, others), blend)
@@ -377,7 +378,7 @@ class Repair:
     def _add_moments(self, moments: _Moments, names: Collection[str], sign: float = 1.0) -> None:
         for tokens in self._tokens(self.fitted, names):
             x_NF, z_ND = tokens.x_NF, tokens.gap_ND
-            if self.norm is not None:  # directions alone
+            if self.norm is not None:  # fit only directions
                 scale_N1 = _inverse_rms(tokens.u_ND)
                 direction_ND = tokens.target_ND / torch.where(self.gain_D == 0, 1.0, self.gain_D)
                 z_ND = direction_ND * _inverse_rms(direction_ND) - tokens.u_ND * scale_N1
@@ -385,7 +386,7 @@ class Repair:
             moments.add(x_NF, z_ND, sign * self.token_weights[tokens.name])
 
     def _fit(self, change_FD: torch.Tensor, ridge: float, names: Collection[str] | None = None) -> _Fit:
-        """Writes the weights, checks that they do as they should, and fits the norm that follows to their output."""
+        """Writes the weights, verifies their output, and fits the following norm, if any, to it."""
         fit = _Fit(ridge, change_FD.cpu(), None)
         self._write(fit)
         self._require_exact(change_FD)
@@ -402,9 +403,9 @@ class Repair:
 
     @torch.no_grad()
     def _write(self, fit: _Fit, blend: float = 1.0) -> None:
-        """Changes the weights by a fraction of the fit. Computed in double precision, rounded once."""
+        """Applies a fraction of the fit to the original weights, in double precision with a single rounding."""
         for parameter, original in self.old:
-            # An expert at a time: all of them in double precision would be four times their memory.
+            # One expert at a time, since all of them in double precision would take four times their memory.
             expert = parameter.dim() == 3
             parts = zip(parameter.unbind(0), original.unbind(0), strict=True) if expert else [(parameter, original)]
             for part, old in parts:
@@ -412,7 +413,7 @@ class Repair:
                 change_DF = fit.change_FD.to(new.device).T
                 if self.method == "linear":
                     new = new + blend * (change_DF @ new)
-                elif part.dim() == 2:  # a bias stays as it is
+                elif part.dim() == 2:  # a bias is not changed
                     new = new + blend * change_DF
                 part.copy_(new)
         if fit.gain_D is not None:
@@ -423,7 +424,7 @@ class Repair:
         restore(self.old + self.old_norm)
 
     def _error(self) -> float:
-        """The relative error of the layer's output on held-out data, each token weighing the same."""
+        """The relative error of the layer's output on held-out data, with equal weight for each token."""
         total, count = 0.0, 0
         for tokens in self._tokens(self.judged):
             norm_N = tokens.y_ND.norm(dim=-1).clamp_min(1e-30)
@@ -432,9 +433,9 @@ class Repair:
         return math.sqrt(total / count)
 
     def _tokens(self, streams: tuple[Stream, Stream], names: Collection[str] | None = None) -> Iterator[_Tokens]:
-        """The real tokens of some sources, or all, some at a time."""
+        """Yields the non-padding tokens of all or some sources, in chunks."""
         full, pruned = streams
-        # Granite multiplies what it adds to the stream.
+        # Granite scales what it adds to the residual stream.
         factor = float(getattr(self.layer, "residual_multiplier", 1.0))
 
         norm, down = self.stack.family.mlp_norm, OUTPUT_WEIGHTS[0]
@@ -463,23 +464,23 @@ class Repair:
                 )
 
     def _require_exact(self, change_FD: torch.Tensor) -> None:
-        """Measures on some tokens whether the changed weights give what was fitted.
+        """Verifies on some tokens that the changed weights produce the fitted output.
 
         Raises:
-            UnsupportedArchitectureError: if not: then the MLP's output is not linear in them.
+            UnsupportedArchitectureError: if they do not, because the MLP output is not linear in them.
         """
         expected_ND = self.probe.u_ND + self.probe.x_NF @ change_FD
         found_ND = next(self._tokens(self.fitted)).u_ND
         off = ((found_ND - expected_ND).norm() / expected_ND.norm().clamp_min(1e-30)).item()
         if not off <= TOLERANCE[next(self.layer.parameters()).dtype]:
             raise UnsupportedArchitectureError(
-                f"healing is not possible for {type(self.layer).__name__}: the output of {_MLP!r} does not follow its "
-                f"weights {self.paths} linearly (off by {off:.1e})"
+                f"healing is not possible for {type(self.layer).__name__}: the output of {_MLP!r} is not linear in its "
+                f"weights {self.paths} (off by {off:.1e})"
             )
 
 
 def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
-    """1 over the root mean square of each token, shape (N, 1), with the epsilon of a norm."""
+    """The inverse root mean square of each token, shape (N, 1), with the epsilon of a norm."""
     epsilon = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
     square_N1: torch.Tensor = x_ND.square().mean(-1, keepdim=True)
     return (square_N1 + epsilon).clamp_min(1e-60).rsqrt()

@@ -1,4 +1,4 @@
-"""The report of healing: what was changed, what it gave for each source of text, and the weights as they were."""
+"""The report of healing: what was changed, its effect on each source of text, and the original weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..core.sublayers import Unit
 from ..measuring.losses import perplexity_of
 from .plan import by_kind
 
-# How the name of a healed model says that its weights are not those of the checkpoint any more.
+# `SourceName.changed` of a healed model, whose weights differ from the checkpoint's.
 HEALED_IN_MEMORY = "healed"
 
-# A parameter, and its values as they were, on the CPU.
+# A parameter and a copy of its values on the CPU.
 Copy = tuple[nn.Parameter, torch.Tensor]
 
 
@@ -36,22 +36,22 @@ def restore(copies: list[Copy]) -> None:
 
 @dataclass(frozen=True)
 class HealedLayer:
-    """One kept MLP, and the fit that was tried on it. Losses are means over the judged sources.
+    """One kept MLP and the fit tried on it. Losses are means over the held-out sources.
 
     Attributes:
-        layer: the position of its layer in the full model.
-        dropped: what it makes up for: positions of layers, and pairs such as ("attention", 3).
-        method: the method of the fit; "linear" where a mixture of experts rules out "refit".
-        ridge: the penalty that was chosen, in units of the median second moment of the features; infinity leaves the
-            layer as it is.
-        blend: the fraction of the fitted change that was made; below 1 if all of it made a source of text worse.
-        error_before: relative error of the residual stream after it on held-out tokens: the root of the mean over
+        layer: position of its layer in the full model.
+        dropped: what it compensates for: positions of layers, and pairs such as ("attention", 3).
+        method: method of the fit; "linear" if "refit" is not possible for a mixture of experts.
+        ridge: the chosen penalty, relative to the median second moment of the features; infinity if the layer was not
+            changed.
+        blend: fraction of the fitted change applied; below 1 if the full change made a source of text worse.
+        error_before: relative error of the layer's output on held-out tokens before the fit: the root of the mean over
             tokens of |state - full model's state|^2 / |full model's state|^2.
-        error_after: the same with the chosen fit.
-        loss_before: of the pruned model on held-out data before this step, nats a token.
-        loss_after: the same after it.
+        error_after: the same after the fit.
+        loss_before: loss of the pruned model on held-out data before this step, in nats per token.
+        loss_after: the same after this step.
         kept: whether the weights were changed.
-        reason: why they were not, or "".
+        reason: why they were not changed, or "".
     """
 
     layer: int
@@ -69,17 +69,16 @@ class HealedLayer:
 
 @dataclass(frozen=True)
 class HealedSource:
-    """The effect of healing on one source of text, on its held-out part.
+    """The effect of healing on the held-out part of one source of text.
 
     Attributes:
-        weight: how much it counted in the fit; 0 for a source that was only judged.
+        weight: weight in the fit; 0 for a source that was only evaluated.
         perplexity_full, perplexity_before, perplexity_after: with all layers, without the dropped ones, and healed.
-        change: of the loss by healing, nats a token; never above 0.
-        change_error: its standard error over sequences; None if there is one only.
-        perplexity_left_out: estimate of `perplexity_after` for a fit without this source (the changes that each step's
-            fit to the other sources makes, added up): what text that was never fitted can expect. It is
-            `perplexity_after` where `weight` is 0, and None if this is the only source, if it was not asked for, or if
-            fitted text was judged under another name.
+        change: change of the loss by healing, in nats per token; never above 0.
+        change_error: its standard error over sequences; None for a single sequence.
+        perplexity_left_out: estimate of `perplexity_after` for text that was never fitted, from fits without this
+            source (the sum of their changes over all steps). Equal to `perplexity_after` if `weight` is 0. None if this
+            is the only source, cross-validation was off, or the source is fitted text under another name.
     """
 
     weight: float
@@ -93,19 +92,21 @@ class HealedSource:
 
 @dataclass(frozen=True, eq=False)
 class HealReport:
-    """The result of healing. Perplexities are on the held-out data, which the penalties were chosen on too, and are
-    geometric means over the sources of text, each counted once.
+    """The result of healing.
+
+    Perplexities are on the held-out data, on which the penalties were also chosen, and are unweighted geometric means
+    over the sources of text.
 
     Attributes:
         dropped: what is removed: positions of layers, and pairs such as ("attention", 3).
         method: as given.
-        steps: one entry for each layer that was tried, in order.
-        perplexity_full: of the model with all its layers.
-        perplexity_before: without the dropped ones.
-        perplexity_after: the same, healed; never above `perplexity_before`.
+        steps: one entry for each layer tried, in order.
+        perplexity_full: perplexity with all layers.
+        perplexity_before: perplexity without the dropped layers.
+        perplexity_after: perplexity after healing; never above `perplexity_before`.
         sources: the same for each source of text, by name.
-        data: `calibration` and `held_out`, as `TokenBatches.describe` records them.
-        text_before: what the model knew of its calibration text before, if healing was noted; for `undo`.
+        data: `calibration` and `held_out`, as returned by `TokenBatches.describe`.
+        text_before: the calibration text recorded before healing, if it was replaced; used by `undo`.
     """
 
     dropped: tuple[Unit, ...]
@@ -122,9 +123,9 @@ class HealReport:
 
     @property
     def never_fitted(self) -> dict[str, float]:
-        """Expected perplexity of text that was never fitted: `full`, `before` and `after`, from `perplexity_left_out`.
+        """Expected `full`, `before` and `after` perplexity on text that was never fitted.
 
-        The geometric means over the sources that have it; empty if none does.
+        Geometric means over the sources that have a `perplexity_left_out`; empty if none does.
         """
         found = [one for one in self.sources.values() if one.perplexity_left_out is not None]
         names = {"full": "perplexity_full", "before": "perplexity_before", "after": "perplexity_left_out"}
@@ -132,13 +133,13 @@ class HealReport:
 
     @property
     def kept(self) -> bool:
-        """Whether any weight was changed."""
+        """Whether any weights were changed."""
         return any(step.kept for step in self.steps)
 
     def undo(self) -> None:
-        """Writes the weights back as they were, bit for bit. Works after the layers were taken out, too.
+        """Restores the original weights, bit for bit. Also works after the layers were dropped.
 
-        The report holds a copy of each changed weight for this, on the CPU. `forget` frees them.
+        For this, the report keeps a copy of each changed weight on the CPU. `forget` frees them.
         """
         restore(self._originals)
         if self._originals:
@@ -147,19 +148,19 @@ class HealReport:
             write_known_text(self._config, self.text_before.pop())
 
     def set_aside(self) -> Callable[[], None]:
-        """Undoes the healing, and returns a function that applies it again. That holds a copy of the healed weights."""
+        """Undoes the healing and returns a function that reapplies it, which keeps a copy of the healed weights."""
         healed = copies(parameter for parameter, _ in self._originals)
         self.undo()
 
-        def again() -> None:
+        def reapply() -> None:
             restore(healed)
             if healed:
                 remember_source(self._config, HEALED_IN_MEMORY)
 
-        return again
+        return reapply
 
     def forget(self) -> None:
-        """Frees the copies of the old weights; `undo` does nothing from then on."""
+        """Frees the copies of the original weights; `undo` then has no effect."""
         self._originals.clear()
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,14 +204,14 @@ class HealReport:
             error = "" if source.change_error is None else f" +- {source.change_error:.1%}"
             sources.append([
                 name,
-                f"{source.weight:g}" if source.weight else "judged only",
+                f"{source.weight:g}" if source.weight else "evaluated only",
                 f"{source.perplexity_full:.2f}",
                 f"{source.perplexity_before:.2f}",
                 f"{source.perplexity_after:.2f} ({math.expm1(source.change):+.1%}{error})",
                 "-" if source.perplexity_left_out is None else f"{source.perplexity_left_out:.2f}",
             ])  # fmt: skip
         return as_text(
-            terminal(["layer", "makes up for", "method", "ridge", "error", "perplexity", "kept"], steps, title),
+            terminal(["layer", "compensates", "method", "ridge", "error", "perplexity", "kept"], steps, title),
             terminal(["source", "weight", "all layers", "without", "healed", "never fitted"], sources, "Perplexity"),
         )
 

@@ -1,4 +1,4 @@
-"""Taking decoder layers, or parts of them, out of a model in memory.
+"""Drops decoder layers, or parts of them, from a model in memory.
 
 A pruned model is a plain, smaller model of its family.
 """
@@ -23,28 +23,27 @@ from .depth_fields import prune_config
 
 
 def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, mlp: Any = None) -> nn.Module:
-    """Takes decoder layers, or the attention or the MLP of some, out of a model in memory, in place.
+    """Drops decoder layers, or their attention or MLP, from a model in memory, in place.
 
-    The result is the model that `from_pretrained(..., drop_layers=layers, drop_attention=attention, drop_mlp=mlp)`
-    loads. With LayerNorm Scaling, each layer that stays keeps the scale of its own depth.
+    The result is the same model that `from_pretrained(..., drop_layers=layers, drop_attention=attention,
+    drop_mlp=mlp)` loads. With LayerNorm Scaling, each remaining layer keeps the scale of its own depth.
 
     Args:
         model: a transformers model of a family in the table.
-        layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. Of
-            a plan that healed give `plan.layers` if the model is healed: the plan itself warns that it should be.
-        attention: indices of the layers that lose their attention, with the norms that serve it alone. Like `mlp`,
-            they count layers before any is taken out. A layer that loses both is taken out.
-        mlp: indices of the layers that lose their MLP.
+        layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. If
+            the model is already healed, pass `plan.layers`, since a plan with healing warns that the model should be.
+        attention: indices of layers that lose their attention and the norms used only by it. Like `mlp`, they refer to
+            the layers before any is dropped. A layer that loses both sub-layers is dropped.
+        mlp: indices of layers that lose their MLP.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: for wrong indices, all before anything is changed; for a model that carries a PEFT adapter, whose
-            weights and saved form use layer numbers; for one that an optimizer holds; for one that is sharded or
-            spread over devices by hooks.
-        UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known, or if its
-            sub-layers cannot be taken out.
+        ValueError: before anything is changed, if an index is invalid, the model has a PEFT adapter (which refers to
+            layers by index), an optimizer holds its parameters, or it is sharded or spread over devices by hooks.
+        UnsupportedArchitectureError: if the family or its per-layer configuration fields are unknown, or its sub-layers
+            cannot be dropped.
     """
     stack = text_stack(model)
     cut = Cut.of(stack.model.config, layers, attention, mlp, named="{}")
@@ -62,9 +61,9 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
 
 
 def delete_layers(stack: Stack, dropped: Sequence[int]) -> None:
-    """Takes decoder layers out of a stack and numbers the others anew; configurations are left alone."""
-    for gone in reversed(dropped):
-        del stack.layers[gone]
+    """Deletes decoder layers from a stack and renumbers the others; does not change configurations."""
+    for position in reversed(dropped):
+        del stack.layers[position]
     for position, layer in enumerate(stack.layers):
         for module in layer.modules():
             if isinstance(vars(module).get("layer_idx"), int):
@@ -72,13 +71,13 @@ def delete_layers(stack: Stack, dropped: Sequence[int]) -> None:
 
 
 def note_text(model: nn.Module, text: KnownText) -> None:
-    """Notes in a model's configuration the text that its layers were chosen or healed on."""
+    """Records in a model's configuration the text used to choose or heal its layers."""
     for config in _configs_of(model):
         add_known_text(config, text)
 
 
 def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Each configuration once: several modules may hold copies of that of the text decoder, or hold it in their own."""
+    """All configurations that describe the text decoder, since several modules may hold copies. Each only once."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = {id(text_config(one)): one for one in configs}.values()
     text = text_stack(model).model.config
@@ -86,15 +85,15 @@ def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def _own_configs(model: nn.Module) -> None:
-    """Gives a model configurations of its own: another model may have been built from the same objects."""
+    """Copies a model's configurations, since other models may share the same objects."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(held := vars(module).get("config"), PreTrainedConfig):
-            vars(module)["config"] = copy.deepcopy(held, memo)
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
+            vars(module)["config"] = copy.deepcopy(config, memo)
 
 
 def require_droppable(model: nn.Module, stack: Stack, cut: Cut) -> None:
-    """Refuses a model in memory of which these parts cannot be taken out.
+    """Refuses a model in memory from which these parts cannot be dropped.
 
     Raises:
         ValueError: see `drop_layers`.
@@ -102,24 +101,24 @@ def require_droppable(model: nn.Module, stack: Stack, cut: Cut) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                f"drop_layers: the model carries a PEFT adapter ({name}: {type(module).__name__}), which refers to "
-                "layers by number; merge it first (merge_and_unload), or drop layers before adding it"
+                f"drop_layers: the model has a PEFT adapter ({name}: {type(module).__name__}), which refers to layers "
+                "by index; merge it first (merge_and_unload), or drop layers before adding it"
             )
         if "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise ValueError(
-                "drop_layers: the model is spread over devices or offloaded; give drop_layers to from_pretrained"
+                "drop_layers: the model is spread over devices or offloaded; pass drop_layers to from_pretrained"
             )
         if type(module).__name__.startswith("FSDP"):
             raise ValueError("drop_layers: the model is sharded; drop layers before that")
-    gone = [stack.layers[layer] for layer in cut.layers]
+    dropped = [stack.layers[layer] for layer in cut.layers]
     for kind in SUBLAYERS:
-        gone += [one for at in getattr(cut, kind) for one in parts(stack.layers[at], stack.family, kind)]
-    parameters = {id(parameter) for module in gone for parameter in module.parameters()}
-    for held in gc.get_objects():
-        if issubclass(type(held), torch.optim.Optimizer) and any(
-            id(parameter) in parameters for group in held.param_groups for parameter in group["params"]
+        dropped += [one for at in getattr(cut, kind) for one in parts(stack.layers[at], stack.family, kind)]
+    parameters = {id(parameter) for module in dropped for parameter in module.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer) and any(
+            id(parameter) in parameters for group in found.param_groups for parameter in group["params"]
         ):
             raise ValueError(
-                f"drop_layers: an optimizer ({type(held).__name__}) holds parameters of the layers to drop; drop "
-                "layers before the optimizer is made"
+                f"drop_layers: an optimizer ({type(found).__name__}) holds parameters of the layers to drop; drop "
+                "layers before creating the optimizer"
             )

@@ -1,4 +1,4 @@
-"""A pruning plan: which layers of which model to drop, how that was found, and what it costs."""
+"""A pruning plan: which layers of which model to drop, how they were chosen, and what it costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KINDS: dict[str, Any] = {
     "layers": list, "model": dict, "model_name": str, "method": dict, "data": dict, "perplexity": dict, "errors": dict,
     "steps": list, "heal": (dict, type(None)), "notes": dict, "attention": list, "mlp": list,
 }  # fmt: skip
-# By these a plan knows its model; config.json has them, so that no weight need be read.
+# Fields that identify a plan's model. They are in config.json, so no weights need to be read.
 _FINGERPRINT = (
     "num_hidden_layers",
     "hidden_size",
@@ -36,7 +36,7 @@ _FINGERPRINT = (
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
-    """The shape of a model in a plan; a model with another fingerprint has other layers."""
+    """The shape of a model, as stored in a plan. Models with different fingerprints have different layers."""
     text = text_config(config)
     dropped = record(config).dropped
     return {
@@ -53,23 +53,23 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The result of `plan_pruning`; saved as a small JSON file.
+    """The result of `plan_pruning`, saved as a small JSON file.
 
     Attributes:
-        layers: positions to drop, sorted, in the numbering of the model that the plan was made for.
-        model: fingerprint of that model: model_type, sizes, and what had been dropped from it before.
-        model_name: its name on the Hub, or that of its folder, for the record.
-        method: how the layers were chosen, in words and numbers.
-        data: what they were chosen by: `calibration` and `held_out`, each with source, number of tokens and sha256;
-            the former with hashes of its passages, see `measuring.known_text`.
+        layers: sorted positions to drop, in the model that the plan was made for.
+        model: fingerprint of that model: model_type, sizes, and what had already been dropped from it.
+        model_name: its Hub name or folder name, for information.
+        method: how the layers were chosen.
+        data: the text used: `calibration` and `held_out`, each with source, number of tokens and sha256; the former
+            also with hashes of its passages, see `measuring.known_text`.
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
-        errors: standard errors over sequences: of `perplexity`, by the same names; and as `after_change` and
-            `healed_change` those of the relative change to `before`, in pairs of sequences. 0 for a single sequence.
-        steps: the search step by step: layers dropped so far, and the figures that decided.
-        heal: report of the healing that was tried, or None.
-        notes: what else there is to say, such as the sizes before and after.
-        attention: positions of the layers that lose their attention alone.
-        mlp: positions of the layers that lose their MLP alone.
+        errors: standard errors over sequences, of `perplexity` by the same names, and as `after_change` and
+            `healed_change` those of the relative change from `before`, paired by sequence. 0 for a single sequence.
+        steps: the steps of the search: layers dropped so far, and the values that decided.
+        heal: report of the healing tried, or None.
+        notes: other information, such as sizes before and after.
+        attention: positions of layers that lose only their attention.
+        mlp: positions of layers that lose only their MLP.
     """
 
     layers: tuple[int, ...]
@@ -87,42 +87,42 @@ class PruningPlan:
 
     @property
     def units(self) -> list[Unit]:
-        """All that goes: layers, and attention or MLPs of others as pairs such as ("attention", 3)."""
+        """All units to drop: layers, and attention or MLPs of other layers as pairs such as ("attention", 3)."""
         return units_of(vars(self))
 
     @property
     def perplexity_increase(self) -> float | None:
-        """Relative: 0.1 is ten percent more than before; with healing where that was kept."""
+        """The relative increase (0.1 means ten percent), after healing if that was kept."""
         before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
         return None if before is None or after is None else after / before - 1.0
 
     @property
     def known_text(self) -> KnownText | None:
-        """The text that the layers were chosen or healed on; None if they were given, or by an older plan.
+        """The text used to choose or heal the layers; None if they were given, or the plan is from an older release.
 
         Raises:
-            ValueError: if the plan's record of it is not valid.
+            ValueError: if the plan's record of it is invalid.
         """
         stored = self.data.get("calibration")
         return KnownText.of(stored) if isinstance(stored, dict) and "passages" in stored else None
 
     def require_whole_layers(self, argument: str) -> None:
-        """Raises an error about an argument that takes whole layers only if the plan drops attention or MLPs alone."""
+        """Raises an error about `argument` if the plan drops attention or MLPs separately."""
         if self.attention or self.mlp:
-            problem = "the plan drops attention or MLPs alone; this takes whole layers only"
+            problem = "the plan drops attention or MLPs separately, but only whole layers are supported here"
             raise ArgumentError(argument, problem=problem)
 
     def require_made_for(self, config: PreTrainedConfig) -> None:
-        """Raises a ValueError that names the difference if the plan is for another model."""
-        for name, here in fingerprint(config).items():
-            if (there := self.model.get(name)) != here:
+        """Raises a ValueError that names the difference if the plan is for a different model."""
+        for name, actual in fingerprint(config).items():
+            if (expected := self.model.get(name)) != actual:
                 raise ValueError(
                     f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
-                    f"{name} {brief(there)}; this one has {here!r}"
+                    f"{name} {brief(expected)}; this one has {actual!r}"
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the plan to a file, or into a folder as `pruning_plan.json`; returns the file's path."""
+        """Writes the plan to a file, or to a folder as `pruning_plan.json`; returns the path of the file."""
         path = Path(path)
         if path.is_dir() or path.suffix != ".json":
             path.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
-        """Reads a plan from a file, or from a folder that holds one.
+        """Reads a plan from a file or a folder that contains one.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -144,21 +144,21 @@ class PruningPlan:
         figures = ", ".join(
             f"{name} {with_error(value, self.errors.get(name))}" for name, value in self.perplexity.items()
         )
-        said = f"perplexity {figures}" if figures else ""
+        result = f"perplexity {figures}" if figures else ""
         if "healed" in self.perplexity and (never := (self.heal or {}).get("never_fitted")):
-            said += f"; on text that was never fitted before {never['full']:.2f}, healed {never['after']:.2f}"
+            result += f"; on text that was never fitted: before {never['full']:.2f}, healed {never['after']:.2f}"
         what = f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}"
         what += "".join(f", {kind} of {list(getattr(self, kind))}" for kind in SUBLAYERS if getattr(self, kind))
-        return what + (f" ({said})" if said else "")
+        return what + (f" ({result})" if result else "")
 
 
 def units_of(step: Mapping[str, Any]) -> list[Unit]:
-    """The units that a plan, or a step of a search, names under `layers`, `attention` and `mlp`."""
+    """The units in `layers`, `attention` and `mlp` of a plan or a step of a search."""
     return [*step["layers"], *((kind, layer) for kind in SUBLAYERS for layer in step.get(kind, ()))]
 
 
 def by_kind(units: Iterable[Unit]) -> dict[str, list[int]]:
-    """The inverse of `units_of`; a layer whose attention and MLP both go is one of `layers`."""
+    """The inverse of `units_of`. A layer that loses both attention and MLP is listed in `layers`."""
     given = list(units)
     whole = {one for one in given if not isinstance(one, tuple)}
     parts = {kind: {one[1] for one in given if isinstance(one, tuple) and one[0] == kind} - whole for kind in SUBLAYERS}
@@ -177,11 +177,11 @@ def read_plan(path: Any) -> PruningPlan:
     try:
         values = read_object(file, **_KINDS)
         if values.get("format") != _FORMAT:
-            raise ValueError("it was written in another format")
+            raise ValueError("it has an unknown format")
         if missing := {"layers", "model"} - set(values):
             raise ValueError(f"it has no {min(missing)}")
         if not are_layers(values["layers"]):
-            raise ValueError(f"its layers must be different integers from 0, got {brief(values['layers'])}")
+            raise ValueError(f"its layers must be distinct integers >= 0, got {brief(values['layers'])}")
         for name in {"perplexity", "errors"} & values.keys():
             values[name] = {one: number_of(value) for one, value in values[name].items()}
         figures = values.get("perplexity", {})
@@ -189,14 +189,14 @@ def read_plan(path: Any) -> PruningPlan:
             raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
         errors = values.get("errors", {})
         if not all(error == 0 or is_positive(error) for error in errors.values()):
-            raise ValueError(f"its errors must be numbers from 0 by name, got {brief(errors)}")
+            raise ValueError(f"its errors must be numbers >= 0 by name, got {brief(errors)}")
         for kind in SUBLAYERS:
             if not are_layers(values.get(kind, [])):
-                raise ValueError(f"its {kind} must be different integers from 0, got {brief(values[kind])}")
+                raise ValueError(f"its {kind} must be distinct integers >= 0, got {brief(values[kind])}")
         known = {name: value for name, value in values.items() if name in _KINDS}
         lists = {name: tuple(values.get(name, ())) for name in ("layers", *SUBLAYERS)}
         plan = PruningPlan(**{**known, **lists})
-        _ = plan.known_text  # raises if it is not valid
+        _ = plan.known_text  # raises if it is invalid
         return plan
     except ValueError as error:
         raise ValueError(f"drop_layers: {str(file)!r} is not a pruning plan: {error}") from None

@@ -1,8 +1,8 @@
-"""Finds the row of a family by experiment, on a tiny random model of it.
+"""Finds the row of a family by experiment on a tiny random model.
 
-What a pre-norm is, is told by intervention and not by its name. Of a layer x + f(n1(x)) = y, y + g(n2(y)) the
-input x is moved by a random d while the outputs of n1, then of n1 and n2, are held where they were. If it is a Pre-LN
-block, the input of n2 moves by exactly d, and so does the output of the layer: nothing else in it reads the stream.
+Pre-norms are identified by intervention, not by name. For a layer y = x + f(n1(x)), z = y + g(n2(y)), the input x is
+shifted by a random d while the outputs of n1, and then of n1 and n2, are held fixed. In a Pre-LN block, the input of n2
+and then the output of the layer shift by exactly d, so nothing else in the layer reads the residual stream.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..core.stack import pretrained_modules
 from ..measuring.stream import kv_cache
 from .depth_fields import prune_config
 
-_MOST_PARAMETERS = 50_000_000  # of a tiny model; one with sizes that are not known could fill the memory
-# Sizes of a tiny model by the names that configurations give them; patterns over depth have both kinds of layers.
+_MOST_PARAMETERS = 50_000_000  # limit for a tiny model, since unknown size fields could make it huge
+# Field names and their values in a tiny model. With these values, per-layer patterns contain both kinds of layers.
 _SIZES: dict[int, str] = {
     96: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
     64: "max_position_embeddings n_positions n_ctx max_seq_len index_topk index_topk_blocks",
@@ -61,10 +61,10 @@ _SIZES: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Proposal:
-    """The findings of the probe of a family.
+    """The result of probing a family.
 
     Attributes:
-        model_type: of the text model.
+        model_type: `model_type` of the text model.
         family: the row for the table; None if the family can be neither scaled nor cut.
         no_scaling: why LayerNorm Scaling is not possible; "" if it is.
         no_dropping: why layers cannot be dropped; "" if they can.
@@ -87,22 +87,22 @@ class Proposal:
 def propose_family(model: nn.Module) -> Proposal:
     """Finds the row of a model's family for `register_family`, or the reason why there is none.
 
-    Builds a tiny random model of the same classes (four layers, hidden size 32, on the CPU, in float64) and proves on
-    it, by intervention, which norms are before attention and MLP, that their outputs can be scaled by their
-    weights, and that configurations of the remaining layers give what is left when layers are deleted.
+    Builds a tiny random model of the same classes (four layers, hidden size 32, on the CPU, in float64). By intervening
+    in it, determines the norms before attention and MLP, and verifies that their outputs can be scaled through their
+    weights and that a configuration of the remaining layers is equivalent to deleting the others.
 
     Args:
-        model: a model of transformers' kind, of any size, in any wrapper; only its classes are used.
+        model: a transformers model of any size, possibly wrapped; only its classes are used.
 
     Returns:
-        A `Proposal`; `print` shows the call to make.
+        A `Proposal`; printing it shows the call to make.
 
     Raises:
-        UnsupportedArchitectureError: if no tiny model can be built from the configuration's class.
+        UnsupportedArchitectureError: if no tiny model can be built from the configuration class.
     """
     modules = pretrained_modules(model)
     if not modules:
-        raise UnsupportedArchitectureError(f"propose_family: {type(model).__name__} holds no model of transformers")
+        raise UnsupportedArchitectureError(f"propose_family: {type(model).__name__} contains no transformers model")
     text = text_config(modules[0].config)
     inner = next((module for module in modules if module.config.model_type == text.model_type), modules[0])
     try:
@@ -110,29 +110,29 @@ def propose_family(model: nn.Module) -> Proposal:
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in type(inner)(config).parameters())
         if count > _MOST_PARAMETERS:
-            raise ValueError(f"it has {count:,} parameters, so its configuration has names of its own for its sizes")
+            raise ValueError(f"it has {count:,} parameters, so its configuration uses unknown names for its sizes")
         return propose_from(type(inner), config)
     except Exception as error:
         raise UnsupportedArchitectureError(
-            f"propose_family: no tiny {type(inner).__name__} could be run: {type(error).__name__}: {error}. Give "
-            "hf_lnscale.pruning.probe.propose_from() its class and a configuration of a small one"
+            f"propose_family: no tiny {type(inner).__name__} could be run: {type(error).__name__}: {error}. Call "
+            "hf_lnscale.pruning.probe.propose_from() with its class and a configuration of a small model"
         ) from error
 
 
 def propose_from(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Proposal:
-    """As `propose_family`, from the configuration of a tiny model: four layers, and no more than a few MB."""
+    """Like `propose_family`, given the configuration of a tiny model of four layers and at most a few MB."""
     try:
         return probe(tiny_model(model_class, config))
-    except RuntimeError:  # some compute in float32 whatever their dtype is
+    except RuntimeError:  # some models compute in float32 regardless of their dtype
         return probe(tiny_model(model_class, config, torch.float32))
 
 
 def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    """A configuration of a tiny model: sizes are set wherever the class has a field of a known name."""
+    """A configuration of a tiny model, with sizes set for every field that has a known name."""
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     known |= set(getattr(config_class, "__dataclass_fields__", ()))
     values: dict[str, Any] = {name: value for value, names in _SIZES.items() for name in names.split() if name in known}
-    if known & {"kv_lora_rank", "linear_num_heads"}:  # latent attention has as many of both heads
+    if known & {"kv_lora_rank", "linear_num_heads"}:  # latent attention has equally many of both
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
     return config_class(**(values | changes))
 
@@ -140,13 +140,13 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
 def tiny_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """A random model of which every layer makes a difference, on the CPU and in eager mode."""
+    """A random model in which every layer affects the output, on the CPU and with eager implementations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config)
         model.to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
         model.set_attn_implementation("eager")
-        model.set_experts_implementation("eager")  # grouped kernels know no float64
+        model.set_experts_implementation("eager")  # grouped kernels do not support float64
         for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -159,10 +159,10 @@ def probe(model: PreTrainedModel) -> Proposal:
     """Finds the row of a small model's family; see `propose_family`.
 
     Args:
-        model: with weights of which none is zero, on the CPU.
+        model: a model on the CPU, none of whose weights are zero.
     """
     config = text_config(model.config)
-    if getattr(type(model.config), "is_encoder_decoder", False):  # of the class: a decoder alone is told otherwise
+    if getattr(type(model.config), "is_encoder_decoder", False):  # the instance of a decoder may differ
         return Proposal(config.model_type, None, families.ENCODER_DECODER, families.ENCODER_DECODER)
     ids_BT = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     found = _find_layers(model, ids_BT)
@@ -173,8 +173,8 @@ def probe(model: PreTrainedModel) -> Proposal:
     if len(set(parameters)) < len(parameters):
         return Proposal(config.model_type, None, families.SHARED, families.SHARED)
     family, no_scaling = _row(model, path, calls, ids_BT)
-    said = config.to_dict()
-    fields = tuple(name for name in families.DEPTH_FIELDS if said.get(name) is not None)
+    values = config.to_dict()
+    fields = tuple(name for name in families.DEPTH_FIELDS if values.get(name) is not None)
     family = replace(family, depth_fields=fields, no_scaling=no_scaling)
     if len(calls) != config.num_hidden_layers:
         no_dropping = "its configuration counts sub-layers as layers"
@@ -189,7 +189,7 @@ def probe(model: PreTrainedModel) -> Proposal:
 
 
 def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The first tensor that a module is called with and that may be the residual stream."""
+    """The first argument of a module that may be the residual stream."""
     values = (*args, *kwargs.values())
     return next((x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() >= 2), None)
 
@@ -199,7 +199,7 @@ def _output(output: Any) -> Any:
 
 
 class _Call(NamedTuple):
-    """A call of a layer with its input and output, which can be repeated."""
+    """A call of a layer, with its input and output, that can be repeated."""
 
     layer: nn.Module
     args: tuple[Any, ...]
@@ -210,14 +210,14 @@ class _Call(NamedTuple):
     def again(
         self, x_BTD: torch.Tensor, watched: dict[str, nn.Module], held: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
-        """Calls the layer with another input.
+        """Calls the layer with a different input.
 
         Args:
-            watched: parts of the layer.
-            held: what some of these return, whatever they are called with.
+            watched: submodules to observe.
+            held: fixed outputs for some of them.
 
         Returns:
-            The layer's output, and the inputs and the outputs of the parts that are watched.
+            The layer's output, and the inputs and outputs of the watched submodules.
         """
         inputs: dict[str, Any] = {}
         outputs: dict[str, Any] = {}
@@ -237,7 +237,7 @@ class _Call(NamedTuple):
 
 
 def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[str, list[_Call]] | str:
-    """The path of the decoder layers and their calls; or why there are none."""
+    """The path of the decoder layers and their calls, or the reason why there are none."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     calls: dict[str, list[_Call]] = {name: [] for name in lists}
     with ExitStack() as hooks, torch.no_grad():
@@ -258,7 +258,7 @@ def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[str, lis
         and [call.layer for call in made] == list(lists[name])
         and all(torch.equal(after.x_BTD, before.y_BTD) for before, after in itertools.pairwise(made))
     ]
-    width = getattr(text_config(model.config), "hidden_size", None)  # missing where several stacks have their own
+    width = getattr(text_config(model.config), "hidden_size", None)  # missing if each of several stacks has one
     if not chained or width is None:
         return families.NO_STACK
     path = max(chained, key=lambda one: len(calls[one]))
@@ -267,17 +267,17 @@ def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[str, lis
 
 
 def _from_the_base(model: PreTrainedModel, path: str) -> str:
-    """A path in a model as one in the innermost model of transformers that holds the module."""
+    """Converts a path in a model to a path in the innermost `PreTrainedModel` that contains the module."""
     holders = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
     return path.removeprefix(max(filter(path.startswith, holders), key=len, default=""))
 
 
 def _pre_norms(call: _Call) -> tuple[str, str] | str:
-    """The paths of a layer's two pre-norms, or why there are not two."""
+    """The paths of a layer's two pre-norms, or the reason why there are not two."""
     norms: dict[str, nn.Module] = {}
     for name, module in call.layer.named_modules():
         kind = type(module).__name__.lower()
-        # A gated norm holds a norm; the module that the stream goes into is meant.
+        # A gated norm contains a norm; take the outer module, which reads the stream.
         outer = any(name.startswith(f"{one}.") for one in norms)
         whole = (kind.endswith("norm") and "attention" not in kind) or not list(module.children())
         if name and not outer and whole and "norm" in kind:
@@ -289,7 +289,7 @@ def _pre_norms(call: _Call) -> tuple[str, str] | str:
     tensors = {name: out for name, out in outputs.items() if isinstance(out, torch.Tensor)}
     if any(out.shape == y_BTD.shape and torch.equal(out, y_BTD) for out in tensors.values()):
         return families.POST_LN
-    # Level by level, the norms that d reaches once the outputs of those before them are held.
+    # Level by level, find the norms that d reaches when the outputs of all norms before them are held fixed.
     level = [name for name, x in at.items() if x is not None and _equal(x, x_BTD)]
     found, held, factors = [level], {name: outputs[name] for name in level}, list[torch.Tensor]()
     while level:
@@ -320,12 +320,12 @@ def _pre_norms(call: _Call) -> tuple[str, str] | str:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two states are the same; some modules flatten batch and tokens."""
+    """Whether two states are equal, allowing for modules that flatten batch and tokens."""
     return a.numel() == b.numel() and torch.equal(a.reshape(b.shape), b)
 
 
 def _factor(d_BTD: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor | None:
-    """By which multiple of d, channel by channel, something has moved; None if by anything else."""
+    """The factor per channel such that the shift is factor * d; None if there is none."""
     if after is None or before is None or not after.numel() == before.numel() == d_BTD.numel():
         return None
     moved_BTD = after.reshape(d_BTD.shape) - before.reshape(d_BTD.shape)
@@ -359,7 +359,7 @@ def _one_plus_weight(norm: nn.Module) -> bool | None:
 
 
 def _row(model: PreTrainedModel, path: str, calls: list[_Call], ids_BT: torch.Tensor) -> tuple[Family, str]:
-    """The row of a family, but for the fields over depth, and why it cannot be scaled; "" if it can."""
+    """The row of a family without its per-layer fields, and why it cannot be scaled ("" if it can)."""
     family = Family(layers=_from_the_base(model, path))
     rows = [_pre_norms(call) for call in calls]
     row = rows[0]
@@ -378,7 +378,7 @@ def _row(model: PreTrainedModel, path: str, calls: list[_Call], ids_BT: torch.Te
 
 
 def _scales_as_hooks_do(model: PreTrainedModel, path: str, family: Family, ids_BT: torch.Tensor) -> bool:
-    """Whether a model with scaled norms gives the outputs of one whose norms' outputs are multiplied."""
+    """Whether scaling norms gives the same outputs as multiplying their outputs by hooks."""
     by_hooks, by_weights = copy.deepcopy(model), copy.deepcopy(model)
     for position in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
         scale = (position + 2) ** -0.5
@@ -401,7 +401,7 @@ _CUTS = ([0], [1], [2], [3], [0, 2], [1, 2])
 
 
 def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torch.Tensor) -> str:
-    """Why no layers can be dropped; "" if a smaller configuration gives the outputs of the model without them."""
+    """Why layers cannot be dropped; "" if a smaller configuration is equivalent to removing them."""
     on_disk = revert_weight_conversion(model, model.state_dict())
     pre_norms = [name for name in on_disk if name.endswith(".weight") and family.layer_of_pre_norm(name) is not None]
     total = text_config(model.config).num_hidden_layers
@@ -425,28 +425,28 @@ def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torc
         smaller.load_state_dict({name: whole[_renumbered(name, path, kept)] for name in smaller.state_dict()})
         skipping = copy.deepcopy(model)
         for layer in dropped:
-            skipping.get_submodule(f"{path}.{layer}").register_forward_hook(_hand_on, with_kwargs=True)
+            skipping.get_submodule(f"{path}.{layer}").register_forward_hook(_return_input, with_kwargs=True)
         if not _same_outputs(smaller, skipping, ids_BT):
-            return f"a model of the remaining configuration differs from one without layers {dropped}"
+            return f"a model with the reduced configuration differs from one without layers {dropped}"
         if (difference := _cache_error(smaller, ids_BT)) > 1e-3:
-            return f"without layers {dropped} the KV cache gives other outputs, by {difference:.1g}"
+            return f"without layers {dropped}, outputs with a KV cache differ by {difference:.1g}"
     return refusals[0] if len(refusals) == len(_CUTS) else ""
 
 
 def _renumbered(name: str, path: str, numbers: list[int]) -> str:
-    """The name of a tensor, with the number of its layer, if it is of one, replaced by that in a list."""
+    """The name of a tensor with its layer index, if any, mapped through a list."""
     return re.sub(rf"(?<=^{re.escape(path)}\.)\d+", lambda match: str(numbers[int(match[0])]), name)
 
 
-def _hand_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """A hook by which a layer returns its input."""
+def _return_input(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A forward hook that makes a layer return its input."""
     x = _stream(args, kwargs)
     return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
 
 
 @torch.no_grad()
 def _cache_error(model: PreTrainedModel, ids_BT: torch.Tensor) -> float:
-    """The largest relative difference that a cache makes to the output at the last token; 0 without a cache."""
+    """The largest relative difference in the output at the last token caused by a cache; 0 without a cache."""
     whole = model(input_ids=ids_BT, use_cache=False)[0][:, -1]
     cache = kv_cache(model(input_ids=ids_BT[:, :-1], use_cache=True))
     if not cache:

@@ -1,7 +1,7 @@
-"""From a model to a smaller one: layers are chosen, the cut is healed, and the price is measured.
+"""Makes a model smaller: chooses layers, heals the cut and measures the cost.
 
-`prune` does all of it. `plan_pruning` is the same search and healing with the model left as it was, and
-`hf-lnscale prune` calls `prune` with a path and a folder to write.
+`prune` does all of this. `plan_pruning` performs the same search and healing but leaves the model unchanged.
+`hf-lnscale prune` calls `prune` with a path and an output folder.
 """
 
 from __future__ import annotations
@@ -73,54 +73,53 @@ def prune(
     command: str = "",
     progress: bool = True,
 ) -> Pruned:
-    """Makes a model smaller: chooses layers by measurement, heals the cut, and drops them.
+    """Makes a model smaller: chooses layers by measurement, drops them and heals the cut.
 
     A model in memory is changed in place. With `out`, the result is written as an ordinary checkpoint with tokenizer,
-    plan and model card; the folder appears under its name when it is complete. A search that is interrupted leaves
-    `.NAME.search.json` next to it, from which the next one continues, also for another number of layers.
+    plan and model card; the folder appears only when complete. An interrupted search leaves `.NAME.search.json` next to
+    it, from which the next search continues, even with a different number of layers.
 
-    Exactly one of the first five arguments sets the target:
+    Exactly one of the arguments from `num_layers` to `drop` sets the target.
 
     Args:
-        model: a causal language model of a known family, in memory; or a folder or a name on the Hub.
-        data: texts, a dataset, a path or token ids, see `token_batches`; to choose layers and fit the healing on. None
-            takes English and Python code that come with Python.
-        num_layers: drop that many layers.
-        max_perplexity_increase: drop as many as stay inside it on held-out data, 0.1 being ten percent more; with
-            `heal`, after healing.
-        target_params: drop as many as it takes to have at most that many parameters.
-        target_memory: drop as many as it takes for weights and KV cache to fit into that many bytes, the cache being
-            that of `cache_batch` sequences of `cache_tokens` tokens.
-        drop: drop these layers, counted from 0, negative ones from the end.
+        model: a causal language model of a known family, in memory; or a folder or Hub repository.
+        data: texts, a dataset, a path or token ids, see `token_batches`, for choosing layers and fitting the healing.
+            None uses English and Python code shipped with Python.
+        num_layers: drop this many layers.
+        max_perplexity_increase: drop as many layers as possible within this relative increase on held-out data (0.1
+            means ten percent), measured after healing if `heal` is set.
+        target_params: drop layers until at most this many parameters are left.
+        target_memory: drop layers until weights and KV cache fit in this many bytes, with a cache of `cache_batch`
+            sequences of `cache_tokens` tokens.
+        drop: drop these layers, counted from 0 (negative ones from the end).
         cache_tokens, cache_batch: see `target_memory`.
         method: how layers are chosen, see `plan_pruning`.
-        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`; then `drop`
-            and `num_layers` cannot set the target.
-        heal: a method of `heal`; "auto" is "refit" for models that can be healed, None does not heal. Healing is kept
-            if it lowers the perplexity on held-out data.
-        held_out: data as above, to judge by; None holds out the last quarter of `data`.
-        tokenizer: turns text into ids, and is written with the model; None loads it by the model's name.
-        windows: see `token_batches`; without `held_out`, `windows.num_tokens` counts both parts.
-        placement: device and type of the weights, also of those written; for a model that is loaded here.
-        resume: file in which the search notes each step, from which an interrupted one continues; None is the hidden
+        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`. With the latter,
+            `drop` and `num_layers` cannot set the target.
+        heal: a method of `heal`; "auto" means "refit" for models that can be healed; None disables healing. Healing is
+            kept if it lowers the perplexity on held-out data.
+        held_out: data as above for evaluation; None holds out the last quarter of `data`.
+        tokenizer: converts text to ids and is written with the model; None loads it by the model's name.
+        windows: see `token_batches`; without `held_out`, `windows.num_tokens` includes the held-out part.
+        placement: device and dtype for a model that is loaded here; the dtype also applies to the weights written.
+        resume: file in which the search records each step, to continue after an interruption; defaults to the hidden
             file next to `out`.
         out: folder to write.
-        force: replace a checkpoint that is at `out`.
-        abilities: measure sums, copying, MMLU questions and agreement with the whole model as `evaluate` does; they
-            decide nothing.
-        prompt_tokens, new_tokens: lengths that prefill and decoding are timed with, for a model given by path or name
-            and written to `out`.
+        force: whether to replace a checkpoint at `out`.
+        abilities: whether to measure addition, copying, MMLU questions and agreement with the original model, as
+            `evaluate` does. They do not affect the choice.
+        prompt_tokens, new_tokens: lengths for timing prefill and decoding, if the model is given by path or name and
+            written to `out`.
         command: the command line, for the model card.
-        progress: show progress bars.
+        progress: whether to show progress bars.
 
     Returns:
-        The plan, the model without the layers, and a table of before and after.
+        The plan, the model without the layers, and a table of results before and after.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or holds something else than a checkpoint.
-        ValueError: for wrong arguments, for a budget that not one layer meets, for a model that cannot be pruned or
-            healed, and if the written checkpoint does not have the perplexity that the plan says; nothing is written
-            then.
+        FileExistsError: if `out` is not empty and `force` is False, or contains anything but a checkpoint.
+        ValueError: if an argument is invalid, no layer fits the budget, the model cannot be pruned or healed, or the
+            written checkpoint does not reproduce the plan's perplexity. Nothing is written in these cases.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     goal = one_goal(
@@ -137,28 +136,28 @@ def prune(
     if checkpoint is not None:
         config: PreTrainedConfig = read_config(checkpoint)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            problem = "is not a causal language model; load it, and prune it in memory"
+            problem = "is not a causal language model; load it and prune it in memory"
             raise ArgumentError("model", checkpoint, problem=problem)
         windows, inner = replace(windows, seq_len=window_length(windows.seq_len, [config])), None
     else:
         config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
         inner = text_stack(model).model
     _require_prunable(config, goal, units)
-    asked = tokenizer
-    if asked is None and (checkpoint is not None or target is not None or abilities):
+    own_tokenizer = tokenizer
+    if own_tokenizer is None and (checkpoint is not None or target is not None or abilities):
         if not (name := checkpoint or config.name_or_path):
-            problem = f"give the one to {'write' if target else 'ask with'}: the model has no name to load it by"
+            problem = f"required for {'`out`' if target else '`abilities`'}, as the model has no name to load it by"
             raise ArgumentError("tokenizer", problem=problem)
-        asked = load_tokenizer(name)
+        own_tokenizer = load_tokenizer(name)
     if abilities:
-        first_token(asked)
+        first_token(own_tokenizer)
     if checkpoint is not None or target is not None:
-        tokenizer = asked  # not for abilities alone: with one, English and code are fitted beside token ids
+        tokenizer = own_tokenizer  # not for `abilities` only: it would add English and code to token ids
     text = _split(data, held_out, tokenizer, windows, config, inner)
     if checkpoint is not None:
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
-    whole = (ability_results(model, asked), Continuations(model, asked)) if abilities else None
+    whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
 
     search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
     try:
@@ -166,16 +165,16 @@ def prune(
     except OtherSearchError:
         if record is None:
             raise
-        record.unlink()  # an interrupted search left it
+        record.unlink()  # left behind by an interrupted search
         plan, report = search(record, progress)
     if not plan.units:
         if record is not None:
             record.unlink(missing_ok=True)
         if goal[0] != "max_perplexity_increase":
-            raise ArgumentError(*goal, problem="is met by the model as it is. Nothing was written.")
+            raise ArgumentError(*goal, problem="is already met by the unchanged model. Nothing was written.")
         raise ValueError(
-            f"not one {'layer' if units == 'layers' else 'sub-layer'} can go: the cheapest raises perplexity from "
-            f"{plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
+            f"no {'layer' if units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises perplexity "
+            f"from {plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
             "Nothing was written."
         )
     try:
@@ -187,7 +186,7 @@ def prune(
     if report is not None:
         report.forget()
     if whole is not None:
-        cut = [*ability_results(model, asked), *whole[1].agreement(model, asked)]
+        cut = [*ability_results(model, own_tokenizer), *whole[1].agreement(model, own_tokenizer)]
         plan = replace(plan, notes={**plan.notes, "abilities": compare_abilities(whole[0], cut)})
     if plan.known_text:
         note_text(model, plan.known_text)
@@ -199,9 +198,9 @@ def prune(
         tokenizer.save_pretrained(folder)
         rows = rows_of(plan)
         if checkpoint is not None:
-            del model, search  # one at a time
+            del model, search  # frees memory for other processes
             if placement.main_device.startswith("cuda"):
-                torch.cuda.empty_cache()  # for the processes that measure
+                torch.cuda.empty_cache()
             costs = measure(checkpoint, folder, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
             sizes = [size_on_disk(path) for path in (checkpoint, folder)]
             before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
@@ -235,47 +234,45 @@ def plan_pruning(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PruningPlan:
-    """Chooses layers to drop from a model without changing the model; `prune` also drops them.
+    """Chooses layers to drop without changing the model; `prune` also drops them.
 
-    A budget gives the largest number of layers that stays inside it. One layer more can cost less if each number has
-    its own set of layers, so all methods but the stepwise ones ("greedy", "greedy_healed") try two larger numbers after
-    one that is outside.
+    A budget selects the largest number of layers within it. Since each number has its own set of layers, one more layer
+    may cost less, so all methods except the stepwise ones ("greedy", "greedy_healed") try two larger numbers after one
+    that exceeds the budget.
 
     Methods:
 
-    - "best_of": tries the proposals of one pass over the data (the contiguous blocks of lowest angular distance, and
-      the layers of lowest Block Influence, on all sources of text and on each), and takes the best; with `heal`, the
-      best after quick healing of the six best before it.
-    - "greedy": removes the layer whose removal raises the loss least, measures again, and so on (SLEB, arXiv
-      2402.09025, algorithm 1, with the loss of the next token as its metric). Every candidate is measured on all of
-      the data, from the states before it on.
-    - "greedy_healed": the same, with the cut so far healed (by `heal`, or "refit") before candidates are measured.
+    - "best_of": evaluates the proposals of one pass over the data (the contiguous blocks of lowest angular distance,
+      and the layers of lowest Block Influence, on all sources of text and on each) and takes the best. With `heal`, the
+      six best are healed quickly and compared again.
+    - "greedy": repeatedly removes the layer whose removal raises the loss least (SLEB, arXiv 2402.09025, algorithm 1,
+      with the next-token loss as metric). Every candidate is evaluated on all data, starting from the states before it.
+    - "greedy_healed": like "greedy", but heals the cut so far (by `heal`, or "refit") before evaluating candidates.
     - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
     - "block_influence", "taylor", "perplexity", "kl": the layers of lowest score, all at once; see `score_layers`.
 
     Args:
         model: a causal language model of a known family, in memory.
-        data: see `prune`. A small set decides badly.
-        num_layers, max_perplexity_increase, target_params, target_memory: how far to go, exactly one of them; see
-            `prune`.
+        data: see `prune`. A small set leads to poor choices.
+        num_layers, max_perplexity_increase, target_params, target_memory: the target, exactly one of them; see `prune`.
         cache_tokens, cache_batch: see `prune`.
-        method: see above; None is "best_of", and "greedy" for sub-layers.
-        units: "layers"; or "sublayers", which removes at each step the layer, the attention or the MLP whose removal
-            raises the loss least for what it saves, and measures all again. What counts is the number of parameters; if
-            `cache_tokens` is given, the bytes of the weights and of that KV cache.
-        heal: a method of `heal` to try on the result, or "auto", see `prune`; the plan records what it gives. None does
-            not try.
+        method: see above; defaults to "best_of", or "greedy" for sub-layers.
+        units: "layers"; or "sublayers", which at each step removes the layer, attention or MLP whose removal raises the
+            loss least relative to what it saves, then evaluates all again. Savings are counted in parameters, or, if
+            `cache_tokens` is given, in bytes of weights and KV cache.
+        heal: a method of `heal` to try on the result, or "auto", see `prune`; the plan records the effect. None
+            disables healing.
         held_out, tokenizer, windows, resume: see `prune`.
-        progress: show progress bars.
+        progress: whether to show progress bars.
 
     Returns:
-        The plan, with perplexities on held-out data. It is deterministic: same model, same data, same plan. It has no
-        layers if not one can go.
+        The plan, with perplexities on held-out data. It is deterministic for a given model and data. It has no layers
+        if none can be dropped.
 
     Raises:
-        ValueError: for a wrong argument, for a target that cannot be reached, for too little data, for a model whose
-            loss is not finite, or that cannot be healed if that is asked for, and (`OtherSearchError`) if `resume` is
-            the record of another search.
+        ValueError: if an argument is invalid, the target cannot be reached, there is too little data, the model's loss
+            is not finite, or the model cannot be healed as requested; `OtherSearchError` if `resume` is the record of
+            another search.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     goal = one_goal(
@@ -306,7 +303,7 @@ def _choose_and_heal(
     resume: str | os.PathLike[str] | None,
     progress: bool,
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Checks what needs the model, and searches; see `search_layers`. The text is what `_split` returns."""
+    """Checks arguments against the model, then searches; see `search_layers`. `text` is the result of `_split`."""
     calibration, judged, cautions = text
     if units == "sublayers":
         droppable_units(text_stack(model).model.config)
@@ -323,11 +320,11 @@ def _choose_and_heal(
         raise ArgumentError(
             "data",
             problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
-            "chooses its penalty on sequences that it is not fitted on; give more text, or a smaller `seq_len`",
+            "chooses its penalty on sequences that are not fitted; use more text or a smaller `seq_len`",
         )
     cost = estimate_cost(model, target, method if units == "layers" else units, heal, calibration, judged)
-    each = " for each number of layers that is tried" if target.budget is not None else ""
-    each = " for each layer, attention or MLP that goes" if units == "sublayers" else each
+    each = " for each number of layers tried" if target.budget is not None else ""
+    each = " for each layer, attention or MLP dropped" if units == "sublayers" else each
     logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
     plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress, units)
     return replace(plan, notes={**plan.notes, "cautions": cautions}), report
@@ -337,7 +334,7 @@ def _choose_and_heal(
 
 
 def _require_methods(method: str | None, units: str, heal: str | None, goal: tuple[str, Any]) -> tuple[str, str | None]:
-    """The method of the search and of the healing; refuses those that do not go together."""
+    """Validates and returns the methods of search and healing."""
     if units not in UNITS:
         raise ArgumentError("units", units, f"one of {', '.join(UNITS)}")
     method = method or ("best_of" if units == "layers" else "greedy")
@@ -346,19 +343,19 @@ def _require_methods(method: str | None, units: str, heal: str | None, goal: tup
     if heal not in (None, "auto", *HEAL_METHODS):
         raise ArgumentError("heal", heal, f"one of auto, {', '.join(HEAL_METHODS)} or None")
     if method == "greedy_healed" and heal is None:
-        raise ArgumentError("method", method, problem="heals; `heal=None` goes with another method")
+        raise ArgumentError("method", method, problem="requires healing; with `heal=None`, use another method")
     if units == "layers":
         return method, heal
     if method != "greedy":
-        raise ArgumentError("method", method, problem="chooses whole layers; `units=sublayers` goes with 'greedy'")
+        raise ArgumentError("method", method, problem="chooses whole layers; with `units=sublayers`, use 'greedy'")
     if goal[0] in ("num_layers", "drop"):
-        problem = "counts layers; with `units=sublayers`, give `target_params`, `target_memory` or "
+        problem = "counts layers; with `units=sublayers`, use `target_params`, `target_memory` or "
         raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
     return method, heal
 
 
 def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any], units: str) -> None:
-    """Refuses a model whose configuration cannot lose layers, or does not have those that shall go."""
+    """Refuses a model from whose configuration layers cannot be dropped, or that lacks the layers to drop."""
     family_of(config, "drop_layers")
     if units == "sublayers":
         droppable_units(config)
@@ -370,7 +367,7 @@ def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any], units: st
 
 
 def _paths(data: Any) -> list[Any]:
-    """The possible paths in a `data` argument: itself, or each of several sources."""
+    """The values of a `data` argument that may be paths: itself, or each of several sources."""
     if not isinstance(data, dict):
         return [data]
     return [one[0] if isinstance(one, tuple) else one for one in data.values()]
@@ -379,7 +376,7 @@ def _paths(data: Any) -> list[Any]:
 def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
 ) -> tuple[TokenBatches, TokenBatches, list[str]]:
-    """Text to choose by, text to judge by, and cautions about them, which are also shown as warnings."""
+    """Calibration text, held-out text, and cautions about them, which are also issued as warnings."""
     data = default_sources() if data is None else data
     whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
     if held_out is None:
@@ -398,7 +395,7 @@ def _split(
     if known := caution(config, sequences_of(judged)):
         cautions.append(f"held-out data: {known}")
     if held_out is not None and (share := share_known(sketch(calibration), sequences_of(judged))):
-        cautions.append(f"held-out data: about {percent(share)} of it is calibration data, too: choose other text.")
+        cautions.append(f"held-out data: about {percent(share)} of it is also calibration data; use other text.")
     for one in cautions:
         warn(one)
     return calibration, judged, cautions
@@ -408,12 +405,12 @@ def _split(
 
 
 def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement: Placement) -> Any:
-    """The written model, which must have the perplexity in the plan."""
+    """Loads the written model and checks that it reproduces the plan's perplexity."""
     written = placement.load(folder)
     found = perplexity_of(loss_without(written, judged))
-    said = plan.perplexity.get("healed", plan.perplexity["after"])
-    if not abs(found - said) <= 0.01 * said:  # nor if one is not a number
+    expected = plan.perplexity.get("healed", plan.perplexity["after"])
+    if not abs(found - expected) <= 0.01 * expected:  # also true for NaN
         raise ValueError(
-            f"the written checkpoint has perplexity {found:.3f}, the plan says {said:.3f}; nothing is kept"
+            f"the written checkpoint has perplexity {found:.3f}, but the plan says {expected:.3f}; nothing was kept"
         )
     return written

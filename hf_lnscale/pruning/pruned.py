@@ -1,4 +1,4 @@
-"""The result of `prune`: its table of before and after, and its model card."""
+"""The result of `prune`: a table of results before and after, and the model card."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _HEADER = ("", "before", "after", "change")
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """The result of `prune`; printed, it is a table of before and after.
+    """The result of `prune`. Prints as a table of results before and after.
 
     Attributes:
-        plan: the layers that were dropped, how they were chosen, and all figures.
+        plan: the dropped layers, how they were chosen, and all results.
         model: the model without them.
-        rows: the table: name of the figure, before, after, change.
-        path: the folder that was written, or None.
+        rows: rows of the table: name, before, after, change.
+        path: the folder written, or None.
     """
 
     plan: PruningPlan
@@ -73,13 +73,13 @@ def rows_of(
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
         for name, (old, new), show in figures
     ]
-    if costs:  # a single measurement each, hence without a percentage
+    if costs:  # single measurements, so no relative change is shown
         before, after = (show_bytes(cost.peak_bytes) for cost in costs)
         rows.append(("peak memory", before, after, ""))
     judged = (("held out", "after"), ("healed", "healed"))
     found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
-        # An estimate without a standard error, hence without a percentage.
+        # An estimate without a standard error, so no relative change is shown.
         found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
     rows[3:3] = found
     for ability, one in plan.notes.get("abilities", {}).items():
@@ -90,7 +90,7 @@ def rows_of(
 
 
 def compare_abilities(before: list[TaskResult], after: list[TaskResult]) -> dict[str, dict[str, Any]]:
-    """Each ability's value and standard error, before and after, and those of the change; None where there is none."""
+    """Value and standard error of each ability before and after, and of the change; None if not available."""
     whole = {one.name: one for one in before}
     found = {}
     for one in after:
@@ -118,32 +118,33 @@ def card_of(
     command: str,
     config: PreTrainedConfig,
 ) -> ModelCard:
-    """Says how the checkpoint was made, and what it cost."""
+    """The model card, which describes how the checkpoint was made and what the cut cost."""
     if plan.heal is None:
         healing = "It was not healed or trained afterwards."
     elif "healed" in plan.perplexity:
         healing = f"The cut was healed in closed form ({plan.heal['method']}), without training."
     else:
-        healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was left out."
+        healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was not applied."
     search, held_out = plan.method["search"], plan.data["held_out"]
     how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
-    gone = named_parts(plan.layers, plan.attention, plan.mlp)
+    dropped = named_parts(plan.layers, plan.attention, plan.mlp)
     notes = [
-        Markdown(f"{gone[0].upper()}{gone[1:]} (counted from 0) were dropped, {how}."),
+        Markdown(f"{dropped[0].upper()}{dropped[1:]} (counted from 0) were dropped, {how}."),
         healing,
-        *(["LayerNorm Scaling is active in it: it needs hf_lnscale to load."] if record(config).active else []),
-        *(["It lacks attention or MLP in layers: it needs hf_lnscale to load."] if record(config).sublayers else []),
-        Markdown(f"All figures of the search are in {markdown_code(PLAN_FILE)}."),
+        *(["LayerNorm Scaling is active, so it needs hf_lnscale to load."] if record(config).active else []),
+        *(["Some layers lack attention or MLP, so it needs hf_lnscale to load."] if record(config).sublayers else []),
+        Markdown(f"All results of the search are in {markdown_code(PLAN_FILE)}."),
     ]
     note = (
         f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
-        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning keeps "
-        "classification better than generation: reasoning and code suffer more than perplexity says (arXiv 2602.01997)."
+        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning "
+        "preserves classification better than generation: reasoning and code suffer more than perplexity suggests "
+        "(arXiv 2602.01997)."
     )
     if costs := plan.notes.get("cost"):
         timing = costs["after"]["decode_tokens_per_second"]
         note += (
-            f" Speed and memory: batch size 1, on the machine that made this; median of {timing['runs']} runs (lowest "
+            f" Speed and memory: batch size 1, on the machine used to prune; median of {timing['runs']} runs (lowest "
             f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
         )
     if "abilities" in plan.notes:

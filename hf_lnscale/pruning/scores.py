@@ -1,12 +1,11 @@
 """Importance scores of decoder layers, to decide which to remove.
 
-A score is higher for a layer that matters more, whatever the method. Layers are counted from 0, as in
-`model.model.layers`. Measurements run without dropout, skip padding, hold one batch at a time, and leave the model as
-it was.
+For every method, a higher score means a more important layer. Layers are counted from 0, as in `model.model.layers`.
+Measurements run without dropout, ignore padding, hold one batch at a time, and leave the model unchanged.
 
-"Without a layer" is exact: the layer does not run, and the numbers are those of a model that it was deleted from.
+Removing a layer is exact: the layer does not run, and outputs equal those of a model from which it was deleted.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, D hidden size, V vocabulary, L layers, P = L + 1 places in the
+Shapes: B batch, T tokens, N selected tokens of B x T, D hidden size, V vocabulary, L layers, P = L + 1 places in the
 residual stream (place i is before layer i, place L after the last layer).
 """
 
@@ -41,7 +40,7 @@ _UNITS = {
     "angular": "angular distance / pi",
     "taylor": "sum of |weight x gradient|, nats",
     "perplexity": "perplexity without the layer",
-    "kl": "KL from the full model, nats a token",
+    "kl": "KL from the full model, nats per token",
 }
 
 
@@ -52,11 +51,11 @@ class LayerScores:
     Attributes:
         method: one of `METHODS`.
         scores: float64. Shape (L,), or for "angular" shape (L, L): `scores[i, n - 1]` is the distance over the block of
-            the n layers from i on, NaN where there are not as many.
-        model: the name that the model was loaded by, or "".
-        data: the data that was measured on, as returned by `TokenBatches.describe`.
+            n layers starting at layer i; NaN if it exceeds the model.
+        model: the name the model was loaded by, or "".
+        data: the data used, as returned by `TokenBatches.describe`.
         baseline: perplexity of the full model, for "perplexity".
-        tokens: for "angular", the tokens that were compared: "last" or "all".
+        tokens: for "angular", the tokens compared: "last" or "all".
     """
 
     method: str
@@ -72,17 +71,17 @@ class LayerScores:
 
     @property
     def layers(self) -> torch.Tensor:
-        """The score of each layer by itself, shape (L,); for "angular" that of the block of one."""
+        """The score of each single layer, shape (L,)."""
         return self.scores[:, 0] if self.method == "angular" else self.scores
 
     def order(self) -> list[int]:
-        """All layers, the least important first; layers of equal score from the first on."""
+        """All layers in order of importance, least important first; ties are ordered by index."""
         return self.layers.argsort(stable=True).tolist()
 
     def lowest(self, n: int) -> list[int]:
-        """The n layers to remove at once, as the method's paper chooses them.
+        """The n layers to remove at once, as chosen in the method's paper.
 
-        These are the n of lowest score, lowest first; for "angular" the contiguous block of lowest distance.
+        These are the n layers of lowest score, lowest first; for "angular", the contiguous block of lowest distance.
 
         Raises:
             ValueError: if n is not between 0 and L - 1.
@@ -94,10 +93,10 @@ class LayerScores:
         """The n contiguous layers with the lowest angular distance (arXiv 2403.17887, section 3.2, step 2).
 
         Raises:
-            ValueError: if n is not between 1 and L - 1, or for another method than "angular".
+            ValueError: if n is not between 1 and L - 1, or the method is not "angular".
         """
         if self.method != "angular":
-            raise ValueError(f"best_block needs scores of method 'angular', these are of {self.method!r}")
+            raise ValueError(f"best_block needs scores of method 'angular', got {self.method!r}")
         self._require_count(n, least=1)
         start = int(self.scores[: self.num_layers - n + 1, n - 1].nan_to_num(math.inf).argmin())
         return range(start, start + n)
@@ -116,10 +115,10 @@ class LayerScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerScores:
-        """Reads a file that `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
-            ValueError: if the file has other content.
+            ValueError: if the file does not contain layer scores.
         """
         try:
             content = read_object(Path(path))
@@ -132,10 +131,10 @@ class LayerScores:
             about = {name: content[name] for name in ("method", "model", "data", "baseline", "tokens")}
             return cls(scores=scores, **about | {"baseline": number_of(about["baseline"])})
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"{os.fspath(path)!r} holds no layer scores: {error}") from None
+            raise ValueError(f"{os.fspath(path)!r} contains no layer scores: {error}") from None
 
     def __str__(self) -> str:
-        """A table: the layers with their scores and ranks, or for "angular" the best block of each size."""
+        """A table of layers with their scores and ranks, or for "angular" of the best block of each size."""
         title = f"{self.method} of {self.model or 'the model'}, {self.num_layers} layers"
         if self.data:
             title += f", {self.data['num_tokens']:,} tokens of {self.data['source']}"
@@ -149,22 +148,22 @@ class LayerScores:
                 layers = str(block[0]) if n == 1 else f"{block[0]} to {block[-1]}"
                 rows.append((str(n), layers, _number(self.scores[block[0], n - 1].item())))
         else:
-            header = ("layer", _UNITS[self.method], "rank, 1 goes first")
+            header = ("layer", _UNITS[self.method], "rank (1 is removed first)")
             rank = {layer: str(place) for place, layer in enumerate(self.order(), start=1)}
             rows = [(str(layer), _number(score), rank[layer]) for layer, score in enumerate(self.scores.tolist())]
         return f"{title}\n{as_text(terminal(header, rows))}"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draws a bar a layer, or for "angular" every block as a cell of a triangle.
+        """Plots one bar per layer, or for "angular" every block as a cell of a triangle.
 
         Args:
-            path: file to write the picture to; its suffix decides the format.
+            path: image file to write; its suffix determines the format.
 
         Returns:
             The `matplotlib.figure.Figure`.
 
         Raises:
-            ImportError: if matplotlib is missing; the message names the extra.
+            ImportError: if matplotlib is not installed; the message names the extra.
         """
         try:
             from matplotlib.figure import Figure
@@ -208,37 +207,35 @@ def score_layers(
     tokens: str = "last",
     progress: bool = True,
 ) -> LayerScores:
-    """Scores every decoder layer of a model; a layer of low score can go.
+    """Scores every decoder layer of a model; layers with low scores can be removed.
 
     Methods, with x_i the residual stream before layer i:
 
     - "block_influence": 1 - mean over tokens of cos(x_i, x_{i+1}) (ShortGPT, arXiv 2403.03853, equation 1). One pass.
     - "angular": arccos(cos(x_i, x_{i+n})) / pi, mean over sequences, for every i and n in one pass (Gromov et al.,
       arXiv 2403.17887, equation 7).
-    - "taylor": sum of |w dL/dw| over the layer's weight matrices, L the next-token loss (Shortened LLaMA, arXiv
-      2402.02834, section 3.1). The absolute value is taken of each batch's own gradient and averaged over batches,
-      weighted by their tokens, so that no gradient outlives its layer's backward pass; with one batch it is the
-      paper's.
-    - "perplexity": of the model without the layer (same section).
-    - "kl": mean over tokens of KL(full || without the layer), between the distributions of the next token.
+    - "taylor": sum of |w dL/dw| over the layer's weight matrices, with L the next-token loss (Shortened LLaMA, arXiv
+      2402.02834, section 3.1). Absolute values are taken per batch and averaged over batches, weighted by tokens, so
+      that no gradient outlives its layer's backward pass. With a single batch this is the paper's score.
+    - "perplexity": perplexity of the model without the layer (same section).
+    - "kl": mean over tokens of KL(full || without the layer) between next-token distributions.
 
-    The last two take half a pass for each layer, see `sweep_losses`.
+    The last two take half a pass per layer, see `sweep_losses`.
 
     Args:
-        model: a model of a known family, in any wrapper; for "taylor" without a PEFT adapter; for "taylor",
-            "perplexity" and "kl" with its language head.
-        data: texts, a dataset, a path or token ids, see `token_batches`. The more, the better the decision: 32,768
+        model: a model of a known family, possibly wrapped; without a PEFT adapter for "taylor", and with its language
+            modeling head for "taylor", "perplexity" and "kl".
+        data: texts, a dataset, a path or token ids, see `token_batches`. More data gives better decisions: 32,768
             tokens is little for "perplexity".
         method: one of `METHODS`.
-        tokenizer: turns text into ids; loaded by the model's name if none is given.
-        windows: how texts are cut.
-        tokens: for "angular": compare the "last" token of each sequence, as the paper does, or the mean over "all".
-        progress: show a progress bar.
+        tokenizer: converts text to ids; loaded by the model's name if not given.
+        windows: how texts are split.
+        tokens: for "angular", compare the "last" token of each sequence, as in the paper, or the mean over "all".
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for an unknown method or `tokens`, for data without tokens, for a model without a language head if
-            the method needs one, and for weights that are quantized, offloaded or under an adapter if the method reads
-            them.
+        ValueError: if `method` or `tokens` is unknown, the data has no tokens, the method needs a language modeling
+            head that the model lacks, or it reads weights that are quantized, offloaded or have an adapter.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     if method not in METHODS:
@@ -270,12 +267,12 @@ def score_stream(
     tokens: str = "last",
     progress: bool = True,
 ) -> dict[str, LayerScores]:
-    """Scores by the methods that read the residual stream alone, in one pass for all of them; see `score_layers`."""
+    """Scores by all methods that only read the residual stream, in a single pass; see `score_layers`."""
     stack, methods = text_stack(model), tuple(methods)
     influence_L, angles = torch.zeros(len(stack.layers), dtype=torch.float64), BlockAngles(len(stack.layers))
-    picked: list[torch.Tensor] = []  # states of the tokens that are compared, at each place
-    distances: list[torch.Tensor] = []  # summed over tokens, of each layer
-    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last state and its norms
+    picked: list[torch.Tensor] = []  # states of the compared tokens at each place
+    distances: list[torch.Tensor] = []  # sum over tokens for each layer
+    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the previous state and its norms
     count = 0
 
     def visit(place: int, x_BTD: torch.Tensor) -> None:
@@ -300,7 +297,7 @@ def score_stream(
             if picked:
                 angles.add(picked)
             if distances:
-                # Fetched once a batch: waiting for the device at every layer would cost more than the sums.
+                # Read once per batch, since synchronizing at every layer would cost more than the sums.
                 influence_L += torch.tensor([value.item() for value in distances], dtype=torch.float64)
     found = {"block_influence": influence_L / _require_tokens(count), "angular": angles.mean()}
     name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
@@ -318,7 +315,7 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
     for name, module in stack.layers.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                "method: 'taylor' counts a layer's own weights, and this model has a PEFT adapter "
+                "method: 'taylor' scores a layer's own weights, but this model has a PEFT adapter "
                 f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
             )
     found = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
@@ -326,15 +323,15 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             what = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
             raise ValueError(
-                f"method: 'taylor' reads the weights, and those of this model are {what}; load it "
-                "unquantized and whole, or choose another method"
+                f"method: 'taylor' reads the weights, but this model's are {what}; load the whole model unquantized, "
+                "or choose another method"
             )
     return found
 
 
 def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
-    halves = SplitModel(model)
-    matrices = _matrices(halves.stack)
+    split_model = SplitModel(model)
+    matrices = _matrices(split_model.stack)
     total_L = torch.zeros(len(matrices), dtype=torch.float64)
     count = 0
 
@@ -361,9 +358,9 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
                 picked_BT, targets_N = predictions(batch)
                 if not len(targets_N):
                     continue
-                x_ND = pick_tokens(halves.hidden(batch), picked_BT)
-                # The loss is summed over tokens, so that dividing by their number once gives the mean.
-                x_ND.backward(loss_gradient(halves, x_ND, targets_N))
+                x_ND = pick_tokens(split_model.hidden(batch), picked_BT)
+                # The loss is summed over tokens; the total is divided by their number at the end.
+                x_ND.backward(loss_gradient(split_model, x_ND, targets_N))
                 count += len(targets_N)
     finally:
         for hook in hooks:
@@ -376,7 +373,7 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
 
 def _require_tokens(count: int) -> int:
     if not count:
-        raise ValueError("data: no token to measure on: everything is padding, or the sequences are too short")
+        raise ValueError("data: no tokens to evaluate; everything is padding, or the sequences are too short")
     return count
 
 

@@ -1,4 +1,4 @@
-"""The search for layers to drop: by count, by budget or by size, judged on data that the choice does not use."""
+"""Searches for layers to drop, by number, budget or size, and evaluates the result on held-out text."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
-# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity, in times the lowest.
+# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity relative to the lowest.
 BLOCKS = 8
 HEALED = 6
 _APART = 1.5
-# How many larger numbers of layers are tried after one that is outside the budget.
+# How many larger numbers of layers to try after one that exceeds the budget.
 _LOOK_FURTHER = 2
 
 
@@ -51,21 +51,21 @@ _LOOK_FURTHER = 2
 
 
 def one_goal(**given: Any) -> tuple[str, Any]:
-    """The one argument that sets the target, and its value.
+    """The name and value of the one argument that sets the target.
 
     Raises:
-        ArgumentError: if none or several are given, or if the value is not a positive number (`drop`, and the range of
-            `num_layers`, are not looked at).
+        ArgumentError: if none or several are given, or the value is not a positive number (`drop` and the range of
+            `num_layers` are not checked).
     """
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) != 1:
         shown = ", ".join(f"`{name}`={value!r}" for name, value in found.items()) or "none"
         names = [f"`{name}`" for name in given]
-        problem = f"exactly one of {', '.join(names[:-1])} and {names[-1]} says how far to go; got {shown}"
+        problem = f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be given, got {shown}"
         raise ArgumentError(next(iter(found or given)), problem=problem)
     name, value = next(iter(found.items()))
-    value = value.item() if hasattr(value, "item") else value  # a number of numpy's
-    # The range of `num_layers` depends on the model: `require_possible`.
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
+    # The range of `num_layers` depends on the model; see `require_possible`.
     free = name == "drop" or (name == "num_layers" and isinstance(value, int) and not isinstance(value, bool))
     if not free and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
         raise ArgumentError(name, value, "a positive number")
@@ -73,10 +73,10 @@ def one_goal(**given: Any) -> tuple[str, Any]:
 
 
 def require_possible(goal: tuple[str, Any], num_layers: int) -> None:
-    """Refuses to drop layers that a model of `num_layers` layers does not have, or all of them."""
+    """Refuses to drop layers that a model with `num_layers` layers does not have, or all of them."""
     name, value = goal
     if num_layers < 2:
-        raise ArgumentError("model", problem="it has a single layer; none can be dropped")
+        raise ArgumentError("model", problem="it has only one layer, which cannot be dropped")
     if name == "num_layers" and (not isinstance(value, int) or not 1 <= value < num_layers):
         raise ArgumentError(name, value, f"an integer from 1 to {num_layers - 1} for this model")
     if name == "drop":
@@ -85,16 +85,16 @@ def require_possible(goal: tuple[str, Any], num_layers: int) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """How far a search goes.
+    """The target of a search.
 
     Attributes:
-        words: the goal, as written into a plan.
-        reached: whether a set of units (layers, and attention or MLPs of layers) is enough.
-        sizes: what is left without a set of units: parameters, bytes of weights and of the KV cache.
-        saves: what a unit saves if others are gone (a layer whose MLP is gone, its attention): bytes of weights and of
-            the KV cache where a cache counts, else parameters.
-        least: no set of fewer layers is enough.
-        budget: largest relative increase of perplexity, or None.
+        words: the goal, as stored in a plan.
+        reached: whether dropping a set of units (layers, attention or MLPs) is enough.
+        sizes: what is left without a set of units: parameters, bytes of weights and bytes of the KV cache.
+        saves: what dropping a unit saves after others were dropped (for a layer without MLP, only its attention): bytes
+            of weights and KV cache if there is a cache, otherwise parameters.
+        least: the smallest number of layers that can be enough.
+        budget: largest relative increase in perplexity, or None.
     """
 
     words: dict[str, Any]
@@ -106,10 +106,10 @@ class Target:
 
 
 def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0, cache_batch: int = 1) -> Target:
-    """The target of a goal for a model.
+    """Creates the target for a goal and a model.
 
     Raises:
-        ArgumentError: if the model cannot reach it.
+        ArgumentError: if the model cannot reach the goal.
     """
     name, value = goal
     stack = text_stack(model)
@@ -125,18 +125,18 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         layer = layer_of(unit)
         whole = stack.layers[layer]
         modules = parts(whole, stack.family, unit[0]) if isinstance(unit, tuple) else [whole]
-        held = [p for module in modules for p in module.parameters()]
+        parameters = [p for module in modules for p in module.parameters()]
         cache = 0 if unit == ("mlp", layer) else cache_L[layer]
         if unit == ("attention", layer):  # the tokens are still counted
             cache -= counter_L[layer]
-        return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held), cache
+        return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), cache
 
     def sizes(dropped: Sequence[Unit]) -> dict[str, Any]:
-        gone = [sum(column) for column in zip((0, 0, 0), *map(size_of, dropped), strict=True)]
+        saved = [sum(column) for column in zip((0, 0, 0), *map(size_of, dropped), strict=True)]
         return {
-            "params": [params, params - gone[0]],
-            "weight_bytes": [weights, weights - gone[1]],
-            "cache_bytes": [sum(cache_L), sum(cache_L) - gone[2]],
+            "params": [params, params - saved[0]],
+            "weight_bytes": [weights, weights - saved[1]],
+            "cache_bytes": [sum(cache_L), sum(cache_L) - saved[2]],
             "cache_of": {"tokens": cache_tokens, "batch": cache_batch},
         }
 
@@ -144,8 +144,8 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         after: dict[str, list[int]] = sizes(dropped)
         return after["params"][1] if name == "target_params" else after["weight_bytes"][1] + after["cache_bytes"][1]
 
-    def saves(unit: Unit, gone: Sequence[Unit]) -> float:
-        units = (unit, *(one for one in gone if layer_of(one) == unit))
+    def saves(unit: Unit, dropped: Sequence[Unit]) -> float:
+        units = (unit, *(one for one in dropped if layer_of(one) == unit))
         whole, *before = (sum(size_of(one)[1:]) if cache_tokens else size_of(one)[0] for one in units)
         return whole - sum(before)
 
@@ -160,9 +160,9 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
     if name == "max_perplexity_increase":
         return Target({name: value}, one_left, sizes, saves, budget=value)
     cache_of = {"cache_tokens": cache_tokens, "cache_batch": cache_batch} if name == "target_memory" else {}
-    by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # the largest layer first
+    by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
-        raise ArgumentError(name, value, f"at least {smallest}, the size of this model with a single layer left")
+        raise ArgumentError(name, value, f"at least {smallest}, the size of this model with one layer left")
     least = next((n for n in range(1, most) if size(tuple(by_size[:n])) <= value), most)
     return Target(
         {name: value} | cache_of, lambda dropped: size(dropped) <= value or one_left(dropped), sizes, saves, least
@@ -170,10 +170,10 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[int]]:
-    """The size of each layer's KV cache in bytes, extrapolated from a cache of a few tokens, and what each would have
-    left without attention: one number for each token, see `AbsentAttention`.
+    """The size of each layer's KV cache in bytes, with and without its attention.
 
-    A layer of linear attention has a state of constant size, and the cache of a sliding window stops growing.
+    Extrapolated from a cache of a few tokens: linear attention has a state of constant size, and the cache of a sliding
+    window stops growing. Without attention, one element per token remains, see `AbsentAttention`.
 
     Args:
         tokens: length of each sequence.
@@ -223,19 +223,19 @@ def search_layers(
     progress: bool = True,
     units: str = "layers",
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Chooses layers and, with `heal_method`, heals the model in place for doing without them.
+    """Chooses layers and, with `heal_method`, heals the model in place to compensate for them.
 
-    The arguments are those of `plan_pruning`, already checked; a target that names the layers needs no method. Layers
-    are chosen on `calibration`. `judged` gives the plan's figures, and decides how many layers stay inside a budget and
-    whether healing is kept.
+    The arguments are those of `plan_pruning`, already validated; a target that names the layers needs no method. Layers
+    are chosen on `calibration`. The plan's results are measured on `judged`, which also decides how many layers fit the
+    budget and whether healing is kept.
 
     Returns:
-        The plan, and the report by which healing can be undone, None if none was tried. Healing that does not help on
-        `judged` is undone already.
+        The plan, and the report with which healing can be undone; None if it was not tried. Healing that does not help
+        on `judged` has already been undone.
 
     Raises:
-        ValueError: if the loss is not finite, if no set of layers reaches the target, and (`OtherSearchError`) if
-            `resume` is the file of another search.
+        ValueError: if the loss is not finite or no set of layers reaches the target; `OtherSearchError` if `resume` is
+            the file of another search.
     """
     stack = text_stack(model)
     given: list[int] | None = target.words.get("drop")
@@ -246,7 +246,7 @@ def search_layers(
     about = {"calibration": chosen_by, "held_out": judged.describe()}
     model_print = fingerprint(stack.model.config)
     log = _Log(None if given else resume, {"method": how, "heal": heal_method, "data": about, "model": model_print})
-    if not given:  # the target is not part of the log's key: steps do not depend on it
+    if not given:  # not part of the log's key, since steps do not depend on the target
         how = {**how, "target": target.words}
     healer = _Healer(model, calibration, heal_method) if heal_method else None
     search = _Search(model, stack, target, method, units, calibration, healer, log, progress)
@@ -254,10 +254,10 @@ def search_layers(
     before = perplexity_of(whole.mean)
     if not math.isfinite(before):
         raise ArgumentError(
-            "model", problem=f"its perplexity on the held-out data is {before}: nothing to compare with"
+            "model", problem=f"its perplexity on the held-out data is {before}, so nothing can be compared with it"
         )
     if not math.isclose(log.values.setdefault("before", before), before, rel_tol=1e-3):
-        raise OtherSearchError("resume", resume, problem="is the record of another model, with another perplexity")
+        raise OtherSearchError("resume", resume, problem="belongs to another model, with a different perplexity")
 
     chosen: dict[str, Any] = {"layers": [], "perplexity": before}
     used: list[dict[str, Any]] = []
@@ -286,15 +286,15 @@ def search_layers(
                 continue
             bar.update(len(step["layers"]) - len(chosen["layers"]))
             chosen, outside = step, 0
-            fit = healer.fit if healer else None  # larger sets that are tried have others
+            fit = healer.fit if healer else None  # trying larger sets replaces it
             bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(step["layers"]))
 
-    layers, gone = tuple(sorted(chosen["layers"])), units_of(chosen)
-    if target.budget is None and not target.reached(gone):
+    layers, dropped = tuple(sorted(chosen["layers"])), units_of(chosen)
+    if target.budget is None and not target.reached(dropped):
         counting = sorted(counting_layers(stack.model.config))
         raise ArgumentError(
             "method", method,
-            problem=f"finds nothing to drop for {target.words}: of layers {counting} one must stay, as linear "
+            problem=f"finds nothing to drop for {target.words}: one of layers {counting} must be kept, since linear "
             "attention alone cannot generate; choose another method, or fewer layers",
         )  # fmt: skip
     errors = {"before": before * whole.error()} | _errors_of("after", chosen)
@@ -305,18 +305,18 @@ def search_layers(
         model_name=public_name(stack.model.config.name_or_path or ""),
         method=how,
         data=about,
-        perplexity={"before": before, **({"after": chosen["perplexity"]} if gone else {})},
+        perplexity={"before": before, **({"after": chosen["perplexity"]} if dropped else {})},
         errors=errors,
         steps=[] if given else [{**step, "layers": sorted(step["layers"])} for step in used],
-        notes=target.sizes(gone),
+        notes=target.sizes(dropped),
         **lacking,
     )
-    if not (healer and gone):
+    if not (healer and dropped):
         return plan, None
     healer.fit = fit
-    report = healer.heal(gone, progress)
+    report = healer.heal(dropped, progress)
     try:
-        healed = _figures(losses_by_source(model, judged, gone), whole)
+        healed = _figures(losses_by_source(model, judged, dropped), whole)
     except BaseException:
         report.undo()
         raise
@@ -328,21 +328,23 @@ def search_layers(
 
 
 def _figures(losses: SourceLosses, whole: SourceLosses) -> dict[str, float]:
-    """Perplexity, the geometric mean over the sources of text, and the standard errors of it and of its relative change
-    to the whole model, by the delta method: d exp(x) = exp(x) dx."""
+    """Perplexity (geometric mean over sources), its standard error, and that of its change relative to the full model.
+
+    By the delta method: d exp(x) = exp(x) dx.
+    """
     perplexity, change = perplexity_of(losses.mean), perplexity_of(losses.mean - whole.mean)
     errors = {"perplexity_error": perplexity * losses.error(), "change_error": change * losses.error(whole)}
     return {"perplexity": perplexity} | {name: error for name, error in errors.items() if math.isfinite(error)}
 
 
 def _errors_of(name: str, figures: dict[str, Any]) -> dict[str, float]:
-    """The part of `_figures` that goes into `PruningPlan.errors`."""
+    """The part of `_figures` that is stored in `PruningPlan.errors`."""
     found = {name: figures.get("perplexity_error"), f"{name}_change": figures.get("change_error")}
     return {name: error for name, error in found.items() if error is not None}
 
 
 class _Healer:
-    """Heals the model for one set of units after another, and keeps the last fit, so that it need not be repeated."""
+    """Heals the model for one set of units after another, and caches the last fit."""
 
     def __init__(self, model: nn.Module, calibration: TokenBatches, method: str) -> None:
         self.healer = Healer(model, calibration, method=method)
@@ -351,14 +353,14 @@ class _Healer:
     def heal(self, units: Iterable[Unit], progress: bool) -> HealReport:
         parts = by_kind(units)
         if self.fit and list(self.fit[0].dropped) == units_of(parts):
-            report, apply_again = self.fit
-            apply_again()
+            report, reapply = self.fit
+            reapply()
             return report
         return self.healer.heal(**parts, quick=False, progress=progress)
 
     @contextmanager
     def healed(self, units: Iterable[Unit], progress: bool) -> Iterator[HealReport]:
-        """Within it, the model is healed."""
+        """Context in which the model is healed."""
         report = self.heal(units, progress)
         try:
             yield report
@@ -366,23 +368,23 @@ class _Healer:
             self.fit = report, report.set_aside()
 
     def forget(self) -> None:
-        """Frees the full model's states: other numbers of layers have cuts in other places."""
+        """Frees the full model's states, since other numbers of layers have cuts in other places."""
         self.healer.forget()
 
 
 class OtherSearchError(ArgumentError):
-    """The file to resume from is the record of another search."""
+    """The file to resume from belongs to another search."""
 
 
 class _Log:
-    """The steps of a search, in a file if there is one, so that the search can go on after an interruption."""
+    """The steps of a search, optionally stored in a file to continue after an interruption."""
 
     def __init__(self, path: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
         self.path = Path(path) if path is not None else None
         key = json.loads(json.dumps(key))
         self.values: dict[str, Any] = {"key": key, "steps": []}
         if self.path:
-            self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)  # of a run that was killed
+            self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)  # left behind by a killed run
         if self.path and self.path.exists():
             try:
                 self.values = read_object(self.path, key=dict, steps=list)
@@ -395,7 +397,7 @@ class _Log:
             except ValueError as error:
                 raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
             if differ:
-                problem = f"is the record of another search, with other {' and '.join(differ)}"
+                problem = f"belongs to another search, with different {' and '.join(differ)}"
                 raise OtherSearchError("resume", path, problem=problem)
         self.steps: list[dict[str, Any]] = self.values["steps"]
 
@@ -410,7 +412,7 @@ class _Log:
 
 
 def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None:
-    """Refuses figures and layers in the record of a search that no search could have written."""
+    """Refuses invalid values and layers in the record of a search."""
     if not is_positive(found.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(found['before'])}")
     for step in found["steps"]:
@@ -419,7 +421,7 @@ def _require_steps(found: dict[str, Any], num_layers: int | None = None) -> None
         errors = (step.get(name) or 1 for name in ("perplexity_error", "change_error")) if valid else ()
         figures = (step.get(name, 1) for name in ("perplexity", "healed")) if valid else ()
         if not valid or not all(map(is_positive, (*figures, *errors))):
-            raise ValueError(f"a step must have different layers of the model and figures, got {brief(step)}")
+            raise ValueError(f"a step must have distinct layers of the model and valid values, got {brief(step)}")
 
 
 @dataclass(frozen=True)
@@ -437,25 +439,27 @@ class _Search:
     progress: bool
 
     def can_go(self, dropped: Iterable[int]) -> bool:
-        """Whether layers are left that generation needs."""
+        """Whether a layer that generation needs is left."""
         counting = counting_layers(self.stack.model.config)
         return not counting or not counting <= set(dropped)
 
 
 def _steps(search: _Search) -> Iterator[dict[str, Any]]:
-    """Sets of one more unit each time, from the log as far as it goes: dicts with `layers`, and with `attention` and
-    `mlp` if sub-layers are taken out."""
+    """Yields sets that grow by one unit, first those in the log.
+
+    Each is a dict with `layers`, and with `attention` and `mlp` if sub-layers are dropped.
+    """
     return _greedy(search) if search.method in STEPWISE or search.units == "sublayers" else _by_number(search)
 
 
 def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
-    """Each set is the one before it and the unit whose removal costs least."""
+    """Extends each set by the unit whose removal costs least."""
     yield from list(search.log.steps)
-    gone = units_of(search.log.steps[-1]) if search.log.steps else []
+    dropped = units_of(search.log.steps[-1]) if search.log.steps else []
     total = len(search.stack.layers)
     sublayers = droppable_units(search.stack.model.config) if search.units == "sublayers" else []
     while True:
-        layers, touched = {unit for unit in gone if isinstance(unit, int)}, set(map(layer_of, gone))
+        layers, touched = {unit for unit in dropped if isinstance(unit, int)}, set(map(layer_of, dropped))
         candidates: list[Unit] = [
             *(layer for layer in range(total) if layer not in layers and search.can_go((*layers, layer))),
             *(unit for unit in sublayers if layer_of(unit) not in touched),
@@ -463,23 +467,23 @@ def _greedy(search: _Search) -> Iterator[dict[str, Any]]:
         if not candidates or len(layers) == total - 1:
             return
         repaired: AbstractContextManager[Any] = nullcontext()
-        if search.method == "greedy_healed" and search.healer and gone:
+        if search.method == "greedy_healed" and search.healer and dropped:
             repaired = search.healer.healed(layers, progress=False)
         with repaired:
-            now, without = sweep(search.model, search.calibration, gone, candidates, "loss", search.progress)
+            now, without = sweep(search.model, search.calibration, dropped, candidates, "loss", search.progress)
         cost = {unit: loss.mean for unit, loss in without.items()}
         if search.units == "sublayers":
-            cost = {unit: (loss - now.mean) / max(search.target.saves(unit, gone), 1) for unit, loss in cost.items()}
+            cost = {unit: (loss - now.mean) / max(search.target.saves(unit, dropped), 1) for unit, loss in cost.items()}
         unit = min(candidates, key=lambda one: cost[one])
-        step = by_kind([*gone, unit])
-        gone = units_of(step)
+        step = by_kind([*dropped, unit])
+        dropped = units_of(step)
         yield search.log.add({**step, "calibration_loss": without[unit].mean})
 
 
 def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
-    """Sets that are each found without those of other sizes."""
+    """Finds the set of each size independently of the others."""
     known = {len(step["layers"]): step for step in search.log.steps}
-    scores: list[dict[str, LayerScores]] = []  # of each source of text for "best_of", else of all
+    scores: list[dict[str, LayerScores]] = []  # for "best_of" one entry per source of text, otherwise one
     for count in range(search.target.least, len(search.stack.layers)):
         if count in known:
             yield known[count]
@@ -498,7 +502,7 @@ def _by_number(search: _Search) -> Iterator[dict[str, Any]]:
 
 
 def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[list[int]]:
-    """Sets of layers that one pass over the data suggests, given the scores on each source of text."""
+    """The sets of layers to try, given the scores on each source of text."""
 
     def mean(method: str) -> LayerScores:
         return replace(scores[0][method], scores=torch.stack([one[method].scores for one in scores]).mean(0))
@@ -513,9 +517,9 @@ def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[lis
 
 
 def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
-    """The set of layers without which the model does best; with a healer, after quick healing.
+    """The set of layers without which the model does best, after quick healing if there is a healer.
 
-    Healing did not make up for differences as large as `_APART` (docs/tried.md).
+    Healing was not found to outweigh differences as large as `_APART` (docs/tried.md).
     """
     judged = search.healer.healer.given if search.healer else search.calibration
     losses = losses_of_sets(search.model, judged, proposals, search.progress)
@@ -536,11 +540,11 @@ def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
 def losses_of_sets(
     model: nn.Module, batches: TokenBatches, sets: Sequence[Sequence[int]], progress: bool = True
 ) -> list[float]:
-    """The loss of the model without each set of layers, nats a token; the mean over the sources of text.
+    """The loss of the model without each set of layers, in nats per token, averaged over sources of text.
 
-    Each set runs from its first layer on; the states before that are those of the full model, and kept from one pass.
+    Each set runs from its first layer on, starting from states of the full model that are stored in one pass.
     """
-    halves = SplitModel(model)
+    split_model = SplitModel(model)
     starts = {min(layers) for layers in sets}
     counts: dict[str, int] = defaultdict(int)
     totals: list[dict[str, float]] = [defaultdict(float) for _ in sets]
@@ -552,15 +556,14 @@ def losses_of_sets(
     with eval_mode(model):
         for batch in logging.tqdm(batches, desc="proposals", disable=not progress, leave=False):
             states: dict[int, torch.Tensor] = {}
-            with capture_residual_stream(halves.stack, keep):
-                halves.hidden(batch)
+            with capture_residual_stream(split_model.stack, keep):
+                split_model.hidden(batch)
             picked_BT, targets_N = predictions(batch)
             counts[batch.name] += len(targets_N)
             for layers, total in zip(sets, totals, strict=True):
-                x_BTD = halves.hidden(batch, layers, (min(layers), states[min(layers)]))
+                x_BTD = split_model.hidden(batch, layers, (min(layers), states[min(layers)]))
                 x_ND = pick_tokens(x_BTD, picked_BT)
-                for part in halves.parts(len(x_ND)):
-                    total[batch.name] += (
-                        token_losses(halves.logits(x_ND[part]), targets_N[part]).cpu().double().sum().item()
-                    )
+                for part in split_model.parts(len(x_ND)):
+                    losses_N = token_losses(split_model.logits(x_ND[part]), targets_N[part])
+                    total[batch.name] += losses_N.cpu().double().sum().item()
     return [sum(total[name] / count for name, count in counts.items()) / len(counts) for total in totals]

@@ -1,9 +1,9 @@
-"""A draft for speculative decoding: a view of a model without some of its layers, on the same weights.
+"""Draft models for speculative decoding: a view of a model without some of its layers that shares its weights.
 
-In speculative decoding (Leviathan, Kalman and Matias, arXiv 2211.17192) a cheap model proposes a few tokens, the full
-model checks all of them in one forward pass, and the output has the full model's own distribution. The cheap model here
-is the full one without some of its layers (as in arXiv 2309.08168), so it needs no weights of its own. Whether that is
-faster has to be measured; on small models it is not (docs/tried.md).
+In speculative decoding (Leviathan, Kalman and Matias, arXiv 2211.17192), a cheap draft model proposes a few tokens, the
+full model verifies all of them in one forward pass, and the output follows the full model's distribution. Here the
+draft is the full model without some of its layers (as in arXiv 2309.08168), so it needs no weights of its own. Measure
+whether it is faster; on small models it is not (docs/tried.md).
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ from .plan import PruningPlan
 def draft_model(
     model: nn.Module, drop_layers: Iterable[int] | PruningPlan, *, num_assistant_tokens: int = 5
 ) -> PreTrainedModel:
-    """Returns the model without some of its layers, on the same weights: an assistant for its own generation.
+    """Returns the model without some of its layers, sharing its weights, as an assistant for its own generation.
 
-    Every parameter of the draft is the parameter of the model, the same object: the draft needs no memory for weights
-    and follows every training step. Modules, configuration and KV cache are its own, and the model is not changed.
+    The parameters of the draft are the same objects as the model's, so the draft needs no memory for weights and
+    follows every training step. Modules, configuration and KV cache are separate, and the model is not changed.
 
-    Create the draft last: after the model is on its device, in its dtype, with its adapters. Parameters follow
+    Create the draft last, after the model is on its device, in its dtype and with its adapters. Parameters follow
     `model.to(...)`, but buffers, switched adapters and kernels bound later do not; `draft.to(...)` would move the
-    model's parameters. The draft is in evaluation mode. Hooks on modules are kept and run in the draft too.
+    model's parameters. The draft is in evaluation mode. Module hooks are kept and also run in the draft.
 
     Args:
-        model: a causal language model of a family in the table; one wrapped by PEFT gives a draft with its adapters.
-        drop_layers: positions of the layers that the draft leaves out, counted from 0, negative ones from the end; or a
-            plan.
-        num_assistant_tokens: tokens that the draft proposes before the model checks them.
+        model: a causal language model of a family in the table; a PEFT model gives a draft with its adapters.
+        drop_layers: positions of the layers to drop, counted from 0 (negative ones from the end), or a plan.
+        num_assistant_tokens: number of tokens that the draft proposes before the model verifies them.
 
     Returns:
         A model of the same class. Its `generation_config` has `num_assistant_tokens`, a constant schedule and no
-        confidence threshold (transformers' defaults of 20 tokens and 0.4 suit drafts that cost next to nothing).
+        confidence threshold (transformers' defaults of 20 tokens and 0.4 suit drafts with negligible cost).
 
     Raises:
-        ValueError: for wrong layers, a number of tokens below 1, or a model that cannot be shared: a sharded one, one
-            that a PEFT method steers from outside its layers (prompt and prefix tuning), or one with a module whose
+        ValueError: if layers are invalid, the number of tokens is below 1, or the model cannot be shared because it is
+            sharded, uses a PEFT method that acts outside its layers (prompt and prefix tuning), or has a module whose
             forward was replaced by a closure.
-        UnsupportedArchitectureError: if the family, or its configuration fields over depth, are not known.
+        UnsupportedArchitectureError: if the family or its per-layer configuration fields are unknown.
 
     Example:
         >>> draft = hf_lnscale.draft_model(model, [12, 14, 17])
@@ -60,7 +59,7 @@ def draft_model(
     """
     number = num_assistant_tokens
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"num_assistant_tokens must be an integer of at least 1, got {number!r}")
+        raise ValueError(f"num_assistant_tokens must be an integer >= 1, got {number!r}")
     stack = text_stack(model)
     if isinstance(drop_layers, PruningPlan):
         drop_layers.require_whole_layers("drop_layers")
@@ -71,11 +70,11 @@ def draft_model(
     draft: PreTrainedModel = _view(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
     stack = text_stack(draft)
     if dropped:
-        # The outermost configuration whose text part is the one that the decoder reads.
+        # The outermost configuration that contains the decoder's configuration.
         configs = [part.config for part in draft.modules() if isinstance(part, PreTrainedModel)]
         prune_config(next(config for config in configs if text_config(config) is stack.model.config), dropped)
         delete_layers(stack, dropped)
-    settings = getattr(draft, "generation_config", None)  # a model without a head has none
+    settings = getattr(draft, "generation_config", None)  # None for a model without a head
     if settings is not None:
         settings.num_assistant_tokens = number
         settings.num_assistant_tokens_schedule = "constant"
@@ -85,7 +84,7 @@ def draft_model(
 
 
 class _Shared(TorchFunctionMode):
-    """Context in which deepcopy shares tensors, also those that quantized layers and offload hooks hold."""
+    """Context in which deepcopy shares tensors, including those held by quantized layers and offload hooks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:
@@ -94,12 +93,12 @@ class _Shared(TorchFunctionMode):
 
 
 def _view(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of every module, on the same tensors.
+    """A copy of every module that shares the same tensors.
 
-    By deepcopy: methods bound to the originals (by accelerate, by kernels) are bound to the copies, and a configuration
-    that many modules hold is copied once.
+    Uses deepcopy, which rebinds methods bound to the originals (by accelerate, by kernels) to the copies, and copies a
+    configuration shared by many modules only once.
     """
-    # Parameters and buffers by name: some subclasses have a __deepcopy__ of their own, past the mode above.
+    # Parameters and buffers are listed because some subclasses define their own __deepcopy__, bypassing the mode above.
     tensors = [tensor for part in model.modules() for tensor in (*part._parameters.values(), *part._buffers.values())]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if tensor is not None}
     with _Shared():
@@ -111,13 +110,12 @@ def _require_shareable(model: nn.Module) -> None:
     peft: Any = getattr(model, "active_peft_config", None)
     if getattr(peft, "is_prompt_learning", False):
         raise ValueError(
-            f"draft_model: {peft.peft_type} adds to the input of the whole model, which a draft of its layers would "
-            "not see"
+            f"draft_model: {peft.peft_type} changes the input of the whole model, which the draft would not receive"
         )
     for name, parameter in model.named_parameters():
-        # FSDP2 and tensor parallelism, FSDP1, DeepSpeed's ZeRO-3.
+        # FSDP2 and tensor parallelism, FSDP1, DeepSpeed ZeRO-3.
         if type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id"):
-            raise ValueError(f"draft_model: {name} is sharded; make the draft of a model that is whole")
+            raise ValueError(f"draft_model: {name} is sharded; create the draft from an unsharded model")
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
         if isinstance(forward, FunctionType) and forward.__closure__:

@@ -35,7 +35,7 @@ def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
     (target / "src").mkdir()
     (target / ".git").mkdir()
-    with pytest.raises(FileExistsError, match=r"holds '\.git', which no checkpoint has"):
+    with pytest.raises(FileExistsError, match=r"contains '\.git', which is not part of a checkpoint"):
         write(target, force=True)
     assert sorted(os.listdir(target)) == [".git", "config.json", "src"]
     other = tmp_path / "other"

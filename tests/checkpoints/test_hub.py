@@ -102,8 +102,8 @@ def test_what_the_card_says(saved, tmp_path):
     front = ModelCard(folded).data
     assert (front.base_model, front.library_name, front.tags) == ("someone/base", "transformers", ["hf-lnscale"])
     pruned = push(saved / "pruned", "me/pruned", dry_run=True).card
-    assert "Layers 1 of the original's 4" in pruned
-    assert "of 3 layers" in pruned
+    assert "Layers 1 (counted from 0) of the original 4" in pruned
+    assert "with 3 layers" in pruned
     exec(pruned.partition("```python\n")[2].partition("```")[0].replace("me/pruned", str(saved / "pruned")), {})
 
 

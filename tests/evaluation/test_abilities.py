@@ -168,5 +168,5 @@ def test_prune_refuses_a_tokenizer_that_begins_no_text_before_it_searches(folder
     with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
         prune(model, ["some text"], tokenizer=tokenizer, abilities=True, num_layers=1)
     model.name_or_path = model.config.name_or_path = ""
-    with pytest.raises(ValueError, match="give the one to ask with"):
+    with pytest.raises(ValueError, match="required for abilities"):
         prune(model, ["some text"], abilities=True, num_layers=1)

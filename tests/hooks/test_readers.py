@@ -368,7 +368,7 @@ def test_loftq_is_refused_where_the_layers_are_not(whole, tmp_path, loftq_on_cpu
     AutoModelForCausalLM.from_pretrained(whole, drop_layers=[2]).save_pretrained(tmp_path / "other")
     model = four_bit(whole, drop_layers=[1])
     before = weights(model)
-    with pytest.raises(ValueError, match=r"wants layers \[0, 2, 3\] .* holds layers \[0, 1, 3\]"):
+    with pytest.raises(ValueError, match=r"needs layers \[0, 2, 3\] .* has layers \[0, 1, 3\]"):
         replace_lora_weights_loftq(model, model_path=str(tmp_path / "other"))
     assert equal(weights(model), before)
 

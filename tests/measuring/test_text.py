@@ -97,7 +97,7 @@ def test_empty_rows_are_no_texts():
     assert rows_of(token_batches(texts, tokenizer=tokenizer())) == [[3, 4, EOS, 5]]
     rows = [{"text": text} for text in texts]
     assert rows_of(token_batches(rows, tokenizer=tokenizer())) == [[3, 4, EOS, 5]]
-    with pytest.raises(ValueError, match="list holds 0 token"):
+    with pytest.raises(ValueError, match="list has 0 token"):
         token_batches(["", " "], tokenizer=tokenizer())
     assert documents(texts) == texts
 

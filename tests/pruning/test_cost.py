@@ -88,5 +88,5 @@ def test_memory_and_words(caplog, monkeypatch):
         plan_pruning(model, DATA, max_perplexity_increase=0.5, heal="linear", method="angular", progress=False)
         plan_pruning(model, DATA, target_params=weights // 4 - 1, units="sublayers", progress=False)
     assert caplog.messages[0].startswith("choosing layers: about ")
-    assert caplog.messages[1].startswith("choosing layers and healing for each number of layers that is tried: about ")
-    assert caplog.messages[-1].startswith("choosing layers for each layer, attention or MLP that goes: about ")
+    assert caplog.messages[1].startswith("choosing layers and healing for each number of layers tried: about ")
+    assert caplog.messages[-1].startswith("choosing layers for each layer, attention or MLP dropped: about ")

@@ -614,7 +614,7 @@ def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, ca
         return [" ".join(f"w{token}" for token in ids_BT.flatten().tolist())]
 
     assert quietly(model, removed, ids).never_fitted == {}
-    assert "fitted to and judged on one kind of text alone" in caplog.text
+    assert "fitted and evaluated on only one kind of text" in caplog.text
     alone = copy.deepcopy(model)
     # What the model writes when it is moved a fifth of the way, and what it writes as it is.
     down = model.model.layers[0].mlp.down_proj.weight.data
@@ -767,7 +767,7 @@ def test_an_mlp_that_is_not_linear_in_its_weights_is_refused():
     model = speaker()
     ids, weights = text_of(model), copy.deepcopy(model.state_dict())
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: F.normalize(output, dim=-1))
-    with pytest.raises(UnsupportedArchitectureError, match="does not follow its weights"):
+    with pytest.raises(UnsupportedArchitectureError, match="is not linear in its weights"):
         quietly(model, [1], ids, held_out=ids)
     assert same(model, weights)
 
@@ -792,7 +792,7 @@ def test_weights_that_cannot_be_changed_are_refused():
 
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(speaker(), peft.LoraConfig(target_modules=["down_proj"], r=2))
-    with pytest.raises(ValueError, match="merge or unload"):
+    with pytest.raises(ValueError, match="merge or remove"):
         quietly(model, [2], ids)
 
 

@@ -28,7 +28,7 @@ def test_a_row_that_lacks_a_field_is_refused(own_table, model_type, fields):
     hf_lnscale.register_family(model_type, depth_fields=fields, overwrite=True)
     config = kinds.config(model_type)
     before = config.to_dict()
-    with pytest.raises(ValueError, match=rf"no {model_type} configuration describes layers \[.*depth_fields"):
+    with pytest.raises(ValueError, match=rf"no {model_type} configuration describes only layers \[.*depth_fields"):
         config.drop_layers = [0 if model_type == "ernie4_5_moe" else 1]
     assert config.to_dict() == before
 
@@ -38,7 +38,7 @@ def test_lists_that_nobody_named(own_table):
     config.drop_layers = [1]
     assert config.layer_inter_size == [1, 3, 4]
     config = tiny.config(widths=[1, 2, 3, 4])
-    with pytest.raises(ValueError, match="widths has one entry for each of the 4 layers"):
+    with pytest.raises(ValueError, match="widths has 4 entries, as many as there are layers"):
         config.drop_layers = [1]
     hf_lnscale.register_family("llama", depth_fields={"widths": "each"}, overwrite=True)
     config.drop_layers = [1]
@@ -73,7 +73,7 @@ def test_rules(own_table, rule, before, after):
 @pytest.mark.parametrize(
     ("rule", "value", "message"),
     [
-        ("period", 2, "no period says it"),
+        ("period", 2, "no period does so"),
         ("shared", ["full", "full", "shared", "full", "full", "full"], "layer 2 takes its the_field from layer 1"),
         ("unset", 3, "the_field=3 layers depend on each other"),
     ],
@@ -105,7 +105,7 @@ def test_propose_family_gives_the_row_or_the_reason():
     found = propose_family(tf.Olmo2ForCausalLM(tf.Olmo2Config(**tiny._BASE)))
     assert "normalizes the output of attention and MLP" in found.no_scaling
     assert str(found).endswith("layers can be dropped")
-    with pytest.raises(UnsupportedArchitectureError, match="Linear holds no model of transformers"):
+    with pytest.raises(UnsupportedArchitectureError, match="Linear contains no transformers model"):
         propose_family(torch.nn.Linear(2, 2))
     with torch.device("meta"):
         blt = tf.BltForCausalLM(kinds.config("blt"))

@@ -268,7 +268,7 @@ def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
             found = plan(full, num_layers=count, method=method)
             assert len(found.layers) == count
             drop_layers(copy.deepcopy(full), found.layers)  # refuses what cannot generate
-    with pytest.raises(ValueError, match=r"of layers \[1, 4\] one must stay"):
+    with pytest.raises(ValueError, match=r"one of layers \[1, 4\] must be kept"):
         plan(full, num_layers=2, method="block_influence")
 
 
@@ -292,15 +292,15 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert len(sweeps) == 4  # the first, the interrupted one, and the two that were left
     assert plan(num_layers=3, resume=file) == whole
     assert len(sweeps) == 4
-    with pytest.raises(ValueError, match="is the record of another search, with other method"):
+    with pytest.raises(ValueError, match="belongs to another search, with different method"):
         plan(num_layers=3, method="greedy_healed", resume=file)
     other = model()
     with torch.no_grad():
         other.lm_head.weight.mul_(2)
-    with pytest.raises(ValueError, match="is the record of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         plan(other, num_layers=3, resume=file)
     assert plan(num_layers=2, resume=file) == plan(num_layers=2)  # the steps do not depend on how far to go
-    with pytest.raises(ValueError, match="is the record of another search, with other data"):
+    with pytest.raises(ValueError, match="belongs to another search, with different data"):
         plan(num_layers=3, held_out=DATA[2:], resume=file)
     for content in ("", "[]", "{", '{"key": [], "steps": []}', '{"key": {}, "steps": [1]}', "[" * 100_000):
         file.write_text(content)
@@ -309,7 +309,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
 
 
 WRONG = [
-    ({}, "exactly one of num_layers, .* and target_memory says how far to go; got none"),
+    ({}, "exactly one of num_layers, .* and target_memory must be given, got none"),
     ({"num_layers": 1, "target_params": 5}, "exactly one of .*num_layers=1, target_params=5"),
     ({"num_layers": L}, "num_layers must be an integer from 1 to 5 for this model, got 6"),
     ({"num_layers": True}, "num_layers must be a positive number, got True"),

@@ -196,7 +196,7 @@ def test_lora():
 
 def test_what_cannot_be_shared_is_refused():
     prompted = get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="PROMPT_TUNING adds to the input"):
+    with pytest.raises(ValueError, match="PROMPT_TUNING changes the input"):
         draft_model(prompted, [1])
     model = tiny.model()
     mlp = decoder_layers(model)[1].mlp
@@ -210,8 +210,8 @@ def test_what_cannot_be_shared_is_refused():
     [
         ([4], 5, "layer 4 does not exist"),
         ([1, 1], 5, "given twice"),
-        ([1], 0, "num_assistant_tokens must be an integer of at least 1, got 0"),
-        ([1], True, "num_assistant_tokens must be an integer of at least 1, got True"),
+        ([1], 0, "num_assistant_tokens must be an integer >= 1, got 0"),
+        ([1], True, "num_assistant_tokens must be an integer >= 1, got True"),
     ],
 )
 def test_wrong_arguments(layers, number, message):

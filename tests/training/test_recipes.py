@@ -333,7 +333,7 @@ BAD = {
     "broken": ("continue_pretrain", "--dataset_name broken.jsonl", r"line 2 of 'broken\.jsonl' is not JSON"),
     "short stream": ("continue_pretrain", "--dataset_streaming --eval_samples 40", r"no other is left to train on"),
     "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path silent.jinja", r"drops tool calls, and"),
-    "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter, not a model; merge it first"),
+    "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter, not a model\. Merge it first"),
     "no rate": ("pretrain", "--config_name scaled", r"learning_rate: with --config_name, give one"),
     "no state": ("continue_pretrain", "--resume_from_checkpoint scaled", r"has no trainer_state\.json"),
     "4 bit": ("sft", "--dataset_name pairs.jsonl --load_in_4bit", r"add --use_peft"),

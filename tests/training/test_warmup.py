@@ -118,7 +118,7 @@ def scaled_norms(model):
         ({"warmup_steps": 4, "step": 5}, "step must be an integer from 0 to warmup_steps, 4, got 5"),
         ({"warmup_steps": 4, "step": -1}, "step must be an integer from 0 to warmup_steps, 4, got -1"),
         ({"step": 1}, "step must be an integer from 0 to warmup_steps, 0, got 1"),
-        ({"exponent": 1e308, "warmup_steps": 4}, "scale of a layer.*zero"),
+        ({"exponent": 1e308, "warmup_steps": 4}, "a layer a scale of zero"),
     ],
     ids=repr,
 )
