@@ -1,4 +1,4 @@
-"""`Diagnosis`: the measurements, with the ways to look at them."""
+"""`Diagnosis`: the measurements, with plots and the report."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 class Diagnosis(DiagnosisData):
-    """A diagnosis, as `diagnose` returns it: the attributes of `DiagnosisData`, plots and the report."""
+    """The result of `diagnose`: the attributes of `DiagnosisData`, plots and the report."""
 
     def plot(self, what: str, compare: DiagnosisData | None = None) -> Figure:
-        """One of the plots: "variance", "angular", "loss_added", "layers"; with `compare`, of both on shared axes.
+        """Draws a plot: "variance", "angular", "loss_added" or "layers"; with `compare`, of both on shared axes.
 
         Raises:
             ValueError: if there is no such plot, or its measures were not taken.
-            ImportError: if matplotlib is missing; the message names the extra.
+            ImportError: if matplotlib is not installed; the message names the extra.
         """
         return png.plot(what, [self] if compare is None else [self, compare])
 
     def report(self, path: str | os.PathLike[str] | None = None, compare: DiagnosisData | None = None) -> str:
-        """The report: one HTML file that needs no other file and no network.
+        """The report as a single HTML file that needs no other files and no network.
 
         Args:
-            path: file to write it to.
+            path: file to write.
             compare: another diagnosis, shown next to this one on the same axes.
 
         Returns:
@@ -42,7 +42,7 @@ class Diagnosis(DiagnosisData):
         return text
 
     def _repr_html_(self) -> str:
-        # A frame of its own keeps the styles of notebook and report apart.
+        # In a separate frame, so that the styles of notebook and report do not interfere.
         return (
             f'<iframe title="Diagnosis of {html.escape(self.name)}" srcdoc="{html.escape(self.report())}" '
             'style="width: 100%; height: 640px; border: 1px solid #8888; border-radius: 4px"></iframe>'

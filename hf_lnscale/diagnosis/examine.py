@@ -1,4 +1,4 @@
-"""`diagnose`: every measure over depth, with its cost announced in advance."""
+"""`diagnose`: takes all measures over depth and announces their cost in advance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .measure import (
     weights_have_gradients,
 )
 
-# In forward passes: the layers run forward, again one by one, and backward (with respect to inputs and weights).
+# In forward passes: all layers forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
 _OPTIONAL = (
     "loss_added", "loss_added_error", "perplexity_without", "gradient_norm", "gradient_norm_error",
@@ -44,7 +44,7 @@ _OPTIONAL = (
 _PARTS = {
     "stream": "the stream",
     "loss": "the loss without each layer",
-    "cuts": "cuts of several layers (one more for each layer that can go)",
+    "cuts": "cuts of several layers (one more for each layer that can be dropped)",
     "gradients": "gradients",
     "jacobian": "Jacobians",
 }
@@ -63,47 +63,48 @@ def diagnose(
     jacobian_probes: int = 2,
     progress: bool = True,
 ) -> Diagnosis:
-    """Looks for the curse of depth in a model: what each layer does to the residual stream, and what it is worth.
+    """Looks for the curse of depth in a model: what each layer does to the residual stream, and what it contributes.
 
-    One pass over the data, at most twice as long as a plain one, finds for each layer the variance of the residual
-    stream, the norm of what attention and MLP add to it, Block Influence, and the angular distance of every block of
-    layers. The rest costs more and can be left out, part by part. With L layers and the forward pass as the unit:
+    One pass over the data, at most twice as long as a plain forward pass, measures for each layer the variance of the
+    residual stream, the norm of what attention and MLP add to it, Block Influence, and the angular distance of every
+    block of layers. The other parts are optional and cost more. In forward passes, for L layers:
 
-    - `loss`: the loss without each layer, about L / 2; and without several, 1 for each layer that can go.
-    - `gradients`: the norm of each layer's gradient, 4. Weights that are quantized or offloaded have none; the gradient
-      with respect to the stream is measured in any case.
-    - `jacobian`: the distance of each layer's Jacobian from the identity, 2 + `jacobian_probes`, on
-      `jacobian_sequences` sequences only.
+    - `loss`: the loss without each layer, about L / 2, and without several, 1 for each layer that can be dropped.
+    - `gradients`: the norm of each layer's gradient, 4. Quantized or offloaded weights have none; the gradient with
+      respect to the residual stream is always measured.
+    - `jacobian`: the distance of each layer's Jacobian from the identity, 2 + `jacobian_probes`, on only
+      `jacobian_sequences` sequences.
 
-    With `progress` the sum for the model at hand is announced. Memory beyond the model: the pass holds one batch; the
-    rest L states of one batch, shape (L, B, T, D), and the graph of one layer. Small batches help.
+    With `progress`, the total cost is announced first. Memory in addition to the model: the first pass holds one batch;
+    the other parts hold L states of one batch, shape (L, B, T, D), and the graph of one layer. Use small batches to
+    save memory.
 
     Args:
-        model: a model of a known family, in any wrapper, on any devices; for `loss` and `gradients` with its language
-            head.
+        model: a model of a known family, possibly wrapped, on any devices; with its language modeling head for `loss`
+            and `gradients`.
         data: texts, a dataset, a path or token ids, see `token_batches`.
-        tokenizer: turns text into ids; loaded by the model's name if none is given.
-        windows: how texts are cut.
+        tokenizer: converts text to ids; loaded by the model's name if not given.
+        windows: how texts are split.
         loss, gradients, jacobian: whether to measure these.
-        jacobian_sequences: number of sequences, from the first on, that the Jacobian is estimated on.
-        jacobian_probes: random vectors for each of them.
-        progress: show the cost in advance and a progress bar.
+        jacobian_sequences: number of sequences, from the start, used to estimate the Jacobian.
+        jacobian_probes: number of random vectors per sequence.
+        progress: whether to announce the cost and show a progress bar.
 
     Raises:
-        ValueError: for wrong arguments, for data without a sequence of two tokens, for a model without a language head
-            if one is needed, and if the residual stream is not finite, or zero.
+        ValueError: if an argument is invalid, the data has no sequence of two tokens, the model lacks a required
+            language modeling head, or the residual stream is not finite or zero.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
     for name, value in {"jacobian_sequences": jacobian_sequences, "jacobian_probes": jacobian_probes}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(name, value, "an integer of at least 1")
+            raise ArgumentError(name, value, "an integer >= 1")
     stack = text_stack(model)
     if loss or gradients:
         try:
             SplitModel(model)
         except ArgumentError:
-            problem = f"{type(model).__name__} has no language head to predict tokens with; load it with "
-            problem += "AutoModelForCausalLM, or leave out what needs one: `loss=False`, `gradients=False`"
+            problem = f"{type(model).__name__} has no language modeling head; load it with AutoModelForCausalLM, or "
+            problem += "skip the parts that need one: `loss=False`, `gradients=False`"
             raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
@@ -121,10 +122,10 @@ def diagnose(
             with bar.part("loss") as advance:
                 full, without = sweep(model, batches, (), None, "loss", advance)
             if not full.mean < MOST_NATS:
-                problem = f"its loss is {full.mean:.4g} nats per token on this data; nothing can be compared with that"
+                problem = f"its loss on this data is {full.mean:.4g} nats per token, too high for a comparison"
                 raise ArgumentError("model", problem=problem)
             added = [one.mean - full.mean for one in without.values()]
-            added = [one if math.isfinite(one) else math.inf for one in added]  # the model without it overflows
+            added = [one if math.isfinite(one) else math.inf for one in added]  # the loss without it overflows
             columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
             columns["perplexity_without"] = [
                 math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
@@ -137,12 +138,12 @@ def diagnose(
                 weights_NL, columns["state_gradient_norm"] = gradient_norms(model, batches, advance)
                 columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
                 if not weights_have_gradients(stack):
-                    notes.append("gradient_norm: the weights are quantized or offloaded and have no gradient")
+                    notes.append("gradient_norm: the weights are quantized or offloaded and have no gradients")
         if jacobian:
             with bar.part("jacobian") as advance, _noting("jacobian_distance", notes):
                 square_L, error_L = _mean_and_error(jacobian_distances(model, few, jacobian_probes, advance))
                 columns["jacobian_distance"] = square_L.sqrt()
-                # The error of a root: half of the square's, over the root.
+                # Delta method: d sqrt(x) = dx / (2 sqrt(x)).
                 columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
     residual, layers = _residual(streamed), _rows(columns)
     notes += _leave_out_infinite(layers, stack)
@@ -168,7 +169,7 @@ def diagnose(
 
 @contextmanager
 def _noting(what: str, notes: list[str]) -> Iterator[None]:
-    """A measure that no gradient can be taken for is left out, with a note."""
+    """Skips a measure that has no gradient, and adds a note."""
     try:
         yield
     except NotDifferentiableError as error:
@@ -176,13 +177,13 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
 
 
 def _require_sound(stack: Stack, streamed: Streamed) -> None:
-    """Refuses a residual stream that is not finite, or zero after a layer."""
+    """Refuses a residual stream that is not finite, or is zero after a layer."""
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
             raise ArgumentError("model", problem=f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}")
         if place and not typical:
-            problem = f"{where} is zero for a token; are the weights those of a trained model?"
+            problem = f"{where} is zero for a token; check that the weights are those of a trained model"
             raise ArgumentError("model", problem=problem)
 
 
@@ -190,14 +191,14 @@ def _remedy(stack: Stack) -> str:
     """Advice for values that are not finite."""
     for name, weight in stack.model.named_parameters():
         if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
-            return f"the weight {name} is not"
+            return f"the weight {name} is not finite"
     if stack.model.dtype == torch.float16:
         return "load the model in bfloat16 or float32"
     return "its activations overflow"
 
 
 def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
-    """The first sequences, in batches no larger than they are."""
+    """The first `sequences` sequences, without splitting or joining batches."""
     found: list[Batch] = []
     for batch in batches:
         if sequences > 0:
@@ -207,16 +208,18 @@ def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
 
 
 def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
-    """Cost of each part in forward passes, by the arithmetic of layers and head; the Jacobian is measured on a `share`
-    of the data, with `probes` random vectors for each sequence."""
+    """The cost of each part in forward passes, from the parameter counts of layers and head.
+
+    The Jacobian is measured on a fraction `share` of the data, with `probes` random vectors per sequence.
+    """
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
-    # The embedding is a lookup, not a matrix product, and the head is one; a tied matrix counts once as well.
+    # The head is a matrix product, unlike the embedding, which is a lookup; a tied matrix also counts once.
     head /= max(head, stack.model.num_parameters())
     body = 1 - head
     return {
         "stream": body,
-        # A pass that keeps the states before every layer, and from each of these the layers after it.
+        # One pass that stores the states before every layer, and from each of them the layers after it.
         "loss": body * (1 + (layers - 1) / 2) + head * (layers + 1),
         "cuts": 1.0,
         "gradients": _GRADIENT_PASSES,
@@ -227,19 +230,19 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
 def _nested_cuts(
     model: nn.Module, batches: TokenBatches, full: MeanLoss, first: MeanLoss, order: list[int], bar: _Progress
 ) -> list[dict[str, Any]]:
-    """Layers removed together, in the order of what each costs alone, until the largest budget is exceeded.
+    """Removes layers together, in the order of their individual cost, until the largest budget is exceeded.
 
-    Layers cost more together than the sum of what they cost alone, so each cut is measured; `first` is the loss of the
-    first, known from the sweep.
+    Together, layers cost more than the sum of their individual costs, so each cut is measured. `first` is the loss of
+    the first cut, known from the sweep.
     """
     cuts: list[dict[str, Any]] = []
     for count in range(1, len(order)):
         removed = order[:count]
         one = first if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
         found, error = one.mean, one.error(full)
-        if not found < MOST_NATS:  # or not a number
+        if not found < MOST_NATS:  # also true for NaN
             break
-        # Delta method, in pairs of sequences.
+        # Delta method, paired by sequence.
         increase_error = None if error is None else math.exp(found - full.mean) * error
         cuts.append({"layers": removed, "perplexity": math.exp(found), "increase_error": increase_error})
         if count > 1:
@@ -260,7 +263,7 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
         "model_type": config.model_type,
         "num_layers": len(stack.layers),
         "hidden_size": config.hidden_size,
-        # transformers counts packed weights too.
+        # transformers counts packed weights correctly.
         "parameters": (model if isinstance(model, PreTrainedModel) else stack.model).num_parameters(),
         "dtype": _dtype(stack),
         "quantized": getattr(config, "quantization_config", None) is not None,
@@ -298,7 +301,7 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
 
 
 def _columns(streamed: Streamed) -> dict[str, Any]:
-    """The measures by name, L values each: those of the pass, and room for those that can be left out."""
+    """The measures by name, with L values each: those of the first pass, and None for the optional ones."""
     means, errors = streamed.means, streamed.errors
     columns: dict[str, Any] = {"layer": range(len(streamed.angles_LL))}
     for name in ("attention", "mlp"):
@@ -310,13 +313,13 @@ def _columns(streamed: Streamed) -> dict[str, Any]:
 
 
 def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]:
-    """Sets values that are not finite to None, as JSON cannot hold them; returns a note for each measure."""
+    """Sets values that are not finite to None, since JSON cannot represent them; returns a note for each measure."""
     notes = []
     for name in layers[0]:
         bad = [one for one in layers if one[name] is not None and not math.isfinite(one[name])]
         if not bad:
             continue
-        # A padding token has an embedding of zeros in some models.
+        # In some models the embedding of the padding token is zero.
         reason = "a token's state before it is zero" if "ratio" in name else _remedy(stack)
         notes.append(f"{name}: not finite in layers {', '.join(str(one['layer']) for one in bad)}; {reason}")
         for one in bad:
@@ -331,7 +334,7 @@ def _mean_and_error(samples_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Columns, tensors or other sequences of one length, as a dict for each row, with None in place of NaN."""
+    """Converts columns (tensors or other sequences of equal length) to one dict per row, with None for NaN."""
     lists = [values.tolist() if isinstance(values, torch.Tensor) else values for values in columns.values()]
     return [dict(zip(columns, map(_number, row), strict=True)) for row in zip(*lists, strict=True)]
 
@@ -344,11 +347,11 @@ def _number(value: Any) -> Any:
 
 
 class _Progress:
-    """One bar over all parts, in forward passes, after a line with their cost."""
+    """A progress bar over all parts, in forward passes, preceded by a line with their cost."""
 
     def __init__(self, costs: dict[str, float], num_tokens: int, show: bool) -> None:
         self.costs, self.total = costs, sum(costs.values())
-        self.found: dict[str, dict[str, float]] = {}  # for each part the passes announced, and the seconds it took
+        self.found: dict[str, dict[str, float]] = {}  # estimated passes and seconds taken for each part
         if show:
             parts = ", ".join(f"{passes:.1f} for {_PARTS[part]}" for part, passes in costs.items())
             print(f"about {self.total:.0f} forward passes over {num_tokens:,} tokens: {parts}", file=sys.stderr)
@@ -360,11 +363,11 @@ class _Progress:
         )
 
     def close(self) -> None:
-        self.bar.refresh()  # updates in quick succession are not all drawn
+        self.bar.refresh()  # tqdm skips updates in quick succession
         self.bar.close()
 
     def advance(self, passes: float, more: bool = False) -> None:
-        """Advances the bar; `more` work than was known in advance lengthens it first."""
+        """Advances the bar. With `more`, first extends it by work that was not included in the estimate."""
         if more:
             self.total += passes
             self.bar.total = self.total
@@ -372,7 +375,7 @@ class _Progress:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Callable[[float], None]]:
-        """Yields a function to call with each fraction of the part that is done."""
+        """Yields a function to call with each completed fraction of the part."""
         self.bar.set_description(_PARTS[name].partition(" (")[0])
         started = time.perf_counter()
         yield lambda fraction: self.advance(fraction * self.costs[name])

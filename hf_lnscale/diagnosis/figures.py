@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from .result import DiagnosisData
 
-# Colour of each model in PNG and SVG files; the report has its own for light and dark.
+# Color of each model in PNG and SVG files; the report has separate ones for light and dark mode.
 COLORS = ("#1f6feb", "#b3560b")
-# The axis of losses is linear up to here and logarithmic beyond.
+# The loss axis is linear up to here and logarithmic beyond.
 LINEAR_UP_TO = 0.01
 
 
@@ -19,14 +19,14 @@ class Line:
 
     field: str  # see `DiagnosisData.values`; `{field}_error` is its standard error
     label: str  # name in the legend
-    # Classes of the report's style sheet, which png.py reads too: "accent" or "muted"; "solid", "dashed" or "dotted";
+    # Classes of the report's style sheet, also read by png.py: "accent" or "muted"; "solid", "dashed" or "dotted";
     # "dots" or "rings".
     style: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: a panel for each model, on the same axes."""
+    """A figure with one panel per model, on the same axes."""
 
     key: str
     title: str
@@ -35,7 +35,7 @@ class Figure:
     lines: tuple[Line, ...] = ()
     scale: str = "log"  # or "symlog", for values of both signs
     kind: str = "lines"  # or "bars", or "blocks" for the angular distance of every block of layers
-    picture: str = "layers"  # name of the PNG file that it is a row of
+    picture: str = "layers"  # name of the PNG file in which it is a row
 
     def measured(self, diagnoses: Sequence[DiagnosisData]) -> bool:
         """Whether there is anything to draw."""
@@ -46,9 +46,9 @@ FIGURES = (
     Figure(
         "variance",
         "How the residual stream grows",
-        "A typical token is the geometric mean over tokens of the mean square, which the norm before a layer divides "
-        "by, with its standard error. Where the other curves leave it, a few tokens or channels carry massive "
-        "activations; they are single measurements on this text, without a standard error.",
+        "The typical token is the geometric mean over tokens of the mean square, by which the norm before a layer "
+        "divides, with its standard error. Where the other curves deviate from it, a few tokens or channels carry "
+        "massive activations; these curves are single measurements on this text, without a standard error.",
         "variance after the layer",
         (
             Line("residual.typical", "typical token", "accent solid dots"),
@@ -83,15 +83,15 @@ FIGURES = (
         "ratio",
         "What attention and MLP add",
         "Norm of a sub-layer's output over the norm of the stream that it is added to, mean over all tokens but the "
-        "first of each sequence, with its standard error. Small: the layer changes little.",
+        "first of each sequence, with its standard error. A small value means that the layer changes little.",
         "output norm / stream norm",
         (Line("attention_ratio", "attention", "accent solid dots"), Line("mlp_ratio", "MLP", "accent dashed rings")),
     ),
     Figure(
         "jacobian",
-        "How near each layer is to the identity",
+        "How close each layer is to the identity",
         "Distance of the layer's Jacobian from the identity, |J - I| / |I| in the Frobenius norm, with its standard "
-        "error. 0 is a layer that returns its input.",
+        "error. A layer that returns its input has distance 0.",
         "distance from the identity",
         (Line("jacobian_distance", "distance", "accent solid dots"),),
     ),
@@ -112,7 +112,7 @@ FIGURES = (
     ),
     Figure(
         "state_gradient",
-        "The gradient that comes back through the stream",
+        "The gradient that flows back through the stream",
         "Norm of the gradient of a sequence's loss with respect to a token's state before the layer: a single "
         "measurement on this text.",
         "gradient norm of a state",

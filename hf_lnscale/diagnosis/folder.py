@@ -1,4 +1,4 @@
-"""From checkpoints to a folder with the report: `hf-lnscale diagnose`."""
+"""Diagnoses checkpoints and writes a folder with the report: `hf-lnscale diagnose`."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ def diagnose_checkpoints(
     force: bool = False,
     **settings: Any,
 ) -> list[Diagnosis]:
-    """Diagnoses a checkpoint, or two, and writes diagnosis.json (compare.json for the second), plots and report.html.
+    """Diagnoses one or two checkpoints and writes diagnosis.json (compare.json for the second), plots and report.html.
 
-    The text is read, and everything else that can be checked is, before a model is loaded. The folder appears under its
-    name when it is complete.
+    Reads the text and validates all arguments before loading a model. The folder appears only when complete.
 
     Args:
-        checkpoint: folder or name on the Hub.
+        checkpoint: folder or Hub repository.
         data: path of a text, or other data as for `diagnose` that can be read more than once.
-        out: folder to write; an existing diagnosis there is replaced with `force`.
+        out: folder to write; `force` replaces an existing diagnosis there.
         compare: a second checkpoint, shown next to the first.
-        draw: write plots as PNG and SVG, which needs matplotlib.
+        draw: whether to write plots as PNG and SVG, which needs matplotlib.
         settings: passed to `diagnose`.
 
     Raises:
-        FileExistsError: if `out` is not empty, without `force`, or does not hold a diagnosis.
-        ImportError: if plots are wanted and matplotlib is missing; before anything is computed.
-        ValueError: as `diagnose`.
+        FileExistsError: if `out` is not empty and `force` is False, or does not contain a diagnosis.
+        ImportError: before anything is computed, if `draw` is set and matplotlib is not installed.
+        ValueError: see `diagnose`.
     """
     target = Path(out).resolve()
     require_free(target, (checkpoint, compare, data), str(out), force, FILE, "diagnosis")
@@ -63,7 +62,7 @@ def diagnose_checkpoints(
     for name, config, argument in zip(names, configs, ("checkpoint", "compare"), strict=False):
         family_of(config, "diagnose")
         if not is_causal_lm(config):
-            problem = "is not a causal language model; diagnose it from Python, with hf_lnscale.diagnose"
+            problem = "is not a causal language model; diagnose it from Python with hf_lnscale.diagnose"
             raise ArgumentError(argument, name, problem=problem)
     windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
     tokenizers = [_tokenizer(*pair, data, windows) for pair in zip(names, configs, strict=True)]
@@ -85,7 +84,7 @@ def diagnose_checkpoints(
 
 
 def _tokenizer(name: str, config: Any, data: Any, windows: Windows) -> Any:
-    """The tokenizer of a model, with which the data gives tokens of its vocabulary; None for data that needs none."""
+    """The tokenizer of a model, checked to give ids within its vocabulary; None if the data is token ids."""
     tokenizer = None
     try:
         tokenizer = load_tokenizer(name)

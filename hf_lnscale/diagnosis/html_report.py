@@ -1,7 +1,7 @@
 """The report: one HTML file that contains its figures, data and script.
 
-The figures are static SVG, so that the page is complete without its script, in print too; the script adds hover,
-sorting and the choice of light or dark. The style sheet sets colours by class.
+Figures are static SVG, so the page is complete without its script, also in print. The script adds hover, sorting and
+the choice of light or dark mode. The style sheet sets colors by class.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .figures import FIGURES, LINEAR_UP_TO, Figure
 from .result import COLUMNS, DiagnosisData
 from .verdict import ranges
 
-# Geometry of a figure in its own units, which are pixels on a wide screen.
+# Geometry of a figure in SVG units, which are pixels on a wide screen.
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 8, 34, 48
 _BASE = HEIGHT - BOTTOM
-# Colours of the heat map from low to high: viridis reversed (van der Walt and Smith 2015), at nine points.
+# Colors of the heat map from low to high: reversed viridis (van der Walt and Smith 2015) at nine points.
 _HEAT = ("#fde725", "#aadc32", "#5ec962", "#27ad81", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154")
 _SHADES = 32
 _Axis: TypeAlias = tuple[Callable[[float], float], list[float]]
 
 
 def render(diagnoses: Sequence[DiagnosisData]) -> str:
-    """The report of one diagnosis, or of two side by side, as HTML."""
+    """The report on one diagnosis, or on two side by side, as HTML."""
     page = Environment(
         loader=PackageLoader("hf_lnscale.diagnosis", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -59,13 +59,13 @@ def render(diagnoses: Sequence[DiagnosisData]) -> str:
 
 
 def _rows(one: DiagnosisData, fields: list[str]) -> list[list[tuple[Any, str]]]:
-    """A row for each layer: values to sort by, and their text."""
+    """One row per layer: values to sort by, and their text."""
     columns = [list(zip(one.values(field), one.cells(field), strict=True)) for field in fields]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _data(one: DiagnosisData) -> dict[str, Any]:
-    """The values that the script shows on hover."""
+    """The values shown on hover by the script."""
     fields = [column.field for column in COLUMNS]
     fields += [error for field in fields if one.measured(error := f"{field}_error")]
     return {"name": one.name, "angular": one.angular, **{field: one.values(field) for field in fields}}
@@ -89,10 +89,9 @@ def _top(diagnoses: Sequence[DiagnosisData]) -> float:
 
 
 def _axis(values: list[float], scale: str) -> _Axis:
-    """A vertical axis that covers all values, or if it is logarithmic all positive ones: maps them to heights in the
-    figure, and has ticks."""
+    """A vertical axis with ticks that covers all values, or all positive values if it is logarithmic."""
     forward = math.log10 if scale == "log" else _symlog
-    # On a linear axis zero is seen; values that are not positive have no place on a logarithmic one.
+    # A linear axis includes zero; a logarithmic one ignores values that are not positive.
     shown = [v for v in values if v > 0] or [1.0] if scale == "log" else [0.0, *values]
     low, high = forward(min(shown)), forward(max(shown))
     pad = 0.06 * (high - low) + 0.03
@@ -103,7 +102,7 @@ def _axis(values: list[float], scale: str) -> _Axis:
         if high - low > 6:
             ticks = ticks[:: math.ceil((high - low) / 5)]
         if sum(low <= forward(tick) <= high for tick in ticks) < 2:
-            # Within one decade: near both ends, and in the middle.
+            # Within one decade, put ticks near both ends and in the middle.
             ticks = [10 ** (low + (high - low) * share) for share in (0.1, 0.5, 0.9)]
     else:
         low, high = low - (pad if low < 0 else 0), high + pad
@@ -161,7 +160,7 @@ def _panel(figure: Figure, one: DiagnosisData, which: int, axis: _Axis, layers: 
 
 
 def _in_words(figure: Figure, one: DiagnosisData) -> str:
-    """The content of a figure in words, for screen readers."""
+    """A description of a figure for screen readers."""
     lines = []
     for line in figure.lines:
         found = [(value, layer) for layer, value in enumerate(one.values(line.field)) if value is not None]
@@ -169,17 +168,17 @@ def _in_words(figure: Figure, one: DiagnosisData) -> str:
             first, last, low, high = (
                 f"{number(value)} at layer {layer}" for value, layer in (found[0], found[-1], min(found), max(found))
             )
-            lines.append(f"{line.label}: {first}, {last}; least {low}, most {high}")
+            lines.append(f"{line.label}: {first}, {last}; minimum {low}, maximum {high}")
     return ". ".join(lines) or "Not measured"
 
 
 def _frame(layers: int, below: str, beside: str) -> Iterable[str]:
-    """The layer numbers, the axes and their labels."""
+    """The layer indices, the axes and their labels."""
     for layer in range(0, layers, _every(layers)):
         yield f'<text class="tick" x="{_x(layer, layers):.1f}" y="{_BASE + 18}" text-anchor="middle">{layer}</text>'
     yield f'<path class="axis" d="M{LEFT} {TOP}V{_BASE}H{WIDTH - RIGHT}"/>'
     yield f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{below}</text>'
-    # Above the axis rather than along it, to be read horizontally and to leave room on a phone.
+    # Above the axis rather than along it, to be horizontal and to save space on a phone.
     yield f'<text class="label" x="4" y="18">{escape(beside)}</text>'
 
 
@@ -231,7 +230,7 @@ def _color(share: float) -> str:
 
 def _svg(figure: Figure, one: DiagnosisData, which: int, parts: list[str], words: str, layers: int) -> Markup:
     key, name = f"{figure.key}-{which}", escape(f"{figure.title}: {one.name}")
-    # No <title>, which browsers would show as a tooltip.
+    # No <title>, since browsers show it as a tooltip.
     return Markup(
         f'<svg class="chart model-{which}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
         f'aria-label="{name}" aria-describedby="{key}-desc" '

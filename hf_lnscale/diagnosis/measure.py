@@ -1,9 +1,9 @@
-"""The measurements: one streamed forward pass, and a backward walk over the layers.
+"""The measurements: one streaming forward pass, and a backward pass layer by layer.
 
-The pass holds one batch and sums for each layer. The walk holds the L states of one batch and the graph of one layer.
-Sums are computed in at least float32 and accumulated in float64.
+The forward pass holds one batch and sums for each layer. The backward pass holds the L states of one batch and the
+graph of one layer. Sums are computed in at least float32 and accumulated in float64.
 
-Shapes: B batch, T tokens, N tokens picked out of B x T, S sequences, D hidden size, L layers, P = L + 1 places in the
+Shapes: B batch, T tokens, N selected tokens of B x T, S sequences, D hidden size, L layers, P = L + 1 places in the
 residual stream (place i is before layer i, place L after the last layer).
 """
 
@@ -38,17 +38,17 @@ from ..measuring.text import Batch, TokenBatches
 
 @dataclass
 class Streamed:
-    """The results of one pass. "First" are the first tokens of sequences, "rest" all others.
+    """The results of the forward pass. "First" means the first token of each sequence, "rest" all other tokens.
 
     Attributes:
-        first, rest: moments at each place of the stream.
+        first, rest: moments at each place of the residual stream.
         typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
-        means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp", the norm of the
-            sub-layer's output divided by that of the state it is added to, and of "influence", 1 - the cosine of the
-            layer's input and output.
+        means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp" (the norm of the
+            sub-layer's output divided by that of the state it is added to) and of "influence" (1 - cosine similarity of
+            the layer's input and output).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
-        errors: standard errors over sequences of the `means`, and of the logarithm of "typical" and of "growth", which
-            is that of a place minus that after the first layer, shape (P,); NaN for one sequence.
+        errors: standard errors over sequences of the `means`, and of the logarithm, shape (P,), of "typical" and of
+            "growth" (relative to the place after the first layer); NaN for one sequence.
     """
 
     first: list[Moments]
@@ -60,7 +60,7 @@ class Streamed:
 
 
 def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """One forward pass over the batches; `advance` is called with each fraction of the work done."""
+    """Runs one forward pass over the batches; `advance` is called with each completed fraction of the work."""
     stack = text_stack(model)
     pass_ = _Pass(stack)
     with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
@@ -70,9 +70,9 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
             pass_.finish()
             advance(1 / len(batches))
     if not pass_.rest[0].count:
-        problem = "there is no token past the first of each sequence; give sequences of two or more"
+        problem = "sequences have no token after the first; each needs at least two"
         raise ArgumentError("data", problem=problem)
-    # From first tokens and the rest to all tokens and the rest.
+    # Converts sums over (first, rest) to sums over (all, rest).
     parts = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
     sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
@@ -88,7 +88,7 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
 
 
 def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
-    """Standard errors of means over tokens, from sums over sequences; leading dimensions are kept."""
+    """Standard errors of means over tokens, given sums by sequence; keeps leading dimensions."""
     used = counts_S.reshape(-1, counts_S.shape[-1]).bool().all(0)
     sums_S, counts_S = sums_S[..., used], counts_S[..., used].expand_as(sums_S[..., used])
     means = sums_S.sum(-1, keepdim=True) / counts_S.sum(-1, keepdim=True)
@@ -103,7 +103,7 @@ def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Pass:
-    """The sums of a pass. They stay on the device during a batch, since fetching them at each layer would block."""
+    """The sums of a forward pass, kept on the device during a batch to avoid synchronizing at each layer."""
 
     before: tuple[torch.Tensor, torch.Tensor]  # the state before the running layer, and its norm
     middle: tuple[torch.Tensor, torch.Tensor]  # the state between attention and MLP, and its norm
@@ -111,7 +111,7 @@ class _Pass:
     def __init__(self, stack: Stack) -> None:
         layers, channels = len(stack.layers), stack.model.config.hidden_size
         self.first, self.rest = ([Moments(channels) for _ in range(layers + 1)] for _ in range(2))
-        # First tokens and the rest by sequence, a tensor for each batch.
+        # Numbers of first and other tokens by sequence, one tensor per batch.
         self.counts_S: list[torch.Tensor] = []
         self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": [], "log": []}
         self.angles = BlockAngles(layers)
@@ -119,7 +119,7 @@ class _Pass:
     def start(self, batch: Batch) -> None:
         self.padded = batch.padded
         self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
-        # As indices: indexing with a mask synchronizes with the GPU.
+        # Indices, since indexing with a mask synchronizes with the GPU.
         self.last_tokens = last_tokens(batch).nonzero(as_tuple=True)
         self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in self.masks[torch.device("cpu")]]))
         self.counts: list[int] = self.counts_S[-1].sum(-1).tolist()
@@ -138,7 +138,7 @@ class _Pass:
         self.before = (x_BTD, norm_BT)
         self._sum("log", (norm_BT.square() / x_BTD.shape[-1]).log())
         first_BT, rest_BT = self._masks(x_BTD.device)
-        # A view without padding, else a copy.
+        # Without padding these are views, otherwise copies.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
         for found, part in zip(self.moments, parts, strict=True):
             found.append(channel_moments(part))
@@ -173,13 +173,13 @@ class _Pass:
 
 
 class NotDifferentiableError(ValueError):
-    """A layer uses an operation without a derivative."""
+    """A layer uses an operation that is not differentiable."""
 
 
 def _require_differentiable(y: torch.Tensor) -> None:
-    """Refuses kernels for inference without a backward, which autograd skips with only a warning.
+    """Refuses inference kernels without a backward, which autograd skips with only a warning.
 
-    bitsandbytes uses one on a CPU after a pass without gradients has packed the weights.
+    bitsandbytes uses one on a CPU once a pass without gradients has packed the weights.
     """
     queue, seen = [y.grad_fn], set()
     while queue:
@@ -188,13 +188,13 @@ def _require_differentiable(y: torch.Tensor) -> None:
             continue
         seen.add(node)
         if "NotImplemented" in node.name():
-            raise NotDifferentiableError("the layers compute with a kernel that no gradient goes through")
+            raise NotDifferentiableError("the layers use a kernel that is not differentiable")
         queue += [after for after, _ in node.next_functions]
 
 
 @dataclass
 class _Call:
-    """A recorded call of a layer: its input, and its other arguments."""
+    """A recorded call of a layer: its input and its other arguments."""
 
     layer: nn.Module
     x_BTD: torch.Tensor
@@ -202,7 +202,7 @@ class _Call:
     kwargs: dict[str, Any]
 
     def again(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the layer again, with gradients; the input, as a leaf of a new graph, and the output."""
+        """Reruns the layer with gradients; returns the input, as a leaf of a new graph, and the output."""
         x_BTD = self.x_BTD.detach().requires_grad_()
         with torch.enable_grad():
             y_BTD = layer_output(self.layer(x_BTD, *self.args, **self.kwargs))
@@ -212,7 +212,7 @@ class _Call:
 
 @contextmanager
 def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]:
-    """Records the calls of all layers, and the output of the last one."""
+    """Records the calls of all layers and the output of the last one."""
     calls: list[_Call] = []
     last: list[torch.Tensor] = []
 
@@ -230,7 +230,7 @@ def _recording(stack: Stack) -> Iterator[tuple[list[_Call], list[torch.Tensor]]]
 
 
 def weights_have_gradients(stack: Stack) -> bool:
-    """Whether all weights of the layers are in memory and in a dtype with gradients."""
+    """Whether all layer weights are in memory and have a dtype that supports gradients."""
     matrices = [weight for weight in stack.layers.parameters() if weight.dim() >= 2]
     return not getattr(stack.model.config, "quantization_config", None) and all(
         weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta for weight in matrices
@@ -240,20 +240,23 @@ def weights_have_gradients(stack: Stack) -> bool:
 def gradient_norms(
     model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of the gradient of the loss, the mean cross-entropy of the next token.
+    """Norms of the gradient of the loss, the mean next-token cross-entropy.
 
-    From the last layer to the first, each layer runs again on its recorded input, so that only the graph and the
-    gradients of one layer are in memory; NotDifferentiableError if one has none.
+    From the last layer to the first, each layer is rerun on its recorded input, so only the graph and gradients of one
+    layer are in memory.
 
     Returns:
-        weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights;
-            NaN for weights without gradients (quantized, offloaded).
+        weights_NL: for each batch and layer, the norm of the gradient with respect to all of the layer's weights; NaN
+            for weights without gradients (quantized, offloaded).
         states_L: norm of the gradient of a sequence's summed loss with respect to a token's state before the layer;
-            mean over tokens, without the first of each sequence.
+            mean over tokens, excluding the first of each sequence.
+
+    Raises:
+        NotDifferentiableError: if a layer is not differentiable.
     """
-    halves = SplitModel(model)
-    layers = halves.stack.layers
-    readable = weights_have_gradients(halves.stack)
+    split_model = SplitModel(model)
+    layers = split_model.stack.layers
+    readable = weights_have_gradients(split_model.stack)
     weights: list[torch.Tensor] = []
     states_L = torch.zeros(len(layers), dtype=torch.float64)
     rest = 0
@@ -262,12 +265,12 @@ def gradient_norms(
             picked_BT, targets_N = predictions(batch)
             if not len(targets_N):
                 continue
-            with _recording(halves.stack) as (calls, last):
-                halves.hidden(batch)
+            with _recording(split_model.stack) as (calls, last):
+                split_model.hidden(batch)
             y_BTD = last.pop().detach().requires_grad_()
             with torch.enable_grad():
-                x_ND = pick_tokens(halves.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
-                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, loss_gradient(halves, x_ND, targets_N))
+                x_ND = pick_tokens(split_model.hidden(batch, start=(len(layers) - 1, y_BTD)), picked_BT)
+                (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, loss_gradient(split_model, x_ND, targets_N))
             rest_BT = batch.attention_mask & ~first_tokens(batch)
             found: list[float] = []
             while calls:
@@ -279,19 +282,19 @@ def gradient_norms(
             weights.append(torch.tensor(found[::-1], dtype=torch.float64).sqrt() / len(targets_N))
             rest += int(rest_BT.sum())
     if not weights:
-        raise ArgumentError("data", problem="there is no token to predict; sequences must hold two tokens or more")
+        raise ArgumentError("data", problem="there is no token to predict; sequences must have at least two tokens")
     return torch.stack(weights), states_L / rest
 
 
 def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Tensor, float]:
-    """The gradient with respect to a layer's input, and the squared gradient norm of its weights (NaN without)."""
+    """The gradient with respect to a layer's input, and the squared gradient norm of its weights (else NaN)."""
     parameters = list(call.layer.parameters()) if weights else []
     with ExitStack() as restored:
         for parameter in parameters:
             restored.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_()
         x_BTD, y_BTD = call.again()
-        # Experts that no token went to have no gradient.
+        # Experts that received no tokens have no gradient.
         found = torch.autograd.grad(y_BTD, [x_BTD, *parameters], g_BTD.to(y_BTD.device), allow_unused=True)
     squares = [upcast(gradient).square().sum().double() for gradient in found[1:] if gradient is not None]
     return found[0], sum(square.item() for square in squares) if weights else math.nan
@@ -300,13 +303,18 @@ def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Ten
 def jacobian_distances(
     model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object]
 ) -> torch.Tensor:
-    """Distance of each layer's Jacobian J from the identity: |J - I|_F^2 / |I|_F^2, estimated for each sequence of two
-    tokens or more; shape (S, L), the mean over the `probes`. NotDifferentiableError if a layer has no gradient.
+    """Distance of each layer's Jacobian J from the identity, |J - I|_F^2 / |I|_F^2.
 
-    J has (T - 1) D rows: the outputs of all tokens of a sequence but the first, with respect to all its inputs. For u
-    with independent entries +1 and -1 the mean of |(J - I)^T u|^2 is |J - I|_F^2 (Hutchinson 1990), and |I|_F^2 is
-    (T - 1) D. Each product from the left is one backward pass, which every attention kernel and most kernels for
-    quantized weights support, unlike forward products.
+    J has (T - 1) D rows: the outputs of all tokens of a sequence except the first, with respect to all its inputs. For
+    u with independent entries +1 and -1, the mean of |(J - I)^T u|^2 is |J - I|_F^2 (Hutchinson 1990), and |I|_F^2 is
+    (T - 1) D. Each vector-Jacobian product is one backward pass, which every attention kernel and most kernels for
+    quantized weights support, unlike Jacobian-vector products.
+
+    Returns:
+        Shape (S, L): the mean over the `probes` for each sequence of at least two tokens.
+
+    Raises:
+        NotDifferentiableError: if a layer is not differentiable.
     """
     stack = text_stack(model)
     generators: dict[torch.device, torch.Generator] = {}

@@ -1,4 +1,4 @@
-"""Draws the figures with matplotlib; two models share their axes."""
+"""Draws the figures with matplotlib. Two models share the same axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICTURES = tuple(dict.fromkeys(figure.picture for figure in FIGURES))
 
 
 def plot(what: str, diagnoses: Sequence[DiagnosisData]) -> Picture:
-    """Draws a picture: a row for each of its figures that was measured, a column for each diagnosis."""
+    """Draws a picture with one row per measured figure and one column per diagnosis."""
     if what not in _PICTURES:
         raise ArgumentError("what", what, f"one of {', '.join(_PICTURES)}")
     require_packages("plotting", "plot", "matplotlib")
@@ -49,7 +49,7 @@ def plot(what: str, diagnoses: Sequence[DiagnosisData]) -> Picture:
 
 
 def save_all(diagnoses: Sequence[DiagnosisData], folder: str | os.PathLike[str]) -> None:
-    """Writes every picture with measurements, as PNG and as SVG."""
+    """Writes every picture that has measurements, as PNG and as SVG."""
     for what in _PICTURES:
         if _measured(what, diagnoses):
             for suffix in ("png", "svg"):
@@ -86,7 +86,7 @@ def _draw(axis: Any, figure: Figure, one: DiagnosisData, model_color: str) -> No
 
 
 def _draw_blocks(axes: Sequence[Any], diagnoses: Sequence[DiagnosisData]) -> Any:
-    """Draws angular distances, a cell for each block of layers, on one colour scale; returns the last image."""
+    """Draws angular distances, one cell per block of layers, on one color scale; returns the last image."""
     from matplotlib.ticker import MaxNLocator
 
     tables = [np.array(one.angular, dtype=float) for one in diagnoses]

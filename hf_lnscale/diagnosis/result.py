@@ -50,21 +50,21 @@ COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class DiagnosisData:
-    """The content of diagnosis.json, which docs/diagnosis.md describes in full.
+    """The content of diagnosis.json, described in full in docs/diagnosis.md.
 
     Attributes:
-        model: name, model_type, sizes, dtype, and the state of the plugin in it.
-        data: the data it was measured on, as returned by `TokenBatches.describe`.
-        baseline: loss and perplexity of the whole model, with standard errors; None without `loss`.
-        residual: variance at each of the L + 1 places of the residual stream, counted in several ways.
-        layers: the measures of each layer; None where one was not taken.
-        angular: angular distance of the block of n layers from layer i on at `angular[i][n - 1]`; None if there are
-            fewer layers.
+        model: name, model_type, sizes, dtype, and the plugin's record.
+        data: the data used, as returned by `TokenBatches.describe`.
+        baseline: loss and perplexity of the full model, with standard errors; None without `loss`.
+        residual: variance at each of the L + 1 places of the residual stream, computed in several ways.
+        layers: the measures of each layer; None if not taken.
+        angular: `angular[i][n - 1]` is the angular distance of the block of n layers starting at layer i; None if it
+            exceeds the model.
         cuts: layers removed together, with the perplexity; None without `loss`.
         verdict: cautions, facts and sentences.
-        cost: for each part, forward passes as announced and seconds as taken.
+        cost: for each part, the estimated forward passes and the seconds taken.
         notes: what could not be measured, and why.
-        versions: versions of the libraries.
+        versions: library versions.
     """
 
     model: dict[str, Any]
@@ -85,17 +85,17 @@ class DiagnosisData:
         return one_line(self.model["name"])
 
     def values(self, field: str) -> list[Any]:
-        """A field of each layer, None where it was not measured; "residual.x" is x of the stream after the layer."""
+        """A field of each layer, None if not measured; "residual.x" is x of the residual stream after the layer."""
         if field.startswith("residual."):
             return [place.get(field.removeprefix("residual.")) for place in self.residual[1:]]
         return [layer.get(field) for layer in self.layers]
 
     def measured(self, field: str) -> bool:
-        """Whether there is a value for any layer."""
+        """Whether any layer has a value."""
         return any(value is not None for value in self.values(field))
 
     def cells(self, field: str, errors: bool = True) -> list[str]:
-        """A field of each layer as text, with its standard error if it has one and `errors` are wanted."""
+        """A field of each layer as text, with its standard error, if there is one, unless `errors` is False."""
         if field == "layer":
             return [str(layer) for layer in self.values(field)]
         found = self.values(f"{field}_error" if errors else "")
@@ -106,7 +106,7 @@ class DiagnosisData:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the JSON to a file, or as `diagnosis.json` into an existing folder; returns the file's path."""
+        """Writes the JSON to a file, or to an existing folder as `diagnosis.json`; returns the path of the file."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         path.write_text(self.to_json(), encoding="utf-8")
@@ -114,26 +114,26 @@ class DiagnosisData:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a file that `save` wrote, or the folder that holds it.
+        """Reads a file written by `save`, or the folder that contains it.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file has other content.
+            ValueError: if the file does not contain a diagnosis.
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         try:
             content = read_object(path)
             if content.pop("format", None) != _FORMAT:
-                raise ValueError("it was written in another format")
+                raise ValueError("it has an unknown format")
             if missing := {one.name for one in fields(cls)} - set(content):
                 raise ValueError(f"it lacks {min(missing)}")
             return cls(**content)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} holds no diagnosis: {error}") from None
+            raise ValueError(f"{str(path)!r} contains no diagnosis: {error}") from None
 
     def __str__(self) -> str:
-        """The verdict, and a table of the layers, as wide as the terminal."""
+        """The verdict and a table of the layers, as wide as the terminal."""
         lines = (*self.verdict.get("cautions", ()), *self.verdict["sentences"], *self.notes)
         words = [
             rich_text(one_line(line))
@@ -141,7 +141,7 @@ class DiagnosisData:
         ]
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
         table = Table(*(column.short for column in shown), padding=(0, 1) if Console().width >= 100 else 0)
-        # Only the errors of the losses: more do not fit into 80 columns.
+        # Only the errors of the losses, since more do not fit in 80 columns.
         for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
             table.add_row(*row)
         return as_text(*words, table, width=None) + "\n"

@@ -1,6 +1,6 @@
-"""From measurements to words: how the residual stream grows, which layers do little, how many could go.
+"""The verdict: how the residual stream grows, which layers do little, and how many could be dropped.
 
-Every sentence carries its numbers, and the thresholds are here, in one place. There is no sentence about what was not
+Every sentence gives its numbers, and all thresholds are defined here. There are no sentences about what was not
 measured.
 """
 
@@ -22,8 +22,8 @@ SHARE = 0.5  # ... the deeper half of the layers has less than this fraction of 
 # A layer does almost nothing if perplexity rises by less than this without it.
 IDLE = 0.01
 BUDGETS = (0.05, 0.10)
-# Signs that compare the halves of the layers: the measure, how much of it the other half must have (if neither half
-# adds anything, as in a model that has learned nothing, the difference is noise), the sentence, the name in `compare`.
+# Signs that compare the two halves of the layers: the measure, its minimum in the first half (if neither half adds
+# anything, as in an untrained model, the difference is noise), the sentence, and the name in `compare`.
 _HALVES = {
     "near_identity": (
         "jacobian_distance",
@@ -40,26 +40,26 @@ _HALVES = {
         "loss added by removing a layer, nats",
     ),
 }
-# Massive activations: these few tokens make the variance this much larger than a typical token's.
+# Massive activations: a few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
-# One kind of growth fits better than another if the other misses by more than this many times as much, plus 1 %.
+# One kind of growth fits better than another if the other's error is larger than this factor times its own, plus 1 %.
 TIE = 1.1
 
 
 def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
-    """Least-squares fits of three kinds of growth over depth, in the logarithm of the variance.
+    """Least-squares fits of three kinds of growth over depth to the logarithm of the variance.
 
-    arXiv 2502.05795, section 3: without a remedy the variance lies between a linear and an exponential function of
-    depth; with LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors compare.
+    arXiv 2502.05795, section 3: in Pre-LN the variance lies between a linear and an exponential function of depth; with
+    LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors are comparable.
 
-    Of the values after l = 1, 2, ..., L layers, L at least 3, "linear" is start * (1 + slope * (l - 1)), "polynomial"
-    start * l ** power, "exponential" start * rate ** (l - 1); `off_by` is the factor by which the fit misses on average
-    (root mean square of the logarithm).
+    For the values after l = 1, 2, ..., L layers, with L at least 3, "linear" is start * (1 + slope * (l - 1)),
+    "polynomial" is start * l ** power, and "exponential" is start * rate ** (l - 1). `off_by` is the factor by which
+    the fit is off on average (root mean square of the logarithm).
     """
     y_L = np.log(np.asarray(values, dtype=np.float64))
     depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
-    # The best start for a given slope is known, so the search is over the slope, finer and finer around the best. With
-    # slopes below -1 / (L - 1) the variance would be negative.
+    # The best start for a given slope has a closed form, so only the slope is searched, with increasing resolution. For
+    # slopes below -1 / (L - 1), the variance would be negative.
     falling = -1 / (len(y_L) - 1)
     slopes = np.concatenate([falling * (1 - np.geomspace(1e-6, 1, 400)), np.geomspace(1e-6, 1e6, 2000)])
     for _ in range(6):
@@ -71,7 +71,7 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
         slope, start, off = slopes[best], starts[best], math.sqrt(errors[best])
         slopes = np.linspace(*around, 400)
     fits = {"linear": {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}}
-    # The logarithms of these are straight lines over another depth.
+    # The logarithms of these are linear in a transformed depth.
     straight = ("polynomial", "power", np.log(depth_L), float), ("exponential", "rate", depth_L - 1, math.exp)
     for kind, parameter, x_L, value in straight:
         slope, start = np.polyfit(x_L, y_L, 1)
@@ -81,7 +81,7 @@ def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
 
 
 def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
-    """Growth of a typical token's mean square from after the first layer to after the last."""
+    """Growth of a typical token's mean square, from after the first layer to after the last."""
     values = [place["typical"] for place in residual[1:]]
     found: dict[str, Any] = {"first": values[0], "last": values[-1], "factor": values[-1] / values[0]}
     found["factor_error"] = residual[-1].get("growth_error")
@@ -94,14 +94,14 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
     if found["fits"]:
         off = {kind: math.log(fit["off_by"]) for kind, fit in found["fits"].items()}
         best = min(off, key=off.__getitem__)
-        # A model whose stream does not grow has no kind of growth.
+        # Without growth, no kind of growth is named.
         if found["factor"] > 1.5 and all(off[kind] > TIE * off[best] + 0.01 for kind in off if kind != best):
             found["kind"] = best
     return found
 
 
 def massive(residual: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first layer after which a few tokens make up the variance, and how much they add; None if there is none."""
+    """The first layer after which a few tokens dominate the variance, and by how much; None if there is none."""
     for place in residual[1:]:
         if place["variance"] > MASSIVE * place["typical"]:
             return {
@@ -121,9 +121,10 @@ def judge(
     data: dict[str, Any] | None = None,
     num_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """The verdict on the parts of a diagnosis: facts in numbers, and sentences made of them.
+    """The verdict on the parts of a diagnosis: numbers, and sentences that state them.
 
-    Without `data`, the description of the text, there is enough text; `num_tokens` were to be measured on, if known.
+    `data` is the description of the text (None skips the check for enough text), and `num_tokens` the number of tokens
+    requested, if known.
     """
     grown, spikes = growth(residual), massive(residual)
     signs = {
@@ -161,8 +162,10 @@ def judge(
 
 
 def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, Any] | None:
-    """The median over the deeper half of the layers against that over the other half; a sign if the latter is more
-    than `least`. Medians, because the first and last layers are unlike the others in most models."""
+    """Compares the medians of a measure over the two halves of the layers. A sign needs more than `least` in the first.
+
+    Medians are used because the first and last layers differ from the others in most models.
+    """
     values = [one[name] for one in layers]
     if len(values) < 2 or any(value is None for value in values):
         return None
@@ -205,7 +208,7 @@ def _on_growth(grown: dict[str, Any]) -> list[str]:
         order = sorted(named, key=lambda kind: fits[kind]["off_by"])
         fitted = "; ".join(f"{named[kind]} (misses by {_percent(fits[kind])})" for kind in order)
         if factor <= 1.5:
-            sentences.append("It hardly grows, so it has no kind of growth.")
+            sentences.append("It hardly grows, so no kind of growth is named.")
         elif grown["kind"]:
             sentences.append(f"The best fit of its growth is {fitted}.")
         else:
@@ -239,7 +242,7 @@ def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str
     if error := least.get("loss_added_error"):  # delta method: d exp(x) = exp(x) dx
         rise += f", standard error {100 * math.exp(least['loss_added']) * error:.1f}"
     return [
-        f"No layer does almost nothing: the least needed is layer {least['layer']}, without which perplexity rises "
+        f"No layer does almost nothing: the least important is layer {least['layer']}, without which perplexity rises "
         f"from {number(baseline['perplexity'])} to {number(least['perplexity_without'])} ({rise})."
     ]
 
@@ -251,18 +254,18 @@ def _on_cuts(inside: dict[str, Any]) -> list[str]:
     if not same:
         text += f", within 10 % {_could_go(ten)}"
     return [
-        f"{text}. Removed together, in the order of what each costs alone, without healing; hf-lnscale prune searches "
-        "and heals."
+        f"{text}. Layers are removed together, in the order of their individual cost, without healing; hf-lnscale "
+        "prune searches and heals."
     ]
 
 
 def _could_go(part: dict[str, Any]) -> str:
     if not part["count"]:
-        return "no layer could go"
+        return "no layer could be dropped"
     shown = f"perplexity {number(part['perplexity'])}, {100 * part['increase']:+.1f} %"
     if error := part["increase_error"]:
         shown += f", standard error {100 * error:.1f}"
-    return f"{_layers(part['layers'])} could go ({shown})"
+    return f"{_layers(part['layers'])} could be dropped ({shown})"
 
 
 def _layers(layers: list[int]) -> str:
@@ -270,14 +273,14 @@ def _layers(layers: list[int]) -> str:
 
 
 def ranges(layers: list[int]) -> str:
-    """Sorted numbers as text: [1, 2, 3, 7] is "1-3, 7"."""
-    # Neighbours differ from their places in the list by the same number.
+    """Formats sorted numbers: [1, 2, 3, 7] becomes "1-3, 7"."""
+    # Consecutive numbers have the same difference from their index.
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def times(factor: float) -> str:
-    """A factor as text: "2.50 times"."""
+    """Formats a factor: "2.50 times"."""
     return f"{number(factor) if factor >= 10 else format(factor, '.2f')} times"
 
 
@@ -286,14 +289,14 @@ def _percent(fit: dict[str, float]) -> str:
 
 
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
-    """Rows of the differences between two diagnoses: name, value in the first, value in the second."""
+    """Rows that compare two diagnoses: name, value in the first, value in the second."""
     first, second = _figures(before), _figures(after)
     shown = [name for name in first if first[name] or second[name]]
     return [(name, first[name] or "not measured", second[name] or "not measured") for name in shown]
 
 
 def _figures(one: Any) -> dict[str, str | None]:
-    """The figures of a diagnosis that are compared, as text; None if not measured."""
+    """The values of a diagnosis to compare, as text; None if not measured."""
     judged, base, grown = one.verdict, one.baseline, one.verdict["growth"]
     found: dict[str, str | None] = {
         "layers": str(one.model["num_layers"]),
@@ -308,6 +311,6 @@ def _figures(one: Any) -> dict[str, str | None]:
     idle, removable = judged["idle_layers"], judged["removable"]
     found["layers that do almost nothing"] = None if idle is None else str(len(idle))
     for budget in BUDGETS:
-        name = f"layers that could go within {100 * budget:.0f} % of perplexity"
+        name = f"layers that could be dropped within {100 * budget:.0f} % of perplexity"
         found[name] = str(removable[f"{budget:.0%}"]["count"]) if removable else None
     return found

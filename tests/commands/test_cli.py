@@ -196,7 +196,7 @@ def test_arguments_are_called_by_their_options(cli, folder, tmp_path):
     _, err = cli("prune", *given, "--layers", 31, code=1)
     assert err.startswith("hf-lnscale: --layers must be an integer from 1 to 3")
     _, err = cli("diagnose", *given, "--tokens", 1, code=1)
-    assert err.startswith("hf-lnscale: --tokens must be an integer of at least 2")
+    assert err.startswith("hf-lnscale: --tokens must be an integer >= 2")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").touch()
     _, err = cli("export", folder / "plain", "--out", tmp_path / "out", code=1)

@@ -642,7 +642,7 @@ def test_rows_of_nothing_but_padding_do_not_count(ids):
 def test_models_without_a_language_head(method, ids):
     classifier = AutoModelForSequenceClassification.from_config(tiny.config())
     for model in (tiny.loud().model, classifier):
-        with pytest.raises(ValueError, match="no language head"):
+        with pytest.raises(ValueError, match="no language modeling head"):
             score_layers(model, ids, method, progress=False)
 
 
