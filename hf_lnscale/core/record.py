@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+import yaml
 from transformers import PreTrainedConfig
 
 from .config import LNScalingConfig, is_integer
@@ -151,6 +152,11 @@ class SourceName(str):
         made = super().__new__(cls, name)
         made.record, made.changed = record, changed
         return made
+
+
+# Model cards name the base model, in YAML, which would otherwise write the class.
+for _representer in (yaml.representer.Representer, yaml.representer.SafeRepresenter):
+    _representer.add_representer(SourceName, lambda dumper, name: dumper.represent_str(str(name)))
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:

@@ -1,10 +1,13 @@
 """TRL's reference models are the policy before training: it loads them by the name in the policy's configuration."""
 
+import json
 import math
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCardData
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import (
@@ -16,6 +19,8 @@ from trl import (
     KTOTrainer,
     RLOOConfig,
     RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
     create_reference_model,
 )
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -153,3 +158,46 @@ def test_an_averaged_teacher_is_refused_in_a_warmup(tokenizer, tmp_path):
     )
     with pytest.raises(ValueError, match=r"SyncTeacherModelCallback averages the model's weights.*step 0 of the 10"):
         trainer.train()
+
+
+@pytest.fixture
+def policy_from_hub(request, tokenizer, tmp_path, monkeypatch):
+    """A policy whose name is that of a repository on the Hub, as it lies in the cache."""
+    flags, make = MAKE[request.param]
+    repository = tmp_path / "cache" / "models--user--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    tiny.model(vocab_size=len(tokenizer), max_position_embeddings=64, **flags).save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return make("user/model")
+
+
+@pytest.mark.parametrize("policy_from_hub", MAKE, indirect=True)
+def test_training_saves_a_card_that_names_the_base_model(policy_from_hub, tokenizer, tmp_path):
+    """TRL writes a model card with every checkpoint if the model's name is not a folder."""
+    rows = Dataset.from_dict({"text": ["one two three four"] * 4})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none",
+        use_cpu=True, bf16=False, max_length=32,
+    )  # fmt: skip
+    SFTTrainer(policy_from_hub, args=arguments, train_dataset=rows, processing_class=tokenizer).train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "user/model"
+    assert len(list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("policy_from_hub", MAKE, indirect=True)
+def test_the_name_is_written_as_a_plain_string(policy_from_hub):
+    name = policy_from_hub.config._name_or_path
+    assert json.loads(json.dumps({"name": name})) == {"name": "user/model"}
+    dumpers = [
+        yaml.Dumper,
+        yaml.SafeDumper,
+        *(getattr(yaml, one) for one in ("CDumper", "CSafeDumper") if hasattr(yaml, one)),
+    ]
+    for dumper in dumpers:
+        assert yaml.dump({"name": name}, Dumper=dumper) == "name: user/model\n"
+    assert "!!" not in ModelCardData(base_model=name).to_yaml()
