@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +27,9 @@ from ..core.families import Family, family_of, text_config
 from ..core.json_file import read_object
 from ..core.norm import scale_parameter
 from ..core.record import ACTIVE, FOLDED, MARK, layers_of, mark, parts, protect, record, unprotect
-from .folders import atomic_directory, require_free
+from .folders import COMPANIONS, atomic_directory, files_of, require_free
 from .names import locate, read_config
 
-# Not copied: the state of a training run, and weights other than the model's safetensors files.
-NOT_COMPANIONS = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "config.json",
-    "trainer_state.json", "pytorch_model.bin.index.json",
-)  # fmt: skip
 Fold = Callable[[torch.Tensor], torch.Tensor]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -245,10 +239,7 @@ def _require_folded(source: Path, written: Path, folds: dict[str, Fold]) -> None
 
 def copy_companions(source: Path, folder: Path, indexed: bool = False) -> None:
     """Copies the tokenizer, templates, card and other small files of a checkpoint; if `indexed`, also its index."""
-    for entry in sorted(source.iterdir()):
-        if entry.is_dir() and entry.name in ("additional_chat_templates", "chat_templates"):
-            shutil.copytree(entry, folder / entry.name)
-        elif entry.name == SAFE_WEIGHTS_INDEX_NAME and not indexed:
-            continue  # the index does not describe the single file that is read
-        elif entry.is_file() and not any(fnmatch(entry.name, pattern) for pattern in NOT_COMPANIONS):
-            shutil.copyfile(entry, folder / entry.name)
+    for name in files_of(source, (*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if indexed else []))):
+        if name != "config.json":
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)

@@ -8,6 +8,7 @@ restores a folder that was being replaced.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -29,14 +30,21 @@ logger = logging.getLogger(__name__)
 
 # Written to a model's folder by `evaluate`, and added to its card by `push`.
 EVALUATION_FILE = "evaluation.json"
-# Files of a checkpoint, a diagnosis or an evaluation. A folder is replaced only if it contains nothing else.
-_OURS = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf",
+# Files of a checkpoint besides its weights. Everything else in its folder, such as the logs and samples of a training
+# run, may contain private data and is neither copied nor uploaded.
+COMPANIONS = (
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
-    "chat_template*", "chat_templates", "additional_chat_templates", "README.md", "LICENSE*", "NOTICE*",
-    "USE_POLICY.md", ".gitattributes", "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json",
-    "report.html", "*.png", "*.svg", "training_args.bin", "configuration_deci.py",
+    "*.model", "chat_template*", "additional_chat_templates", "configuration_*.py", "modeling_*.py",
+    "tokenization_*.py", "processing_*.py", "*_processing*.py", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md",
+    ".gitattributes",
 )  # fmt: skip
+WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf"
+)  # fmt: skip
+MEASURED = (
+    "pruning_plan.json", EVALUATION_FILE, "diagnosis.json", "compare.json", "report.html", "*.png", "*.svg"
+)  # fmt: skip
+_LOCAL = ("training_args.bin",)
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a suffix is added
 
 
@@ -82,8 +90,16 @@ def _is_free(target: Path) -> bool:
 
 
 def _foreign_file(target: Path) -> str | None:
-    """The first entry of a folder that this package does not write."""
-    return next((name for name in sorted(os.listdir(target)) if not any(fnmatch(name, one) for one in _OURS)), None)
+    """The first entry of a folder that is not part of a checkpoint, a diagnosis or an evaluation."""
+    ours = (*COMPANIONS, *WEIGHTS, *MEASURED, *_LOCAL)
+    return next((name for name in sorted(os.listdir(target)) if not any(fnmatch(name, one) for one in ours)), None)
+
+
+def files_of(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """The files of a folder whose own name, or that of the top folder they are in, matches a pattern."""
+    matching = [entry for entry in folder.iterdir() if any(fnmatch(entry.name, pattern) for pattern in patterns)]
+    files = itertools.chain.from_iterable(entry.rglob("*") if entry.is_dir() else [entry] for entry in matching)
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
 
 
 def public_name(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .._version import __version__
 from ..core.display import Markdown, one_line, show_bytes
@@ -19,15 +19,9 @@ from ..core.families import text_config
 from ..core.json_file import read_object
 from ..core.record import record
 from .card import Table, model_card
-from .folders import EVALUATION_FILE
+from .folders import COMPANIONS, EVALUATION_FILE, MEASURED, WEIGHTS, files_of
 from .names import locate, read_config
 
-# Files of a training run rather than of the model: states, logs, and a pickle that contains local paths.
-LEFT_OUT = [
-    ".*", "*/.*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "optimizer.*", "scheduler.*", "scaler.*",
-    "rng_state*", "training_args.bin", "trainer_state.json", "latest", "zero_to_fp32.py", "*.lock", "*.partial",
-    "README.md", "__pycache__/*", "run.json", "samples.jsonl", "self_data/*",
-]  # fmt: skip
 _BEGIN, _END = "<!-- hf-lnscale: measured -->", "<!-- hf-lnscale: end -->"
 
 
@@ -115,8 +109,8 @@ def push(
 
 
 def _files(path: Path) -> dict[str, int]:
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return {name: (path / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=LEFT_OUT)}
+    names = files_of(path, (*COMPANIONS, *WEIGHTS, *MEASURED))
+    return {name: (path / name).stat().st_size for name in names if name != "README.md"}
 
 
 def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .display import brief
@@ -18,7 +19,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is an integer, of Python's or NumPy's, and not a boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class LNScalingConfig:
             if not valid:
                 raise ValueError(f"ln_scaling: {name} must be {what}, got {brief(getattr(self, name))}")
 
-        number = is_integer(self.exponent) or isinstance(self.exponent, float)
+        number = isinstance(self.exponent, Real) and not isinstance(self.exponent, bool)
         valid = number and 0 <= self.exponent < math.inf
         require(valid, "exponent", "a finite number >= 0 (the paper's is 0.5)")
         object.__setattr__(self, "exponent", float(min(self.exponent, sys.float_info.max)))
@@ -63,10 +65,12 @@ class LNScalingConfig:
         valid = is_integer(self.step) and 0 <= self.step <= self.warmup_steps
         require(valid, "step", f"an integer from 0 to warmup_steps, {self.warmup_steps}")
         if (depths := self.depths) is not None:
-            listed = isinstance(depths, (list, tuple)) and len(depths) > 0
+            listed = isinstance(depths, (list, tuple, range)) and len(depths) > 0
             valid = listed and all(is_integer(depth) and depth > 0 for depth in depths)
             require(valid, "depths", "a list of positive integers, one per layer")
-            object.__setattr__(self, "depths", tuple(depths))
+            object.__setattr__(self, "depths", tuple(map(int, depths)))
+        for name in ("warmup_steps", "step"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @classmethod
     def of(cls, value: Any) -> LNScalingConfig | None:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any
 
 _REFERENCE = re.compile(r"`(\w+)(?:=([\w.]+))?`")
@@ -92,6 +93,13 @@ class UnsupportedTransformersError(HFLNScaleError, RuntimeError):
 
 class MissingPackageError(HFLNScaleError, ImportError):
     """An optional package is missing."""
+
+
+def require_integers(least: int, **values: Any) -> None:
+    """Raises `ArgumentError` if any of the named values is not an integer, or is below `least`."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ArgumentError(name, value, f"an integer >= {least}")
 
 
 def require_packages(purpose: str, extra: str, *packages: str) -> None:

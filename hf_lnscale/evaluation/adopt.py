@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..checkpoints.export import NOT_COMPANIONS, copy_companions
-from ..checkpoints.folders import atomic_directory, require_free
+from ..checkpoints.export import copy_companions
+from ..checkpoints.folders import COMPANIONS, atomic_directory, require_free
 from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, locate, read_config
 from ..core.apply import apply_ln_scaling
 from ..core.display import with_error
@@ -115,7 +115,7 @@ def adopt(
         raise ArgumentError("model", str(model), problem=f"was not marked: {_figures(plain, scaled)}; {reason}")
 
     with atomic_directory(target, force) as partial:
-        folder = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=list(NOT_COMPANIONS))
+        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=list(COMPANIONS))
         copy_companions(Path(folder), partial)
         if given is not None:
             tokenizer.save_pretrained(partial)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.names import Placement, load, size_on_disk
+from ..core.errors import require_integers
 from ..core.processes import command_of
 from ..measuring.stream import kv_cache
 
@@ -125,9 +126,7 @@ def measure(
         ValueError: if a number is not positive.
         RuntimeError: if a process fails; the message is the last line it printed.
     """
-    for name, value in {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     drops = [list(layers or ()) for layers in drop_layers] or [[] for _ in checkpoints]
     settings = {"dtype": placement.dtype, "device": placement.main_device, "new_tokens": new_tokens}
     jobs = [

@@ -7,7 +7,7 @@ after the last layer).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,15 +20,27 @@ from .text import Batch
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context with evaluation mode and without gradients. Restores each module's mode on exit."""
+    """Context with evaluation mode and without gradients. Restores each module's mode on exit.
+
+    Compiled modules run uncompiled, since code that is compiled already does not call hooks registered later.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    # The stance is set only where it is needed: it imports the compiler, which takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, model.modules())) else nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager:
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by `torch.compile` or in place."""
+    # `nn.Module.compile` stores the compiled call in the module, and `__getstate__` leaves it out.
+    in_place = vars(module).keys() != module.__getstate__().keys()
+    return in_place or type(module).__name__ == "OptimizedModule"
 
 
 @contextmanager

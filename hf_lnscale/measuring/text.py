@@ -400,6 +400,11 @@ def _file_rows(path: Path) -> Iterator[Any]:
 def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
     for number, row in enumerate(rows):
         if isinstance(row, str):
+            if number == 0 and len(row) < 4096 and os.path.isfile(row):
+                raise ValueError(
+                    f"data: a list holds texts, and its first one is the path {row!r}; name several files as sources: "
+                    '{"a": "a.txt", "b": "b.txt"}'
+                )
             yield row
         elif isinstance(row, Mapping) and isinstance(row.get("text"), str):
             yield row["text"]

@@ -472,7 +472,7 @@ class Repair:
         expected_ND = self.probe.u_ND + self.probe.x_NF @ change_FD
         found_ND = next(self._tokens(self.fitted)).u_ND
         off = ((found_ND - expected_ND).norm() / expected_ND.norm().clamp_min(1e-30)).item()
-        if not off <= TOLERANCE[next(self.layer.parameters()).dtype]:
+        if not off <= TOLERANCE[self.old[0][0].dtype]:
             raise UnsupportedArchitectureError(
                 f"healing is not possible for {type(self.layer).__name__}: the output of {_MLP!r} is not linear in its "
                 f"weights {self.paths} (off by {off:.1e})"

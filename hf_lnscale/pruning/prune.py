@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from ..checkpoints.folders import atomic_directory, require_free
 from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
-from ..core.errors import ArgumentError
+from ..core.errors import ArgumentError, require_integers
 from ..core.families import family_of, text_config
 from ..core.stack import text_stack
 from ..core.warnings import warn
@@ -126,6 +126,7 @@ def prune(
         num_layers=num_layers, max_perplexity_increase=max_perplexity_increase, target_params=target_params,
         target_memory=target_memory, drop=drop,
     )  # fmt: skip
+    require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     method, heal = _require_methods(method, units, heal, goal)
     checkpoint = None if isinstance(model, nn.Module) else os.fspath(model)
     target = record = None

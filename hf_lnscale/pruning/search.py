@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..checkpoints.folders import public_name, write_atomically
 from ..core.display import brief
-from ..core.errors import ArgumentError
+from ..core.errors import ArgumentError, require_integers
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS
 from ..core.stack import Stack, text_stack
@@ -64,7 +64,7 @@ def one_goal(**given: Any) -> tuple[str, Any]:
         problem = f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be given, got {shown}"
         raise ArgumentError(next(iter(found or given)), problem=problem)
     name, value = next(iter(found.items()))
-    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
+    value = value.item() if hasattr(value, "item") and name != "drop" else value  # a NumPy scalar
     # The range of `num_layers` depends on the model; see `require_possible`.
     free = name == "drop" or (name == "num_layers" and isinstance(value, int) and not isinstance(value, bool))
     if not free and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
@@ -112,6 +112,8 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
         ArgumentError: if the model cannot reach the goal.
     """
     name, value = goal
+    require_integers(0, cache_tokens=cache_tokens)
+    require_integers(1, cache_batch=cache_batch)
     stack = text_stack(model)
     total = len(stack.layers)
     most = total - 1
@@ -182,8 +184,8 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[
     probe = 3
     embedding: torch.Tensor = stack.model.get_input_embeddings().weight  # type: ignore[assignment]
     ids = torch.zeros(1, probe, dtype=torch.long, device=embedding.device)
-    with torch.no_grad():
-        (cache,) = kv_cache(stack.model(input_ids=ids, use_cache=True)).values()
+    with eval_mode(stack.model):  # in training with gradient checkpointing, a model returns no cache
+        (cache,) = kv_cache(stack.model(input_ids=ids, use_cache=True, return_dict=True)).values()
     found, counters = [], []
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
@@ -394,7 +396,7 @@ class _Log:
                 differ = [name for name, value in key.items() if self.values["key"].get(name) != value]
                 if not differ:
                     _require_steps(self.values, key["model"]["num_hidden_layers"])
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
             if differ:
                 problem = f"belongs to another search, with different {' and '.join(differ)}"

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from ..core.errors import require_integers
 from ..core.families import text_config
 from ..core.stack import text_stack
 from .cut import normalize_layers
@@ -34,9 +35,10 @@ def draft_model(
     The parameters of the draft are the same objects as the model's, so the draft needs no memory for weights and
     follows every training step. Modules, configuration and KV cache are separate, and the model is not changed.
 
-    Create the draft last, after the model is on its device, in its dtype and with its adapters. Parameters follow
-    `model.to(...)`, but buffers, switched adapters and kernels bound later do not; `draft.to(...)` would move the
-    model's parameters. The draft is in evaluation mode. Module hooks are kept and also run in the draft.
+    Create the draft last: after the model is on its device, in its dtype and with its adapters, and after its scale is
+    folded or unfolded. Parameters follow `model.to(...)`, but buffers, switched adapters, scales and kernels bound
+    later do not; `draft.to(...)` would move the model's parameters. The draft is in evaluation mode. Module hooks are
+    kept and also run in the draft.
 
     Args:
         model: a causal language model of a family in the table; a PEFT model gives a draft with its adapters.
@@ -57,9 +59,7 @@ def draft_model(
         >>> draft = hf_lnscale.draft_model(model, [12, 14, 17])
         >>> model.generate(**inputs, assistant_model=draft, do_sample=False)
     """
-    number = num_assistant_tokens
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"num_assistant_tokens must be an integer >= 1, got {number!r}")
+    require_integers(1, num_assistant_tokens=num_assistant_tokens)
     stack = text_stack(model)
     if isinstance(drop_layers, PruningPlan):
         drop_layers.require_whole_layers("drop_layers")
@@ -76,7 +76,7 @@ def draft_model(
         delete_layers(stack, dropped)
     settings = getattr(draft, "generation_config", None)  # None for a model without a head
     if settings is not None:
-        settings.num_assistant_tokens = number
+        settings.num_assistant_tokens = num_assistant_tokens
         settings.num_assistant_tokens_schedule = "constant"
         settings.assistant_confidence_threshold = 0.0
     draft.eval()

@@ -28,7 +28,7 @@ from ..core.errors import ArgumentError, require_packages
 from ..core.stack import text_stack
 from ..measuring.angles import layer_angle
 from ..measuring.moments import mean_where, pooled_moments
-from ..measuring.stream import hidden_states, layer_output
+from ..measuring.stream import hidden_states, is_compiled, layer_output
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +117,7 @@ class DepthStatsCallback(TrainerCallback):
         enter(stack.model.register_forward_hook(self._after_pass, always_call=True))
         for layer in stack.layers:
             enter(layer.register_forward_hook(self._after_layer, with_kwargs=True))
-        if any(map(_is_compiled, (*self.trainer.model_wrapped.modules(), *model.modules()))):
+        if any(map(is_compiled, (*self.trainer.model_wrapped.modules(), *model.modules()))):
             enter(torch.compiler.set_stance("force_eager"))
 
     def _stop(self) -> None:
@@ -222,13 +222,6 @@ def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
         parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
         norms.append(torch.stack(parts).norm() if parts else torch.tensor(math.nan))
     return torch.stack([norm.to(norms[0].device) for norm in norms])
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled, by `torch.compile` or in place."""
-    # `nn.Module.compile` stores the compiled call in the module, and `__getstate__` leaves it out.
-    in_place = vars(module).keys() != module.__getstate__().keys()
-    return in_place or type(module).__name__ == "OptimizedModule"
 
 
 def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:

@@ -101,3 +101,21 @@ def test_a_layer_for_multi_token_prediction_is_left_alone(tmp_path):
     assert torch.equal(after[behind], before[behind])
     last = behind.replace("4", "3")
     assert torch.equal(after[last], before[last] * 0.5)
+
+
+def test_only_files_of_the_model_are_copied_and_the_result_can_be_replaced(tmp_path):
+    """A recipe's output folder also holds samples of the data, paths of this machine, and logs."""
+    model = ["README.md", "LICENSE.txt", "chat_template.jinja", "spiece.model", "modeling_tiny.py", "vocab.txt"]
+    run = ["control.json", "metrics.json", "run.json", "samples.jsonl", "events.out.tfevents.1.host", "train.log"]
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path / "run")
+    for name in (*model, *run, "additional_chat_templates/tool.jinja", "checkpoint-5/model.safetensors", "logs/a.txt"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    for force in (False, True):
+        out = export(tmp_path / "run", tmp_path / "out", force=force, progress=False)
+        found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        assert found == {
+            *model, "additional_chat_templates/tool.jinja", "config.json", "generation_config.json", "model.safetensors"
+        }  # fmt: skip
+        assert all((out / name).read_text() == name for name in model)

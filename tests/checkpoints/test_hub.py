@@ -36,6 +36,14 @@ def saved(tmp_path_factory):
             "trainer_state.json",
             ".git/config",
             "checkpoint-5/model.safetensors",
+            "control.json",
+            "metrics.json",
+            "run.json",
+            "samples.jsonl",
+            "self_data/0000000.json",
+            "events.out.tfevents.1.host",
+            "trackio/run.db",
+            "training.log",
         ):
             path = folder / name / file
             path.parent.mkdir(exist_ok=True)
@@ -91,7 +99,7 @@ def test_a_scaled_checkpoint_is_refused_unless_asked_for(saved):
     assert raised.value.render_hint() == "fold it first with hf-lnscale export, or use allow_scaled=True"
     card = push(saved / "scaled", "me/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale\nfrom transformers" in card
-    assert "active in it" in card
+    assert "which is active" in card
 
 
 def test_what_the_card_says(saved, tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -9,6 +10,16 @@ from hf_lnscale import LNScalingConfig, apply_ln_scaling
 
 def test_default_is_the_papers_formula():
     assert LNScalingConfig().scales(9) == pytest.approx([1 / layer**0.5 for layer in range(1, 10)], abs=0, rel=1e-15)
+
+
+@pytest.mark.parametrize("depths", [range(2, 6), [np.int64(depth) for depth in range(2, 6)]])
+def test_numbers_of_numpy_and_ranges(depths, tmp_path):
+    given = {"exponent": np.float32(0.5), "depths": depths, "warmup_steps": np.int64(8), "step": np.int64(4)}
+    model = tiny.model(ln_scaling=given)
+    expected = {"exponent": 0.5, "depths": [2, 3, 4, 5], "warmup_steps": 8, "schedule": "linear", "step": 4}
+    assert model.config.ln_scaling == expected
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["ln_scaling"] == expected
 
 
 def test_exponent_and_depths():

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_numbers_that_cannot_be_are_refused_before_a_process_starts(tmp_path):
-    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="repeats must be an integer >= 1, got 0"):
         measure(tmp_path, repeats=0)
 
 

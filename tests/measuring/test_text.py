@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from hf_lnscale import diagnose, plan_pruning
 from hf_lnscale.evaluation import perplexity
+from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Windows, documents, parse_sources, require_file, token_batches
 
 BOS, EOS = 1, 2
@@ -249,3 +250,13 @@ def test_a_text_in_place_of_a_path_is_refused_in_a_line():
     with pytest.raises(FileNotFoundError) as refused:
         token_batches({"wiki": "a text " * 1000})
     assert len(str(refused.value)) < 500
+
+
+def test_a_list_of_paths_is_refused(tmp_path):
+    """Otherwise the names of the files would be taken for texts."""
+    path = tmp_path / "part.txt"
+    path.write_text("a text " * 1000)
+    with pytest.raises(
+        ValueError, match=r"data: a list holds texts, and its first one is the path '.*part\.txt'; name"
+    ):
+        token_batches([str(path)] * 60, tokenizer=sample.train_tokenizer(["a text"] * 9, 300))

@@ -240,6 +240,30 @@ def test_data_in_batches_is_data_at_once():
     assert not torch.allclose(fitted[0], fitted[2])  # other context, other states
 
 
+def test_layers_that_are_compiled_one_by_one():
+    """Their compiled code, made for another shape, does not call hooks that were registered later."""
+    plain, compiled = tiny.model(), tiny.model()
+    ids = text_of(plain)
+    for layer in compiled.model.layers:
+        layer.compile(backend="eager")
+    compiled(tiny.tokens())
+    expected, found = (heal(model, [1], ids, progress=False) for model in (plain, compiled))
+    assert found.to_dict() == expected.to_dict()
+    torch._dynamo.reset()
+
+
+def test_weights_of_attention_may_be_integers():
+    """As of a model that bitsandbytes left its MLPs out of: only the weights that are fitted need a precision."""
+    full = tiny.model()
+    ids = text_of(full)
+    expected = heal(full, [1], ids, progress=False)
+    expected.undo()
+    full.model.layers[0].self_attn.first = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    full.model.layers[0]._modules = {"self_attn": full.model.layers[0].self_attn, **full.model.layers[0]._modules}
+    assert next(full.model.layers[0].self_attn.parameters()).dtype == torch.int8
+    assert heal(full, [1], ids, progress=False).to_dict() == expected.to_dict()
+
+
 def test_padding_counts_for_nothing():
     ids = text_of(speaker(), sequences=16)
     results = []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -446,6 +447,8 @@ def test_in_memory_by_size_and_by_name():
     assert found.model.num_parameters() == total - 2 * layer
     found = hf_lnscale.prune(model(), DATA, drop=[-1, 2], heal=None, progress=False)
     assert found.plan.layers == (2, 5)
+    for drop in (np.array([-1, 2]), torch.tensor([2, 5])):
+        assert hf_lnscale.prune(model(), DATA, drop=drop, heal=None, progress=False).plan.layers == (2, 5)
     assert found.plan.method == {"search": "given"}
     assert found.plan.data["calibration"] is None
 
@@ -463,6 +466,13 @@ def test_in_memory_onto_disk(checkpoint, text, tmp_path):
     nameless = model()
     with pytest.raises(ValueError, match="tokenizer: required for out"):
         hf_lnscale.prune(nameless, DATA, num_layers=1, out=tmp_path / "other")
+
+
+def test_lengths_to_measure_speed_with_are_checked_first(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lnscale.pruning.prune.search_layers", lambda *_, **__: pytest.fail("searched"))
+    for name in ("prompt_tokens", "new_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+            in_process_of(checkpoint, text, tmp_path / "out", drop=[1], **{name: 0})
 
 
 def in_process_of(loaded, text, out, **options):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,19 @@ def test_cache_is_estimated_as_it_grows(family):
     assert cache_bytes(text_stack(full), 24, 2)[0] == [r + t for r, t in zip(real, token, strict=True)]
 
 
+@pytest.mark.parametrize("setting", ["gradient checkpointing", "return_dict"])
+def test_cache_is_estimated_in_any_mode(setting):
+    full = model()
+    expected = cache_bytes(text_stack(full), 24, 2)
+    if setting == "return_dict":
+        full.config.return_dict = False
+    else:
+        full.gradient_checkpointing_enable()
+        full.train()
+    assert cache_bytes(text_stack(full), 24, 2) == expected
+    assert full.training == (setting == "gradient checkpointing")
+
+
 def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
     """Of layers 1 and 4, without which the others cannot generate, the search leaves one; or says why it cannot."""
     types = ["full_attention" if layer in (1, 4) else "linear_attention" for layer in range(6)]
@@ -317,6 +331,9 @@ WRONG = [
     ({"max_perplexity_increase": -0.1}, "max_perplexity_increase must be a positive number, got -0.1"),
     ({"num_layers": 1, "method": "best"}, "method must be one of best_of.*got 'best'"),
     ({"num_layers": 1, "heal": "magic"}, "heal must be one of .*got 'magic'"),
+    ({"num_layers": 1, "cache_tokens": -1}, "cache_tokens must be an integer >= 0, got -1"),
+    ({"num_layers": 1, "cache_batch": 0}, "cache_batch must be an integer >= 1, got 0"),
+    ({"num_layers": 1, "resume": os.path.dirname(__file__)}, "resume .* is not the record of a search"),
 ]
 
 
