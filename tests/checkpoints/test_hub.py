@@ -91,7 +91,7 @@ def test_a_scaled_checkpoint_is_refused_unless_asked_for(saved):
     assert raised.value.render_hint() == "fold it first with hf-lnscale export, or use allow_scaled=True"
     card = push(saved / "scaled", "me/model", allow_scaled=True, dry_run=True).card
     assert "import hf_lnscale\nfrom transformers" in card
-    assert "active in it" in card
+    assert "which is active" in card
 
 
 def test_what_the_card_says(saved, tmp_path):

@@ -574,7 +574,7 @@ def test_a_callback_without_a_warmup_is_refused(tmp_path):
 def test_a_warmup_longer_than_the_run_is_refused_before_the_first_step(tmp_path):
     model = tiny.model(ln_scaling={"warmup_steps": 7})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"7 steps to go \(warmup_steps=7\), the run only 6"):
+    with pytest.raises(ValueError, match=r"7 steps left \(warmup_steps=7\), but the run has only 6"):
         trainer(model, tmp_path).train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     trainer(set_ln_scaling_step(model, 1), tmp_path).train()
