@@ -98,9 +98,7 @@ def test_a_resumed_run_is_compared_with_the_same(tmp_path, here, monkeypatch, ca
     more += ("--resume_from_checkpoint", "true")
     monkeypatch.setattr("hf_lnscale.training.control.RecipeTrainer", None)  # nothing is trained or evaluated again
     assert recipe.run("heal", *words(here, out, *more, "--max_steps", 7)) == 1
-    assert (
-        "control: the unpruned model was trained for [6, 1.0] instead of [7" in capsys.readouterr().err
-    )
+    assert "control: the unpruned model was trained for [6, 1.0] instead of [7" in capsys.readouterr().err
     assert recipe.run("heal", *words(here, out, *more)) == 0
     assert (out / "control.json").read_text() == known
     found = recipe.metrics(out)
