@@ -127,7 +127,7 @@ def test_block_angles_over_many_tokens():
 def test_a_sweep_of_no_token_is_refused_before_a_pass():
     model = tiny.model()
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
-    with pytest.raises(ValueError, match="data: .* no token to predict"):
+    with pytest.raises(ValueError, match=r"data: .* no token to predict"):
         sweep(model, token_batches(tiny.tokens(3, 1)), (), None, "loss", False)
 
 

@@ -407,7 +407,7 @@ def test_a_family_whose_depth_fields_are_not_known_is_refused(monkeypatch):
     with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match="not supported for model_type 'starcoder2'"):
         AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
     hf_lnscale.register_family("starcoder2")
-    with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match="fields are not known.*depth_fields"):
+    with pytest.raises(hf_lnscale.UnsupportedArchitectureError, match=r"fields are not known.*depth_fields"):
         AutoModelForCausalLM.from_config(tf.Starcoder2Config(**tiny._BASE), drop_layers=[1])
     with pytest.raises(ValueError, match="depth_fields: 'depth' is not one of layer_types"):
         hf_lnscale.register_family("starcoder2", depth_fields=("depth",), overwrite=True)
@@ -442,7 +442,7 @@ def test_a_state_dict_instead_of_a_checkpoint():
             None, config=tiny.config(), state_dict=dict(weights), drop_layers=[1, 2]
         )
         assert_same_model(model, deleted(full, [1, 2]))
-    with pytest.raises(ValueError, match="state_dict has 3 layers, but must have 2, .* or 4"):
+    with pytest.raises(ValueError, match=r"state_dict has 3 layers, but must have 2, .* or 4"):
         LlamaForCausalLM.from_pretrained(
             None, config=tiny.config(drop_layers=[1, 2]), state_dict=deleted(full, [0]).state_dict()
         )
