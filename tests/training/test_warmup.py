@@ -356,7 +356,7 @@ def test_folded_half_way(family, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main()
         shown = capsys.readouterr().out
-        assert "exponent 0.25 (step 2 of 4 on the way to 0.5)" in shown
+        assert "exponent 0.25 (warmup step 2 of 4 to 0.5)" in shown
         assert state in shown
     assert read_info(tmp_path / "scaled").scales == HALF_WAY_SCALES
 
