@@ -1,7 +1,7 @@
 """hf_lnscale: a plugin for Hugging Face transformers against the curse of depth.
 
-Importing it makes every `from_pretrained`, `from_config` and configuration of transformers understand `ln_scaling` and
-`drop_layers`:
+Importing it enables `ln_scaling` and `drop_layers` in every `from_pretrained`, `from_config` and configuration of
+transformers:
 
     import hf_lnscale
     model = AutoModelForCausalLM.from_config(config, ln_scaling=True)
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .pruning.scores import LayerScores, score_layers
     from .pruning.speculative import draft_model
 
-# Where the public names are defined; imported when one is used, so that importing this package costs nothing.
+# Where the public names are defined. They are imported on first use, to keep importing this package cheap.
 _DEFINED_IN = {
     "checkpoints.names": ("Placement",),
     "core.apply": (

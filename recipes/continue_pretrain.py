@@ -6,10 +6,10 @@ r"""Continues the pre-training of a checkpoint on raw text.
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/continue_pretrain.py \
         --config recipes/configs/continue_pretrain/llama-3.1-8b.yaml --dataset_name corpus/ --output_dir runs/continue
 
-Text of the old kind is mixed in by a YAML file, as in recipes/configs/continue_pretrain/mixture.yaml.
+To mix in text of the original kind, use a YAML file such as recipes/configs/continue_pretrain/mixture.yaml.
 
-A checkpoint that was trained with LayerNorm Scaling keeps it, without an option. One that was trained without it can be
-converted: its scale is ramped from none to 1/sqrt(l) over the first steps, all of which must lie in the run.
+A checkpoint trained with LayerNorm Scaling keeps it without any option. A checkpoint trained without it can be
+converted: its scale is ramped from 1 to 1/sqrt(l) in a warmup that must not exceed the run.
 
     python recipes/continue_pretrain.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --dataset_name text.jsonl \
         --ln_scaling --ln_scaling_warmup_steps 1000 --max_steps 5000 --output_dir runs/lns
@@ -35,7 +35,7 @@ from hf_lnscale.training.trainer import RecipeTrainer
 
 def make_parser(prog: str | None = None) -> RecipeParser:
     types = (WarmupArguments, CheckpointArguments, DataArguments, RecipeConfig)
-    # Warmed up and decayed again, which Ibrahim et al. (arXiv 2403.08763) find best for a new text.
+    # Rewarming and redecaying the learning rate works best on new text (Ibrahim et al., arXiv 2403.08763).
     return RecipeParser("continue_pretrain", types, __doc__, prog, **TEXT, learning_rate=5e-5, warmup_steps=0.01)
 
 

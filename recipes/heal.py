@@ -1,4 +1,4 @@
-r"""Heals a pruned model: trains it, by LoRA or in full, on text, or to predict what the unpruned model predicts.
+r"""Heals a pruned model by training, with LoRA or in full, on text or by distillation from the unpruned model.
 
     python recipes/heal.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --drop_layers 12 14 \
         --teacher HuggingFaceTB/SmolLM2-135M --output_dir runs/healed
@@ -6,20 +6,21 @@ r"""Heals a pruned model: trains it, by LoRA or in full, on text, or to predict 
     python recipes/heal.py --model_name_or_path pruned --teacher Qwen/Qwen3-0.6B-Base --dataset_name text.jsonl \
         --output_dir runs/healed
 
-By LoRA on text, without a teacher, as Gromov et al. (arXiv 2403.17887) do it, and on eight GPUs:
+With LoRA on text, without a teacher, as in Gromov et al. (arXiv 2403.17887), and on eight GPUs:
 
     python recipes/heal.py --config recipes/configs/heal/llama-3.2-1b.yaml --model_name_or_path pruned \
         --teacher none --use_peft --learning_rate 3e-4 --output_dir runs/healed
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
-On what the unpruned model writes itself after the beginnings of 2,000 rows, or in answer to them where they are chats:
+On text that the unpruned model generates: continuations of the beginnings of 2,000 rows, or answers if they are chats:
 
     python recipes/heal.py --model_name_or_path pruned --whole Qwen/Qwen3-0.6B --dataset_name chats.jsonl \
         --self_data 2000 --output_dir runs/healed
 
-Training on a text teaches it, whether it heals or not: the run tells the gap to the unpruned model before and after, on
-the text and on text of another kind; with `--control`, to the unpruned model trained equally.
+Training on a text teaches the model that text, whether it heals or not. The run therefore reports the gap to the
+unpruned model before and after training, on the text and on text of another kind. With `--control`, the unpruned model
+is first trained in the same way.
 
 `--help` lists every option; `--resume_from_checkpoint true` continues a run that was stopped.
 """
@@ -54,7 +55,7 @@ from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 def make_parser(prog: str | None = None) -> RecipeParser:
     types = (TeacherArguments, CheckpointArguments, DataArguments, RecipeConfig)
-    # Peak and decay of Minitron (arXiv 2408.11796, table 4) for distillation, used for text as well.
+    # Minitron's peak and decay for distillation (arXiv 2408.11796, table 4), also used for text.
     return RecipeParser("heal", types, __doc__, prog, **TEXT, learning_rate=1e-4, warmup_steps=0.05)
 
 
@@ -72,7 +73,7 @@ def main(
         require_same_tokenizer("whole", whole, tokenizer)
     train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
     prepare_chat(training, tokenizer, train)
-    training.packing &= train.column_names == [training.dataset_text_field]  # an answer stays with its question
+    training.packing &= train.column_names == [training.dataset_text_field]  # keeps answers with their questions
     if whole and teacher.self_data:
         load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)
         train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data, begin=run.mark)

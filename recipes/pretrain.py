@@ -1,16 +1,16 @@
 r"""Pre-trains a model from scratch on text, with LayerNorm Scaling.
 
-A model of a minute, on text that comes with Python:
+A small model in about a minute, on text shipped with Python:
 
     python recipes/pretrain.py --output_dir runs/pretrain
 
-The paper's 130M (arXiv 2502.05795) on C4, on one GPU and on eight:
+The paper's 130M model (arXiv 2502.05795) on C4, on one GPU and on eight:
 
     python recipes/pretrain.py --config recipes/configs/pretrain/130m.yaml --output_dir runs/130m
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/pretrain.py \
         --config recipes/configs/pretrain/130m.yaml --output_dir runs/130m
 
-Another family and other sizes, on your text, and the Pre-LN model to compare with:
+Another family and other sizes, on your own text, and the Pre-LN model for comparison:
 
     python recipes/pretrain.py --family qwen3 --shape 250M --num_key_value_heads 4 --dataset_name text.jsonl \
         --tokenizer_name Qwen/Qwen3-0.6B-Base --output_dir runs/lns
@@ -42,7 +42,7 @@ def make_parser(prog: str | None = None) -> RecipeParser:
 
 
 def get_tokenizer(new: PretrainArguments, training: RecipeConfig, run: Run, texts: Iterable[str]) -> Any:
-    """The named one, that of the checkpoint to resume, or a new one that one process trains for all."""
+    """The named tokenizer, that of the checkpoint to resume, or a new one trained by one process for all."""
     if new.tokenizer_name or new.config_name or run.checkpoint:
         return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
     trained = [train_tokenizer(texts, new.vocab_size) if training.process_index == 0 else None]
@@ -54,7 +54,7 @@ def get_tokenizer(new: PretrainArguments, training: RecipeConfig, run: Run, text
 def main(new: PretrainArguments, data: DataArguments, training: RecipeConfig) -> None:
     if training.learning_rate is None:
         if new.config_name:
-            raise ValueError("learning_rate: with --config_name, give one; the paper's go with its shapes")
+            raise ValueError("learning_rate: required with --config_name; only the paper's shapes have defaults")
         training.learning_rate = SHAPES[new.shape].learning_rate
     run = Run("pretrain", training, new, data)
     column = training.dataset_text_field
@@ -69,8 +69,8 @@ def main(new: PretrainArguments, data: DataArguments, training: RecipeConfig) ->
         sizes={name: getattr(new, name) for name in SIZES},
     )
     set_seed(training.seed)
-    # Plain normal initialization: with LayerNorm Scaling it does better than one scaled with depth (the paper's table
-    # of scalings).
+    # Plain normal initialization, which with LayerNorm Scaling works better than depth-scaled initialization (the
+    # paper's table of scalings).
     trainer = RecipeTrainer(
         model=AutoModelForCausalLM.from_config(config, ln_scaling=new.ln_scaling),
         args=training,

@@ -1,10 +1,10 @@
-r"""Fine-tunes a checkpoint on chats, instructions, or prompts with completions; only the answers are learned.
+r"""Fine-tunes a checkpoint on chats, instructions, or prompts with completions, training only on the answers.
 
     python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --chat_template_path chatml \
         --output_dir runs/sft
     python recipes/sft.py --config recipes/configs/sft/qwen3-0.6b.yaml --dataset_name chats.jsonl --output_dir runs/sft
 
-LoRA, and QLoRA on a model that would not fit otherwise:
+With LoRA, and with QLoRA on a model that would not fit otherwise:
 
     python recipes/sft.py --config recipes/configs/sft/qwen3-0.6b.yaml --use_peft --lora_r 16 --learning_rate 2e-4 \
         --output_dir runs/lora

@@ -11,24 +11,24 @@ from .options import BatchSize, Device, Force, written
 
 
 def adopt(
-    model: Annotated[str, Argument(metavar="MODEL", help="A folder, or a name on the Hub.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A folder or Hub repository.")],
     out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[
-        Path | None, Option(help="Text, or JSON lines with a column text or messages; else English of Python's.")
+        Path | None, Option(help="Text, or JSON lines with a column text or messages; defaults to English text.")
     ] = None,
     tokenizer: Annotated[
         str | None, Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")
     ] = None,
     max_bytes: Annotated[int, Option(help="Use only this many bytes of the text, from its start.")] = 65_536,
-    seq_len: Annotated[int | None, Option(help="Tokens in a window; 256, as in the paper's training.")] = None,
+    seq_len: Annotated[int | None, Option(help="Tokens per window; defaults to 256, as in the paper.")] = None,
     batch_size: BatchSize = 4,
     device: Device = None,
     force: Force = False,
 ) -> None:
     """Mark a checkpoint that was trained with the scale elsewhere.
 
-    Measures its perplexity without the scale and with it, and refuses unless
-    the scale makes it better by more than two standard errors.
+    Measures perplexity without and with the scale, and refuses unless the
+    scale lowers the loss by more than two standard errors.
     """
     from ..checkpoints.names import Placement, read_config
     from ..evaluation.adopt import adopt as run

@@ -1,4 +1,4 @@
-"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, measured within minutes on a CPU."""
+"""`hf-lnscale demo`: the curse of depth, its cure, and a cut, measured in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BATCH = 8  # sequences
 
 
 def demo(
-    out: Annotated[Path, Option(help="Folder for models, picture and results.json.")] = Path("lnscale-demo"),
-    fast: Annotated[bool, Option("--fast", help="Half a minute: smaller models, a few steps.")] = False,
-    seed: Annotated[int, Option(help="Seed of both trainings.")] = 0,
+    out: Annotated[Path, Option(help="Folder for models, plot and results.json.")] = Path("lnscale-demo"),
+    fast: Annotated[bool, Option("--fast", help="Half a minute: smaller models, few steps.")] = False,
+    seed: Annotated[int, Option(help="Seed for both training runs.")] = 0,
 ) -> None:
     """See the curse of depth, and the cures, in minutes.
 
@@ -38,7 +38,7 @@ def demo(
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Documents for training, and every tenth for evaluation."""
+    """Splits documents: every tenth is for evaluation, the others are for training."""
     return [text for index, text in enumerate(documents) if index % 10], documents[::10]
 
 
@@ -57,7 +57,7 @@ class Demo:
         self.results: dict[str, Any] = {"settings": {**self.shape, "steps": self.steps, "seed": seed, "fast": fast}}
 
     def run(self) -> dict[str, Any]:
-        """Runs the acts, prints what they find, and writes it to `out`: results.json, demo.png and the models."""
+        """Runs the acts, prints the results, and writes results.json, demo.png and the models to `out`."""
         from ..checkpoints.folders import require_free
 
         for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
@@ -79,7 +79,7 @@ class Demo:
         (self.out / "results.json").write_text(to_json(self.results, indent=2) + "\n", encoding="utf-8")
         self.plot(self.out / "demo.png")
         if self.fast:
-            self.say("A fast run shows that all parts work. What scaling and pruning do, hf-lnscale demo shows.")
+            self.say("A fast run only shows that all parts work; hf-lnscale demo shows what scaling and pruning do.")
         self.say(f"Plots and all numbers are in {self.out}: demo.png, results.json. {sum(seconds.values()):.0f} s.")
         return self.results
 
@@ -87,14 +87,14 @@ class Demo:
         self.console.print(one_line(text), markup=False)
 
     def curse(self) -> dict[str, Any]:
-        """SmolLM2-135M, a real Pre-LN model, as `hf-lnscale diagnose` sees it."""
+        """Diagnoses SmolLM2-135M, a real Pre-LN model, as `hf-lnscale diagnose` does."""
         from ..checkpoints.names import load
         from ..checkpoints.smollm2 import convert_smollm2, smollm2_folder
         from ..diagnosis.examine import diagnose
         from ..measuring.text import Windows
 
         if not (folder := smollm2_folder()).is_dir():
-            self.say("hf-lnscale demo converts SmolLM2-135M to a transformers checkpoint once, in about half a minute.")
+            self.say("SmolLM2-135M is converted to a transformers checkpoint once by hf-lnscale demo (half a minute).")
             if self.fast:
                 return {"skipped": True}
             try:
@@ -109,7 +109,7 @@ class Demo:
         return {"skipped": False, "checkpoint": str(folder), **variances}
 
     def cure(self) -> dict[str, Any]:
-        """Trains a Pre-LN and an LNS model on the same data from the same weights, and saves the second."""
+        """Trains a Pre-LN and an LNS model from the same weights on the same data, and saves the latter."""
         from ..diagnosis.examine import diagnose
         from ..measuring.sample import train_tokenizer
         from ..measuring.text import Windows, token_batches
@@ -155,7 +155,7 @@ class Demo:
         return LlamaForCausalLM(LlamaConfig(**config))
 
     def train(self, model: Any, *parts: Any) -> list[float]:
-        """Trains in place with a small version of the paper's recipe; returns the evaluation losses over the run."""
+        """Trains a model in place with a small version of the paper's recipe; returns the evaluation losses."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
         arguments = TrainingArguments(
@@ -196,7 +196,7 @@ class Demo:
         return found
 
     def drop(self) -> dict[str, Any]:
-        """Drops two layers from SmolLM2-135M, or one from the LNS model, as `hf-lnscale prune`, and heals the cut."""
+        """Drops two layers from SmolLM2-135M, or one from the LNS model, and heals it, as `hf-lnscale prune` does."""
         from ..measuring.text import Windows
         from ..pruning.prune import prune
 
@@ -212,7 +212,7 @@ class Demo:
         return {"layers": list(cut.layers), "perplexity": cut.perplexity, "errors": cut.errors, "model": cut.model_name}
 
     def plot(self, path: Path) -> None:
-        """The curse, the growth in both small models, their evaluation loss, and what their layers do."""
+        """Plots the curse, and growth, evaluation loss and contribution of layers of both small models."""
         from matplotlib.figure import Figure
 
         curse, cure = self.results["curse"], self.results["cure"]
@@ -233,12 +233,12 @@ class Demo:
         figure.savefig(path, dpi=150)
 
 
-# Run by a separate Python process, which imports only transformers.
+# Run in a separate Python process that imports only transformers.
 PLAIN_PROCESS = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 scaled, folded, logits = sys.argv[1:4]
-torch.set_num_threads(int(sys.argv[4]))  # the order of sums, and with it the last bit, can depend on it
+torch.set_num_threads(int(sys.argv[4]))  # affects the order of sums and thus the last bit
 torch.save(AutoModelForCausalLM.from_pretrained(folded)(torch.arange(50)[None]).logits.detach(), logits)
 refusals = {}
 for model_class in (AutoModelForCausalLM, LlamaForCausalLM):

@@ -16,23 +16,23 @@ def diagnose(
     checkpoint: Checkpoint,
     data: Data,
     out: Annotated[Path, Option(help="Folder for report.html, diagnosis.json and the plots.")],
-    compare: Annotated[str | None, Option(help="A second checkpoint, shown beside the first.")] = None,
+    compare: Annotated[str | None, Option(help="A second checkpoint, shown next to the first.")] = None,
     loss: Annotated[bool, Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
     gradients: Annotated[bool, Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
     jacobian: Annotated[bool, Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")] = True,
     draw: Annotated[bool, Option("--plots/--no-plots", help="Write PNG and SVG files; needs matplotlib.")] = True,
-    num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use.")] = 16_384,
+    num_tokens: Annotated[int, Option("--tokens", help="Number of tokens to use.")] = 16_384,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = None,
-    device_map: Annotated[str | None, Option(help="Such as auto: spread over devices, or offloaded.")] = None,
+    device_map: Annotated[str | None, Option(help="For example auto, to spread or offload.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print diagnosis.json; with --compare, a list of the two.")] = False,
     force: Force = False,
 ) -> None:
-    """See what each layer of a model does and is worth: a report.
+    """Report what each layer of a model does and contributes.
 
-    The curse of depth in a model of yours: tables here, plots in the report.
+    Looks for the curse of depth: prints tables and writes a report with plots.
     """
     from ..checkpoints.names import Placement
     from ..diagnosis.folder import diagnose_checkpoints

@@ -1,4 +1,4 @@
-"""`hf-lnscale env`: the machine and its Python environment, for bug reports."""
+"""`hf-lnscale env`: describes the machine and its Python environment for bug reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONAL = {
 
 
 def env(as_json: AsJson = False) -> None:
-    """Show versions, what is installed, devices."""
+    """Show versions, installed packages and devices."""
     found = environment()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -40,7 +40,7 @@ def env(as_json: AsJson = False) -> None:
         "devices": "; ".join(found["devices"]),
         "threads": found["threads"],
         "flags": "on" if found["flags"] else "off",
-        "llama.cpp": found["llama_cpp"] or "no converter to GGUF found",
+        "llama.cpp": found["llama_cpp"] or "no GGUF converter found",
     }
     for name, value in rows.items():
         print(f"{name:16} {one_line(value)}")

@@ -14,36 +14,36 @@ from .options import AsJson, Device, Dtype
 
 
 def evaluate(
-    models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to measure; the first is the reference.")],
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to evaluate; the first is the reference.")],
     data: Annotated[
         Path | None, Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
     ] = None,
     tasks: Annotated[
-        str | None, Option(help="Tasks of lm-evaluation-harness, as in hellaswag,arc_easy; or task files.")
+        str | None, Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy, or task files.")
     ] = None,
     include_path: Annotated[Path | None, Option(help="A folder with task files.")] = None,
-    limit: Annotated[int | None, Option(help="Use only this many documents of each task.")] = None,
-    num_fewshot: Annotated[int | None, Option(help="Examples before each question of a task.")] = None,
+    limit: Annotated[int | None, Option(help="Maximum number of documents per task.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Number of few-shot examples in tasks.")] = None,
     max_bytes: Annotated[int | None, Option(help="Use only this many bytes of the text, from its start.")] = None,
-    seq_len: Annotated[int | None, Option(help="Tokens in a window; 1024, or as many as all models can.")] = None,
-    stride: Annotated[int | None, Option(help="Tokens between the starts of windows; half a window.")] = None,
-    batch_size: Annotated[int, Option(help="Windows, or requests of a task, at a time.")] = 4,
+    seq_len: Annotated[int | None, Option(help="Tokens per window; defaults to 1024 or the models' maximum.")] = None,
+    stride: Annotated[int | None, Option(help="Tokens between window starts; defaults to half a window.")] = None,
+    batch_size: Annotated[int, Option(help="Windows, or task requests, per batch.")] = 4,
     abilities: Annotated[
         bool, Option("--abilities", help="Sums, copying, MMLU questions, agreement with the first model.")
     ] = False,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
-    prompt_tokens: Annotated[int, Option(help="Tokens of the prompt that speed is measured with.")] = 512,
-    new_tokens: Annotated[int, Option(help="Tokens to decode after it.")] = 32,
-    repeats: Annotated[int, Option(help="Timed runs; their median is shown.")] = 5,
+    prompt_tokens: Annotated[int, Option(help="Prompt length for measuring speed.")] = 512,
+    new_tokens: Annotated[int, Option(help="Tokens to decode after the prompt.")] = 32,
+    repeats: Annotated[int, Option(help="Number of timed runs; the median is shown.")] = 5,
     dtype: Dtype = "auto",
     device: Device = None,
     out: Annotated[
-        Path | None, Option(help="Write the result too: to a .json or .md file, or into the model's folder.")
+        Path | None, Option(help="Also write the result to a .json or .md file, or to the model's folder.")
     ] = None,
     as_json: AsJson = False,
     as_markdown: Annotated[bool, Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Measure models side by side: quality, speed, memory, size.
+    """Compare models: quality, speed, memory, size.
 
     Perplexity and bits per byte of a text, tasks of lm-evaluation-harness,
     tokens per second, time to the first token, peak memory, parameters, size

@@ -1,4 +1,4 @@
-"""`hf-lnscale export`, and `fold`, another name under which it is looked for."""
+"""`hf-lnscale export`, and `fold`, which points to it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .options import Checkpoint, Force, written
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, Option(help="Folder to write; a file that ends in .gguf with --format gguf.")],
+    out: Annotated[Path, Option(help="Folder to write; with --format gguf, a .gguf file.")],
     format: Annotated[
         Literal["safetensors", "zeros", "deci", "gguf"],
-        Option(help="zeros: fills what layers lack; deci: leaves it out, for vLLM; gguf: by llama.cpp's converter."),
+        Option(help="zeros: fill missing sub-layers; deci: leave them out, for vLLM; gguf: use llama.cpp's converter."),
     ] = "safetensors",
     converter: Annotated[
-        Path | None, Option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: LLAMA_CPP, or PATH.")
+        Path | None, Option(help="llama.cpp's folder or convert_hf_to_gguf.py; default: LLAMA_CPP or PATH.")
     ] = None,
-    outtype: Annotated[str, Option(help="Weights in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
+    outtype: Annotated[str, Option(help="Weight type in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
     force: Force = False,
 ) -> None:
-    """Fold the scale into the weights, for any runtime; or GGUF.
+    """Fold the scale into the weights for any runtime, or write GGUF.
 
-    With --format zeros, layers that lack attention or MLP get them back, with
-    all weights zero: the same outputs, the size and speed of whole layers.
-    With --format deci they stay as they are, for vLLM and llama.cpp.
+    With --format zeros, missing attention and MLPs are restored with all
+    weights zero: the same outputs, at the size and speed of complete layers.
+    With --format deci they stay missing, for vLLM and llama.cpp.
     With --format gguf the result is one file for llama.cpp; the checkpoint
-    may then be one without a scale.
+    need not have a scale.
     """
     if format == "gguf":
         from ..checkpoints.gguf import export_gguf
@@ -57,5 +57,5 @@ def export(
 
 def fold() -> None:
     """Points to export."""
-    print("hf-lnscale: folding is done by export: hf-lnscale export MODEL --out DIR", file=sys.stderr)
+    print("hf-lnscale: use export to fold: hf-lnscale export MODEL --out DIR", file=sys.stderr)
     raise typer.Exit(2)

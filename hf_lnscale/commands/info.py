@@ -10,9 +10,9 @@ from .options import AsJson, Checkpoint
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
-    """Show what a checkpoint is: family, layers, scales, cuts.
+    """Show a checkpoint's family, layers, scales and cuts.
 
-    Reads no weights.
+    Does not read weights.
     """
     from rich.console import Console
 
@@ -26,21 +26,21 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         return
     state = "no LayerNorm Scaling"
     if scaling := LNScalingConfig.of(found.active or found.folded):
-        way = f" (step {scaling.step} of {scaling.warmup_steps} on the way to {scaling.exponent:g})"
+        warmup = f" (warmup step {scaling.step} of {scaling.warmup_steps} to {scaling.exponent:g})"
         where = "active: needs hf_lnscale to run" if found.active else "folded into the weights: runs anywhere"
-        state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{way if scaling.warming_up else ''}, {where}"
+        state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{warmup if scaling.warming_up else ''}, {where}"
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
     print(one_line(found.path))
     print(f"  family   {one_line(family)}{'' if found.supported else ' (not supported)'}")
-    print(f"  layers   {found.num_layers or 'not counted in its configuration'}")
+    print(f"  layers   {found.num_layers or 'not in its configuration'}")
     if found.dropped:
-        gone = "; ".join(
+        dropped = "; ".join(
             f"{what}{', '.join(map(str, layers))}"
             for what, kind in (("", "layers"), ("attention of ", "attention"), ("MLP of ", "mlp"))
             if (layers := found.dropped.get(kind))
         )
         base = f" of {one_line(found.dropped['base'])}" if found.dropped["base"] else ""
-        print(f"  dropped  {gone} of the {found.dropped['num_hidden_layers']} layers{base}")
+        print(f"  dropped  {dropped} of the {found.dropped['num_hidden_layers']} layers{base}")
     if found.dropped and any(found.dropped.get(kind) for kind in SUBLAYERS):
         print("  loading  layers without attention or MLP: needs hf_lnscale to run")
     print(f"  scaling  {state}")

@@ -1,8 +1,8 @@
 """The command line: its verbs, how errors are shown, and the exit codes.
 
-A verb is a function in a file of its own; the first line of its docstring is its line in `hf-lnscale --help`. Whatever
-it raises becomes a line on stderr here. Importing this, and with it --help and completion, imports neither torch nor
-transformers: a verb imports what it runs when it runs.
+Each verb is a function in its own file; the first line of its docstring is shown in `hf-lnscale --help`. Errors it
+raises are shown here as a line on stderr. Importing this module, as for --help and completion, imports neither torch
+nor transformers, since verbs import what they need when they run.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ hf-lnscale evaluate MODEL smaller --data text.txt --tasks arc_easy
 hf-lnscale export trained --out plain
 hf-lnscale run accelerate launch train.py
 
-A MODEL is a folder, a .gguf file or the folder that it is in, or a name on the Hub.
+A MODEL is a folder, a .gguf file or its folder, or a repository on the Hub.
 
-Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted, 143
-stopped by SIGTERM; run has those of the program.
+Exit codes: 0 success, 1 failure, 2 invalid command line, 130 interrupted, 143
+stopped by SIGTERM; run returns the exit code of the program.
 """
-_LONGEST = 600  # characters of an error of another library that are shown
+_LONGEST = 600  # maximum length of errors from other libraries
 
 app = typer.Typer(
     name="hf-lnscale",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Against the curse of depth in transformers models: LayerNorm Scaling, and layers dropped by measurement.",
+    help="Counters the curse of depth in transformers models: LayerNorm Scaling, and dropping layers by measurement.",
     epilog=_EPILOG,
 )
 
@@ -72,15 +72,15 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, Option("--debug", help="Show where an error happened: the whole traceback.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the full traceback of errors.")] = False,
     version: Annotated[
-        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     context.obj.debug = debug
 
 
-_quiet = quiet_transformers()  # a decorator too
+_quiet = quiet_transformers()  # used as a decorator
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 _OWN_HELP: dict[str, Any] = {"context_settings": {**_PASS_ON, "help_option_names": []}, "no_args_is_help": False}
 for verb in (demo, info, diagnose, train, evaluate, prune, export, adopt, push):
@@ -91,7 +91,7 @@ app.command(hidden=True, context_settings=_PASS_ON)(fold)
 
 
 def main() -> None:
-    """Runs the command line; a failure is a line on stderr, with a hint where there is one, and exit code 1."""
+    """Runs the command line. Errors print a line to stderr, with a hint if available, and exit with code 1."""
     options = SimpleNamespace(debug=False)
     try:
         with leaving_on_sigterm("hf-lnscale"), _messages_on_stderr():
@@ -106,7 +106,7 @@ def main() -> None:
 
 @contextmanager
 def _messages_on_stderr() -> Iterator[None]:
-    """Warnings, and what the library logs, as lines on stderr."""
+    """Context in which warnings and log messages of this library are single lines on stderr."""
     logger, handler = logging.getLogger("hf_lnscale"), logging.StreamHandler()
     handler.setFormatter(_OneLine())
     level = logger.level
@@ -131,26 +131,26 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
 
 
 def _describe(error: Exception) -> tuple[str, str]:
-    """The message, in one line, and the hint or "" for it."""
+    """The message in one line, and a hint or ""."""
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     named = _option_names(verb)
     if isinstance(error, HFLNScaleError):
         return one_line(error.render(named)), one_line(error.render_hint(named))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return _shortened(error), "a smaller --batch-size or --seq-len, or --dtype bf16, needs less memory"
+        return _shortened(error), "use a smaller --batch-size or --seq-len, or --dtype bf16, to save memory"
     message = _shortened(error)
-    # The message alone says what happened in errors of these types; for any other, the type says more.
+    # For these types the message is enough; for all others the type is shown too.
     if not message or not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
         message = type(error).__name__ + (f": {message}" if message else "")
-    argument = re.match(r"(\w+)(?=:| must )", message)  # as messages about an argument begin
+    argument = re.match(r"(\w+)(?=:| must )", message)  # the start of messages about an argument
     if argument and (option := named(argument[1], None)) != argument[1]:
         return option + message[argument.end() :], ""
-    return message, f"hf-lnscale --debug {verb} ... shows where it happened"
+    return message, f"hf-lnscale --debug {verb} ... shows the traceback"
 
 
 def _shortened(error: Exception) -> str:
-    """All lines of a message in one; of a traceback in it, only the last line."""
+    """A message in one line; of a traceback in it, only the last line is kept."""
     before, traceback, after = str(error).partition("Traceback (most recent call last):")
     lines = [*before.splitlines(), *([after.strip().splitlines()[-1]] if traceback and after.strip() else [])]
     text = one_line(" ".join(" ".join(lines).split()))
@@ -158,7 +158,7 @@ def _shortened(error: Exception) -> str:
 
 
 def _option_names(verb: str) -> Callable[[str, str | None], str]:
-    """How the arguments of the library are called on the command line: verbs name their parameters as the library."""
+    """Maps library arguments to command-line options. Parameters of verbs have the same names as in the library."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     parameters = {one.name: one for one in commands[verb].params} if verb in commands else {}
 

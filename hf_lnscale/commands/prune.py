@@ -34,7 +34,7 @@ def prune(
         Option(
             metavar="[NAME=]FILE[:WEIGHT]",
             help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
-            "--data code=b.jsonl:0.5. Without it: English and Python code that come with Python.",
+            "--data code=b.jsonl:0.5. Defaults to English and Python code shipped with Python.",
         ),
     ] = None,
     num_layers: Annotated[int | None, Option("--layers", help="Drop this many layers.")] = None,
@@ -44,31 +44,31 @@ def prune(
             "--max-ppl-increase",
             parser=parse_increase,
             metavar="SHARE",
-            help="Drop as many as stay inside it on held-out data, as in 10%.",
+            help="Drop as many layers as possible within this increase on held-out data, e.g. 10%.",
         ),
     ] = None,
     target_params: Annotated[
-        Any, Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, as in 500M.")
+        Any, Option(parser=parse_count, metavar="COUNT", help="Drop until this many parameters are left, e.g. 500M.")
     ] = None,
     target_memory: Annotated[
-        Any, Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, as in 4GiB.")
+        Any, Option(parser=parse_bytes, metavar="SIZE", help="Drop until weights and KV cache fit, e.g. 4GiB.")
     ] = None,
-    cache_tokens: Annotated[int, Option(help="Tokens in the KV cache that --target-memory counts.")] = 0,
+    cache_tokens: Annotated[int, Option(help="Tokens in the KV cache included in --target-memory.")] = 0,
     cache_batch: Annotated[int, Option(help="Sequences in that cache.")] = 1,
     drop: Annotated[
-        Any, Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, as in 12,14,17 or 12-14.")
+        Any, Option(parser=parse_layers, metavar="LAYERS", help="Drop these layers, e.g. 12,14,17 or 12-14.")
     ] = None,
     method: Annotated[str | None, Option(help="How layers are chosen; see docs/pruning.md. Default: best_of.")] = None,
     units: Annotated[
-        str, Option(help="layers; or sublayers: layers, attention and MLPs, by what each saves.")
+        str, Option(help="layers; or sublayers: layers, attention and MLPs, relative to what each saves.")
     ] = "layers",
     heal: Annotated[
         str, Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible.")
     ] = "auto",
-    held_out: Annotated[Path | None, Option(help="Data to judge by, instead of a quarter of --data.")] = None,
-    num_tokens: Annotated[int, Option("--tokens", help="Tokens of the data to use; a quarter is held out.")] = 65_536,
+    held_out: Annotated[Path | None, Option(help="Evaluation data, instead of a quarter of --data.")] = None,
+    num_tokens: Annotated[int, Option("--tokens", help="Number of tokens to use; a quarter is held out.")] = 65_536,
     abilities: Annotated[
-        bool, Option("--abilities", help="Measure sums, copying, MMLU questions, agreement with the whole model too.")
+        bool, Option("--abilities", help="Also measure sums, copying, MMLU questions and agreement with the original.")
     ] = False,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 8,
@@ -77,9 +77,9 @@ def prune(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Drop layers, chosen by measurement: a smaller checkpoint.
+    """Make a model smaller by dropping layers, chosen by measurement.
 
-    Give one of --layers, --max-ppl-increase, --target-params,
+    Requires exactly one of --layers, --max-ppl-increase, --target-params,
     --target-memory and --drop.
     """
     from ..checkpoints.folders import public_command
@@ -103,5 +103,5 @@ def prune(
         return
     print(found)
     if plan.heal is not None and "healed" not in plan.perplexity:
-        print("healing did not help on held-out data and was left out")
+        print("healing did not help on held-out data and was not applied")
     print(written(out, found.model.config))

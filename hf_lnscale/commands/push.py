@@ -13,25 +13,25 @@ from .options import AsJson
 
 
 def push(
-    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Checkpoint folder.")],
     repo_id: Annotated[
-        str, Argument(metavar="REPO", help="Repository on the Hub, as in me/model; made if it does not exist.")
+        str, Argument(metavar="REPO", help="Hub repository, e.g. me/model; created if it does not exist.")
     ],
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be uploaded; needs no network.")] = False,
     evaluation: Annotated[
-        Path | None, Option(help="JSON from evaluate --out, for the card; default: evaluation.json in FOLDER.")
+        Path | None, Option(help="JSON from evaluate --out, for the card; defaults to FOLDER/evaluation.json.")
     ] = None,
-    base_model: Annotated[str | None, Option(help="Name on the Hub of the model that it was made from.")] = None,
+    base_model: Annotated[str | None, Option(help="Hub name of the model it was made from.")] = None,
     allow_scaled: Annotated[
-        bool, Option("--allow-scaled", help="Upload an active scale, which needs hf_lnscale to load.")
+        bool, Option("--allow-scaled", help="Allow a checkpoint that needs hf_lnscale to load.")
     ] = False,
-    private: Annotated[bool | None, Option("--private/--public", help="For a repository that is made.")] = None,
-    message: Annotated[str | None, Option(help="Message of the commit.")] = None,
+    private: Annotated[bool | None, Option("--private/--public", help="Visibility of a new repository.")] = None,
+    message: Annotated[str | None, Option(help="Commit message.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a checkpoint to the Hub, its figures in the card.
+    """Upload a checkpoint to the Hub, with its results in the card.
 
-    What belongs to a training run (optimizer, logs, checkpoints) stays here.
+    Files of a training run (optimizer, logs, checkpoints) are not uploaded.
     """
     from ..checkpoints.hub import push as run
 

@@ -1,4 +1,4 @@
-"""Suppresses the hints of transformers while a verb runs."""
+"""Suppresses transformers' hints while a verb runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers(progress_bars: bool = True) -> Iterator[None]:
-    """Suppresses the hints of transformers on stderr, and its progress bars unless `progress_bars`."""
+    """Suppresses transformers' hints on stderr, and its progress bars unless `progress_bars` is set."""
     from transformers.utils import logging
 
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""`hf-lnscale run`: starts any Python program, unchanged, with the flags on in all its processes."""
+"""`hf-lnscale run`: runs any unmodified Python program with the flags enabled in all its processes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typer import Argument, Option
 
 from ..core.processes import environment_with_flags
 
-# Programs, by the first part of their names, that take the configuration from transformers and read the weights by
-# themselves: they would lose the scale of a scaled checkpoint without an error.
+# Programs (first part of their names) that read the configuration with transformers but the weights themselves, and
+# would silently lose the scale of a scaled checkpoint.
 _READ_WEIGHTS = (
     "convert_hf_to_gguf", "convert_lora_to_gguf", "ct2-transformers-converter", "ctranslate2", "mlx_lm", "sglang",
 )  # fmt: skip
 
 
 def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = False) -> list[str]:
-    """The command line that runs a program: a script, a command of this Python environment or of PATH, or a module.
+    """The command line that runs a program: a script, a command of this Python environment or on PATH, or a module.
 
     Raises:
-        FileNotFoundError: if there is no such program; the message says where it was looked for.
-        ValueError: if the program is known to read weights without transformers, and would lose the scale.
+        FileNotFoundError: if there is no such program; the message says where it was searched.
+        ValueError: if the program is known to read weights without transformers and would lose the scale.
     """
     named = program
     if Path(program).name.startswith("python") and not module:  # python -m name, or python file
@@ -35,8 +35,8 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
     name = Path(named).name.partition(".")[0]
     if name in _READ_WEIGHTS:
         raise ValueError(
-            f"{named!r} reads weights by itself and would lose the scale of a checkpoint without an error; write a "
-            f"plain one with hf-lnscale export, and run {name} on that without hf-lnscale run"
+            f"{named!r} reads weights itself and would silently lose the scale of a checkpoint; write a plain one with "
+            f"hf-lnscale export, and run {name} on that without hf-lnscale run"
         )
     if module:
         return [sys.executable, "-m", program, *arguments]
@@ -44,7 +44,7 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
         if not Path(program).is_file():
             raise FileNotFoundError(f"there is no script {program!r}")
         return [sys.executable, program, *arguments]
-    # Not resolved: in a virtual environment the interpreter is a link, and the commands are next to the link.
+    # Not resolved, since in a virtual environment the interpreter is a symlink and commands are next to the symlink.
     commands = Path(sys.executable).parent
     found = shutil.which(program, path=str(commands)) or shutil.which(program)
     if found is None:
@@ -59,12 +59,12 @@ def run(
     program: Annotated[
         str, Argument(metavar="PROGRAM [ARGS]...", help="A script, or a command of this Python environment.")
     ],
-    module: Annotated[bool, Option("-m", "--module", help="PROGRAM is a module, as with python -m.")] = False,
+    module: Annotated[bool, Option("-m", "--module", help="Run PROGRAM as a module, like python -m.")] = False,
 ) -> None:
-    """Run any Python program with the flags on, unchanged.
+    """Run any unmodified Python program with the flags enabled.
 
-    In the processes that it starts too. What follows PROGRAM is the
-    program's own; so is the exit code.
+    The flags are also enabled in its child processes. Arguments after
+    PROGRAM are passed to it, and its exit code is returned.
 
     hf-lnscale run lm_eval --model hf --model_args pretrained=X,ln_scaling=True
     hf-lnscale run trl sft --config sft.yaml
@@ -73,6 +73,6 @@ def run(
     command = command_line(program, context.args, module=module)
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.name == "nt":  # exec there starts another process and leaves
+    if os.name == "nt":  # where exec starts another process and exits
         raise SystemExit(subprocess.call(command, env=environment_with_flags()))
     os.execve(command[0], command, environment_with_flags())  # replaces this process, and does not return

@@ -13,7 +13,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="pretrain, continue, sft or heal.")] = "",
 ) -> None:
-    """Train a model by a recipe: pretrain, continue, sft or heal.
+    """Train a model with a recipe: pretrain, continue, sft or heal.
 
     `hf-lnscale train sft --help` lists all options.
     """
@@ -22,20 +22,20 @@ def train(
     if recipe in ("", "--help"):
         print(
             f"usage: hf-lnscale train {{{','.join(RECIPES)}}} [--config NAME_OR_FILE] [OPTIONS]\n\n"
-            "hf-lnscale train sft --help lists the options of sft. On several GPUs, with a config of accelerate's:\n"
+            "hf-lnscale train sft --help lists the options of sft. On several GPUs, use an accelerate config:\n"
             "accelerate launch --config_file FILE -m hf_lnscale train sft ...\n\n"
-            f"Scripts, their configs and those for accelerate are in\n{recipes_folder()}"
+            f"Recipes, their configs and accelerate configs are in\n{recipes_folder()}"
         )
         return
     start(recipe, context.args)
 
 
 def start(recipe: str, words: list[str]) -> None:
-    """Runs a recipe in this process, as `python recipes/RECIPE.py WORDS` does."""
+    """Runs a recipe in this process, like `python recipes/RECIPE.py WORDS`."""
     from ..training.scripts import RECIPES, import_recipe
 
     if recipe not in RECIPES:
-        raise ValueError(f"train: there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+        raise ValueError(f"train: there is no recipe {recipe!r}; use one of {', '.join(RECIPES)}")
     require_packages("training", "train", "trl", "peft", "accelerate", "datasets")
     from ..training.recipe_run import launch
 

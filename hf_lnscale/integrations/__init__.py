@@ -1,1 +1,1 @@
-"""Adapters for other programs; each module needs the program that it is named after."""
+"""Plugins for other programs. Each module requires the program it is named after."""

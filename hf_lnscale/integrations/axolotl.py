@@ -1,4 +1,4 @@
-"""A plugin of axolotl: LayerNorm Scaling, its warmup, dropped layers and depth statistics, from axolotl's YAML.
+"""A plugin for axolotl: LayerNorm Scaling, its warmup, dropped layers and depth statistics, set in axolotl's YAML.
 
 plugins:
   - hf_lnscale.integrations.axolotl.DepthPlugin
@@ -25,10 +25,10 @@ class DepthArgs(BaseModel):
     """Keys that the plugin adds to axolotl's YAML.
 
     Attributes:
-        ln_scaling: as for `from_pretrained`; with `reinit_weights: true` as for `from_config`. A warmup is moved.
-        drop_layers: layers to leave out, counted from 0.
-        drop_attention, drop_mlp: layers that lose their attention, or their MLP, alone; counted like `drop_layers`.
-        depth_stats_steps: steps between two measurements of `DepthStatsCallback`; none without it.
+        ln_scaling: as for `from_pretrained`, or with `reinit_weights: true` as for `from_config`. A warmup is advanced.
+        drop_layers: layers to drop, counted from 0.
+        drop_attention, drop_mlp: layers that lose only their attention or MLP; counted like `drop_layers`.
+        depth_stats_steps: steps between measurements of `DepthStatsCallback`, which is added only if this is set.
     """
 
     ln_scaling: bool | dict[str, Any] | None = None
@@ -39,22 +39,22 @@ class DepthArgs(BaseModel):
 
     @model_validator(mode="after")
     def _one_by_one(self) -> DepthArgs:
-        """A layer that loses both would be gone before `drop_layers` is set, and the others counted anew."""
+        """Refuses layers that lose both, which would be dropped and renumber the others before `drop_layers` is set."""
         if both := set(self.drop_attention or ()) & set(self.drop_mlp or ()):
             raise ValueError(f"drop_attention and drop_mlp: layers {sorted(both)} lose both; name them in drop_layers")
         return self
 
 
 class DepthPlugin(BasePlugin):  # type: ignore[misc]  # axolotl need not be installed
-    """Gives models the flags of axolotl's YAML, and their Trainers the callbacks that these call for."""
+    """Passes the flags in axolotl's YAML to models, and adds the callbacks that they need to Trainers."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{DepthArgs.__name__}"
 
     def register(self, cfg: Any) -> None:
-        # axolotl sets what stands there, one after the other, on the configuration that each of its models is built or
-        # loaded with. Layers last of what is dropped, as they are counted anew then; and before the scale, which takes
-        # its depths from those that are left. Plain values: pydantic cannot write axolotl's dicts.
+        # axolotl sets the overrides one by one on the configuration with which each model is built or loaded. Hence the
+        # order of FLAGS: layers come after sub-layers, since dropping them renumbers the others, and before the scale,
+        # which derives its depths from them. Plain values, since pydantic cannot serialize axolotl's dicts.
         plain = cfg.to_dict()
         flags = {key: plain[key] for key in FLAGS if plain.get(key) is not None}
         overrides = "model_config" if plain.get("model_config") else "overrides_of_model_config"
@@ -65,10 +65,10 @@ class DepthPlugin(BasePlugin):  # type: ignore[misc]  # axolotl need not be inst
         found = record(text_stack(model).model.config)
         built = {key: found.active if key == "ln_scaling" else found.dropped for key in FLAGS}
         if ignored := [key for key in FLAGS if cfg[key] and not built[key]]:
-            asked = ", ".join(f"{key}={cfg[key]!r}" for key in ignored)
+            missing = ", ".join(f"{key}={cfg[key]!r}" for key in ignored)
             raise RuntimeError(
-                f"axolotl built a model without {asked} of the YAML: this release sets overrides_of_model_config in "
-                "another way, and is not supported"
+                f"axolotl built a model without {missing} from the YAML. This release handles "
+                "overrides_of_model_config differently and is not supported"
             )
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Programs that serve a model with layers of their own, and read a scaled checkpoint as it is."""
+"""Support for serving programs with their own model implementations, so that they can load scaled checkpoints."""

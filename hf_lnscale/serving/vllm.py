@@ -1,7 +1,7 @@
-"""vLLM: the family's own class of vLLM, with the pre-norms' weights multiplied as they are loaded.
+"""vLLM: uses vLLM's own model class and multiplies the pre-norm weights while loading.
 
-vLLM calls `register` in each of its processes. A class is made when vLLM asks this module for it, by the name that
-stands in the checkpoint's config.json, so that registering imports no model.
+vLLM calls `register` in each of its processes. A class is created when vLLM looks it up in this module by the name in
+the checkpoint's config.json, so registering imports no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.record import ARCHITECTURE_PREFIX, record
 
 
 def register() -> None:
-    """Tells vLLM the protected names of the architectures that both it and the table of families know."""
+    """Registers the protected names of all architectures that both vLLM and the table of families support."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
     from vllm import ModelRegistry
 
@@ -28,11 +28,11 @@ def register() -> None:
 
 
 def scaled(weights: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors with the scale in them, as folding it would store them, in their own dtype.
+    """A checkpoint's tensors with the scale folded in, in their own dtype.
 
     Args:
-        weights: names, as in the checkpoint, and tensors; all of them or some.
-        config: of the model, with an active scale.
+        weights: names, as in the checkpoint, and tensors; all or only some.
+        config: configuration of the model, with an active scale.
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
@@ -42,7 +42,7 @@ def scaled(weights: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig
     scales = scaling.scales(text_config(config).num_hidden_layers)
     for name, weight in weights:
         position = family.layer_of_pre_norm(name)
-        # A multi-token-prediction layer is stored after the last one, under the next number.
+        # A multi-token prediction layer is stored after the last layer, under the next index.
         if position is not None and position < len(scales):
             one_plus = family.one_plus_weight and name.endswith(".weight")
             weight = scale_parameter(weight, scales[position], one_plus)

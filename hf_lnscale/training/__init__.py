@@ -1,6 +1,6 @@
-"""Callbacks for any Trainer, and the code that the recipes share.
+"""Callbacks for any Trainer, and code shared by the recipes.
 
-Importing it needs only torch and transformers; names that need more are imported on first use.
+Importing it requires only torch and transformers; names that need more are imported on first use.
 """
 
 from importlib import import_module

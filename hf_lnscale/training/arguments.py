@@ -1,4 +1,4 @@
-"""Command-line arguments of the recipes in addition to TRL's own, as dataclasses for TRL's parser."""
+"""Command-line arguments of the recipes, in addition to TRL's own, as dataclasses for TRL's parser."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ if Version(trl.__version__) < Version("1.9"):
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its help text."""
+    """A dataclass field with a help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
 class DataArguments(ScriptArguments, DatasetMixtureConfig):
-    """Data to train and evaluate on: one dataset (`dataset_name`), or a mixture (`datasets` in a YAML file)."""
+    """Training and evaluation data: one dataset (`dataset_name`), or a mixture (`datasets` in a YAML file)."""
 
     dataset_name: str | None = option(
         None,
-        "Name on the Hub, or path of a file (.txt, .jsonl, .json, .parquet, .csv, .tsv, or .gz of these), of a folder "
-        "of such files, or of a folder written by save_to_disk. Without one: English that comes with every Python.",
+        "Hub dataset, or path of a file (.txt, .jsonl, .json, .parquet, .csv, .tsv, or .gz of these), a folder of such "
+        "files, or a folder written by save_to_disk. Defaults to English text shipped with Python.",
     )
     dataset_test_split: str | None = option(  # type: ignore[assignment]
         None,
-        "Split to evaluate on, of the Hub or of a folder with files of that name; otherwise rows are held out.",
+        "Evaluation split, on the Hub or in a folder with files of that name; by default rows are held out.",
     )
-    eval_dataset_name: str | None = option(None, "Name or path of other data to evaluate on.")
-    eval_samples: int = option(256, "Rows to evaluate on; held out of training, at most a tenth, but at least one.")
+    eval_dataset_name: str | None = option(None, "Name or path of separate evaluation data.")
+    eval_samples: int = option(256, "Rows to evaluate on. If held out of training: at most a tenth, at least one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.datasets and self.dataset_name:
-            raise ValueError("dataset_name and datasets are both given; name one dataset or a mixture")
+            raise ValueError("dataset_name and datasets are both given; use either one dataset or a mixture")
         if self.test_split_size is not None:
-            raise ValueError(f"test_split_size={self.test_split_size} is not used here; give --eval_samples")
+            raise ValueError(f"test_split_size={self.test_split_size} is not supported; use --eval_samples")
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples must be at least 1, got {self.eval_samples}")
         self.streaming |= self.dataset_streaming
@@ -59,18 +59,18 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
 class PretrainArguments:
     """The model to build."""
 
-    shape: str = option("demo", "Sizes of the model: one of the paper's, or a small one.", choices=list(SHAPES))
-    family: str = option("llama", "Family of the model, a model_type such as llama, qwen3 or gemma2.")
-    config_name: str | None = option(None, "Folder or name on the Hub of a config, in place of family and shape.")
-    tokenizer_name: str | None = option(None, "Folder or name on the Hub; by default a BPE is trained on the data.")
-    vocab_size: int = option(4096, "Vocabulary of the tokenizer that is trained.")
-    hidden_size: int | None = option(None, "Overrides the shape's, as do all the following.")
-    intermediate_size: int | None = option(None, "Width of the MLP.")
+    shape: str = option("demo", "Model sizes: one of the paper's, or a small one.", choices=list(SHAPES))
+    family: str = option("llama", "Model family, a model_type such as llama, qwen3 or gemma2.")
+    config_name: str | None = option(None, "Folder or Hub name of a config, instead of family and shape.")
+    tokenizer_name: str | None = option(None, "Folder or Hub name; by default a BPE tokenizer is trained on the data.")
+    vocab_size: int = option(4096, "Vocabulary size of a newly trained tokenizer.")
+    hidden_size: int | None = option(None, "Overrides that of the shape, as do the following options.")
+    intermediate_size: int | None = option(None, "MLP width.")
     num_hidden_layers: int | None = option(None, "Number of layers.")
-    num_attention_heads: int | None = option(None, "Attention heads.")
-    num_key_value_heads: int | None = option(None, "Key and value heads; by default as many as attention heads.")
-    head_dim: int | None = option(None, "Size of a head.")
-    ln_scaling: bool = option(True, "LayerNorm Scaling; without it, the plain Pre-LN model.")
+    num_attention_heads: int | None = option(None, "Number of attention heads.")
+    num_key_value_heads: int | None = option(None, "Number of key and value heads; defaults to the attention heads.")
+    head_dim: int | None = option(None, "Size of each head.")
+    ln_scaling: bool = option(True, "Use LayerNorm Scaling; otherwise train a plain Pre-LN model.")
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:  # from YAML
@@ -82,12 +82,12 @@ class CheckpointArguments(ModelConfig):
     """The checkpoint to train."""
 
     drop_layers: list[str] | None = option(
-        None, "Layers to leave out of the checkpoint, as in --drop_layers 12 14, or the path of a pruning plan."
+        None, "Layers to drop from the checkpoint, for example --drop_layers 12 14, or the path of a pruning plan."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        # YAML has numbers where the command line has strings; both are the same run.
+        # YAML gives numbers and the command line strings; both must identify the same run.
         self.drop_layers = [str(layer) for layer in self.drop_layers] if self.drop_layers else None
 
     def layers(self) -> list[int] | str | None:
@@ -103,59 +103,59 @@ class CheckpointArguments(ModelConfig):
 
 @dataclass
 class WarmupArguments:
-    """Conversion of a Pre-LN checkpoint to LayerNorm Scaling. A checkpoint that is already scaled stays as it is."""
+    """Conversion of a Pre-LN checkpoint to LayerNorm Scaling. Checkpoints that are already scaled are unchanged."""
 
     ln_scaling: bool = option(
         False,
-        "Convert the checkpoint from Pre-LN to LNS during a warmup; in our measurements the loss ended higher with it.",
+        "Convert the checkpoint from Pre-LN to LNS during a warmup; in our measurements this increased the final loss.",
     )
-    ln_scaling_warmup_steps: int = option(1000, "Steps of the ramp, all of which must lie in the run.")
+    ln_scaling_warmup_steps: int = option(1000, "Length of the ramp in steps; must not exceed the run.")
     ln_scaling_schedule: str = option("linear", "Shape of the ramp.", choices=["linear", "cosine"])
 
 
 @dataclass
 class TeacherArguments:
-    """The model that a pruned model learns from, and the whole model that it is compared with."""
+    """The teacher of a pruned model, and the unpruned model that it is compared with."""
 
     teacher: str | None = option(
         None,
-        "Folder or name on the Hub of the unpruned model, to learn its next-token distribution; none: only the text.",
+        "Folder or Hub name of the unpruned model to distill from; none: train on text only.",
     )
     teacher_dtype: str = option(
-        "auto", "Dtype of the teacher's weights; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
+        "auto", "Dtype of the teacher; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
     )
     whole: str | None = option(
         None,
-        "The unpruned model, to tell the gap to; by default the teacher, or the checkpoint itself with --drop_layers; "
-        "none: tell no gap.",
+        "The unpruned model, to report the gap to it; defaults to the teacher, or with --drop_layers to the checkpoint "
+        "itself; none: report no gap.",
     )
-    control: bool = option(False, "Train the unpruned model equally first, which takes as long, and tell that gap.")
+    control: bool = option(False, "First train the unpruned model in the same way (doubles the time); report that gap.")
     self_data: int = option(
         0,
-        "Train on so many rows in which the unpruned model itself continues a text, or answers a chat; 0: on the data.",
+        "Train on this many texts or chat answers generated by the unpruned model; 0: train on the data.",
     )
 
     def __post_init__(self) -> None:
-        self.teacher = _named(self.teacher)  # none overrides the one that a config names
+        self.teacher = _named(self.teacher)  # none overrides the teacher in a config file
         if self.self_data < 0:
-            raise ValueError(f"self_data must be a number of rows, or 0, got {self.self_data}")
+            raise ValueError(f"self_data must be an integer >= 0, got {self.self_data}")
 
     def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
-        """The name of the unpruned model, if it is known.
+        """The name of the unpruned model, if known.
 
         Raises:
-            ValueError: if it is to be trained or to write and is not known, or is to be trained and teaches, or, under
-                ZeRO-3, if it is not to be trained.
+            ValueError: if `control` or `self_data` needs it and it is unknown, `control` is combined with a teacher, or
+                ZeRO-3 is used without `control`.
         """
         whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
-            raise ValueError("control: a model that learns from the unpruned one is compared with that; leave one out")
+            raise ValueError("control: cannot be combined with a teacher, with which the model is compared already")
         if self.control and not whole:
-            raise ValueError("control: name the unpruned model to train with --whole")
+            raise ValueError("control: name the unpruned model to train, with --whole")
         if self.self_data and not whole:
-            raise ValueError("self_data: name the unpruned model, which is to write, with --whole")
+            raise ValueError("self_data: name the unpruned model that generates the data, with --whole")
         if whole and not self.control and is_deepspeed_zero3_enabled():
-            raise ValueError("whole: DeepSpeed ZeRO-3 shards what is trained only; give --control, or --whole none")
+            raise ValueError("whole: DeepSpeed ZeRO-3 only shards models that train; use --control or --whole none")
         return whole
 
 
@@ -170,47 +170,47 @@ class RecipeConfig(SFTConfig):
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Compute in bfloat16; defaults to on if the GPU supports it."
     )
-    save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    use_cache: bool = option(True, "Value in the model's config.json; training itself uses no cache.")
-    eval_on_start: bool = option(True, "Evaluate before the first step too, for comparison.")
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
+    use_cache: bool = option(True, "Value in the model's config.json; training itself does not use a cache.")
+    eval_on_start: bool = option(True, "Also evaluate before the first step, for comparison.")
     num_train_epochs: float = option(1.0, "Passes over the data.")
     resume_from_checkpoint: str | None = option(
-        None, "true: continue from the last checkpoint in the output folder, if any; or the path of one."
+        None, "Path of a checkpoint; or true: continue from the last checkpoint in the output folder, if any."
     )
-    learning_rate: float | None = option(2e-5, "Peak; for pretrain by default the paper's.")  # type: ignore[assignment]
+    learning_rate: float | None = option(2e-5, "Peak; pretrain defaults to the paper's.")  # type: ignore[assignment]
     assistant_only_loss: bool | None = option(  # type: ignore[assignment]
-        None, "Learn only the assistant's answers; defaults to on for chats."
+        None, "Train only on the assistant's answers; defaults to on for chats."
     )
     chat_template_path: str | None = option(
-        None, "Chat template: chatml, a .jinja file, or a folder or name on the Hub of the tokenizer to take it from."
+        None, "Chat template: chatml, a .jinja file, or the folder or Hub name of a tokenizer that has one."
     )
     num_samples: int = option(
-        0, "Held-out prompts to answer at each evaluation, greedily, into samples.jsonl in the output folder; 0: off."
+        0, "Number of held-out prompts to answer greedily at each evaluation, written to samples.jsonl; 0: off."
     )
     early_stopping_patience: int = option(
         0,
-        "Stop after this many evaluations without a lower loss, and keep the best checkpoint; 0: off. Needs "
+        "Stop after this many evaluations without a lower loss, and keep the best checkpoint; 0: off. Requires "
         "--eval_strategy.",
     )
-    depth_stats_steps: int = option(100, "Steps between measurements over depth (docs/depth-stats.md); 0: off.")
-    # Filled in by `launch`: the command line, and whether training has begun, from when on errors show their traceback.
+    depth_stats_steps: int = option(100, "Steps between depth statistics (docs/depth-stats.md); 0: off.")
+    # Set by `launch` and `Run`: the command line, and whether training has begun, after which errors show a traceback.
     command: list[str] = field(default_factory=list, init=False)
     begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        # Without this, several processes on a machine without an accelerator do not find each other.
+        # Required for several processes to find each other on a machine without an accelerator.
         self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.early_stopping_patience:
             if self.eval_strategy == "no":
-                raise ValueError("early_stopping_patience needs --eval_strategy steps or epoch")
+                raise ValueError("early_stopping_patience requires --eval_strategy steps or epoch")
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-# Defaults for raw text: one stream of tokens, cut into windows; the cosine ends at a tenth of the peak.
+# Defaults for raw text: one stream of tokens, split into windows; the cosine schedule ends at a tenth of the peak.
 TEXT: dict[str, Any] = {
     "packing": True, "packing_strategy": "wrapped", "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -222,9 +222,10 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser, whose `--config` also takes the name of a config of the recipe, such as `qwen3-8b`.
+    """TRL's parser, whose `--config` also accepts the name of a config shipped with the recipe, such as `qwen3-8b`.
 
-    `prog` is how the recipe is started, as in "hf-lnscale train sft"; `defaults` replace those of the dataclasses.
+    `prog` is the command that starts the recipe, such as "hf-lnscale train sft"; `defaults` override those of the
+    dataclasses.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Parses the command line and the YAML file after `--config`, whose values the command line overrides."""
+        """Parses the command line and the YAML file given by `--config`; the command line takes precedence."""
         with_config = ArgumentParser(add_help=False, allow_abbrev=False)
         with_config.add_argument("--config")
         given, words = with_config.parse_known_args(None if args is None else list(args))

@@ -1,4 +1,4 @@
-"""Chats for training: converts rows of every common format to messages, and checks the chat template."""
+"""Chats for training: converts rows in all common formats to messages, and checks the chat template."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instr
 
 
 def to_chat(row: dict[str, Any], where: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to a chat (messages, or prompt and completion of messages, with the columns `tools` and
-    `chat_template_kwargs`), or to a prompt and completion of text; `where` locates it in error messages."""
+    """Converts a row to a chat or to a text prompt and completion; `where` locates it in error messages.
+
+    A chat has messages, or a prompt and completion of messages, and the columns `tools` and `chat_template_kwargs`.
+    """
     given = _first_format(row, where, columns)
     if isinstance(given.get("prompt"), str):
         if not isinstance(given["completion"], str):
-            raise ValueError(f"dataset_name: {where}: completion is not text, but {given['completion']!r}")
+            raise ValueError(f"dataset_name: {where}: completion must be text, got {given['completion']!r}")
         return given
     if "instruction" in given:
         question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
@@ -40,14 +42,14 @@ def to_chat(row: dict[str, Any], where: str, columns: list[str] | None = None) -
         for name, value in given.items()
     }
     if not any(message["role"] == "assistant" for message in chat.get("messages") or chat["completion"]):
-        raise ValueError(f"dataset_name: {where} has no message of the assistant, so there is nothing to learn")
+        raise ValueError(f"dataset_name: {where} has no assistant message, so there is nothing to learn")
     tools = _decoded(row.get("tools") or None, f"{where}: tools")
     keywords = row.get("chat_template_kwargs") or {}
     return {**chat, "tools": json.dumps(tools) if tools else None, "chat_template_kwargs": keywords}
 
 
 def kind_of(row: dict[str, Any]) -> str:
-    """What a converted row holds, in words."""
+    """Describes the format of a converted row."""
     names = [name for name in row if name not in ("tools", "chat_template_kwargs")]
     return " and ".join(names) + (" of messages" if "tools" in row and "prompt" in row else "")
 
@@ -60,11 +62,11 @@ def features_of(row: dict[str, Any]) -> Features:
 
 
 def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
-    """The columns of the first format that the row has completely."""
+    """The columns of the first format whose columns the row all has."""
     for names in _FORMATS:
         if all((not columns or name in columns) and row.get(name) is not None for name in names):
             return {name: row[name] for name in names}
-    hint = "; for raw text there is continue_pretrain.py" if isinstance(row.get("text"), str) else ""
+    hint = "; for raw text use continue_pretrain.py" if isinstance(row.get("text"), str) else ""
     has = ", ".join(str(name) for name, value in row.items() if value is not None) or "nothing"
     raise ValueError(
         f"dataset_name: {where} has columns {has}; sft.py reads 'messages', 'conversations', 'prompt' and "
@@ -73,7 +75,7 @@ def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) ->
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; `where` locates it in the error message."""
+    """Parses JSON; `where` locates it in the error message."""
     try:
         return parse(text)
     except ValueError as error:
@@ -81,7 +83,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """A value that may be given as JSON: in CSV; tools and arguments also elsewhere, in OpenAI's format."""
+    """Decodes a value that may be a JSON string: anything in CSV, and tools and arguments in OpenAI's format."""
     return parse_json(value, where) if isinstance(value, str) else value
 
 
@@ -93,24 +95,24 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """A message with `role`, `content` as text and, if there are any, `tool_calls` with arguments as objects."""
+    """A message with `role`, text `content`, and `tool_calls`, if any, with arguments as objects."""
     if not isinstance(given, dict):
-        raise ValueError(f"dataset_name: {where} must have a role and a content, got {given!r}")
+        raise ValueError(f"dataset_name: {where} must have role and content, got {given!r}")
     message = {key: value for key, value in given.items() if value is not None}
-    for name, theirs in (("role", "from"), ("content", "value")):
-        if name not in message and theirs in message:
-            message[name] = message.pop(theirs)
-    said, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    role = ROLES.get(str(said).lower(), said)
+    for name, alias in (("role", "from"), ("content", "value")):
+        if name not in message and alias in message:
+            message[name] = message.pop(alias)
+    given_role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    role = ROLES.get(str(given_role).lower(), given_role)
     if role not in ("system", "user", "assistant", "tool"):
         known = ", ".join(["system", "user", "assistant", "tool", *ROLES])
-        raise ValueError(f"dataset_name: {where} has the role {said!r}; valid are {known}")
-    if said == "function_call":
+        raise ValueError(f"dataset_name: {where} has the role {given_role!r}; valid are {known}")
+    if given_role == "function_call":
         call = _decoded(content, where)
         content, calls = "", call if isinstance(call, list) else [call]
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ValueError(f"dataset_name: {where} has a content that is not text: {str(content)[:80]}")
+            raise ValueError(f"dataset_name: {where} has content that is not text: {str(content)[:80]}")
         content = "".join(part["text"] for part in content)
     elif content is None and calls:
         content = ""
@@ -124,20 +126,20 @@ def _message(given: Any, where: str) -> dict[str, Any]:
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"dataset_name: {where} has a tool call without a function's name: {call!r}")
-    # As an object: templates that write JSON would quote a text once more.
+        raise ValueError(f"dataset_name: {where} has a tool call without a function name: {call!r}")
+    # As an object, since templates that write JSON would quote a string again.
     arguments = _decoded(function.get("arguments") or {}, f"{where}: arguments of {function['name']!r}")
     named = {"name": function["name"], "arguments": arguments}
     return {"type": "function", "function": named} | ({"id": call["id"]} if call.get("id") else {})
 
 
 def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
-    """Chooses the chat template for the data, and whether to train on the assistant's answers only.
+    """Chooses the chat template for the data, and whether to train only on the assistant's answers.
 
     Raises:
-        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls
-            that the data has.
-        FileNotFoundError: if the template's file does not exist.
+        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls in
+            the data.
+        FileNotFoundError: if the template file does not exist.
     """
     if training.chat_template_path == "chatml":
         training.chat_template_path = str(recipes_folder() / "configs" / "chatml.jinja")
@@ -162,11 +164,11 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
         try:
             get_training_chat_template(tokenizer)
         except ValueError:
-            problem = f"{shown} does not say which tokens are the assistant's"
-            raise ValueError(f"{problem}; {advice}, or learn all with --assistant_only_loss false") from None
+            problem = f"{shown} does not mark the assistant's tokens"
+            raise ValueError(f"{problem}; {advice}, or train on all with --assistant_only_loss false") from None
     rows = train if isinstance(train, Dataset) else itertools.islice(train, 1000)
     if any(_uses_tools(row) for row in rows) and not supports_tool_calling(tokenizer):
-        raise ValueError(f"{shown} drops tool calls, and the data has some; {advice}")
+        raise ValueError(f"{shown} drops tool calls, which the data has; {advice}")
 
 
 def _uses_tools(row: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
-"""What healing is judged against: the whole model on the same rows, as it is or trained just as the cut one.
+"""The comparison for healing: the full model on the same rows, unchanged or trained in the same way.
 
-Training on a text teaches any model that text. Only the gap to the whole model says what was healed.
+Training on a text teaches any model that text. Only the gap to the full model shows what was healed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def _tensor(numbers: list[Any]) -> torch.Tensor:
 
 
 class Control(TrainerCallback):
-    """Keeps the whole model's losses, and those of the cut one before it is trained, for each row evaluated on.
+    """Records the losses of the full model, and of the cut model before training, for each evaluated row.
 
-    They stand in `control.json` in the output folder, where a resumed run finds them.
+    They are stored in `control.json` in the output folder, from which a resumed run reads them.
 
     Args:
-        trainer: of the cut model.
-        name: of the whole model.
-        load: loads the whole model; not called where the folder holds what was found.
-        train: whether to train it as the cut one will be.
-        options: for its trainer, as the cut model's.
+        trainer: the trainer of the cut model.
+        name: name of the full model.
+        load: loads the full model; not called if the folder already contains its losses.
+        train: whether to train the full model in the same way.
+        options: arguments for its trainer, the same as the cut model's.
 
     Raises:
-        ValueError: if a resumed run is to be longer than the one that the whole model was trained in.
+        ValueError: if a resumed run has a different length from the one the full model was trained for.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Control(TrainerCallback):
         if self.path.is_file():
             kept = read_object(self.path)
             if train and kept["length"] != self.length:
-                lengths = f"{kept['length']} in place of {self.length} steps and epochs"
-                raise ValueError(f"control: the unpruned model was trained for another length, {lengths}; keep that")
+                lengths = f"{kept['length']} instead of {self.length} steps and epochs"
+                raise ValueError(f"control: the unpruned model was trained for {lengths}; use the same length")
             self.rows = {
                 who: {text: Rows(*map(_tensor, parts)) for text, parts in texts.items()}
                 for who, texts in kept["rows"].items()
@@ -68,7 +68,7 @@ class Control(TrainerCallback):
             whole = RecipeTrainer(model=load(), **{**options, "args": arguments})
             if train:
                 whole.train()
-            else:  # not sharded: accelerate shards no model without its optimizer
+            else:  # unsharded, since accelerate does not shard a model without its optimizer
                 whole.accelerator.prepare_model(whole.model, evaluation_mode=True)
             whole.evaluate()
             self.rows["whole"] = whole.rows
@@ -89,9 +89,9 @@ class Control(TrainerCallback):
             write_atomically(self.path, to_json(found) + "\n")
 
     def metrics(self) -> Iterator[tuple[str, Any]]:
-        """The whole model's losses, and the gaps to them before the training and after it, with standard errors.
+        """Yields the full model's losses and the gaps to them before and after training, with standard errors.
 
-        The standard error of a gap is that of the difference row by row, where both models saw the same rows.
+        The standard error of a gap is paired by row, if both models were evaluated on the same rows.
         """
         yield "whole_model", public_name(self.name) + (", trained equally" if self.trained else "")
         after = self.trainer.rows

@@ -1,4 +1,4 @@
-"""Residual variance, angular distance and gradient norm of each layer while a model trains.
+"""Residual variance, angular distance and gradient norm of each layer during training.
 
 Shapes: B batch, T tokens, D hidden size, L layers, P forward passes, S measured steps.
 """
@@ -46,33 +46,33 @@ class DepthStatsCallback(TrainerCallback):
         trainer = SFTTrainer(...)
         trainer.add_callback(DepthStatsCallback(trainer))
 
-    For layer i, counted from 0, it logs
+    For layer i, counted from 0, it logs:
 
     - `depth/residual_variance/layer_i`: the variance of the residual stream after the layer, over all entries of the
       hidden states, as `diagnose` measures it (arXiv 2502.05795, section 3);
     - `depth/angular_distance/layer_i`: arccos(cos(input, output)) / pi, mean over tokens, as
       `score_layers(..., "angular", tokens="all")` (arXiv 2403.17887, equation 7);
-    - `depth/gradient_norm/layer_i`: the 2-norm of the gradient of the layer's parameters, as the optimizer gets it:
-      accumulated, averaged over processes, and clipped if `max_grad_norm` is set. Absent if a layer has none.
+    - `depth/gradient_norm/layer_i`: the 2-norm of the gradient of the layer's parameters, as received by the optimizer:
+      accumulated, averaged over processes, and clipped if `max_grad_norm` is set. Omitted for layers without one.
 
-    They go to the loggers of `report_to` and to `trainer.state.log_history`, hence to `trainer_state.json`; the
-    progress bar does not print them. Each covers one optimizer step: all its micro-batches, on all processes. Padding,
-    passes without gradients and recomputation under gradient checkpointing are not counted. Other steps run without
-    hooks; on measured ones a compiled model runs eagerly (docs/depth-stats.md).
+    They are logged to `report_to` and `trainer.state.log_history`, and therefore to `trainer_state.json`, but not
+    printed by the progress bar. Each covers one optimizer step with all micro-batches on all processes, excluding
+    padding, passes without gradients and recomputation under gradient checkpointing. Other steps run without hooks. On
+    measured steps, a compiled model runs eagerly (docs/depth-stats.md).
 
     Args:
         trainer: the Trainer that the callback is added to.
-        every_n_steps: steps 1, N, 2N, 3N, ... are measured.
-        skip_tokens: number of tokens at the start of each sequence that are not counted. Trained models put massive
-            activations on the first one (arXiv 2402.17762), which can dominate the variance.
+        every_n_steps: measure steps 1, N, 2N, 3N, ...
+        skip_tokens: number of tokens to ignore at the start of each sequence. Trained models have massive activations
+            on the first one (arXiv 2402.17762), which can dominate the variance.
 
     Raises:
-        ValueError: if `every_n_steps` is not a positive integer or `skip_tokens` is negative, and with
-            `nn.DataParallel`.
+        ValueError: if `every_n_steps` is not a positive integer, `skip_tokens` is negative, or `nn.DataParallel` is
+            used.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
 
-    _counting_BT: torch.Tensor | None  # during a measured pass: 1 for each token that is counted
+    _counting_BT: torch.Tensor | None  # during a measured pass: 1 for each counted token
     _passes: list[list[torch.Tensor]]  # for each pass, L x (tokens, mean, variance, angular distance)
     _norms_L: torch.Tensor | None
 
@@ -87,7 +87,7 @@ class DepthStatsCallback(TrainerCallback):
         self.trainer = trainer
         self.every_n_steps = every_n_steps
         self.skip_tokens = skip_tokens
-        self._measuring: ExitStack | None = None  # during a measured step: hooks, and the mode of compiled code
+        self._measuring: ExitStack | None = None  # during a measured step: hooks and the compiled mode
         self._stop()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -127,7 +127,7 @@ class DepthStatsCallback(TrainerCallback):
         self._counting_BT, self._passes, self._norms_L = None, [], None
 
     def _before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # The recomputation of checkpointed layers comes in the backward, after the pass.
+        # Checkpointed layers are recomputed in the backward, after this pass.
         if torch.is_grad_enabled() and module.training:
             self._counting_BT = _counting(args, kwargs, self.skip_tokens)
             self._passes.append([])
@@ -142,11 +142,11 @@ class DepthStatsCallback(TrainerCallback):
             self._passes[-1].append(_statistics(*states, self._counting_BT))
 
     def _log(self, logs: dict[str, float]) -> None:
-        # Not `Trainer.log`, which would print hundreds of numbers on the console and, in TRL, flush the metrics
-        # collected for the next regular entry.
+        # Not `Trainer.log`, which would print hundreds of numbers and, in TRL, flush the metrics collected for the next
+        # regular entry.
         trainer, state = self.trainer, self.trainer.state
         if not logs:
-            logger.warning_once("DepthStatsCallback: no forward pass of the decoder was seen in a training step")
+            logger.warning_once("DepthStatsCallback: a training step had no forward pass of the decoder")
             return
         logs["epoch"] = state.epoch
         state.log_history.append({**logs, "step": state.global_step})
@@ -156,8 +156,8 @@ class DepthStatsCallback(TrainerCallback):
 
 
 def _over_processes(passes: list[list[torch.Tensor]], norms_L: torch.Tensor | None) -> dict[str, float]:
-    """One number per layer and measure, the same on every process. Every process must call it."""
-    # The only synchronization with the device.
+    """One number per layer and measure, identical on every process. Every process must call it."""
+    # The only device synchronization.
     counted = [torch.stack([layer.to(one[0].device) for layer in one]).tolist() for one in passes if one]
     found: dict[str, torch.Tensor] = {}
     if everywhere := gather_object(counted):
@@ -177,7 +177,7 @@ def _over_processes(passes: list[list[torch.Tensor]], norms_L: torch.Tensor | No
 
 
 def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
-    """1.0 for each counted token of a pass, else 0.0, shape (B, T)."""
+    """1.0 for each counted token of a pass and 0.0 for others, shape (B, T)."""
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = args[0] if args else kwargs["input_ids"]
@@ -194,9 +194,9 @@ def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
 
 
 def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: torch.Tensor) -> torch.Tensor:
-    """Number of counted tokens, mean and variance of their entries after the layer, mean angular distance; shape (4,).
+    """Number of counted tokens, mean and variance of their entries after the layer, and mean angular distance.
 
-    Zeros if no token is counted.
+    Shape (4,); zeros if no token is counted.
     """
     x_BTD, y_BTD = before_BTD.float(), after_BTD.float()
     w_BT = counting_BT.to(y_BTD.device)
@@ -206,14 +206,14 @@ def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: 
 
 @torch.no_grad()
 def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
-    """The norm of each layer's gradient, shape (L,), the same on every process; NaN for a layer without gradients.
+    """The norm of each layer's gradient, shape (L,), identical on every process; NaN for a layer without gradients.
 
-    None if the gradients are not stored in the parameters.
+    None if gradients are not stored in the parameters.
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
-        logger.warning_once("DepthStatsCallback: no gradient norms with DeepSpeed ZeRO-3 and FSDP1; FSDP2 has them")
+        logger.warning_once("DepthStatsCallback: no gradient norms with DeepSpeed ZeRO-3 or FSDP1; use FSDP2")
         return None
     norms = []
     for layer in text_stack(model).layers:
@@ -225,13 +225,13 @@ def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
 
 
 def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Reads the statistics that a `DepthStatsCallback` logged.
+    """Reads the statistics logged by a `DepthStatsCallback`.
 
     Args:
         run: a Trainer, its `state.log_history`, a `trainer_state.json`, a checkpoint, or the `output_dir` of a run.
 
     Returns:
-        The S measured steps, and for each measure a tensor of shape (S, L), float64, NaN where nothing was logged.
+        The S measured steps, and for each measure a float64 tensor of shape (S, L), with NaN where nothing was logged.
 
     Raises:
         FileNotFoundError: if there is no `trainer_state.json`.
@@ -262,17 +262,17 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
 
 
 def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> Any:
-    """Draws the depth statistics of a run, or of several side by side: a curve over depth for each measured step.
+    """Plots the depth statistics of one run, or of several side by side: a curve over depth for each measured step.
 
     Args:
-        runs: a run as `read_depth_stats` takes it, or a mapping of names to runs.
-        path: file to write the picture to; its suffix decides the format.
+        runs: a run accepted by `read_depth_stats`, or a mapping from names to runs.
+        path: image file to write; its suffix determines the format.
 
     Returns:
-        The `matplotlib.figure.Figure`: a row for each measure, a column for each run. Rows share their scale.
+        The `matplotlib.figure.Figure`: one row per measure, one column per run. Rows share their scale.
 
     Raises:
-        ImportError: if matplotlib is missing; the message names the extra.
+        ImportError: if matplotlib is not installed; the message names the extra.
         ValueError: if a run has no depth statistics.
     """
     require_packages("plotting", "plot", "matplotlib")
@@ -287,7 +287,7 @@ def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> A
     figure = Figure(figsize=(1.2 + 4.2 * len(columns), 7.5), layout="constrained")
     grid = figure.subplots(len(MEASURES), len(columns), sharex="col", sharey="row", squeeze=False)
     every_step = [step for _, steps, _ in columns for step in steps]
-    # Logarithmic, since much happens early.
+    # Logarithmic, since most changes happen early.
     norm = LogNorm(min(every_step), max(max(every_step), min(every_step) + 1))
     color: Any = ScalarMappable(norm, colormaps["viridis"])
     for column, (name, steps, tensors) in enumerate(columns):

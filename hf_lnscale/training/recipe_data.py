@@ -1,4 +1,4 @@
-"""The data of the recipes: loaded from the Hub, files or Python itself, checked row by row, mixed and split."""
+"""Data for the recipes: loaded from the Hub, files or Python itself, validated row by row, mixed and split."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ..measuring import sample
 from .arguments import DataArguments
 from .chats import features_of, kind_of, parse_json, to_chat
 
-# A text file in a folder is one document, unless it is larger than this many bytes. A larger file, and one that is
-# named by itself, is cut into rows of LINES_A_ROW lines, since rows are what is shuffled and held out.
+# A text file in a folder is one document, unless it is larger than this many bytes. Larger files, and files named
+# individually, are split into rows of LINES_A_ROW lines, since rows are the unit of shuffling and holding out.
 LARGE_FILE = 1 << 20
 LINES_A_ROW = 100
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 Row = dict[str, Any]
-Convert = Callable[..., "Row | None"]  # of a row, its location, and the columns to read; None: nothing is left of it
-Split = tuple[Any, Any]  # data to train on, data to evaluate on
+Convert = Callable[..., "Row | None"]  # (row, location, columns to read) -> row, or None to skip it
+Split = tuple[Any, Any]  # (training data, evaluation data)
 
 
 def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
-    """Loads text to train on and to evaluate on, with the single column `column`.
+    """Loads text for training and evaluation, with the single column `column`.
 
     Raises:
-        ValueError: for a row without text in the column, or no row at all; the message names the row or the dataset.
+        ValueError: if a row has no text in the column, or there are no rows; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
     convert = partial(_to_text, column=column)
@@ -46,22 +46,22 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
 
 
 def load_conversations(arguments: DataArguments, seed: int) -> Split:
-    """Loads chats, or prompts with completions, to train on and to evaluate on.
+    """Loads chats, or prompts with completions, for training and evaluation.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_text`.
+        ValueError, FileNotFoundError: see `load_text`.
     """
     return _load_split(arguments, seed, to_chat, lambda: Dataset.from_list(sample.conversations()))
 
 
 def load_text_or_chats(arguments: DataArguments, column: str, seed: int) -> Split:
-    """As `load_text` for rows with such a column, or if no data is named; otherwise as `load_conversations`."""
+    """Like `load_text` for rows with such a column, or if no data is named; otherwise like `load_conversations`."""
     convert = partial(_to_text_or_chat, column=column)
     return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
 
 
 def other_text(arguments: DataArguments, column: str) -> Dataset:
-    """Text that comes with Python, of another kind than the data to train on: English or, where that is it, code."""
+    """Text shipped with Python that differs in kind from the training data: English, or code if that is English."""
     own = not arguments.dataset_name and not arguments.datasets
     return Dataset.from_dict(
         {column: sample.default_sources()["python" if own else "english"][: arguments.eval_samples]}
@@ -69,7 +69,7 @@ def other_text(arguments: DataArguments, column: str) -> Dataset:
 
 
 def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterable[str]:
-    """Texts from the start of a dataset, about as many characters as asked for, to train a tokenizer on."""
+    """Texts from the start of a dataset, about `characters` characters in total, to train a tokenizer on."""
     for row in data:
         if characters <= 0:
             return
@@ -78,13 +78,13 @@ def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterabl
 
 
 def _to_text(row: Row, where: str, columns: list[str] | None, column: str) -> Row | None:
-    """The text of a row; None if it is empty, since the row would be only an end-of-text token."""
+    """The text of a row; None if it is empty, since only an end-of-text token would be left."""
     source = columns[0] if columns and column not in columns else column
     if source not in row:
         raise ValueError(f"dataset_text_field: {where} has no column {source!r}; it has {', '.join(map(str, row))}")
     text = row[source]
     if not isinstance(text, (str, type(None))):
-        raise ValueError(f"dataset_text_field: column {source!r} of {where} holds {text!r}, which is not text")
+        raise ValueError(f"dataset_text_field: column {source!r} of {where} is {text!r}, which is not text")
     return {column: text} if text else None
 
 
@@ -94,12 +94,12 @@ def _to_text_or_chat(row: Row, where: str, columns: list[str] | None, column: st
 
 
 def _load_split(arguments: DataArguments, seed: int, convert: Convert, in_python: Callable[[], Dataset]) -> Split:
-    """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows taken out of training."""
+    """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows held out of training."""
     name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
     parts = arguments.datasets
     if name:
         parts = [DatasetConfig(name, arguments.dataset_config, split=arguments.dataset_train_split)]
-    shown = ", ".join(repr(part.path) for part in parts) or "the text that comes with Python"
+    shown = ", ".join(repr(part.path) for part in parts) or "the text shipped with Python"
     train = _mixture(parts, arguments.streaming, convert, test if name else None, seed) if parts else in_python()
     if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
         configuration = arguments.dataset_config if other == name else None
@@ -108,36 +108,36 @@ def _load_split(arguments: DataArguments, seed: int, convert: Convert, in_python
     if isinstance(train, IterableDataset):
         rest = train.skip(wanted)
         if next(iter(rest), None) is None:
-            raise ValueError(f"eval_samples: {shown} has {wanted} rows or fewer, and no other is left to train on")
+            raise ValueError(f"eval_samples: {shown} has at most {wanted} rows, so none are left to train on")
         return rest, _first(train, wanted)
     if len(train) < 2:
-        raise ValueError(f"dataset_name: {shown} has a single row; name data to evaluate on with --eval_dataset_name")
+        raise ValueError(f"dataset_name: {shown} has only one row; name evaluation data with --eval_dataset_name")
     both = train.train_test_split(test_size=min(wanted, max(1, len(train) // 10)), seed=seed)
     return both["train"], both["test"]
 
 
 def _mixture(parts: list[DatasetConfig], streaming: bool, convert: Convert, test: str | None, seed: int) -> Any:
-    """Concatenates datasets, or samples by their fractions, without replacement, until one is exhausted."""
+    """Concatenates datasets, or samples from them by fraction, without replacement, until one is exhausted."""
     loaded = [_load(part, streaming, convert, test) for part in parts]
     if len({tuple(data.features) for data in loaded}) > 1:
         kinds = [f"{part.path!r} has {', '.join(data.features)}" for part, data in zip(parts, loaded, strict=True)]
-        raise ValueError(f"datasets: all must be of one kind; {'; '.join(kinds)}")
+        raise ValueError(f"datasets: all must be of the same kind; {'; '.join(kinds)}")
     if all(part.fraction is None for part in parts):
         return datasets.concatenate_datasets(loaded)
     fractions = [part.fraction or 0.0 for part in parts]
     if min(fractions) <= 0:
-        raise ValueError(f"datasets: fraction must be positive for all or given for none, got {fractions}")
+        raise ValueError(f"datasets: fraction must be positive for all or omitted for all, got {fractions}")
     shares = [fraction / sum(fractions) for fraction in fractions]
     return datasets.interleave_datasets(loaded, shares, seed=seed, stopping_strategy="first_exhausted")
 
 
 def _first(data: Any, rows: int) -> Dataset:
-    """The first rows, in memory: in a stream, Trainer could not tell which of the last ones are repeated."""
+    """The first rows, in memory, since with a stream Trainer cannot tell which of the last rows are duplicates."""
     return Dataset.from_list(list(itertools.islice(data, rows)), features=data.features)
 
 
 def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | None = None) -> Any:
-    """Loads one dataset with its rows converted, without the files of the split `test`."""
+    """Loads one dataset and converts its rows, excluding files of the split `test`."""
     path, raw = Path(part.path), None
     given: dict[str, Any] = {"convert": partial(convert, columns=part.columns)}
     if path.exists() and not _is_saved(path):
@@ -151,8 +151,8 @@ def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | No
         given |= {"name": repr(part.path), "typed": "Json(" not in repr(raw.features)}
         first = next(_raw_rows(enumerate(raw), **given), None)
     if first is None:
-        raise ValueError(f"dataset_name: {part.path!r} is empty, or has no row with text")
-    # The version is part of the cache key: another release may convert rows differently.
+        raise ValueError(f"dataset_name: {part.path!r} is empty or has no row with text")
+    # The version is part of the cache key, since other releases may convert rows differently.
     given |= {"kind": kind_of(first), "version": __version__}
     features = features_of(first)
     if raw is None:
@@ -165,7 +165,7 @@ def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | No
 
 
 def _load_raw(part: DatasetConfig, streaming: bool) -> Any:
-    """Loads a dataset on the Hub, or what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """Loads a dataset from the Hub, or one written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     path = Path(part.path)
     if not path.exists():
         if path.suffix in SUFFIXES or part.path.startswith((".", "/")):
@@ -181,11 +181,11 @@ def _load_raw(part: DatasetConfig, streaming: bool) -> Any:
 
 
 def _converted(rows: Iterable[tuple[str, Row]], convert: Convert, kind: str | None) -> Iterator[Row]:
-    """What is kept of rows with their locations, all of one kind, that of the first if it is given."""
+    """Converts rows, given with their locations, and checks that all are of the same kind, if it is given."""
     for where, row in rows:
         if (converted := convert(row, where)) is not None:
             if kind not in (None, found := kind_of(converted)):
-                raise ValueError(f"dataset_name: {where} holds {found}, the first row {kind}; all rows must be alike")
+                raise ValueError(f"dataset_name: {where} has {found}, but the first row {kind}; all rows must be alike")
             yield converted
 
 
@@ -205,7 +205,7 @@ def _convert_batch(
 
 
 def _without_nulls(row: Row) -> Row:
-    """A row of a typed table, where each call of a tool has the arguments of all others, null if it is without them."""
+    """Removes nulls from a row of a typed table, in which every tool call has the arguments of all others."""
     clean: Any = remove_none_values
     return {key: clean(one) if isinstance(one, (dict, list)) else one for key, one in row.items()}
 
@@ -218,7 +218,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _files(path: Path, split: str, test: str | None) -> list[Path]:
-    """The files of a split: those named after it or in a folder of its name, else all but those of the test split."""
+    """The files of a split: those named after it or in a folder of that name, else all except the test split's."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
@@ -227,7 +227,7 @@ def _files(path: Path, split: str, test: str | None) -> list[Path]:
         ]
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
-        what = "mixes, or is not one of," if kinds else "holds none of"
+        what = "mixes, or is not one of," if kinds else "contains none of"
         raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
     return [file.resolve() for file in files]
 
@@ -238,7 +238,7 @@ def _in_split(file: Path, folder: Path, split: str) -> bool:
 
 
 def _has_split(path: Path, split: str) -> bool:
-    """Whether there is such a split: a file has none, a folder if files or a folder in it are named after it."""
+    """Whether a path has a split: a folder does if files or a folder in it are named after it; a file never does."""
     if _is_saved(path):
         return (path / split).is_dir()
     return not path.exists() or any(_in_split(file, path, split) for file in path.rglob("*"))
@@ -256,7 +256,7 @@ def _rows(
 
 
 def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
-    """The rows of a file, each with its location for error messages."""
+    """Yields the rows of a file, each with its location for error messages."""
     kind, name = _kind(path), repr(path.name)
     try:
         if kind == "parquet":
@@ -267,7 +267,7 @@ def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as lines:
             if kind == "csv":
-                csv.field_size_limit(2**31 - 1)  # the most on every system
+                csv.field_size_limit(2**31 - 1)  # the maximum on all platforms
                 yield from _numbered(name, csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ","))
             elif kind == "json":
                 for where, row in _read_json(lines, name, ".json" in path.suffixes):
@@ -288,7 +288,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
-    """The values in JSON lines, or in a file that is one list."""
+    """Yields the values in JSON lines, or in a file that contains a single list."""
     if may_be_list:
         text = lines.read()
         if text.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""Loads what the recipes train: tokenizers, models and teachers."""
+"""Loads tokenizers, models and teachers for the recipes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .arguments import CheckpointArguments, RecipeConfig, WarmupArguments
 
 
 def load_tokenizer(checkpoint: CheckpointArguments, training: RecipeConfig) -> Any:
-    """Loads the tokenizer of the checkpoint to train, after checking its name and its family."""
+    """Loads the tokenizer of the checkpoint to train, after checking the checkpoint's name and family."""
     name = checkpoint.model_name_or_path
     if not name:
-        raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a name on the Hub")
+        raise ValueError("model_name_or_path: name the checkpoint to train, a folder or a Hub repository")
     _require_folder("model_name_or_path", name)
     locate(name)  # refuses adapters
     family_of(_config(checkpoint, training))
@@ -35,60 +35,61 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads the checkpoint to train.
 
-    A Pre-LN checkpoint that `warmup` converts to LayerNorm Scaling starts at step 0 of the warmup, where the scale is
-    still 1.
+    A Pre-LN checkpoint that `warmup` converts to LayerNorm Scaling starts at warmup step 0, where the scale is 1.
     """
     name = str(checkpoint.model_name_or_path)
     options = {"drop_layers": checkpoint.layers(), "dtype": checkpoint.dtype, **_source(checkpoint, training)}
     if warmup is not None and warmup.ln_scaling and not get_ln_scaling(_config(checkpoint, training)):
         options["ln_scaling"] = {"warmup_steps": warmup.ln_scaling_warmup_steps, "schedule": warmup.ln_scaling_schedule}
         warn(
-            f"ln_scaling: {name!r} was trained without it. In our measurements a converted model ended worse than one "
-            "that was trained on as it is (docs/converting.md); compare with a run without --ln_scaling"
+            f"ln_scaling: {name!r} was trained without it. In our measurements, converted models ended up worse than "
+            "models trained further unchanged (docs/converting.md); compare with a run without --ln_scaling"
         )
     if quantization := get_quantization_config(checkpoint):
         if not checkpoint.use_peft:
-            raise ValueError("load_in_4bit and load_in_8bit train an adapter on a frozen model; add --use_peft")
+            raise ValueError("load_in_4bit and load_in_8bit require an adapter on a frozen model; add --use_peft")
         options["quantization_config"] = quantization
         if checkpoint.load_in_4bit and not torch.accelerator.is_available():
-            # On a CPU, bitsandbytes repacks 4-bit weights for an evaluation, and no gradient passes them afterwards.
-            print("no evaluation before the end: bitsandbytes cannot go on training 4-bit weights on a CPU after one")
+            # On a CPU, bitsandbytes repacks 4-bit weights for evaluation, after which they pass no gradients.
+            print("evaluating only at the end: bitsandbytes cannot train 4-bit weights on a CPU after an evaluation")
             training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
     attention = checkpoint.attn_implementation
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, **options))
 
 
 def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
-    """Loads a teacher with the student's tokenizer: whole in every process, however the student is sharded."""
+    """Loads a teacher with the student's tokenizer, unsharded in every process even if the student is sharded."""
     if is_deepspeed_zero3_enabled():
-        raise ValueError("teacher: not with DeepSpeed ZeRO-3, which would shard the teacher; use ZeRO-2 or FSDP2")
+        raise ValueError("teacher: not supported with DeepSpeed ZeRO-3, which would shard it; use ZeRO-2 or FSDP2")
     require_same_tokenizer("teacher", name, tokenizer)
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
 
 
 def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
-    """Refuses a model that does not exist, or has another tokenizer than the student's."""
+    """Refuses a model that does not exist or has a different tokenizer from the student."""
     _require_folder(argument, name)
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
-    except (OSError, ValueError):  # a folder without one
+    except (OSError, ValueError):  # a folder without a tokenizer
         return
     if vocabulary != tokenizer.get_vocab():
-        theirs = f"the tokenizer of {name!r}, of {len(vocabulary)} tokens"
-        raise ValueError(f"{argument}: {theirs}, is not the student's, of {len(tokenizer)}")
+        raise ValueError(
+            f"{argument}: the tokenizer of {name!r} ({len(vocabulary)} tokens) differs from the student's "
+            f"({len(tokenizer)} tokens)"
+        )
 
 
 def _require_folder(argument: str, name: str) -> None:
-    """Refuses a path that is none, where transformers would speak of a name on the Hub."""
+    """Refuses a missing path, for which transformers would report an invalid Hub name."""
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise ValueError(f"{argument}: there is no folder {name!r}")
 
 
 def require_pruned(checkpoint: CheckpointArguments, training: RecipeConfig) -> None:
-    """Refuses a checkpoint that keeps all its layers: there would be nothing to heal."""
+    """Refuses a checkpoint with all its layers, since there would be nothing to heal."""
     if not checkpoint.layers() and record(_config(checkpoint, training)).dropped is None:
         name = checkpoint.model_name_or_path
-        raise ValueError(f"{name!r} has all its layers; give --drop_layers, or what hf-lnscale prune wrote")
+        raise ValueError(f"{name!r} has all its layers; use --drop_layers, or a checkpoint from hf-lnscale prune")
 
 
 def _source(checkpoint: CheckpointArguments, training: RecipeConfig) -> dict[str, Any]:
@@ -99,5 +100,5 @@ def _config(checkpoint: CheckpointArguments, training: RecipeConfig) -> Any:
     name = str(checkpoint.model_name_or_path)
     try:
         return AutoConfig.from_pretrained(name, **_source(checkpoint, training))
-    except (OSError, ValueError) as error:  # which need not name the model
+    except (OSError, ValueError) as error:  # its message may not name the model
         raise CheckpointError(f"model_name_or_path: cannot read {name!r}: {' '.join(str(error).split())}") from error

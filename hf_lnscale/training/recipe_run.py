@@ -1,4 +1,4 @@
-"""One run of a recipe: an output folder of its own, a stop that can be resumed, and figures at the end."""
+"""A run of a recipe: its own output folder, resumable interruption, and a report at the end."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
 RUN_FILE = "run.json"
-# Runs with equal values of these and of the recipe's own arguments are the same run. Hardware, logging, saving and the
-# length of the training may change when a run is resumed.
+# Runs with equal values of these and of the recipe's own arguments are the same run. Hardware, logging, saving and
+# training length may change when a run is resumed.
 _IDENTITY = (
     "seed", "max_length", "packing", "packing_strategy", "dataset_text_field", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "loss_type", "assistant_only_loss",
@@ -50,17 +50,17 @@ _IDENTITY = (
 
 
 def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | None = None) -> None:
-    """Parses the command line and calls a recipe's `main` with the parsed dataclasses, the training arguments last.
+    """Parses the command line and calls a recipe's `main` with the parsed dataclasses, training arguments last.
 
-    A user error before training is one line on stderr and exit code 1; any other shows its traceback.
+    User errors before training print one line to stderr and exit with code 1; all other errors show a traceback.
     """
     words = sys.argv[1:] if words is None else words
     training: RecipeConfig | None = None
-    # One of several processes may wait for the others, and no handler runs meanwhile.
+    # Not with several processes: one that waits for the others cannot run the handler.
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
         with leaving_on_sigterm(parser.recipe) if alone else nullcontext(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # from one library to another; nothing a user can act on
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries, so users cannot act on them
             arguments = parser.parse_args_and_config(words)
             training = arguments[-1]
             training.command = [*shlex.split(parser.prog), *words]
@@ -70,14 +70,14 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
             raise
         shown = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         message = " ".join(str(shown).split()) or type(error).__name__
-        # The error may concern a single machine.
+        # The rank is shown because the error may occur on only one machine.
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", 0)) else ""
         print(f"{rank}{parser.recipe}: {message}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 class Run(TrainerCallback):
-    """A run of a recipe in its output folder, which holds no other run.
+    """A run of a recipe in its own output folder.
 
     Args:
         recipe: name of the script.
@@ -85,7 +85,7 @@ class Run(TrainerCallback):
         given: the other dataclasses of arguments.
 
     Raises:
-        FileExistsError: if the folder holds another run, or this one and it is not to be resumed.
+        FileExistsError: if the folder contains another run, or this run and it is not resumed.
         FileNotFoundError: if the checkpoint to resume does not exist.
         SystemExit: with code 0, if the run to resume is finished.
     """
@@ -100,18 +100,18 @@ class Run(TrainerCallback):
         )
         self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
         started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != training.world_size:  # each process would train by itself, into the same folder
-            raise ValueError(f"{started} processes were started, and this one sees {training.world_size} of them")
+        if started != training.world_size:  # each process would train separately in the same folder
+            raise ValueError(f"{started} processes were started, but this one sees only {training.world_size}")
         if training.process_index:
             datasets.disable_progress_bars()
         self.checkpoint = self._checkpoint()
-        self.trained = False  # every step was done before a run was killed
-        self.control: Control | None = None  # what a healing run is compared with
-        # No process writes before every process has looked.
+        self.trained = False  # all steps were completed before the run was killed
+        self.control: Control | None = None  # the comparison for a healing run
+        # No process may write before all processes have checked the folder.
         training.distributed_state.wait_for_everyone()
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint to resume, after checking that the folder holds nothing but this run."""
+        """The checkpoint to resume from, after checking that the folder contains only this run."""
         wanted = str(self.training.resume_from_checkpoint or "false")
         self._require_own_folder(resuming=wanted.lower() != "false")
         if wanted.lower() == "false":
@@ -122,20 +122,20 @@ class Run(TrainerCallback):
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {wanted!r}")
         if not _is_complete(Path(wanted)):
-            raise FileNotFoundError(f"resume_from_checkpoint: {wanted!r} has no trainer_state.json that is complete")
+            raise FileNotFoundError(f"resume_from_checkpoint: {wanted!r} has no complete trainer_state.json")
         return wanted
 
     def _require_own_folder(self, resuming: bool) -> None:
         if (self.folder.is_dir() and not any(self.folder.iterdir())) or not self.folder.exists():
             return
-        there, problem = _read(self.folder / RUN_FILE).get("identity"), ""
-        if not isinstance(there, dict):
-            problem = "is not empty, and no recipe's run made it"
-        elif differing := [key for key in {**there, **self.identity} if there.get(key) != self.identity.get(key)]:
-            theirs, ours = (brief(one.get(differing[0])) for one in (there, self.identity))
-            problem = f"holds another run: its {differing[0]} is {theirs}, that of this one {ours}"
+        found, problem = _read(self.folder / RUN_FILE).get("identity"), ""
+        if not isinstance(found, dict):
+            problem = "is not empty and was not created by a recipe"
+        elif differing := [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]:
+            theirs, ours = (brief(one.get(differing[0])) for one in (found, self.identity))
+            problem = f"contains another run, whose {differing[0]} is {theirs} instead of {ours}"
         elif not resuming:
-            problem = "holds this run already; continue it with --resume_from_checkpoint true"
+            problem = "already contains this run; continue it with --resume_from_checkpoint true"
         if problem:
             raise FileExistsError(f"output_dir {str(self.folder)!r} {problem}; choose another --output_dir")
 
@@ -147,8 +147,8 @@ class Run(TrainerCallback):
             return
         if self.training.process_index == 0:
             print(
-                f"{self.recipe}: the run in {self.folder} is finished, after step {steps}; to train for "
-                "longer, raise --max_steps or --num_train_epochs"
+                f"{self.recipe}: the run in {self.folder} is finished, after step {steps}; to train longer, "
+                "increase --max_steps or --num_train_epochs"
             )
         raise SystemExit(0)
 
@@ -159,18 +159,18 @@ class Run(TrainerCallback):
             if _is_complete(path):
                 return str(path)
             if self.training.process_index == 0:
-                print(f"{path} is not complete and is skipped", file=sys.stderr)
+                print(f"skipping {path}, which is incomplete", file=sys.stderr)
         return None
 
     def mark(self) -> None:
-        """Marks the folder as this run's, which can then be resumed."""
+        """Marks the folder as belonging to this run, so that it can be resumed."""
         if self.training.process_index == 0:
             text = json.dumps({"identity": self.identity, "command": shlex.join(self.training.command)}, indent=2)
             write_atomically(self.folder / RUN_FILE, text + "\n")
         self.training.distributed_state.wait_for_everyone()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins the run, after the other callbacks had the chance to refuse it."""
+        """Starts the run, after the other callbacks had the chance to refuse it."""
         self.mark()
         self.training.begun = True
         if self.trained:
@@ -180,7 +180,7 @@ class Run(TrainerCallback):
         """Trains to the end and writes the model, its card, `metrics.json` and the plots.
 
         Raises:
-            SystemExit: after SIGINT or SIGTERM, once a checkpoint is saved; with the code 128 + signal.
+            SystemExit: with code 128 + signal, after SIGINT or SIGTERM, once a checkpoint is saved.
         """
         arguments = trainer.args
         model: Any = trainer.model
@@ -191,19 +191,19 @@ class Run(TrainerCallback):
             warn(f"evaluation data: {known}")
         resumed = self.checkpoint
         before = _read(Path(resumed) / "trainer_state.json") if resumed else {}
-        # A run that was killed between its last step and its report has nothing left to train.
+        # A run killed between its last step and its report has no steps left.
         longer = arguments.max_steps <= 0 and arguments.num_train_epochs > before.get("num_train_epochs", 0)
         last = arguments.max_steps if arguments.max_steps > 0 else before.get("max_steps", 0)
         self.trained = bool(before) and not longer and before["global_step"] >= last
         if self.trained and arguments.load_best_model_at_end:
             resumed = before["best_model_checkpoint"] or resumed
         stop = StopOnSignal()
-        # The progress bar last, so that it does not begin before one of the others refuses the run.
+        # The progress bar comes last, so that it does not start if another callback refuses the run.
         progress = trainer.pop_callback(ProgressCallback)
         for callback in (*self._callbacks(trainer, config), self, self.control, stop, progress):
             if callback is not None:
                 trainer.add_callback(callback)
-        # Without padding there is no mask that marks it.
+        # A padding-free batch has no mask to count by.
         arguments.include_num_input_tokens_seen = "all" if trainer.padding_free else "non_padding"
         arguments.eval_on_start &= resumed is None
         started = time.perf_counter()
@@ -228,13 +228,13 @@ class Run(TrainerCallback):
     def _leave(self, trainer: RecipeTrainer, number: int) -> None:
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
-            again = shlex.join(self.training.command).replace(" --resume_from_checkpoint true", "")
-            again += " --resume_from_checkpoint true"
+            resume = shlex.join(self.training.command).replace(" --resume_from_checkpoint true", "")
+            resume += " --resume_from_checkpoint true"
             if trainer.args.world_size > 1:
-                again = f"start it as before, with --resume_from_checkpoint true: ... {again.removeprefix('python ')}"
+                resume = f"start it as before, with --resume_from_checkpoint true: ... {resume.removeprefix('python ')}"
             print(
                 f"{self.recipe}: stopped by {signal.Signals(number).name} after step {step}; saved in "
-                f"{self.folder / f'checkpoint-{step}'}. To continue: {again}",
+                f"{self.folder / f'checkpoint-{step}'}. To continue: {resume}",
                 file=sys.stderr,
             )
         trainer.accelerator.end_training()
@@ -242,7 +242,7 @@ class Run(TrainerCallback):
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it cannot be read."""
+    """Reads a JSON object from a file; empty if it cannot be read."""
     try:
         return read_object(path)
     except (OSError, ValueError):
@@ -250,22 +250,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Trainer writes its state last, and may have been killed before."""
+    """Whether a checkpoint is complete: Trainer writes its state last, and may have been killed before."""
     return "global_step" in _read(checkpoint / "trainer_state.json")
 
 
 class _AlreadyTrained(Exception):
-    """Leaves `Trainer.train` with the checkpoint loaded and no step taken."""
+    """Exits `Trainer.train` after loading the checkpoint, without training."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the end of the step on SIGINT or SIGTERM, in all processes at once.
+    """On SIGINT or SIGTERM, saves a checkpoint at the end of the step and stops, in all processes at once.
 
-    A second Ctrl-C stops immediately and saves nothing.
+    A second Ctrl-C stops immediately without saving.
     """
 
     signal: int | None = None
-    stopped: int | None = None  # the signal after which training ended
+    stopped: int | None = None  # the signal that ended training
 
     def __enter__(self) -> StopOnSignal:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -280,11 +280,11 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal = number
-            os.write(2, b"\nstopping at the end of this step, with a checkpoint\n")
+            os.write(2, b"\nsaving a checkpoint and stopping at the end of this step\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            # The signal reaches the processes at different times; a checkpoint needs all of them at the same step.
+            # The signal reaches processes at different times, but a checkpoint needs all of them at the same step.
             self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
         if self.signal is not None:
             self.stopped = self.signal

@@ -1,4 +1,4 @@
-"""The output of a run in addition to the model: `metrics.json`, plots and a model card."""
+"""The output of a run besides the model: `metrics.json`, plots and a model card."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .control import Control
 from .depth_stats import plot_depth_stats
 from .trainer import RecipeTrainer
 
-# Training arguments that the card shows in addition to those that make a run another one.
+# Training arguments shown on the card in addition to those that identify a run.
 _SETTINGS = (
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "gradient_checkpointing",
     "eval_strategy", "eval_steps", "early_stopping_patience",
 )  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _PEFT_ONLY = ("lora_", "use_dora", "use_rslora", "bnb_")
-_SCALED = "LayerNorm Scaling (arXiv 2502.05795) is active in it: `import hf_lnscale` before loading"
+_SCALED = "LayerNorm Scaling (arXiv 2502.05795) is active: `import hf_lnscale` before loading"
 _WITHOUT_SUBLAYERS = Markdown(
-    "It lacks attention or MLP in layers: `import hf_lnscale` before loading, or write a plain checkpoint with "
+    "Some layers lack attention or MLP: `import hf_lnscale` before loading, or write a plain checkpoint with "
     "`hf-lnscale export --format zeros`."
 )
 _ADAPTER = Markdown(
-    "It is an adapter: `import hf_lnscale`, then `AutoPeftModelForCausalLM.from_pretrained(...)` restores the base "
-    "model as it was trained on; `.merge_and_unload().save_pretrained(...)` makes one that `hf-lnscale export` takes."
+    "It is an adapter: after `import hf_lnscale`, `AutoPeftModelForCausalLM.from_pretrained(...)` restores the base "
+    "model it was trained on; `.merge_and_unload().save_pretrained(...)` writes a model for `hf-lnscale export`."
 )
 
 
@@ -50,15 +50,15 @@ def write_report(
     seconds: float,
     control: Control | None = None,
 ) -> None:
-    """Evaluates, and writes model, card, `metrics.json` and plots to the output folder; every process calls it.
+    """Evaluates, and writes model, card, `metrics.json` and plots to the output folder. Every process must call it.
 
     Args:
-        trainer: after training.
+        trainer: the Trainer after training.
         given, command: the arguments of the recipe and its command line, for the card.
         resumed: the checkpoint that this process started from.
-        before: the state of the trainer in it; empty without one.
-        seconds: spent training in this process, including evaluations and checkpoints.
-        control: of a healing run.
+        before: the Trainer state in it; empty if there is none.
+        seconds: time spent training in this process, including evaluations and checkpoints.
+        control: the comparison for a healing run.
     """
     arguments, state = trainer.args, trainer.state
     since = before.get("global_step", -1)
@@ -73,7 +73,7 @@ def write_report(
     if trainer.is_fsdp_enabled:
         # Intermediate checkpoints may be sharded; the final one loads like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()  # first, so that no later error loses the model
+    trainer.save_model()  # first, so that no later error can lose the model
     found = trainer.evaluate()
     loss, error = found["eval_loss"], found.get("eval_loss_stderr")
     start = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
@@ -103,7 +103,7 @@ def write_report(
         "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
         "parameters": model.num_parameters(),
         "trainable_parameters": model.num_parameters(only_trainable=True),
-        "length": [arguments.max_steps, arguments.num_train_epochs],  # as asked for; a run of this length is finished
+        "length": [arguments.max_steps, arguments.num_train_epochs],  # as requested; a run of this length is finished
         "versions": {"hf_lnscale": __version__} | {name: version(name) for name in _LIBRARIES},
     }
     trainer.save_state()
@@ -113,14 +113,14 @@ def write_report(
         learned = "divergence from the teacher, training" if given.get("teacher") else "training"
         pictures = _plot(state.log_history, folder, learned)
         _card(model, metrics, _settings(trainer, model, given), command, pictures).save(folder / "README.md")
-        # Last: with it, the run is finished.
+        # Written last, since it marks the run as finished.
         (folder / "metrics.json").write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {one_line(folder)}: {', '.join(['the model', 'README.md', 'metrics.json', *pictures])}")
     trainer.accelerator.wait_for_everyone()
 
 
 def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the card, with the values that the run used in place of defaults."""
+    """The arguments for the card, with the actual values in place of defaults."""
     arguments: Any = trainer.args
     state = trainer.state
     names = [name for name in given if given.get("use_peft") or not name.startswith(_PEFT_ONLY)]
@@ -129,7 +129,7 @@ def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "max_steps": state.max_steps,
         "warmup_steps": arguments.get_warmup_steps(state.max_steps),
         "completion_only_loss": trainer.completion_only_loss,
-        "eos_token": arguments.eos_token,  # which `to_dict` takes for a secret
+        "eos_token": arguments.eos_token,  # omitted by `to_dict`, which mistakes it for a secret
         "dtype": str(model.dtype).removeprefix("torch."),
         "datasets": [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]],
         "fractions": [part["fraction"] for part in given["datasets"] if part["fraction"]],
@@ -141,7 +141,7 @@ def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
 
 
 def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures as text, those that have one with their standard error."""
+    """The metrics as text, with standard errors if available."""
     for key, value in metrics.items():
         name, error = key.replace("_", " "), metrics.get(f"{key}_stderr")
         if key == "peak_memory_bytes":
@@ -155,7 +155,7 @@ def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif isinstance(value, (int, str)):
             yield name, f"{value:,}" if isinstance(value, int) else value
     if metrics["eval_loss_stderr"] is not None:
-        yield "±", "standard error over the rows evaluated on"
+        yield "±", "standard error over the evaluated rows"
     if metrics["resumed_from"]:
         yield "measured", "speed and time since then"
 
@@ -167,8 +167,8 @@ def _card(
     adapter, found = hasattr(model, "peft_config"), record(model.config)
     notes: list[str] = []
     if found.dropped:
-        gone = str(found.dropped)
-        notes.append(f"{gone[0].upper()}{gone[1:]} (counted from 0) of {found.dropped.num_hidden_layers} were dropped.")
+        text, total = str(found.dropped), found.dropped.num_hidden_layers
+        notes.append(f"{text[0].upper()}{text[1:]} (counted from 0) of the original {total} were dropped.")
     if found.active:
         plain = "" if adapter else ", or write a plain checkpoint with `hf-lnscale export`"
         notes.append(Markdown(f"{_SCALED}{plain}."))
@@ -177,10 +177,10 @@ def _card(
     elif found.sublayers:
         notes.append(_WITHOUT_SUBLAYERS)
     if whole := metrics.get("whole_model"):
-        notes.append(f"Gaps are nats per token above {whole}; other text is some that comes with Python.")
+        notes.append(f"Gaps are nats per token above {whole}; the other text is shipped with Python.")
     settings["datasets"] = [public_name(name) for name in data]
-    own = "what the whole model wrote itself after prompts from " if settings.get("self_data") else ""
-    notes.append(f"It was trained on {own}{', '.join(settings['datasets']) or 'text that comes with Python'}.")
+    own = "text that the full model generated after prompts from " if settings.get("self_data") else ""
+    notes.append(f"It was trained on {own}{', '.join(settings['datasets']) or 'text shipped with Python'}.")
     name = public_name(base) if base else f"{model.config.model_type}, {metrics['parameters'] / 1e6:,.0f} M parameters"
     return model_card(
         f"{name}: {metrics['recipe'].replace('_', ' ')}",
@@ -199,7 +199,7 @@ def _card(
 
 
 def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
-    """Plots the losses and the measurements over depth; returns the names of the files, none without matplotlib."""
+    """Plots losses and depth statistics; returns the file names, none if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         print("no plots: pip install 'hf-lnscale[plot]'")
         return []

@@ -1,4 +1,4 @@
-"""Samples of generated text during the training of a chat model."""
+"""Generates sample answers while a chat model trains."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_NEW_TOKENS = 64
 
 
 class SamplesCallback(TrainerCallback):
-    """Answers the first held-out prompts at each evaluation, greedily, and appends them to `samples.jsonl`.
+    """At each evaluation, answers the first held-out prompts greedily and appends the results to `samples.jsonl`.
 
-    A line holds `step`, `prompt`, `generated`, and `reference`, the answer in the data. The prompt is everything before
-    the first trained token. Sharded models are skipped: they would need every process for every token.
+    Each line has `step`, `prompt`, `generated`, and `reference`, the answer in the data. The prompt is everything
+    before the first trained token. Sharded models are skipped, since every token would involve all processes.
     """
 
     def __init__(self, trainer: Trainer, num_samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Finds the recipes and their configs. Importing this imports nothing that they need."""
+"""Finds the recipes and their configs, without importing their dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPES = {"pretrain": "pretrain", "continue": "continue_pretrain", "sft": "sft"
 
 
 def recipes_folder() -> Path:
-    """The folder of the scripts: inside the installed package, or next to it in a checkout."""
+    """The folder of the recipes: inside the installed package, or next to it in a checkout."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
@@ -23,11 +23,11 @@ def find_config(recipe: str, name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in own.glob("*.yaml")))
-    raise FileNotFoundError(f"--config: there is no file {name!r}; those that come with {recipe} are {known}")
+    raise FileNotFoundError(f"--config: there is no file {name!r}; configs shipped with {recipe} are {known}")
 
 
 def import_recipe(script: str) -> ModuleType:
-    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, which a checkout does not provide by itself."""
+    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, which does not exist by itself in a checkout."""
     name = f"hf_lnscale.recipes.{script}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, recipes_folder() / f"{script}.py")

@@ -21,13 +21,13 @@ from trl import SFTTrainer
 
 from ..measuring.uncertainty import ratio_residuals, standard_error
 
-# Since trl 1.16 the model's forward returns the log-probability of each token, and there is a kernel for divergences.
+# Since trl 1.16, the model's forward can return the log-probability of each token, and there is a divergence kernel.
 if HAS_FUSED_HEAD := Version(trl.__version__) >= Version("1.16"):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
 class Rows(NamedTuple):
-    """Losses summed over the tokens of each row evaluated on, in nats, and the numbers of these tokens, (S,) each."""
+    """The loss of each evaluated row, summed over tokens, in nats, and its number of tokens; each of shape (S,)."""
 
     losses: torch.Tensor
     tokens: torch.Tensor
@@ -44,25 +44,25 @@ class Rows(NamedTuple):
         return standard_error(ratio_residuals(self.losses[used], self.tokens[used], self.mean))
 
     def stderr_against(self, other: Rows) -> float | None:
-        """Standard error of the difference from the mean of another model on the same rows; None if they differ."""
+        """Standard error of the difference from another model's mean on the same rows; None if the rows differ."""
         if not torch.equal(self.tokens, other.tokens):
             return None
         return Rows(self.losses - other.losses, self.tokens).stderr
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, each once, on any number of processes.
+    """SFTTrainer whose `eval_loss` is the mean over all predicted tokens, on any number of processes.
 
-    (Trainer averages the means of the batches.) `eval_loss_stderr` is its standard error over the rows evaluated on,
-    windows or documents (over batches, where TRL joins their rows to one); it is missing if there is one row only.
+    (Trainer averages the means of batches.) `eval_loss_stderr` is its standard error over the evaluated rows, which are
+    windows or documents (over batches, if TRL joins their rows); it is omitted if there is only one row.
 
     Args:
-        other_dataset: text of another kind, evaluated as `eval_other` whenever the evaluation data is.
-        kwargs: as for SFTTrainer.
+        other_dataset: text of another kind, evaluated as `eval_other` together with the evaluation data.
+        kwargs: arguments of SFTTrainer.
 
     Attributes:
-        num_rows: rows of the training data (None for a stream) and of the evaluation data.
-        rows: for each prefix, what the last evaluation found.
+        num_rows: numbers of rows of the training data (None for a stream) and of the evaluation data.
+        rows: the results of the last evaluation for each prefix.
 
     Raises:
         ValueError: if no row of the training data has a token to learn within `max_length`.
@@ -75,18 +75,18 @@ class RecipeTrainer(SFTTrainer):
         self.eval_dataset, self.other_dataset = prepared["eval"], prepared.get("other")
         self.rows: dict[str, Rows] = {}
         if self.padding_free and self.args.world_size > 1:
-            # Duplicates that fill up the last batch are dropped by row, and a batch without padding is a single row.
+            # Duplicates that fill up the last batch are dropped by row, but a padding-free batch is a single row.
             self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
         self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(texts["eval"]))
         if not isinstance(kept, Dataset) or arguments.packing:
             return
-        gone, rows = len(given) - len(kept), len(given)
-        what = f"{gone} of {rows} rows have nothing to learn in their first {arguments.max_length} tokens (max_length)"
+        skipped, rows = len(given) - len(kept), len(given)
+        what = f"{skipped} of {rows} rows have nothing to learn in the first {arguments.max_length} tokens (max_length)"
         if not len(kept):
             raise ValueError(what)
-        if gone and arguments.process_index == 0:
-            print(f"{what} and are left out")
+        if skipped and arguments.process_index == 0:
+            print(f"{what} and are skipped")
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -96,7 +96,7 @@ class RecipeTrainer(SFTTrainer):
             if HAS_FUSED_HEAD:
                 outputs = model(**inputs, use_cache=False, fused_lm_head=True)
                 sums_B = -outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
-            else:  # the loss of one row at a time, as a sum
+            else:  # one row at a time, with the loss as a sum
                 labels_BT = inputs["labels"]
                 rows = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(len(labels_BT))]
                 losses = [model(**row, use_cache=False, num_items_in_batch=1).loss for row in rows]
@@ -105,12 +105,12 @@ class RecipeTrainer(SFTTrainer):
         return sums_B[0].sum() / sums_B[1].sum().clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated: list[list[torch.Tensor]] = []  # for each batch, loss and number of tokens of each row
+        self._evaluated: list[list[torch.Tensor]] = []  # per batch: losses and numbers of tokens of its rows
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         self.rows[prefix] = rows = Rows(*map(torch.cat, zip(*self._evaluated, strict=True)))
         if not rows.tokens.any():
-            raise ValueError("the evaluation data holds no token to predict; raise --max_length or --eval_samples")
+            raise ValueError("the evaluation data has no token to predict; increase --max_length or --eval_samples")
         output.metrics.update({f"{prefix}_loss": rows.mean, f"{prefix}_tokens": int(rows.tokens.sum())})
         if (error := rows.stderr) is not None:
             output.metrics[f"{prefix}_loss_stderr"] = error
@@ -121,7 +121,7 @@ class RecipeTrainer(SFTTrainer):
     ) -> dict[str, float]:
         other: dict[str, float] = {}
         if eval_dataset is None and self.other_dataset is not None:
-            # Before the evaluation data, whose end the callbacks are told of.
+            # Before the evaluation data, after which the callbacks are notified.
             started, batches = time.perf_counter(), self.get_eval_dataloader(self.other_dataset)
             other = self.evaluation_loop(batches, "Evaluation", True, metric_key_prefix="eval_other").metrics
             other["eval_other_runtime"] = time.perf_counter() - started
@@ -130,32 +130,33 @@ class RecipeTrainer(SFTTrainer):
 
 
 class DistillationTrainer(RecipeTrainer):
-    """Trains on the forward KL divergence from a teacher's next-token distribution, on given text.
+    """Trains on the forward KL divergence from a teacher's next-token distribution on given text.
 
-    This is the loss of Minitron for models pruned in depth (arXiv 2408.11796: logits only; 2407.14679, best practice 6,
-    adds hidden states where many layers were dropped). TRL's kernel computes it tile by tile over the vocabulary: the
-    (B, T, V) logits of neither model are materialized.
+    This is Minitron's loss for depth-pruned models (arXiv 2408.11796: logits only; 2407.14679, best practice 6, adds
+    hidden states if many layers were dropped). TRL's kernel computes it tile by tile over the vocabulary, without
+    materializing the (B, T, V) logits of either model.
 
     Args:
-        teacher: a causal language model with the student's tokenizer, whole in every process. Its head may be padded to
-            another number of rows.
-        kwargs: as for SFTTrainer.
+        teacher: a causal language model with the student's tokenizer, unsharded in every process. Its head may be
+            padded to a different number of rows.
+        kwargs: arguments of SFTTrainer.
 
     Raises:
-        ValueError: if a head has fewer rows than the tokenizer has tokens, for another loss, and with trl before 1.16.
+        ValueError: if a head has fewer rows than the tokenizer has tokens, another loss is requested, or trl is older
+            than 1.16.
     """
 
     def __init__(self, teacher: PreTrainedModel, **kwargs: Any) -> None:
         if not HAS_FUSED_HEAD:
-            raise ValueError("teacher: learning from one needs trl 1.16 or newer; without it, give --teacher none")
+            raise ValueError("teacher: distillation needs trl 1.16 or newer; otherwise use --teacher none")
         super().__init__(**kwargs)
         if kwargs["args"].loss_type == "dft" or self.args.label_smoothing_factor:
-            raise ValueError("teacher: loss_type and label_smoothing_factor do not go with its divergence")
+            raise ValueError("teacher: loss_type and label_smoothing_factor cannot be combined with distillation")
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
         if sizes[0] != sizes[1] and min(sizes) < (tokens := len(kwargs["processing_class"])):
-            raise ValueError(f"teacher: it has {sizes[1]} tokens, the student {sizes[0]}, their tokenizer {tokens}")
+            raise ValueError(f"teacher: it has {sizes[1]} tokens, the student {sizes[0]} and their tokenizer {tokens}")
         self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
         _add_divergence(student)
 
@@ -169,7 +170,7 @@ class DistillationTrainer(RecipeTrainer):
         divergence_N = model(**inputs, labels=labels_BT, teacher=(hidden_BTD, self.teacher)).loss
         tokens = len(divergence_N) if num_items_in_batch is None else num_items_in_batch
         loss = divergence_N.sum() / torch.as_tensor(tokens, device=divergence_N.device).clamp(min=1)
-        # `num_items_in_batch` counts the tokens of every process, over which the gradients are averaged.
+        # `num_items_in_batch` counts the tokens of all processes, over which gradients are averaged.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
@@ -178,7 +179,7 @@ class DistillationTrainer(RecipeTrainer):
 def _add_divergence(student: PreTrainedModel) -> None:
     """Adds the keyword `teacher` to the student's forward, which then returns the divergence of each predicted token.
 
-    It must be inside the forward, where DDP and FSDP handle the parameters of the output head too.
+    This must happen inside the forward, so that DDP and FSDP also handle the parameters of the output head.
     """
     forward = student.forward
 
@@ -189,7 +190,7 @@ def _add_divergence(student: PreTrainedModel) -> None:
         # The hidden state at a position predicts the token at the next one.
         predicted_BT = kwargs.pop("labels")[:, 1:] != -100
         hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
-        # Both have the same tokenizer; the rows after its tokens are padding.
+        # Both models have the same tokenizer; rows beyond its tokens are padding.
         both = min(model.get_output_embeddings().weight.shape[0] for model in (self, teacher_model))
         divergence_N, _ = ChunkedDivergenceFunction.apply(
             hidden_BTD[:, :-1][predicted_BT],
@@ -207,14 +208,14 @@ def _add_divergence(student: PreTrainedModel) -> None:
 
 
 def _head(model: PreTrainedModel, tokens: int) -> list[torch.Tensor | None]:
-    """Weight and bias of the output head, those of its first tokens."""
+    """Weight and bias of the output head for its first `tokens` tokens."""
     head = model.get_output_embeddings()
     parts = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
     return [part if part is None else part[:tokens] for part in parts]
 
 
 def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """A family's transform of its logits: a factor, named as TRL finds them, and a soft cap (Gemma)."""
+    """A family's logit transform: a factor, with the names that TRL uses, and a soft cap (Gemma)."""
     text: Any = config.get_text_config()
     named = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
     factor: Any = next((one for one in named if one is not None), None)

@@ -84,7 +84,7 @@ def test_help(cli, monkeypatch):
         following = listed[at + 1].strip("│ ").split(" ")[0]
         assert following in VERBS or listed[at + 1].startswith("╰"), verb
     assert ["hf-lnscale", "run", "accelerate", "launch", "train.py"] in lines
-    assert "Exit codes: 0 done, 1 failed, 2 unreadable command line, 130 interrupted" in out
+    assert "Exit codes: 0 success, 1 failure, 2 invalid command line, 130 interrupted" in out
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -165,7 +165,7 @@ def test_debug_shows_where(cli, tmp_path, monkeypatch):
 
 
 TRACEBACK = 'the process failed:\nTraceback (most recent call last):\n  File "x.py", line 1\nKeyError: 3\n'
-WHERE = "hf-lnscale --debug env ... shows where it happened"
+WHERE = "hf-lnscale --debug env ... shows the traceback"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ WHERE = "hf-lnscale --debug env ... shows where it happened"
         (ValueError("a" * 550 + " b c " + "d" * 600), "a" * 550 + " b c ...", WHERE),
         (OSError("\x1b[31m\x07"), r"\x1b[31m\x07", WHERE),
         (torch.OutOfMemoryError("no memory"), "no memory",
-         "a smaller --batch-size or --seq-len, or --dtype bf16, needs less memory"),
+         "use a smaller --batch-size or --seq-len, or --dtype bf16, to save memory"),
         (ArgumentError("num_layers", 0, "1", hint="see `as_json`"), "num_layers must be 1, got 0", "see --json"),
         (ArgumentError("as_json", "a\n", problem="no"), r"--json 'a\n' no", None),
     ],

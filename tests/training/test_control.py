@@ -98,9 +98,7 @@ def test_a_resumed_run_is_compared_with_the_same(tmp_path, here, monkeypatch, ca
     more += ("--resume_from_checkpoint", "true")
     monkeypatch.setattr("hf_lnscale.training.control.RecipeTrainer", None)  # nothing is trained or evaluated again
     assert recipe.run("heal", *words(here, out, *more, "--max_steps", 7)) == 1
-    assert (
-        "control: the unpruned model was trained for another length, [6, 1.0] in place of [7" in capsys.readouterr().err
-    )
+    assert "control: the unpruned model was trained for [6, 1.0] instead of [7" in capsys.readouterr().err
     assert recipe.run("heal", *words(here, out, *more)) == 0
     assert (out / "control.json").read_text() == known
     found = recipe.metrics(out)
@@ -111,7 +109,7 @@ def test_a_resumed_run_is_compared_with_the_same(tmp_path, here, monkeypatch, ca
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--drop_layers", 1, "--control", "--teacher", "{}"), "control: a model that learns from the unpruned one"),
+        (("--drop_layers", 1, "--control", "--teacher", "{}"), "control: cannot be combined with a teacher"),
         (
             ("--drop_layers", 1, "--control", "--whole", "none"),
             "control: name the unpruned model to train",

@@ -230,9 +230,9 @@ def test_mixtures_that_are_none(tmp_path):
     recipe.write_rows(tmp_path / "a.jsonl", recipe.CHAT)
     recipe.write_rows(tmp_path / "b.jsonl", [{"prompt": "x", "completion": "y"}] * 9)
     a, b = ({"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl"))
-    with pytest.raises(ValueError, match=r"one kind; .*a\.jsonl' has messages.*b\.jsonl' has prompt, comp"):
+    with pytest.raises(ValueError, match=r"the same kind; .*a\.jsonl' has messages.*b\.jsonl' has prompt, comp"):
         load_conversations(mixture(dict(a), dict(b)), seed=0)
-    with pytest.raises(ValueError, match=r"fraction must be positive for all or given for none, got \[0.5, 0.0\]"):
+    with pytest.raises(ValueError, match=r"fraction must be positive for all or omitted for all, got \[0.5, 0.0\]"):
         load_conversations(mixture(a | {"fraction": 0.5}, dict(a)), seed=0)
     with pytest.raises(ValueError, match="dataset_name and datasets are both given"):
         mixture(a, dataset_name="b")

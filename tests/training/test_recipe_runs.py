@@ -45,7 +45,7 @@ def test_a_finished_run_is_not_trained_further(tmp_path, here, capsys):
     capsys.readouterr()
     assert recipe.run("continue_pretrain", *words(here, out, *resume)) == 0
     assert (
-        f"the run in {out} is finished, after step 6; to train for longer, raise --max_steps" in capsys.readouterr().out
+        f"the run in {out} is finished, after step 6; to train longer, increase --max_steps" in capsys.readouterr().out
     )
     assert state(out) == before
     # Longer, it goes on.
@@ -109,7 +109,7 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path, here):
 
 def test_early_stopping_needs_evaluations(tmp_path, here, capsys):
     assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", "--early_stopping_patience", 2)) == 1
-    assert "early_stopping_patience needs --eval_strategy" in capsys.readouterr().err
+    assert "early_stopping_patience requires --eval_strategy" in capsys.readouterr().err
 
 
 def test_samples_are_what_the_model_writes(tmp_path, here):

@@ -107,7 +107,7 @@ def test_pretrain_as_it_stands(tmp_path, monkeypatch):
 def test_continue_pretrain_with_the_warmup(tmp_path, here):
     words = ["--dataset_name", here / "text.txt", "--ln_scaling", "--ln_scaling_warmup_steps", 6, *SMALL]
     words += ["--model_name_or_path", here / "pre-ln", "--output_dir", tmp_path / "out"]
-    with pytest.warns(UserWarning, match="ended worse than one that was trained on as it is"):
+    with pytest.warns(UserWarning, match="converted models ended up worse"):
         assert recipe.run("continue_pretrain", *words) == 0
     complete(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -296,7 +296,7 @@ BAD = {
     "empty text": ("continue_pretrain", "--dataset_name empty.txt", r"'.*empty\.txt' is empty"),
     "no file": ("continue_pretrain", "--dataset_name no.jsonl", r"no file '.*no\.jsonl'"),
     "no template": ("sft", "--dataset_name chat.jsonl", r"has no chat template; name one with --chat_template_path"),
-    "unmarked": ("sft", "--dataset_name chat.jsonl --chat_template_path plain.jinja", r"does not say which tokens are"),
+    "unmarked": ("sft", "--dataset_name chat.jsonl --chat_template_path plain.jinja", r"does not mark the assistant's"),
     "long prompts": (
         "sft",
         "--dataset_name chat.jsonl --chat_template_path chatml --max_length 4",
@@ -318,30 +318,30 @@ BAD = {
     ),
     "layer": ("continue_pretrain", "--drop_layers 9", r"layer 9 does not exist"),
     "layers": ("continue_pretrain", "--drop_layers 1 x", r"neither layer indices nor"),
-    "unpruned": ("heal", "", r"has all its layers; give --drop_layers"),
+    "unpruned": ("heal", "", r"has all its layers; use --drop_layers"),
     "teacher": (
         "heal",
         "--drop_layers 1 --teacher more-tokens",
-        r"more-tokens', of 301 tokens, is not the student's, of 300",
+        r"more-tokens' \(301 tokens\) differs from the student's \(300 tokens\)",
     ),
-    "another loss": ("heal", "--drop_layers 1 --teacher scaled --loss_type dft", r"loss_type .* do not go with it"),
+    "another loss": ("heal", "--drop_layers 1 --teacher scaled --loss_type dft", r"loss_type .* cannot be combined"),
     "number": (
         "continue_pretrain",
         "--dataset_name number.jsonl",
-        r"'text' of line 1 .* holds 1, which is not text",
+        r"'text' of line 1 .* is 1, which is not text",
     ),
     "broken": ("continue_pretrain", "--dataset_name broken.jsonl", r"line 2 of 'broken\.jsonl' is not JSON"),
-    "short stream": ("continue_pretrain", "--dataset_streaming --eval_samples 40", r"no other is left to train on"),
-    "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path silent.jinja", r"drops tool calls, and"),
+    "short stream": ("continue_pretrain", "--dataset_streaming --eval_samples 40", r"none are left to train on"),
+    "tool call": ("sft", "--dataset_name calls.jsonl --chat_template_path silent.jinja", r"drops tool calls, which"),
     "adapter": ("continue_pretrain", "--model_name_or_path an-adapter", r"is an adapter, not a model\. Merge it first"),
-    "no rate": ("pretrain", "--config_name scaled", r"learning_rate: with --config_name, give one"),
-    "no state": ("continue_pretrain", "--resume_from_checkpoint scaled", r"has no trainer_state\.json"),
+    "no rate": ("pretrain", "--config_name scaled", r"learning_rate: required with --config_name"),
+    "no state": ("continue_pretrain", "--resume_from_checkpoint scaled", r"has no complete trainer_state\.json"),
     "4 bit": ("sft", "--dataset_name pairs.jsonl --load_in_4bit", r"add --use_peft"),
     "option": ("sft", "--learnin_rate 1", r"learnin_rate"),
-    "config": ("sft", "--config nowhere", r"no file 'nowhere'; those that come with sft are .*qwen3-8b"),
+    "config": ("sft", "--config nowhere", r"no file 'nowhere'; configs shipped with sft are .*qwen3-8b"),
     "checkpoint": ("continue_pretrain", "--resume_from_checkpoint /nowhere", r"there is no folder '/nowhere'"),
     "shape": ("pretrain", "--hidden_size 30", r"hidden_size 30 is not a multiple of num_attention_heads 4"),
-    "no family": ("pretrain", "--family xlnet", r"family must be the model_type of one that can be scaled .* 'xlnet'"),
+    "no family": ("pretrain", "--family xlnet", r"model_type of a family that can be scaled .* 'xlnet'"),
     "post-norm": ("pretrain", "--family olmo2", r"family must be .*, got 'olmo2'"),
     "other sizes": ("pretrain", "--family gpt2", r"family 'gpt2' has no intermediate_size in its configuration"),
     "eval_samples": ("continue_pretrain", "--eval_samples 0", r"eval_samples must be at least 1"),
@@ -381,12 +381,12 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    assert "is not empty, and no recipe's run made it" in refused("continue_pretrain", *words)
+    assert "is not empty and was not created by a recipe" in refused("continue_pretrain", *words)
     (tmp_path / "out" / "thesis.tex").unlink()
     assert recipe.run("continue_pretrain", *words) == 0
-    assert "holds this run already; continue it with --resume" in refused("continue_pretrain", *words)
+    assert "already contains this run; continue it with --resume" in refused("continue_pretrain", *words)
     resume = ["--resume_from_checkpoint", "true"]
-    assert "its recipe is 'continue_pretrain'" in refused("heal", *words, *resume)
+    assert "whose recipe is 'continue_pretrain'" in refused("heal", *words, *resume)
     other = refused("continue_pretrain", "--model_name_or_path", here / "pre-ln", *common, *resume)
     assert f"its model_name_or_path is '{here / 'scaled'}'" in other
     assert "its max_length is 32" in refused("continue_pretrain", *words, "--max_length", 16, *resume)
@@ -413,7 +413,7 @@ def test_what_to_resume(tmp_path, here, capsys):
     weights.unlink()
     again = [*words, "--drop_layers", 1, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true"]
     assert recipe.run("continue_pretrain", *again) == 0
-    assert "checkpoint-6 is not complete and is skipped" in capsys.readouterr().err
+    assert "checkpoint-6, which is incomplete" in capsys.readouterr().err
     assert recipe.metrics(tmp_path / "whole")["resumed_from"] == "checkpoint-4"
     recipe.same_weights(tmp_path / "whole", tmp_path / "named")
 

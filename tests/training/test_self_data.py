@@ -109,7 +109,7 @@ def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(t
     settings = {"model": "brief", "chat_template_path": "chatml", "max_length": length}
     trainer, tokenizer, given = made(here, tmp_path / "out", "chat", count, **settings)
     said = capsys.readouterr().out
-    assert "1 of 14 prompts have no token, or all of max_length=320, and are left out" in said
+    assert "1 of 14 prompts are empty or fill max_length=320, and are skipped" in said
     whole = AutoModelForCausalLM.from_pretrained(here / "brief").eval()
     chats = [row["messages"] for row in given if "long" not in row["messages"][0]["content"]]
     assert len(chats) == count - 1 <= BATCH
@@ -120,7 +120,7 @@ def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(t
     expected = list(zip(chats, prompts, written(whole, prompts, length, 5), strict=True))
     ended = [one for one in expected if one[2][-1] == tokenizer.eos_token_id]
     assert 1 < len(ended) < len(chats)
-    assert f"{len(chats) - len(ended)} of 13 answers have not ended within max_length=320, and are left out" in said
+    assert f"{len(chats) - len(ended)} of 13 answers do not end within max_length=320, and are skipped" in said
     for row, (chat, prompt, answer) in zip(trainer.train_dataset, ended, strict=True):
         learned = [label for label in row["labels"] if label != -100]
         text = tokenizer.decode(answer, skip_special_tokens=True) + tokenizer.eos_token
@@ -154,7 +154,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     found = recipe.metrics(out)
     assert found["train_rows"] == BATCH + 4
     assert {"gap", "gap_before", "gap_other", "gap_other_before"} <= found.keys()
-    said = "trained on what the whole model wrote itself after prompts from text.jsonl"
+    said = "trained on text that the full model generated after prompts from text.jsonl"
     assert said in (out / "README.md").read_text()
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, her
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "self_data").iterdir()}
     assert len(kept) == 1
     assert recipe.run("heal", *words(here, tmp_path / "out")) == 1  # as for every run that is there
-    assert "holds this run already; continue it with --resume" in capsys.readouterr().err
+    assert "already contains this run; continue it with --resume" in capsys.readouterr().err
     assert recipe.run("heal", *words(here, tmp_path / "out", "--resume_from_checkpoint", "true")) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert recipe.run("heal", *words(here, tmp_path / "whole")) == 0
@@ -212,11 +212,11 @@ def test_what_was_written_for_other_prompts_is_written_anew(tmp_path, here):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--self_data", -1), "self_data must be a number of rows, or 0, got -1"),
-        (("--whole", "none"), "self_data: name the unpruned model, which is to write, with --whole"),
+        (("--self_data", -1), "self_data must be an integer >= 0, got -1"),
+        (("--whole", "none"), "self_data: name the unpruned model that generates the data, with --whole"),
         (
             ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "chatml", "--max_length", 8),
-            "self_data: 13 of 13 prompts have no token",
+            "self_data: 13 of 13 prompts are empty",
         ),
         (
             ("--dataset_name", "{}/chat.jsonl", "--chat_template_path", "{}/model"),

@@ -356,7 +356,7 @@ def test_folded_half_way(family, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main()
         shown = capsys.readouterr().out
-        assert "exponent 0.25 (step 2 of 4 on the way to 0.5)" in shown
+        assert "exponent 0.25 (warmup step 2 of 4 to 0.5)" in shown
         assert state in shown
     assert read_info(tmp_path / "scaled").scales == HALF_WAY_SCALES
 
@@ -574,7 +574,7 @@ def test_a_callback_without_a_warmup_is_refused(tmp_path):
 def test_a_warmup_longer_than_the_run_is_refused_before_the_first_step(tmp_path):
     model = tiny.model(ln_scaling={"warmup_steps": 7})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"7 steps to go \(warmup_steps=7\), the run only 6"):
+    with pytest.raises(ValueError, match=r"7 steps left \(warmup_steps=7\), but the run has only 6"):
         trainer(model, tmp_path).train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     trainer(set_ln_scaling_step(model, 1), tmp_path).train()
