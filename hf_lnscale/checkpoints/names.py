@@ -43,7 +43,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
                 f"{str(model)!r} is neither a folder, nor a .gguf file, nor the name of a repository on the Hub"
             ) from None
         return str(model), {}
-    found = sorted(file.name for file in path.glob("*.gguf"))
+    found = sorted(file.name for file in path.glob("*.gguf") if file.is_file())
     if not found or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
         return str(model), {}
     if len(found) > 1:

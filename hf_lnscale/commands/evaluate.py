@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
 from ..core.display import one_line, rich_text
@@ -57,8 +58,13 @@ def evaluate(
 
     if out is not None:
         report_path(out)
+    if as_json and as_markdown:
+        raise typer.BadParameter("--json and --markdown exclude each other")
+    named = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
+    if named == []:
+        raise typer.BadParameter(f"--tasks: {tasks!r} names no task")
     found = run(
-        models, data, tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+        models, data, tasks=named or (),
         include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,
         stride=stride, batch_size=batch_size, abilities=abilities, speed=speed, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, placement=Placement(dtype, device),

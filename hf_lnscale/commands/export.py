@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from ..core.display import one_line
+from ..core.errors import ArgumentError
 from .options import Checkpoint, Force, written
 
 
@@ -23,7 +24,9 @@ def export(
     converter: Annotated[
         Path | None, Option(help="llama.cpp's folder or convert_hf_to_gguf.py; default: LLAMA_CPP or PATH.")
     ] = None,
-    outtype: Annotated[str, Option(help="Weight type in a GGUF file: f32, f16, bf16, q8_0, auto.")] = "auto",
+    outtype: Annotated[
+        str | None, Option(help="Weight type in a GGUF file: f32, f16, bf16, q8_0, auto (the default).")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Fold the scale into the weights for any runtime, or write GGUF.
@@ -37,8 +40,14 @@ def export(
     if format == "gguf":
         from ..checkpoints.gguf import export_gguf
 
-        print(f"wrote {one_line(export_gguf(checkpoint, out, converter=converter, outtype=outtype, force=force))}")
+        path = export_gguf(checkpoint, out, converter=converter, outtype=outtype or "auto", force=force)
+        print(f"wrote {one_line(path)}")
         return
+    if out.suffix == ".gguf":
+        raise ArgumentError("out", out, problem="is a .gguf file, which is written with `format=gguf` only")
+    for name, value in {"converter": converter, "outtype": outtype}.items():
+        if value is not None:
+            raise ArgumentError(name, value, problem="is used with `format=gguf` only")
     if format == "deci":
         from ..checkpoints.deci import export_deci, readers
 

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -146,7 +147,9 @@ def _describe(error: Exception) -> tuple[str, str]:
     argument = re.match(r"(\w+)(?=:| must )", message)  # the start of messages about an argument
     if argument and (option := named(argument[1], None)) != argument[1]:
         return option + message[argument.end() :], ""
-    return message, f"hf-lnscale --debug {verb} ... shows the traceback"
+    # What this package raises says what to do.
+    own = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)][-1].startswith("hf_lnscale.")
+    return message, "" if own else f"hf-lnscale --debug {verb} ... shows the traceback"
 
 
 def _shortened(error: Exception) -> str:

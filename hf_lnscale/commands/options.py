@@ -45,7 +45,7 @@ def parse_layers(value: str) -> list[int]:
     for part in value.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if first > last:
+        if first > last or (first < 0 and match and match[2]):
             raise typer.BadParameter(f"{value!r} is not a list of layers; use 12,14,17 or 12-14")
         layers += range(first, last + 1)
     return layers

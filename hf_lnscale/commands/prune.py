@@ -89,7 +89,7 @@ def prune(
 
     sources: Any = None
     if data:
-        sources = parse_sources(data) if len(data) > 1 or "=" in data[0] else data[0]
+        sources = data[0] if len(data) == 1 and Path(data[0]).is_file() else parse_sources(data)
     found = run(
         model, sources, num_layers=num_layers, max_perplexity_increase=max_perplexity_increase,
         target_params=target_params, target_memory=target_memory, cache_tokens=cache_tokens, cache_batch=cache_batch,

@@ -190,6 +190,36 @@ def test_errors_of_any_kind(error, message, hint, cli, monkeypatch):
     assert err.splitlines() == [f"hf-lnscale: {message}", *([f"  hint: {hint}"] if hint else [])]
 
 
+def test_options_that_would_be_ignored_are_refused(cli, folder, tmp_path):
+    export, evaluate = ("export", folder / "plain", "--out"), ("evaluate", folder / "plain", "--no-speed")
+    for words, message in (
+        ((*export, tmp_path / "a.gguf"), "a.gguf' is a .gguf file, which is written with --format gguf only"),
+        ((*export, tmp_path / "a", "--outtype", "q8_0"), "--outtype 'q8_0' is used with --format gguf only"),
+        ((*export, tmp_path / "a", "--converter", "x"), "--converter 'x' is used with --format gguf only"),
+    ):
+        _, err = cli(*words, code=1)
+        assert err.endswith(f"{message}\n")
+    for words, message in (
+        ((*evaluate, "--json", "--markdown"), "--json and --markdown exclude each other"),
+        ((*evaluate, "--tasks", ","), "--tasks: ',' names no task"),
+    ):
+        assert message in " ".join(cli(*words, code=2)[1].replace("│", "").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_this_package_needs_no_traceback(cli, folder, tmp_path):
+    _, err = cli("export", folder / "plain", "--out", tmp_path / "out", code=1)
+    assert len(err.splitlines()) == 1, err
+
+
+def test_one_source_with_a_weight(cli, folder, tmp_path):
+    (folder / "plain.gguf").mkdir(exist_ok=True)  # no file of weights
+    text = f"{folder / 'text.txt'}:0.5"
+    out, _ = cli("prune", folder / "plain", "--data", text, "--seq-len", 32, "--drop", 1, "--heal", "none",
+                 "--out", tmp_path / "out", "--json")  # fmt: skip
+    assert json.loads(out)["layers"] == [1]
+
+
 def test_arguments_are_called_by_their_options(cli, folder, tmp_path):
     """Whatever the library says of an argument: `--layers` and not `num_layers`, `--force` and not `force=True`."""
     given = (folder / "plain", "--data", folder / "text.txt", "--out", tmp_path / "out", "--seq-len", 32)
@@ -316,6 +346,7 @@ def test_warnings_and_messages_are_lines_and_nothing_is_left_behind(cli, monkeyp
         (options.parse_layers, "12,14, 17", [12, 14, 17]),
         (options.parse_layers, "12-14,-1", [12, 13, 14, -1]),
         (options.parse_layers, "14-12", None),
+        (options.parse_layers, "-3-5", None),
         (options.parse_layers, "1,,2", None),
         (options.parse_increase, "10%", 0.1),
         (options.parse_increase, "0.1", 0.1),
