@@ -27,10 +27,7 @@ def fill_with_zeros(model: nn.Module) -> nn.Module:
     """Restores missing attention and MLP modules, and the norms used only by them, in place, with all tensors zero.
 
     All tensors are zero, not just the last projection, so that their gradients are zero too and training leaves the
-    sub-layer without effect. The model must have no active scale.
-
-    Returns:
-        The same model, now a plain model of its family, with the same outputs.
+    sub-layer without effect. The model must have no active scale. Returns it as a plain model with the same outputs.
     """
     stack = text_stack(model)
     found = record(stack.model.config)

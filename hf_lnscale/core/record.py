@@ -1,7 +1,4 @@
-"""Reads and writes the plugin's keys in a model's configuration, in memory and in config.json.
-
-No other module does.
-"""
+"""The only reader and writer of the plugin's keys in a model's configuration, in memory and in config.json."""
 
 from __future__ import annotations
 

@@ -60,11 +60,7 @@ def _zeros(x_BTD: torch.Tensor, cached: torch.Tensor | None, size: int) -> torch
 
 
 def take_out(layer: nn.Module, family: Family, kind: str, position: int) -> None:
-    """Removes "attention" or "mlp" from the decoder layer at a position, in place.
-
-    Raises:
-        UnsupportedArchitectureError: if the layer lacks a module that the table lists.
-    """
+    """Removes "attention" or "mlp" from the decoder layer at a position, in place; refuses if a module is missing."""
     path, norms = family.sublayer(kind)
     for name in (path, *norms):
         if submodule(layer, name) is None:

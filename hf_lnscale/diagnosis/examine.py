@@ -208,10 +208,7 @@ def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
 
 
 def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
-    """The cost of each part in forward passes, from the parameter counts of layers and head.
-
-    The Jacobian is measured on a fraction `share` of the data, with `probes` random vectors per sequence.
-    """
+    """The cost of each part in forward passes; the Jacobian uses a `share` of the data and `probes` per sequence."""
     layers = len(stack.layers)
     head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
     # The head is a matrix product, unlike the embedding, which is a lookup; a tied matrix also counts once.

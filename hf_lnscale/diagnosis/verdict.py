@@ -162,10 +162,7 @@ def judge(
 
 
 def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, Any] | None:
-    """Compares the medians of a measure over the two halves of the layers. A sign needs more than `least` in the first.
-
-    Medians are used because the first and last layers differ from the others in most models.
-    """
+    """Compares medians over the two halves of the layers, since the first and last layers differ in most models."""
     values = [one[name] for one in layers]
     if len(values) < 2 or any(value is None for value in values):
         return None

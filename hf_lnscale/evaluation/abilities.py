@@ -126,11 +126,7 @@ class Continuations:
         self.log_probs = [log_p_NV.half().cpu() for log_p_NV in self._log_probs(model)]
 
     def agreement(self, model: Any, tokenizer: Any) -> list[TaskResult]:
-        """Agreement of a model with the generating model, at each token.
-
-        Returns:
-            Whether the most likely token is the same, and KL(generator || model) in nats; empty for another tokenizer.
-        """
+        """Top-1 agreement of a model with the generator, and KL(generator || model) in nats (same tokenizer only)."""
         if tokenizer.get_vocab() != self.vocabulary:
             return []
         same, divergence = [], []

@@ -126,10 +126,7 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
 
 
 def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
-    """Refuses to load a checkpoint with more layers into a cut model.
-
-    The state dict does not say which model it belongs to, so any cut model in memory with that many layers counts.
-    """
+    """Refuses to load only some of the stored layers if any cut model in memory has that number of layers."""
     requested, available = _highest_indices(wanted), _highest_indices(stored)
     fewer = {prefix: index for prefix, index in requested.items() if index < available.get(prefix, 0)}
     for model in gc.get_objects() if fewer else ():

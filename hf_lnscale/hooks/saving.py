@@ -35,10 +35,7 @@ _mark: ContextVar[str | None] = ContextVar("_mark", default=None)
 
 @contextlib.contextmanager
 def weights_first(folder: str | os.PathLike[str], config: PreTrainedConfig, writes_config: bool) -> Iterator[None]:
-    """Context in which config.json of `folder` is set aside and weights are marked with the record.
-
-    The new config.json, if this process writes one, appears on exit.
-    """
+    """Context in which the old config.json is set aside and weights are marked; the new config.json appears on exit."""
     final, new, replaced = (Path(folder) / f"{CONFIG_NAME}{ending}" for ending in ("", ".new", ".replaced"))
     before = _weights(folder)
     if writes_config and final.is_file():

@@ -37,10 +37,8 @@ def layer_angle(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
 
 
 class BlockAngles:
-    """Angular distance of every block of layers, averaged over tokens in float64.
-
-    arccos(cos(x_i, x_{i+n})) / pi (Gromov et al., arXiv 2403.17887, equation 7).
-    """
+    """Angular distance of every block of layers, arccos(cos(x_i, x_{i+n})) / pi (Gromov et al., arXiv 2403.17887,
+    equation 7), averaged over tokens in float64."""
 
     def __init__(self, layers: int) -> None:
         self.layers, self.count = layers, 0

@@ -83,10 +83,7 @@ class MeanLoss:
         return self.total / int(self.counts_S.sum())
 
     def error(self, reference: MeanLoss | None = None) -> float | None:
-        """Standard error of the mean, or of its difference to a reference on the same sequences.
-
-        None for a single sequence.
-        """
+        """Standard error of the mean, or of its difference to a reference; None for a single sequence."""
         used_S = self.counts_S > 0
         residuals_S = ratio_residuals(self.sums_S[used_S], self.counts_S[used_S], self.mean)
         if reference is not None:

@@ -105,13 +105,10 @@ def first_token(tokenizer: Any) -> int:
 def own_text(
     model: Any, tokenizer: Any, num_tokens: int, seq_len: int = 512, batch_size: int = 16, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Samples text from a model at temperature 1, starting from `first_token`. Dropout must be off.
+    """Samples batches of ids, shape (B, T), from a model in evaluation mode at temperature 1, after `first_token`.
 
     Each batch takes `seq_len` forward passes with a KV cache: on a CPU, about five times as long as one pass over as
     many tokens. The same seed gives the same text on the same machine.
-
-    Returns:
-        Batches of token ids, shape (B, T).
     """
     first = first_token(tokenizer)
     device = model.get_input_embeddings().weight.device
@@ -136,10 +133,7 @@ def _standard_library() -> dict[str, list[str]]:
 
 
 def _pieces(texts: list[str], size: int = 2000) -> list[str]:
-    """Splits texts at line breaks into passages of about `size` characters.
-
-    They are shuffled with a fixed seed, so that the first tokens come from all texts.
-    """
+    """Splits texts at line breaks into passages of about `size` characters, shuffled with a fixed seed."""
     pieces: list[str] = []
     for text in texts:
         lines, length = [], 0

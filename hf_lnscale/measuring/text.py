@@ -279,10 +279,7 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
     """Parses sources of text from a command line: `PATH`, `NAME=PATH` or `NAME=PATH:WEIGHT`.
 
     The default name is the file name without its suffix. An argument that is itself the path of an existing file is
-    used as such, even if it contains `=` or `:`.
-
-    Returns:
-        {name: (path, weight)}, as accepted by `token_batches`.
+    used as such, even if it contains `=` or `:`. Returns {name: (path, weight)}, as accepted by `token_batches`.
     """
     valid = "use PATH, NAME=PATH or NAME=PATH:WEIGHT"
     sources: dict[str, tuple[str, float]] = {}

@@ -330,11 +330,9 @@ def search_layers(
 
 
 def _figures(losses: SourceLosses, whole: SourceLosses) -> dict[str, float]:
-    """Perplexity (geometric mean over sources), its standard error, and that of its change relative to the full model.
-
-    By the delta method: d exp(x) = exp(x) dx.
-    """
+    """Perplexity (geometric mean over sources) and the standard errors of it and of its change from the full model."""
     perplexity, change = perplexity_of(losses.mean), perplexity_of(losses.mean - whole.mean)
+    # Delta method: d exp(x) = exp(x) dx.
     errors = {"perplexity_error": perplexity * losses.error(), "change_error": change * losses.error(whole)}
     return {"perplexity": perplexity} | {name: error for name, error in errors.items() if math.isfinite(error)}
 
@@ -447,10 +445,7 @@ class _Search:
 
 
 def _steps(search: _Search) -> Iterator[dict[str, Any]]:
-    """Yields sets that grow by one unit, first those in the log.
-
-    Each is a dict with `layers`, and with `attention` and `mlp` if sub-layers are dropped.
-    """
+    """Yields sets that grow by one unit, first those in the log, as dicts with `layers`, `attention` and `mlp`."""
     return _greedy(search) if search.method in STEPWISE or search.units == "sublayers" else _by_number(search)
 
 

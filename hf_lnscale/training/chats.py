@@ -24,10 +24,8 @@ _FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instr
 
 
 def to_chat(row: dict[str, Any], where: str, columns: list[str] | None = None) -> dict[str, Any]:
-    """Converts a row to a chat or to a text prompt and completion; `where` locates it in error messages.
-
-    A chat has messages, or a prompt and completion of messages, and the columns `tools` and `chat_template_kwargs`.
-    """
+    """Converts a row to a chat (messages, or prompt and completion of messages, with columns `tools` and
+    `chat_template_kwargs`) or to a text prompt and completion. `where` locates it in error messages."""
     given = _first_format(row, where, columns)
     if isinstance(given.get("prompt"), str):
         if not isinstance(given["completion"], str):
