@@ -19,7 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, of Python's or NumPy's, and not a boolean."""
+    """Whether a value is a Python or NumPy integer, but not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

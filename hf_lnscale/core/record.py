@@ -151,7 +151,7 @@ class SourceName(str):
         return made
 
 
-# Model cards name the base model, in YAML, which would otherwise write the class.
+# Model cards store the base model's name as YAML, which would otherwise serialize the class.
 for _representer in (yaml.representer.Representer, yaml.representer.SafeRepresenter):
     _representer.add_representer(SourceName, lambda dumper, name: dumper.represent_str(str(name)))
 

@@ -22,11 +22,11 @@ from .text import Batch
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Context with evaluation mode and without gradients. Restores each module's mode on exit.
 
-    Compiled modules run uncompiled, since code that is compiled already does not call hooks registered later.
+    Compiled modules run eagerly, since compiled code ignores hooks registered later.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    # The stance is set only where it is needed: it imports the compiler, which takes seconds.
+    # Set only if needed, since it imports the compiler, which takes seconds.
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, model.modules())) else nullcontext()
     try:
         with torch.no_grad(), eager:
@@ -38,7 +38,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, by `torch.compile` or in place."""
-    # `nn.Module.compile` stores the compiled call in the module, and `__getstate__` leaves it out.
+    # `nn.Module.compile` stores the compiled call in the module, but `__getstate__` omits it.
     in_place = vars(module).keys() != module.__getstate__().keys()
     return in_place or type(module).__name__ == "OptimizedModule"
 

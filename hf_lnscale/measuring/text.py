@@ -399,7 +399,7 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
         if isinstance(row, str):
             if number == 0 and len(row) < 4096 and os.path.isfile(row):
                 raise ValueError(
-                    f"data: a list holds texts, and its first one is the path {row!r}; name several files as sources: "
+                    f"data: a list must contain texts, but its first entry is the path {row!r}; name files as sources: "
                     '{"a": "a.txt", "b": "b.txt"}'
                 )
             yield row

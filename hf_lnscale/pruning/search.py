@@ -184,7 +184,7 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[
     probe = 3
     embedding: torch.Tensor = stack.model.get_input_embeddings().weight  # type: ignore[assignment]
     ids = torch.zeros(1, probe, dtype=torch.long, device=embedding.device)
-    with eval_mode(stack.model):  # in training with gradient checkpointing, a model returns no cache
+    with eval_mode(stack.model):  # in training mode with gradient checkpointing, there is no cache
         (cache,) = kv_cache(stack.model(input_ids=ids, use_cache=True, return_dict=True)).values()
     found, counters = [], []
     for layer in cache.layers:

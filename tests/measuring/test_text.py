@@ -257,6 +257,6 @@ def test_a_list_of_paths_is_refused(tmp_path):
     path = tmp_path / "part.txt"
     path.write_text("a text " * 1000)
     with pytest.raises(
-        ValueError, match=r"data: a list holds texts, and its first one is the path '.*part\.txt'; name"
+        ValueError, match=r"data: a list must contain texts, but its first entry is the path '.*part\.txt'; name"
     ):
         token_batches([str(path)] * 60, tokenizer=sample.train_tokenizer(["a text"] * 9, 300))
