@@ -489,7 +489,7 @@ def test_what_cannot_be_dropped_is_refused_before_the_search(monkeypatch):
         (held, {"num_layers": 1}, "an optimizer .SGD. holds parameters"),
         (model(), {"num_layers": 6}, "num_layers must be an integer from 1 to 5 for this model, got 6"),
         (model(), {"drop": [9]}, "drop: layer 9 does not exist in a model of 6 layers"),
-        (model(), {"num_layers": 1, "drop": [1]}, "exactly one of .*; got num_layers=1, drop=.1."),
+        (model(), {"num_layers": 1, "drop": [1]}, "exactly one of .* must be given, got num_layers=1, drop=.1."),
         (tiny.model(num_hidden_layers=1), {"num_layers": 1}, "model: it has only one layer"),
         (model(), {"target_params": 10}, "target_params must be at least"),
     ):

@@ -74,8 +74,8 @@ def test_rules(own_table, rule, before, after):
     ("rule", "value", "message"),
     [
         ("period", 2, "no period does so"),
-        ("shared", ["full", "full", "shared", "full", "full", "full"], "layer 2 takes its the_field from layer 1"),
-        ("unset", 3, "the_field=3 layers depend on each other"),
+        ("shared", ["full", "full", "shared", "full", "full", "full"], "layer 2 uses the the_field of layer 1"),
+        ("unset", 3, "the_field=3, layers depend on each other"),
     ],
 )
 def test_what_no_value_can_say_is_refused(own_table, rule, value, message):
