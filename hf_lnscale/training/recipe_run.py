@@ -132,8 +132,8 @@ class Run(TrainerCallback):
         if not isinstance(found, dict):
             problem = "is not empty and was not created by a recipe"
         elif differing := [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]:
-            theirs, ours = (brief(one.get(differing[0])) for one in (found, self.identity))
-            problem = f"contains another run, whose {differing[0]} is {theirs} instead of {ours}"
+            recorded, current = (brief(one.get(differing[0])) for one in (found, self.identity))
+            problem = f"contains another run, whose {differing[0]} is {recorded} instead of {current}"
         elif not resuming:
             problem = "already contains this run; continue it with --resume_from_checkpoint true"
         if problem:

@@ -388,11 +388,11 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
     resume = ["--resume_from_checkpoint", "true"]
     assert "whose recipe is 'continue_pretrain'" in refused("heal", *words, *resume)
     other = refused("continue_pretrain", "--model_name_or_path", here / "pre-ln", *common, *resume)
-    assert f"its model_name_or_path is '{here / 'scaled'}'" in other
-    assert "its max_length is 32" in refused("continue_pretrain", *words, "--max_length", 16, *resume)
+    assert f"whose model_name_or_path is '{here / 'scaled'}'" in other
+    assert "whose max_length is 32" in refused("continue_pretrain", *words, "--max_length", 16, *resume)
     # The schedule of the optimizer is part of a checkpoint: another rate would be told, and not be taken.
-    assert "its learning_rate is 0.01" in refused("continue_pretrain", *words, "--learning_rate", 1e-5, *resume)
-    assert "its batch is 2" in refused("continue_pretrain", *words, "--gradient_accumulation_steps", 2, *resume)
+    assert "whose learning_rate is 0.01" in refused("continue_pretrain", *words, "--learning_rate", 1e-5, *resume)
+    assert "whose batch is 2" in refused("continue_pretrain", *words, "--gradient_accumulation_steps", 2, *resume)
 
 
 @pytest.mark.usefixtures("no_plots")
