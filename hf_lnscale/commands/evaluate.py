@@ -59,10 +59,10 @@ def evaluate(
     if out is not None:
         report_path(out)
     if as_json and as_markdown:
-        raise typer.BadParameter("--json and --markdown exclude each other")
+        raise typer.BadParameter("--json and --markdown are mutually exclusive")
     named = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     if named == []:
-        raise typer.BadParameter(f"--tasks: {tasks!r} names no task")
+        raise typer.BadParameter(f"--tasks: {tasks!r} contains no task")
     found = run(
         models, data, tasks=named or (),
         include_path=include_path, limit=limit, num_fewshot=num_fewshot, max_bytes=max_bytes, seq_len=seq_len,

@@ -44,10 +44,10 @@ def export(
         print(f"wrote {one_line(path)}")
         return
     if out.suffix == ".gguf":
-        raise ArgumentError("out", out, problem="is a .gguf file, which is written with `format=gguf` only")
+        raise ArgumentError("out", out, problem="is a .gguf file, which requires `format=gguf`")
     for name, value in {"converter": converter, "outtype": outtype}.items():
         if value is not None:
-            raise ArgumentError(name, value, problem="is used with `format=gguf` only")
+            raise ArgumentError(name, value, problem="is valid with `format=gguf` only")
     if format == "deci":
         from ..checkpoints.deci import export_deci, readers
 

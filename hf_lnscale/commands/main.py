@@ -147,7 +147,7 @@ def _describe(error: Exception) -> tuple[str, str]:
     argument = re.match(r"(\w+)(?=:| must )", message)  # the start of messages about an argument
     if argument and (option := named(argument[1], None)) != argument[1]:
         return option + message[argument.end() :], ""
-    # What this package raises says what to do.
+    # This package's own messages already say what to do.
     own = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)][-1].startswith("hf_lnscale.")
     return message, "" if own else f"hf-lnscale --debug {verb} ... shows the traceback"
 

@@ -193,15 +193,15 @@ def test_errors_of_any_kind(error, message, hint, cli, monkeypatch):
 def test_options_that_would_be_ignored_are_refused(cli, folder, tmp_path):
     export, evaluate = ("export", folder / "plain", "--out"), ("evaluate", folder / "plain", "--no-speed")
     for words, message in (
-        ((*export, tmp_path / "a.gguf"), "a.gguf' is a .gguf file, which is written with --format gguf only"),
-        ((*export, tmp_path / "a", "--outtype", "q8_0"), "--outtype 'q8_0' is used with --format gguf only"),
-        ((*export, tmp_path / "a", "--converter", "x"), "--converter 'x' is used with --format gguf only"),
+        ((*export, tmp_path / "a.gguf"), "a.gguf' is a .gguf file, which requires --format gguf"),
+        ((*export, tmp_path / "a", "--outtype", "q8_0"), "--outtype 'q8_0' is valid with --format gguf only"),
+        ((*export, tmp_path / "a", "--converter", "x"), "--converter 'x' is valid with --format gguf only"),
     ):
         _, err = cli(*words, code=1)
         assert err.endswith(f"{message}\n")
     for words, message in (
-        ((*evaluate, "--json", "--markdown"), "--json and --markdown exclude each other"),
-        ((*evaluate, "--tasks", ","), "--tasks: ',' names no task"),
+        ((*evaluate, "--json", "--markdown"), "--json and --markdown are mutually exclusive"),
+        ((*evaluate, "--tasks", ","), "--tasks: ',' contains no task"),
     ):
         assert message in " ".join(cli(*words, code=2)[1].replace("│", "").split())
     assert list(tmp_path.iterdir()) == []
