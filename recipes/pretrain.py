@@ -42,7 +42,7 @@ def make_parser(prog: str | None = None) -> RecipeParser:
 
 
 def get_tokenizer(new: PretrainArguments, training: RecipeConfig, run: Run, texts: Iterable[str]) -> Any:
-    """The named tokenizer, that of the checkpoint to resume, or a new one trained by one process for all."""
+    """The named tokenizer, the one in the checkpoint to resume, or a new one, trained once for all processes."""
     if new.tokenizer_name or new.config_name or run.checkpoint:
         return AutoTokenizer.from_pretrained(new.tokenizer_name or run.checkpoint or new.config_name)
     trained = [train_tokenizer(texts, new.vocab_size) if training.process_index == 0 else None]

@@ -58,7 +58,7 @@ def model_card(
         pictures: names of image files in the card's folder.
         settings: arguments by name; empty values and False are omitted.
         made_by: the command line or function that made the model.
-        versions: library versions by name; by default those of this package, transformers and torch.
+        versions: library versions by name; by default this package, transformers and torch.
     """
     data = ModelCardData(
         base_model=_public(base_model),

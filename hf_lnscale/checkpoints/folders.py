@@ -96,7 +96,7 @@ def _foreign_file(target: Path) -> str | None:
 
 
 def files_of(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """The files of a folder whose own name, or that of the top folder they are in, matches a pattern."""
+    """The files of a folder that match a pattern by their name or by their top-level folder."""
     matching = [entry for entry in folder.iterdir() if any(fnmatch(entry.name, pattern) for pattern in patterns)]
     files = itertools.chain.from_iterable(entry.rglob("*") if entry.is_dir() else [entry] for entry in matching)
     return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())

@@ -183,7 +183,7 @@ def _require_sound(stack: Stack, streamed: Streamed) -> None:
         if not math.isfinite(moments.variance):
             raise ArgumentError("model", problem=f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}")
         if place and not typical:
-            problem = f"{where} is zero for a token; check that the weights are those of a trained model"
+            problem = f"{where} is zero for a token; check that the model is trained"
             raise ArgumentError("model", problem=problem)
 
 
@@ -298,7 +298,7 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
 
 
 def _columns(streamed: Streamed) -> dict[str, Any]:
-    """The measures by name, with L values each: those of the first pass, and None for the optional ones."""
+    """The measures by name, with L values each; the optional ones are None after the first pass."""
     means, errors = streamed.means, streamed.errors
     columns: dict[str, Any] = {"layer": range(len(streamed.angles_LL))}
     for name in ("attention", "mlp"):

@@ -44,7 +44,7 @@ class Streamed:
         first, rest: moments at each place of the residual stream.
         typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
         means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp" (the norm of the
-            sub-layer's output divided by that of the state it is added to) and of "influence" (1 - cosine similarity of
+            sub-layer's output over the norm of the state it is added to) and of "influence" (1 - cosine similarity of
             the layer's input and output).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
         errors: standard errors over sequences of the `means`, and of the logarithm, shape (P,), of "typical" and of
@@ -282,7 +282,7 @@ def gradient_norms(
             weights.append(torch.tensor(found[::-1], dtype=torch.float64).sqrt() / len(targets_N))
             rest += int(rest_BT.sum())
     if not weights:
-        raise ArgumentError("data", problem="there is no token to predict; sequences must have at least two tokens")
+        raise ArgumentError("data", problem="contains no token to predict; sequences must have at least two tokens")
     return torch.stack(weights), states_L / rest
 
 

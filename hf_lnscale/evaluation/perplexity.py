@@ -92,7 +92,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(loss). Its standard error is that of the loss times the perplexity (delta method)."""
+        """exp(loss). Its standard error is perplexity * standard error of the loss (delta method)."""
         loss, value = self.loss, math.exp(self.nats / self.num_tokens)
         return Estimate(value, None if loss.stderr is None else value * loss.stderr)
 

@@ -37,7 +37,7 @@ class Timing:
     Attributes:
         median, lowest, highest: over all runs but the first, which is a warmup.
         runs: number of runs.
-        in_turn: whether the runs alternated with those of the models compared.
+        in_turn: whether runs of the compared models alternated.
     """
 
     median: float

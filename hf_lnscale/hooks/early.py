@@ -27,7 +27,7 @@ def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any,
 def set_up_planner(
     original: Original, /, self: Any, state_dict: Any, metadata: Any = None, *args: Any, **kwargs: Any
 ) -> None:
-    """The load planner, which matches tensors to those of a state dict by name."""
+    """The load planner, which matches tensors to a state dict by name."""
     original(self, state_dict, metadata, *args, **kwargs)
     if metadata is not None and _models_imported():
         from .readers import require_all_layers
@@ -36,7 +36,7 @@ def set_up_planner(
 
 
 def create_model(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """lm-eval's `delta`, a second checkpoint whose tensors are added to those of the first by name."""
+    """lm-eval's `delta`, a second checkpoint whose tensors are added to the first by name."""
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     if delta := given.get("delta"):
         from .readers import require_same_layers

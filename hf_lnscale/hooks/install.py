@@ -93,7 +93,7 @@ HOOKS = (
         MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
         "self distributed_checkpoint_dir device_map device_mesh", needed_since="5.20",
     ),
-    # Private to torch: every load_state_dict calls it, including that of a module that wraps the model.
+    # Private to torch: every load_state_dict calls it, including on a module that wraps the model.
     Hook(
         MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
         "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",

@@ -148,7 +148,7 @@ def _highest_indices(names: Iterable[str]) -> dict[str, int]:
 
 
 def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a delta checkpoint with different layers, whose tensors are about to be added to those of a model.
+    """Refuses a delta checkpoint with different layers, whose tensors are about to be added to a model by name.
 
     Raises:
         ArgumentError: if dropped layers or a folded scale differ between the two, or the delta lacks sub-layers that

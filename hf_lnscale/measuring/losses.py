@@ -205,7 +205,7 @@ def sweep(
     picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
     counts_S = torch.cat([picked_BT.sum(1) for picked_BT in picked])
     if not counts_S.sum():
-        raise ArgumentError("data", problem="there is no token to predict; sequences must have at least two tokens")
+        raise ArgumentError("data", problem="contains no token to predict; sequences must have at least two tokens")
     current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
     bar = logging.tqdm(
         total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False, bar_format=_BAR

@@ -81,7 +81,7 @@ class Cut:
 
 
 def _or_planned(value: Any, plan: PruningPlan, kind: str, named: str) -> Any:
-    """The value of `drop_attention` or `drop_mlp`, or that of the plan."""
+    """The value of `drop_attention` or `drop_mlp`, or else the layers in the plan."""
     planned = list(getattr(plan, kind)) or None
     if planned and value is not None:
         raise ValueError(
@@ -146,8 +146,8 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
         if "healed" in value.perplexity:
             arguments = "plan.layers" + "".join(f", {kind}=plan.{kind}" for kind in SUBLAYERS if getattr(value, kind))
             warn(
-                f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} is that of the healed model; "
-                f"without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
+                f"drop_layers: the plan's perplexity of {value.perplexity['healed']:.2f} was measured on the healed "
+                f"model; without healing it is {value.perplexity['after']:.2f}. To heal, load the whole model, call "
                 f"hf_lnscale.heal(model, plan, data) and then hf_lnscale.drop_layers(model, {arguments}); or use "
                 "`hf-lnscale prune`."
             )

@@ -86,9 +86,9 @@ def heal(
       and V the new weight. Needs two (I, I) and three (I, D) matrices in double precision in addition to the model.
       Falls back to "linear" for mixtures of experts, whose experts have no common a.
     - "linear": |y - r - A u|^2 + ridge |A - I|^2, with A of shape (D, D), as in ReplaceMe (arXiv 2505.02819, section 3,
-      but without the pull towards I there). Each weight W that produces u is replaced by A W: `down_proj`, or that of
-      every expert, routed and shared. Gates and routing weights are scalars, so this is exact. It is the special case
-      V = A W of "refit".
+      but without the pull towards I there). Each weight W that produces u is replaced by A W: `down_proj`, or the
+      `down_proj` of every expert, routed and shared. Gates and routing weights are scalars, so this is exact. It is the
+      special case V = A W of "refit".
 
     If a norm follows the MLP (Gemma 2 and 3), the weights determine the direction of what is added and the norm's
     weight g the size of each channel. They are fitted one after the other: the weights to (y - r) / g, with the target
@@ -103,8 +103,8 @@ def heal(
             `measuring.sample.default_sources`.
         method: one of `METHODS`.
         held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
-            the sequences of each source, and all of those of weight 0. In either case, if there is a single source,
-            English and Python code are also fitted, with a small weight, and evaluated; see
+            the sequences of each source, and all sequences of sources of weight 0. In either case, if there is a
+            single source, English and Python code are also fitted, with a small weight, and evaluated; see
             `measuring.sample.with_default_sources`.
         tokenizer, windows: see `token_batches`. With token ids, the tokenizer is used to evaluate on other text.
         cross_validate: whether to also fit without each source in turn, at the chosen penalty, to estimate the

@@ -342,7 +342,7 @@ class Repair:
         return step, after, changes
 
     def _blended(self, fit: _Fit, after: SourceLosses, before: SourceLosses) -> tuple[float, SourceLosses, str]:
-        """The largest blend that makes no source worse and its losses, or the reason why there is none."""
+        """The largest blend that makes no source worse, and its losses; otherwise the reason for not healing."""
         worse: list[str] = []
         for blend in _BLENDS:
             if blend < 1.0:

@@ -63,8 +63,8 @@ class PruningPlan:
         data: the text used: `calibration` and `held_out`, each with source, number of tokens and sha256; the former
             also with hashes of its passages, see `measuring.known_text`.
         perplexity: on held-out data: `before`, `after` dropping, and `healed` if healing was tried and kept.
-        errors: standard errors over sequences, of `perplexity` by the same names, and as `after_change` and
-            `healed_change` those of the relative change from `before`, paired by sequence. 0 for a single sequence.
+        errors: standard errors over sequences, of `perplexity` by the same names, and of the relative change from
+            `before`, paired by sequence, as `after_change` and `healed_change`. 0 for a single sequence.
         steps: the steps of the search: layers dropped so far, and the values that decided.
         heal: report of the healing tried, or None.
         notes: other information, such as sizes before and after.

@@ -85,7 +85,7 @@ class Proposal:
 
 
 def propose_family(model: nn.Module) -> Proposal:
-    """Finds the row of a model's family for `register_family`, or the reason why there is none.
+    """Finds the row of a model's family for `register_family`, or the reason why it has none.
 
     Builds a tiny random model of the same classes (four layers, hidden size 32, on the CPU, in float64). By intervening
     in it, determines the norms before attention and MLP, and verifies that their outputs can be scaled through their

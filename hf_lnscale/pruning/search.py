@@ -227,9 +227,9 @@ def search_layers(
 ) -> tuple[PruningPlan, HealReport | None]:
     """Chooses layers and, with `heal_method`, heals the model in place to compensate for them.
 
-    The arguments are those of `plan_pruning`, already validated; a target that names the layers needs no method. Layers
-    are chosen on `calibration`. The plan's results are measured on `judged`, which also decides how many layers fit the
-    budget and whether healing is kept.
+    See `plan_pruning` for the arguments, which are already validated; a target that names the layers needs no method.
+    Layers are chosen on `calibration`. The plan's results are measured on `judged`, which also decides how many layers
+    fit the budget and whether healing is kept.
 
     Returns:
         The plan, and the report with which healing can be undone; None if it was not tried. Healing that does not help

@@ -64,7 +64,7 @@ class PretrainArguments:
     config_name: str | None = option(None, "Folder or Hub name of a config, instead of family and shape.")
     tokenizer_name: str | None = option(None, "Folder or Hub name; by default a BPE tokenizer is trained on the data.")
     vocab_size: int = option(4096, "Vocabulary size of a newly trained tokenizer.")
-    hidden_size: int | None = option(None, "Overrides that of the shape, as do the following options.")
+    hidden_size: int | None = option(None, "Overrides the value of the shape, as do the following options.")
     intermediate_size: int | None = option(None, "MLP width.")
     num_hidden_layers: int | None = option(None, "Number of layers.")
     num_attention_heads: int | None = option(None, "Number of attention heads.")
@@ -224,8 +224,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class RecipeParser(TrlParser):
     """TRL's parser, whose `--config` also accepts the name of a config shipped with the recipe, such as `qwen3-8b`.
 
-    `prog` is the command that starts the recipe, such as "hf-lnscale train sft"; `defaults` override those of the
-    dataclasses.
+    `prog` is the command that starts the recipe, such as "hf-lnscale train sft"; `defaults` override
+    the defaults of the dataclasses.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def features_of(row: dict[str, Any]) -> Features:
 
 
 def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) -> dict[str, Any]:
-    """The columns of the first format whose columns the row all has."""
+    """The columns of the first format for which the row has every column."""
     for names in _FORMATS:
         if all((not columns or name in columns) and row.get(name) is not None for name in names):
             return {name: row[name] for name in names}

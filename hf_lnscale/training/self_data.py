@@ -42,8 +42,8 @@ def write_self_data(
         begin: called before the first file is written.
 
     Raises:
-        ValueError: if no prompt is left, no answer of a chat ends within `max_length`, or the chat template is that of
-            another tokenizer, which is not loaded before training.
+        ValueError: if no prompt is left, no answer of a chat ends within `max_length`, or the chat template belongs
+            to another tokenizer, which is only loaded in training.
     """
     template = training.chat_template_path or ".jinja"
     if "tools" in rows.column_names and not template.endswith((".jinja", ".j2")):

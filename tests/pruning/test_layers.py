@@ -269,7 +269,7 @@ def test_a_plan_that_healed_says_that_dropping_does_not(tmp_path):
     full = tiny.model()
     full.save_pretrained(tmp_path)
     healed = plan(perplexity={"before": 10.0, "after": 15.0, "healed": 12.0})
-    said = r"12.00 is that of the healed model; without healing it is 15.00.*heal\(model, plan, data\)"
+    said = r"12.00 was measured on the healed model; without healing it is 15.00.*heal\(model, plan, data\)"
     for drop in (
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, drop_layers=healed),
         lambda: drop_layers(tiny.model(), healed),
