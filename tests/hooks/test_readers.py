@@ -558,5 +558,5 @@ def test_an_average_that_trl_makes_is_refused_in_a_warmup(average, tmp_path):
         processing_class=tokenizer,
         callbacks=[LNScalingWarmupCallback(), *([BEMACallback()] if average == "BEMACallback" else [])],
     )
-    with pytest.raises(ValueError, match=r"Callback averages the model's weights.*step 0 of the 10"):
+    with pytest.raises(ValueError, match=r"Callback averages the model's weights.*step 0 of 10"):
         trainer.train()

@@ -156,7 +156,7 @@ def test_an_averaged_teacher_is_refused_in_a_warmup(tokenizer, tmp_path):
         processing_class=tokenizer,
         callbacks=[LNScalingWarmupCallback()],
     )
-    with pytest.raises(ValueError, match=r"SyncTeacherModelCallback averages the model's weights.*step 0 of the 10"):
+    with pytest.raises(ValueError, match=r"SyncTeacherModelCallback averages the model's weights.*step 0 of 10"):
         trainer.train()
 
 
