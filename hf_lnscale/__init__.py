@@ -11,34 +11,40 @@ transformers:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
-from .hooks.install import disable, enable, is_enabled
+from ._version import __version__ as __version__
+from .hooks.install import disable as disable
+from .hooks.install import enable as enable
+from .hooks.install import is_enabled as is_enabled
 
-if TYPE_CHECKING:
-    from .checkpoints.names import Placement
-    from .core.apply import (
-        apply_ln_scaling,
-        fold_ln_scaling,
-        ln_scales,
-        remove_ln_scaling,
-        set_ln_scaling_step,
-        unfold_ln_scaling,
-    )
-    from .core.config import LNScalingConfig
-    from .core.errors import UnsupportedArchitectureError, UnsupportedTransformersError
-    from .core.families import register_family
-    from .diagnosis import Diagnosis, diagnose
-    from .evaluation import evaluate
-    from .evaluation.adopt import Adopted, adopt
-    from .measuring.text import Windows
-    from .pruning.heal import heal
-    from .pruning.layers import drop_layers
-    from .pruning.plan import PruningPlan
-    from .pruning.probe import Proposal, propose_family
-    from .pruning.prune import plan_pruning, prune
-    from .pruning.pruned import Pruned
-    from .pruning.scores import LayerScores, score_layers
-    from .pruning.speculative import draft_model
+if TYPE_CHECKING:  # `as` makes type checkers take them as public
+    from .checkpoints.names import Placement as Placement
+    from .core.apply import apply_ln_scaling as apply_ln_scaling
+    from .core.apply import fold_ln_scaling as fold_ln_scaling
+    from .core.apply import ln_scales as ln_scales
+    from .core.apply import remove_ln_scaling as remove_ln_scaling
+    from .core.apply import set_ln_scaling_step as set_ln_scaling_step
+    from .core.apply import unfold_ln_scaling as unfold_ln_scaling
+    from .core.config import LNScalingConfig as LNScalingConfig
+    from .core.errors import UnsupportedArchitectureError as UnsupportedArchitectureError
+    from .core.errors import UnsupportedTransformersError as UnsupportedTransformersError
+    from .core.families import register_family as register_family
+    from .diagnosis import Diagnosis as Diagnosis
+    from .diagnosis import diagnose as diagnose
+    from .evaluation import evaluate as evaluate
+    from .evaluation.adopt import Adopted as Adopted
+    from .evaluation.adopt import adopt as adopt
+    from .measuring.text import Windows as Windows
+    from .pruning.heal import heal as heal
+    from .pruning.layers import drop_layers as drop_layers
+    from .pruning.plan import PruningPlan as PruningPlan
+    from .pruning.probe import Proposal as Proposal
+    from .pruning.probe import propose_family as propose_family
+    from .pruning.prune import plan_pruning as plan_pruning
+    from .pruning.prune import prune as prune
+    from .pruning.pruned import Pruned as Pruned
+    from .pruning.scores import LayerScores as LayerScores
+    from .pruning.scores import score_layers as score_layers
+    from .pruning.speculative import draft_model as draft_model
 
 # Where the public names are defined. They are imported on first use, to keep importing this package cheap.
 _DEFINED_IN = {
@@ -65,40 +71,7 @@ _DEFINED_IN = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
-__all__ = [
-    "Adopted",
-    "Diagnosis",
-    "LNScalingConfig",
-    "LayerScores",
-    "Placement",
-    "Proposal",
-    "Pruned",
-    "PruningPlan",
-    "UnsupportedArchitectureError",
-    "UnsupportedTransformersError",
-    "Windows",
-    "__version__",
-    "adopt",
-    "apply_ln_scaling",
-    "diagnose",
-    "disable",
-    "draft_model",
-    "drop_layers",
-    "enable",
-    "evaluate",
-    "fold_ln_scaling",
-    "heal",
-    "is_enabled",
-    "ln_scales",
-    "plan_pruning",
-    "propose_family",
-    "prune",
-    "register_family",
-    "remove_ln_scaling",
-    "score_layers",
-    "set_ln_scaling_step",
-    "unfold_ln_scaling",
-]
+__all__ = sorted(["__version__", "disable", "enable", "is_enabled", *_MODULE_OF])
 
 
 def __getattr__(name: str) -> Any:
