@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hf_lnscale
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis.examine import first_sequences, forward_passes
-from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances, stream
+from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
 from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.stream_pass import measure_stream
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +101,7 @@ def main(
     base, slow = model.model, max(2, count // 5)
     parts: list[tuple[str, str, Callable[[], object], Callable[[], object], float, int]] = [
         ("a plain pass of the decoder", "itself", lambda: plain(base, data), lambda: plain(base, data), 1.0, count),
-        ("stream", "decoder", lambda: stream(model, data, nothing), lambda: plain(base, data), 1.0, count),
+        ("stream", "decoder", lambda: measure_stream(model, data), lambda: plain(base, data), 1.0, count),
         (
             "loss", "decoder and head", lambda: sweep_losses(model, data, progress=False), lambda: plain(model, data),
             announced["loss"], slow,

@@ -23,15 +23,14 @@ from ..core.stack import Stack, text_stack
 from ..measuring.known_text import caution, sequences_of
 from ..measuring.losses import MOST_NATS, MeanLoss, sweep
 from ..measuring.split_model import SplitModel
+from ..measuring.stream_pass import Streamed, measure_stream
 from ..measuring.text import TOKEN_IDS, Batch, TokenBatches, Windows, token_batches
 from . import verdict
 from .diagnosis import Diagnosis
 from .measure import (
     NotDifferentiableError,
-    Streamed,
     gradient_norms,
     jacobian_distances,
-    stream,
     weights_have_gradients,
 )
 
@@ -115,7 +114,7 @@ def diagnose(
     full = cuts = None
     with closing(_Progress(costs, batches.num_tokens, progress)) as bar:
         with bar.part("stream") as advance:
-            streamed = stream(model, batches, advance)
+            streamed = measure_stream(model, _tracked(batches, advance))
         _require_sound(stack, streamed)
         columns = _columns(streamed)
         if loss:
@@ -176,8 +175,16 @@ def _noting(what: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"{what}: {error}")
 
 
+def _tracked(batches: TokenBatches, advance: Callable[[float], object]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        advance(1 / len(batches))
+
+
 def _require_sound(stack: Stack, streamed: Streamed) -> None:
-    """Refuses a residual stream that is not finite, or is zero after a layer."""
+    """Refuses data without a token to measure, and a residual stream that is not finite, or is zero after a layer."""
+    if not streamed.rest[0].count:
+        raise ArgumentError("data", problem="sequences have no token after the first; each needs at least two")
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):

@@ -1,7 +1,4 @@
-"""The measurements: one streaming forward pass, and a backward pass layer by layer.
-
-The forward pass holds one batch and sums for each layer. The backward pass holds the L states of one batch and the
-graph of one layer. Sums are computed in at least float32 and accumulated in float64.
+"""The measurements that take gradients, layer by layer: they hold the L states of one batch and the graph of one layer.
 
 Shapes: B batch, T tokens, N selected tokens of B x T, S sequences, D hidden size, L layers, P = L + 1 places in the
 residual stream (place i is before layer i, place L after the last layer).
@@ -20,156 +17,16 @@ from torch import nn
 
 from ..core.errors import ArgumentError
 from ..core.stack import Stack, text_stack
-from ..measuring.angles import BlockAngles, cosine_distance
 from ..measuring.losses import loss_gradient
-from ..measuring.moments import Moments, channel_moments
 from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
 from ..measuring.stream import (
-    capture_residual_stream,
     eval_mode,
     first_tokens,
     hidden_states,
-    last_tokens,
     layer_output,
     upcast,
 )
-from ..measuring.text import Batch, TokenBatches
-
-
-@dataclass
-class Streamed:
-    """The results of the forward pass. "First" means the first token of each sequence, "rest" all other tokens.
-
-    Attributes:
-        first, rest: moments at each place of the residual stream.
-        typical_P: geometric mean over the rest of the mean square |x|^2 / D of a token.
-        means: means over all tokens and over the rest, shape (L, 2), of "attention" and "mlp" (the norm of the
-            sub-layer's output over the norm of the state it is added to) and of "influence" (1 - cosine similarity of
-            the layer's input and output).
-        angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
-        errors: standard errors over sequences of the `means`, and of the logarithm, shape (P,), of "typical" and of
-            "growth" (relative to the place after the first layer); NaN for one sequence.
-    """
-
-    first: list[Moments]
-    rest: list[Moments]
-    typical_P: torch.Tensor
-    means: dict[str, torch.Tensor]
-    angles_LL: torch.Tensor
-    errors: dict[str, torch.Tensor]
-
-
-def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]) -> Streamed:
-    """Runs one forward pass over the batches; `advance` is called with each completed fraction of the work."""
-    stack = text_stack(model)
-    pass_ = _Pass(stack)
-    with eval_mode(model), capture_residual_stream(stack, pass_.at, pass_.between):
-        for batch in batches:
-            pass_.start(batch)
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            pass_.finish()
-            advance(1 / len(batches))
-    if not pass_.rest[0].count:
-        problem = "sequences have no token after the first; each needs at least two"
-        raise ArgumentError("data", problem=problem)
-    # Converts sums over (first, rest) to sums over (all, rest).
-    parts = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
-    sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
-    logs_PS, rest_S = sums.pop("log")[:, 1], counts_2S[1]
-    means, errors = {}, {}
-    for name, split_L2S in sums.items():
-        sums_L2S = parts.T @ split_L2S
-        means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
-        errors[name] = _errors(sums_L2S, counts_2S)
-    errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
-    typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
-    return Streamed(pass_.first, pass_.rest, typical_P, means, pass_.angles.mean(), errors)
-
-
-def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
-    """Standard errors of means over tokens, given sums by sequence; keeps leading dimensions."""
-    used = counts_S.reshape(-1, counts_S.shape[-1]).bool().all(0)
-    sums_S, counts_S = sums_S[..., used], counts_S[..., used].expand_as(sums_S[..., used])
-    means = sums_S.sum(-1, keepdim=True) / counts_S.sum(-1, keepdim=True)
-    residuals_S = (sums_S - means * counts_S) / counts_S.sum(-1, keepdim=True)
-    number = sums_S.shape[-1]
-    return (number / (number - 1) * residuals_S.square().sum(-1)).sqrt() if number > 1 else means[..., 0] * math.nan
-
-
-def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x_BTD = upcast(x_BTD)
-    return x_BTD, torch.linalg.vector_norm(x_BTD, dim=-1).clamp_min(torch.finfo(x_BTD.dtype).tiny)
-
-
-class _Pass:
-    """The sums of a forward pass, kept on the device during a batch to avoid synchronizing at each layer."""
-
-    before: tuple[torch.Tensor, torch.Tensor]  # the state before the running layer, and its norm
-    middle: tuple[torch.Tensor, torch.Tensor]  # the state between attention and MLP, and its norm
-
-    def __init__(self, stack: Stack) -> None:
-        layers, channels = len(stack.layers), stack.model.config.hidden_size
-        self.first, self.rest = ([Moments(channels) for _ in range(layers + 1)] for _ in range(2))
-        # Numbers of first and other tokens by sequence, one tensor per batch.
-        self.counts_S: list[torch.Tensor] = []
-        self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": [], "log": []}
-        self.angles = BlockAngles(layers)
-
-    def start(self, batch: Batch) -> None:
-        self.padded = batch.padded
-        self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
-        # Indices, since indexing with a mask synchronizes with the GPU.
-        self.last_tokens = last_tokens(batch).nonzero(as_tuple=True)
-        self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in self.masks[torch.device("cpu")]]))
-        self.counts: list[int] = self.counts_S[-1].sum(-1).tolist()
-        self.moments: list[list[torch.Tensor]] = [[], []]
-        self.found: dict[str, list[torch.Tensor]] = {name: [] for name in self.sums}
-        self.last: list[torch.Tensor] = []
-
-    def at(self, place: int, x_BTD: torch.Tensor) -> None:
-        self.last.append(x_BTD[tuple(index.to(x_BTD.device, non_blocking=True) for index in self.last_tokens)])
-        x_BTD, norm_BT = _with_norm(x_BTD)
-        if place:
-            m_BTD, m_norm_BT = (one.to(x_BTD.device) for one in self.middle)
-            y_BTD, y_norm_BT = (one.to(x_BTD.device) for one in self.before)
-            self._sum("mlp", torch.linalg.vector_norm(x_BTD - m_BTD, dim=-1) / m_norm_BT)
-            self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
-        self.before = (x_BTD, norm_BT)
-        self._sum("log", (norm_BT.square() / x_BTD.shape[-1]).log())
-        first_BT, rest_BT = self._masks(x_BTD.device)
-        # Without padding these are views, otherwise copies.
-        parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
-        for found, part in zip(self.moments, parts, strict=True):
-            found.append(channel_moments(part))
-
-    def between(self, place: int, m_BTD: torch.Tensor) -> None:
-        self.middle = _with_norm(m_BTD)
-        x_BTD, x_norm_BT = (one.to(m_BTD.device) for one in self.before)
-        self._sum("attention", torch.linalg.vector_norm(self.middle[0] - x_BTD, dim=-1) / x_norm_BT)
-
-    def _sum(self, name: str, values_BT: torch.Tensor) -> None:
-        values_BT = values_BT.double()
-        sums = [torch.where(mask_BT, values_BT, 0.0).sum(-1) for mask_BT in self._masks(values_BT.device)]
-        self.found[name].append(torch.stack(sums))
-
-    def _masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if device not in self.masks:
-            first_BT, rest_BT = self.masks[torch.device("cpu")]
-            self.masks[device] = (first_BT.to(device), rest_BT.to(device))
-        return self.masks[device]
-
-    def finish(self) -> None:
-        for merged, found, count in zip((self.first, self.rest), self.moments, self.counts, strict=True):
-            for moments, (variance_D, mean_D) in zip(merged, found, strict=True):
-                moments.add(count, mean_D.cpu().double(), variance_D.cpu().double())
-        for name, values in self.found.items():
-            self.sums[name].append(torch.stack([value.cpu() for value in values]))
-        self.angles.add(self.last)
-        del self.before, self.middle, self.last, self.moments
-
-
-# --- with gradients ---------------------------------------------------------------------------------------------------
+from ..measuring.text import TokenBatches
 
 
 class NotDifferentiableError(ValueError):
@@ -282,7 +139,7 @@ def gradient_norms(
             weights.append(torch.tensor(found[::-1], dtype=torch.float64).sqrt() / len(targets_N))
             rest += int(rest_BT.sum())
     if not weights:
-        raise ArgumentError("data", problem="contains no token to predict; sequences must have at least two tokens")
+        raise ArgumentError("data", problem="there is no token to predict; sequences must have at least two tokens")
     return torch.stack(weights), states_L / rest
 
 

@@ -26,10 +26,10 @@ from ..checkpoints.folders import public_name
 from ..core.display import as_text, terminal
 from ..core.json_file import number_of, read_object, to_json
 from ..core.stack import Stack, text_stack
-from ..measuring.angles import BlockAngles, cosine_distance
 from ..measuring.losses import loss_gradient, sweep
-from ..measuring.split_model import PLAIN_FORWARD, SplitModel, model_inputs, pick_tokens, predictions
-from ..measuring.stream import capture_residual_stream, eval_mode, last_tokens, upcast
+from ..measuring.split_model import SplitModel, pick_tokens, predictions
+from ..measuring.stream import eval_mode, upcast
+from ..measuring.stream_pass import measure_stream
 from ..measuring.text import Batch, TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers", "score_stream"]
@@ -268,39 +268,12 @@ def score_stream(
     progress: bool = True,
 ) -> dict[str, LayerScores]:
     """Scores by all methods that only read the residual stream, in a single pass; see `score_layers`."""
-    stack, methods = text_stack(model), tuple(methods)
-    influence_L, angles = torch.zeros(len(stack.layers), dtype=torch.float64), BlockAngles(len(stack.layers))
-    picked: list[torch.Tensor] = []  # states of the compared tokens at each place
-    distances: list[torch.Tensor] = []  # sum over tokens for each layer
-    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the previous state and its norms
-    count = 0
-
-    def visit(place: int, x_BTD: torch.Tensor) -> None:
-        nonlocal before
-        if "angular" in methods:
-            picked.append(x_BTD[picked_BT.to(x_BTD.device)])
-        if "block_influence" in methods:
-            x_BTD = upcast(x_BTD)
-            norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
-            if place and before:
-                y_BTD, other_BT = (state.to(x_BTD.device) for state in before)
-                distance_BT = cosine_distance(x_BTD, y_BTD, norm_BT, other_BT)
-                distances.append(distance_BT[batch.attention_mask.to(x_BTD.device)].sum())
-            before = (x_BTD, norm_BT)
-
-    with eval_mode(model), capture_residual_stream(stack, visit):
-        for batch in _track(batches, ", ".join(methods), progress):
-            picked, distances = [], []
-            picked_BT = last_tokens(batch) if tokens == "last" else batch.attention_mask
-            stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            count += int(batch.attention_mask.sum())
-            if picked:
-                angles.add(picked)
-            if distances:
-                # Read once per batch, since synchronizing at every layer would cost more than the sums.
-                influence_L += torch.tensor([value.item() for value in distances], dtype=torch.float64)
-    found = {"block_influence": influence_L / _require_tokens(count), "angular": angles.mean()}
-    name, about = public_name(stack.model.config.name_or_path or ""), batches.describe()
+    methods = tuple(methods)
+    _require_tokens(batches.num_tokens)
+    tracked = _track(batches, ", ".join(methods), progress)
+    streamed = measure_stream(model, tracked, rotation_only=True, tokens=tokens)
+    found = {"block_influence": streamed.means["influence"][:, 0], "angular": streamed.angles_LL}
+    name, about = public_name(text_stack(model).model.config.name_or_path or ""), batches.describe()
     return {
         method: LayerScores(method, found[method], name, about, tokens=tokens if method == "angular" else None)
         for method in methods
