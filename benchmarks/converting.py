@@ -245,7 +245,7 @@ def loss(model: LlamaForCausalLM, windows_NT: torch.Tensor, batch: int) -> float
 
 def figures(model: LlamaForCausalLM, held_out_NT: torch.Tensor, settings: Settings) -> dict[str, Any]:
     measured = measured_windows(held_out_NT, settings)
-    found = hf_lnscale.diagnose(model, measured, gradients=False, jacobian=False, progress=False)
+    found = hf_lnscale.diagnose(model, measured, jacobian=False, progress=False)
     return {
         "evaluation_loss": loss(model, held_out_NT, settings.batch),
         "residual_variance": [place["variance_without_first"] for place in found.residual],

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hf_lnscale
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis.examine import first_sequences, forward_passes
-from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
+from hf_lnscale.diagnosis.measure import jacobian_distances
 from hf_lnscale.measuring.losses import sweep_losses
 from hf_lnscale.measuring.stream_pass import measure_stream
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
@@ -105,10 +105,6 @@ def main(
         (
             "loss", "decoder and head", lambda: sweep_losses(model, data, progress=False), lambda: plain(model, data),
             announced["loss"], slow,
-        ),
-        (
-            "gradients", "decoder and head", lambda: gradient_norms(model, data, nothing),
-            lambda: plain(model, data), announced["gradients"], slow,
         ),
         (
             "jacobian", "decoder and head", lambda: jacobian_distances(model, few, PROBES, nothing),

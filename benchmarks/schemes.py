@@ -268,6 +268,18 @@ def trained(runs: Sequence[Run], text: Text, jobs: int) -> Iterator[tuple[Run, d
         raise failed[0]
 
 
+def gradient_norms(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> list[float]:
+    """The norm of the gradient of the loss with respect to each layer's weights, mean over batches."""
+    found = torch.zeros(len(model.model.layers), dtype=torch.float64)
+    for ids in batches:
+        model.zero_grad()
+        loss_of(model, ids).backward()
+        for index, layer in enumerate(model.model.layers):
+            found[index] += torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm() / len(batches)
+    model.zero_grad()
+    return found.tolist()
+
+
 def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What each layer of a trained model does, and the held-out loss without layers.
 
@@ -281,7 +293,7 @@ def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str,
         losses.append(held_out_loss(hf_lnscale.drop_layers(copy.deepcopy(model), sorted(order[:count])), held_out))
     return {
         "loss_added": [one["loss_added"] for one in diagnosis.layers],
-        "gradient_norm": [one["gradient_norm"] for one in diagnosis.layers],
+        "gradient_norm": gradient_norms(model, few),
         "angular": [row[0] for row in diagnosis.angular],
         "variance": [one["variance"] for one in diagnosis.residual],
         "order": order,

@@ -102,7 +102,7 @@ class Demo:
             except MissingPackageError as error:
                 self.say(f"Skipped: {error}")
                 return {"skipped": True}
-        parts: dict[str, Any] = dict.fromkeys(("loss", "gradients", "jacobian", "progress"), False)
+        parts: dict[str, Any] = dict.fromkeys(("loss", "jacobian", "progress"), False)
         found = diagnose(load(folder), self.held_out_texts, windows=Windows(512 if self.fast else 2048, 256), **parts)
         self.console.print(str(found), markup=False)
         variances = {key: [place[key] for place in found.residual] for key in ("variance", "variance_without_first")}
@@ -126,7 +126,7 @@ class Demo:
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
             losses = self.train(model, train, held_out)
-            found = diagnose(model, held_out, gradients=False, jacobian=False, progress=False)
+            found = diagnose(model, held_out, jacobian=False, progress=False)
             loss_error = (found.baseline or {}).get("loss_error")
             variances = [place["variance"] for place in found.residual]
             added, errors = found.values("loss_added"), found.values("loss_added_error")

@@ -18,7 +18,6 @@ def diagnose(
     out: Annotated[Path, Option(help="Folder for report.html, diagnosis.json and the plots.")],
     compare: Annotated[str | None, Option(help="A second checkpoint, shown next to the first.")] = None,
     loss: Annotated[bool, Option("--loss/--no-loss", help="Loss without each layer: about L / 2 passes.")] = True,
-    gradients: Annotated[bool, Option("--gradients/--no-gradients", help="Gradient norms: 4 passes.")] = True,
     jacobian: Annotated[bool, Option("--jacobian/--no-jacobian", help="Jacobians: 4 passes over 8 windows.")] = True,
     draw: Annotated[bool, Option("--plots/--no-plots", help="Write PNG and SVG files; needs matplotlib.")] = True,
     num_tokens: Annotated[int, Option("--tokens", help="Number of tokens to use.")] = 16_384,
@@ -39,9 +38,8 @@ def diagnose(
     from ..measuring.text import Windows
 
     found = diagnose_checkpoints(
-        checkpoint, data, out, compare=compare, draw=draw, force=force, loss=loss, gradients=gradients,
-        jacobian=jacobian, windows=Windows(num_tokens, seq_len, batch_size),
-        placement=Placement(dtype, device, device_map),
+        checkpoint, data, out, compare=compare, draw=draw, force=force, loss=loss, jacobian=jacobian,
+        windows=Windows(num_tokens, seq_len, batch_size), placement=Placement(dtype, device, device_map),
     )  # fmt: skip
     if as_json:
         documents = [json.loads(one.to_json()) for one in found]

@@ -27,24 +27,13 @@ from ..measuring.stream_pass import Streamed, measure_stream
 from ..measuring.text import TOKEN_IDS, Batch, TokenBatches, Windows, token_batches
 from . import verdict
 from .diagnosis import Diagnosis
-from .measure import (
-    NotDifferentiableError,
-    gradient_norms,
-    jacobian_distances,
-    weights_have_gradients,
-)
+from .measure import NotDifferentiableError, jacobian_distances
 
-# In forward passes: all layers forward, again one by one, and backward (with respect to inputs and weights).
-_GRADIENT_PASSES = 4.0
-_OPTIONAL = (
-    "loss_added", "loss_added_error", "perplexity_without", "gradient_norm", "gradient_norm_error",
-    "state_gradient_norm", "jacobian_distance", "jacobian_distance_error",
-)  # fmt: skip
+_OPTIONAL = ("loss_added", "loss_added_error", "perplexity_without", "jacobian_distance", "jacobian_distance_error")
 _PARTS = {
     "stream": "the stream",
     "loss": "the loss without each layer",
     "cuts": "cuts of several layers (one more for each layer that can be dropped)",
-    "gradients": "gradients",
     "jacobian": "Jacobians",
 }
 
@@ -56,7 +45,6 @@ def diagnose(
     tokenizer: Any = None,
     windows: Windows = Windows(num_tokens=16_384),
     loss: bool = True,
-    gradients: bool = True,
     jacobian: bool = True,
     jacobian_sequences: int = 8,
     jacobian_probes: int = 2,
@@ -69,8 +57,6 @@ def diagnose(
     block of layers. The other parts are optional and cost more. In forward passes, for L layers:
 
     - `loss`: the loss without each layer, about L / 2, and without several, 1 for each layer that can be dropped.
-    - `gradients`: the norm of each layer's gradient, 4. Quantized or offloaded weights have none; the gradient with
-      respect to the residual stream is always measured.
     - `jacobian`: the distance of each layer's Jacobian from the identity, 2 + `jacobian_probes`, on only
       `jacobian_sequences` sequences.
 
@@ -79,12 +65,11 @@ def diagnose(
     save memory.
 
     Args:
-        model: a model of a known family, possibly wrapped, on any devices; with its language modeling head for `loss`
-            and `gradients`.
+        model: a model of a known family, possibly wrapped, on any devices; with its language modeling head for `loss`.
         data: texts, a dataset, a path or token ids, see `token_batches`.
         tokenizer: converts text to ids; loaded by the model's name if not given.
         windows: how texts are split.
-        loss, gradients, jacobian: whether to measure these.
+        loss, jacobian: whether to measure these.
         jacobian_sequences: number of sequences, from the start, used to estimate the Jacobian.
         jacobian_probes: number of random vectors per sequence.
         progress: whether to announce the cost and show a progress bar.
@@ -98,16 +83,16 @@ def diagnose(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ArgumentError(name, value, "an integer >= 1")
     stack = text_stack(model)
-    if loss or gradients:
+    if loss:
         try:
             SplitModel(model)
         except ArgumentError:
             problem = f"{type(model).__name__} has no language modeling head; load it with AutoModelForCausalLM, or "
-            problem += "skip the parts that need one: `loss=False`, `gradients=False`"
+            problem += "skip the part that needs one: `loss=False`"
             raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
-    wanted = {"stream": True, "loss": loss, "cuts": loss, "gradients": gradients, "jacobian": jacobian}
+    wanted = {"stream": True, "loss": loss, "cuts": loss, "jacobian": jacobian}
     costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
     costs = {part: passes for part, passes in costs.items() if wanted[part]}
     notes: list[str] = []
@@ -118,32 +103,9 @@ def diagnose(
         _require_sound(stack, streamed)
         columns = _columns(streamed)
         if loss:
-            with bar.part("loss") as advance:
-                full, without = sweep(model, batches, (), None, "loss", advance)
-            if not full.mean < MOST_NATS:
-                problem = f"its loss on this data is {full.mean:.4g} nats per token, too high for a comparison"
-                raise ArgumentError("model", problem=problem)
-            added = [one.mean - full.mean for one in without.values()]
-            added = [one if math.isfinite(one) else math.inf for one in added]  # the loss without it overflows
-            columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
-            columns["perplexity_without"] = [
-                math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
-            ]
-            with bar.part("cuts"):
-                order = sorted(without, key=added.__getitem__)
-                cuts = _nested_cuts(model, batches, full, without[order[0]], order, bar)
-        if gradients:
-            with bar.part("gradients") as advance, _noting("gradients", notes):
-                weights_NL, columns["state_gradient_norm"] = gradient_norms(model, batches, advance)
-                columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
-                if not weights_have_gradients(stack):
-                    notes.append("gradient_norm: the weights are quantized or offloaded and have no gradients")
+            full, cuts = _add_losses(columns, model, batches, bar)
         if jacobian:
-            with bar.part("jacobian") as advance, _noting("jacobian_distance", notes):
-                square_L, error_L = _mean_and_error(jacobian_distances(model, few, jacobian_probes, advance))
-                columns["jacobian_distance"] = square_L.sqrt()
-                # Delta method: d sqrt(x) = dx / (2 sqrt(x)).
-                columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
+            notes += _add_jacobians(columns, model, few, jacobian_probes, bar)
     residual, layers = _residual(streamed), _rows(columns)
     notes += _leave_out_infinite(layers, stack)
     baseline = None if full is None else _baseline(full)
@@ -166,13 +128,39 @@ def diagnose(
     )
 
 
-@contextmanager
-def _noting(what: str, notes: list[str]) -> Iterator[None]:
-    """Skips a measure that has no gradient, and adds a note."""
-    try:
-        yield
-    except NotDifferentiableError as error:
-        notes.append(f"{what}: {error}")
+def _add_losses(
+    columns: dict[str, Any], model: nn.Module, batches: TokenBatches, bar: _Progress
+) -> tuple[MeanLoss, list[dict[str, Any]]]:
+    """Adds the loss without each layer to the columns; returns the loss of the whole model, and `_nested_cuts`."""
+    with bar.part("loss") as advance:
+        full, without = sweep(model, batches, (), None, "loss", advance)
+    if not full.mean < MOST_NATS:
+        problem = f"its loss on this data is {full.mean:.4g} nats per token, too high for a comparison"
+        raise ArgumentError("model", problem=problem)
+    added = [one.mean - full.mean for one in without.values()]
+    added = [one if math.isfinite(one) else math.inf for one in added]  # the loss without it overflows
+    columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
+    columns["perplexity_without"] = [
+        math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
+    ]
+    with bar.part("cuts"):
+        order = sorted(without, key=added.__getitem__)
+        return full, _nested_cuts(model, batches, full, without[order[0]], order, bar)
+
+
+def _add_jacobians(
+    columns: dict[str, Any], model: nn.Module, few: TokenBatches, probes: int, bar: _Progress
+) -> list[str]:
+    """Adds the distances of the Jacobians to the columns; returns a note if a layer is not differentiable."""
+    with bar.part("jacobian") as advance:
+        try:
+            square_L, error_L = _mean_and_error(jacobian_distances(model, few, probes, advance))
+        except NotDifferentiableError as error:
+            return [f"jacobian_distance: {error}"]
+    columns["jacobian_distance"] = square_L.sqrt()
+    # Delta method: d sqrt(x) = dx / (2 sqrt(x)).
+    columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
+    return []
 
 
 def _tracked(batches: TokenBatches, advance: Callable[[float], object]) -> Iterator[Batch]:
@@ -226,7 +214,6 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
         # One pass that stores the states before every layer, and from each of them the layers after it.
         "loss": body * (1 + (layers - 1) / 2) + head * (layers + 1),
         "cuts": 1.0,
-        "gradients": _GRADIENT_PASSES,
         "jacobian": body * share * (2 + probes),
     }
 

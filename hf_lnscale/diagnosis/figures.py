@@ -102,20 +102,4 @@ FIGURES = (
         "Block Influence",
         (Line("block_influence", "Block Influence", "accent solid dots"),),
     ),
-    Figure(
-        "gradient",
-        "The gradient of each layer",
-        "Norm of the gradient of the loss with respect to all weights of the layer, mean over batches with its "
-        "standard error. It depends on the size of the batches: compare layers, and models on the same data.",
-        "gradient norm",
-        (Line("gradient_norm", "gradient norm", "accent solid dots"),),
-    ),
-    Figure(
-        "state_gradient",
-        "The gradient that flows back through the stream",
-        "Norm of the gradient of a sequence's loss with respect to a token's state before the layer: a single "
-        "measurement on this text.",
-        "gradient norm of a state",
-        (Line("state_gradient_norm", "gradient norm", "accent solid dots"),),
-    ),
 )

@@ -42,8 +42,6 @@ COLUMNS = (
     Column("angle", "Angular distance of input and output at the last token, fraction of pi", "angular_distance"),
     Column("loss added", "Loss added by removing the layer, nats per token", "loss_added", "loss added"),
     Column("ppl without", "Perplexity without the layer", "perplexity_without"),
-    Column("gradient", "Norm of the gradient of the layer's weights", "gradient_norm", "gradient"),
-    Column("state gradient", "Norm of the gradient of a token's state before the layer", "state_gradient_norm"),
     Column("Jacobian", "Distance of the layer's Jacobian from the identity", "jacobian_distance", "|J-I|"),
 )
 
