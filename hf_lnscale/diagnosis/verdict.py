@@ -11,8 +11,6 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from ..core.display import number, with_error
 from ..measuring.uncertainty import ends_early, too_little
 
@@ -42,42 +40,6 @@ _HALVES = {
 }
 # Massive activations: a few tokens make the variance this much larger than a typical token's.
 MASSIVE = 3.0
-# One kind of growth fits better than another if the other's error is larger than this factor times its own, plus 1 %.
-TIE = 1.1
-
-
-def fit_growth(values: list[float]) -> dict[str, dict[str, float]]:
-    """Least-squares fits of three kinds of growth over depth to the logarithm of the variance.
-
-    arXiv 2502.05795, section 3: in Pre-LN the variance lies between a linear and an exponential function of depth; with
-    LayerNorm Scaling it is bounded by a polynomial. Each kind has two parameters, so the errors are comparable.
-
-    For the values after l = 1, 2, ..., L layers, with L at least 3, "linear" is start * (1 + slope * (l - 1)),
-    "polynomial" is start * l ** power, and "exponential" is start * rate ** (l - 1). `off_by` is the factor by which
-    the fit is off on average (root mean square of the logarithm).
-    """
-    y_L = np.log(np.asarray(values, dtype=np.float64))
-    depth_L = np.arange(1, len(y_L) + 1, dtype=np.float64)
-    # The best start for a given slope has a closed form, so only the slope is searched, with increasing resolution. For
-    # slopes below -1 / (L - 1), the variance would be negative.
-    falling = -1 / (len(y_L) - 1)
-    slopes = np.concatenate([falling * (1 - np.geomspace(1e-6, 1, 400)), np.geomspace(1e-6, 1e6, 2000)])
-    for _ in range(6):
-        logs = np.log1p(slopes[:, None] * (depth_L - 1))
-        starts = (y_L - logs).mean(1)
-        errors = ((logs + starts[:, None] - y_L) ** 2).mean(1)
-        best = int(errors.argmin())
-        around = slopes[max(best - 1, 0)], slopes[min(best + 1, len(slopes) - 1)]
-        slope, start, off = slopes[best], starts[best], math.sqrt(errors[best])
-        slopes = np.linspace(*around, 400)
-    fits = {"linear": {"start": math.exp(start), "slope": float(slope), "off_by": math.exp(off)}}
-    # The logarithms of these are linear in a transformed depth.
-    straight = ("polynomial", "power", np.log(depth_L), float), ("exponential", "rate", depth_L - 1, math.exp)
-    for kind, parameter, x_L, value in straight:
-        slope, start = np.polyfit(x_L, y_L, 1)
-        off = np.sqrt(np.mean((start + slope * x_L - y_L) ** 2))
-        fits[kind] = {"start": math.exp(start), parameter: value(slope), "off_by": math.exp(off)}
-    return fits
 
 
 def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,14 +51,6 @@ def growth(residual: list[dict[str, Any]]) -> dict[str, Any]:
     if len(values) > window:
         at = max(range(len(values) - window), key=lambda i: values[i + window] / values[i])
         found["fastest"] = {"layers": [at + 1, at + window], "factor": values[at + window] / values[at]}
-    found["fits"] = fit_growth(values) if len(values) >= 3 else None
-    found["kind"] = None
-    if found["fits"]:
-        off = {kind: math.log(fit["off_by"]) for kind, fit in found["fits"].items()}
-        best = min(off, key=off.__getitem__)
-        # Without growth, no kind of growth is named.
-        if found["factor"] > 1.5 and all(off[kind] > TIE * off[best] + 0.01 for kind in off if kind != best):
-            found["kind"] = best
     return found
 
 
@@ -152,7 +106,7 @@ def judge(
         "idle_layers": idle,
         "removable": inside,
         "sentences": [
-            *_on_growth(grown),
+            _on_growth(grown),
             *_on_massive(spikes),
             *(text.format(**found) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
             *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
@@ -184,7 +138,7 @@ def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dic
     }
 
 
-def _on_growth(grown: dict[str, Any]) -> list[str]:
+def _on_growth(grown: dict[str, Any]) -> str:
     factor = grown["factor"]
     text = (
         f"A typical token's mean square goes from {number(grown['first'])} after the first layer to "
@@ -195,22 +149,7 @@ def _on_growth(grown: dict[str, Any]) -> list[str]:
     if factor > 1.5 and "fastest" in grown:
         first, last = grown["fastest"]["layers"]
         text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
-    sentences = [text + "."]
-    if fits := grown["fits"]:
-        named = {
-            "linear": "linear",
-            "polynomial": f"polynomial, l^{fits['polynomial']['power']:.1f}",
-            "exponential": f"exponential, {times(fits['exponential']['rate'])} per layer",
-        }
-        order = sorted(named, key=lambda kind: fits[kind]["off_by"])
-        fitted = "; ".join(f"{named[kind]} (misses by {_percent(fits[kind])})" for kind in order)
-        if factor <= 1.5:
-            sentences.append("It hardly grows, so no kind of growth is named.")
-        elif grown["kind"]:
-            sentences.append(f"The best fit of its growth is {fitted}.")
-        else:
-            sentences.append(f"No fit of its growth is clearly the best: {fitted}.")
-    return sentences
+    return text + "."
 
 
 def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
@@ -224,7 +163,7 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
         text += ", and all of that is the first token of each sequence"
     elif spikes["factor_without_first"] < spikes["factor"] / 2:
         text += f"; {times(spikes['factor_without_first'])} without the first token of each sequence"
-    return [text + ". This is not growth of the stream, and the fits leave it out."]
+    return [text + ". This is not growth of the stream."]
 
 
 def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
@@ -281,10 +220,6 @@ def times(factor: float) -> str:
     return f"{number(factor) if factor >= 10 else format(factor, '.2f')} times"
 
 
-def _percent(fit: dict[str, float]) -> str:
-    return f"{100 * (fit['off_by'] - 1):.0f} %" if fit["off_by"] < 10 else times(fit["off_by"])
-
-
 def compare(before: Any, after: Any) -> list[tuple[str, str, str]]:
     """Rows that compare two diagnoses: name, value in the first, value in the second."""
     first, second = _figures(before), _figures(after)
@@ -299,7 +234,6 @@ def _figures(one: Any) -> dict[str, str | None]:
         "layers": str(one.model["num_layers"]),
         "perplexity": with_error(base["perplexity"], base.get("perplexity_error")) if base else None,
         "growth of a typical token, first to last layer, times": with_error(grown["factor"], grown.get("factor_error")),
-        "kind of growth": grown["kind"] or "undecided",
     }
     for half in ("first_half", "deeper_half"):
         for sign, (_, _, _, name) in _HALVES.items():
