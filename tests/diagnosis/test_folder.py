@@ -42,7 +42,7 @@ def command(checkpoints, *arguments, model="plain"):
     return CliRunner().invoke(app, words, obj=SimpleNamespace(debug=False))
 
 
-CHEAP = ("--no-loss", "--no-gradients", "--no-jacobian", "--no-plots")
+CHEAP = ("--no-loss", "--no-jacobian", "--no-plots")
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_little_text_is_a_caution_everywhere(checkpoints, tmp_path):
 
 
 def test_standard_errors_are_shown(checkpoints, tmp_path):
-    wanted = ("--tokens", 1_000_000, "--no-gradients", "--no-jacobian", "--no-plots")
+    wanted = ("--tokens", 1_000_000, "--no-jacobian", "--no-plots")
     done = command(checkpoints, "--out", tmp_path / "out", *wanted, "--compare", checkpoints / "scaled")
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     for one in (Diagnosis.load(tmp_path / "out" / name) for name in ("diagnosis.json", "compare.json")):

@@ -289,7 +289,7 @@ def test_values_show_by_keyboard(show, diagnoses):
 @pytest.mark.browser
 def test_two_models_share_their_axes(show):
     browser = show("two")
-    for figure in ("variance", "loss", "ratio", "jacobian", "gradient", "angular"):
+    for figure in ("variance", "loss", "ratio", "jacobian", "angular"):
         panels = browser.execute_script(
             """return [...document.querySelectorAll(`svg[data-figure='${arguments[0]}']`)].map((svg) =>
             [...svg.querySelectorAll("text")].map((text) => [text.textContent, text.getAttribute("x"),

@@ -70,12 +70,12 @@ def hook_count(model):
 
 
 def residual_variance(model, data, counted="variance"):
-    found = diagnose(model, data, loss=False, gradients=False, jacobian=False, progress=False)
+    found = diagnose(model, data, loss=False, jacobian=False, progress=False)
     return [place[counted] for place in found.residual]
 
 
 def loss_added(model, data):
-    return diagnose(model, data, gradients=False, jacobian=False, progress=False).values("loss_added")
+    return diagnose(model, data, jacobian=False, progress=False).values("loss_added")
 
 
 def test_residual_variance_is_that_of_all_entries(model, ids):

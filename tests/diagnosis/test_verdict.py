@@ -86,29 +86,6 @@ def test_whose_activations_are_massive(without_first, text):
     assert (text in sentence) if text else "first token" not in sentence
 
 
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        # Around an exponential the fits miss by 1.098 and by 1.111 times as much, plus 1 %.
-        ([math.exp(0.4 * i + 0.60 * (-1) ** i) for i in range(8)], None),
-        ([math.exp(0.4 * i + 0.58 * (-1) ** i) for i in range(8)], "exponential"),
-        # An exact one, from which a line is less, and more, than 1 % away.
-        ([math.exp(0.06 * i) for i in range(8)], None),
-        ([math.exp(0.08 * i) for i in range(8)], "exponential"),
-    ],
-)
-def test_kinds_that_fit_about_as_well_are_a_tie(values, kind):
-    assert verdict.growth(places(values))["kind"] == kind
-
-
-@pytest.mark.parametrize(("factor", "kind"), [(1.49, None), (1.51, "polynomial")])
-def test_a_stream_that_hardly_grows_has_no_kind(factor, kind):
-    found = judged([1] * 8, [1] * 8, typical=[i ** math.log(factor, 8) for i in range(1, 9)])
-    assert found["growth"]["fits"]["polynomial"]["off_by"] == pytest.approx(1)
-    assert found["growth"]["kind"] == kind
-    assert ("It hardly grows" in " ".join(found["sentences"])) == (kind is None)
-
-
 @pytest.mark.parametrize(("perplexity", "counts"), [(10.5, (1, 1)), (10.51, (0, 1)), (11.0, (0, 1)), (11.01, (0, 0))])
 def test_budgets(perplexity, counts):
     found = judged(cuts=[{"layers": [2], "perplexity": perplexity}])["removable"]

@@ -88,7 +88,7 @@ def test_windows_are_no_longer_than_the_positions_of_the_model():
     assert len(rows_of(token_batches(text, tiny.model(max_position_embeddings=700), tokenizer=tokenizer()))[0]) == 512
     assert len(rows_of(token_batches(text, tokenizer=tokenizer()))[0]) == 512
     for measure in (diagnose, plan_pruning):
-        given = {"num_layers": 1} if measure is plan_pruning else {"gradients": False}
+        given = {"num_layers": 1} if measure is plan_pruning else {"jacobian": False}
         with pytest.raises(ValueError, match=r"seq_len must be at most 32, the number of positions of .*, got 33"):
             measure(model, text, tokenizer=tokenizer(), windows=Windows(seq_len=33), progress=False, **given)
 

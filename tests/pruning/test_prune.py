@@ -200,7 +200,7 @@ def test_the_text_that_a_model_was_chosen_on_is_known_to_it(checkpoint, text, tm
         assert (told in compared.notes) == known
         assert not compared.models[0].perplexity.caution
         tokenizer = tf.AutoTokenizer.from_pretrained(pruned)
-        seen = diagnose(found.model, str(file), tokenizer=tokenizer, jacobian=False, gradients=False, progress=False)
+        seen = diagnose(found.model, str(file), tokenizer=tokenizer, jacobian=False, progress=False)
         assert any(told in one for one in seen.verdict["cautions"]) == known
         assert (told in " ".join(str(seen).split())) == known
         with warnings.catch_warnings(record=True) as caught:

@@ -160,7 +160,7 @@ def test_small_angles_keep_their_digits(tmp_path):
 def test_the_definitions_are_those_of_the_other_measurements(tmp_path):
     model, data = tiny.model(), examples()
     ids = torch.tensor(data["input_ids"])
-    found = diagnose(model, ids, loss=False, gradients=False, jacobian=False, progress=False)
+    found = diagnose(model, ids, loss=False, jacobian=False, progress=False)
     variance, skipped = (found.values(f"residual.{name}") for name in ("variance", "variance_without_first"))
     angle = score_layers(model, ids, "angular", tokens="all", progress=False).layers.tolist()
     run = trainer(copy.deepcopy(model), data, tmp_path, skip_tokens=0)
