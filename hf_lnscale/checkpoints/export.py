@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,42 +33,29 @@ Fold = Callable[[torch.Tensor], torch.Tensor]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """The description of a checkpoint in its `config.json`."""
+def read_info(path: str) -> dict[str, Any]:
+    """Describes the checkpoint in a folder or a Hub repository by its `config.json`; reads no weights.
 
-    path: str  # as given
-    model_type: str  # of the whole model
-    family: str  # the model_type of its text decoder
-    supported: bool  # whether it is in the table of families
-    num_layers: int | None  # of the text decoder; None if not in the configuration
-    active: dict[str, Any] | None  # the scaling applied on loading
-    folded: dict[str, Any] | None  # the scaling contained in the norm weights
-    scales: list[float]  # the scale of each layer applied on loading
-    # The dropped `layers`, the original's `num_hidden_layers` and name (`base`), and, if any, the layers that lack only
-    # `attention` or `mlp`; all indices refer to the original.
-    dropped: dict[str, Any] | None = None
-
-
-def read_info(path: str) -> CheckpointInfo:
-    """Reads the `config.json` of a folder or a Hub repository, but no weights."""
+    `active` is the scaling applied on loading, with its `scales`, `folded` that in the norm weights. `dropped` has the
+    `layers`, `attention` and `mlp` that are missing, counted as in the original with its `num_hidden_layers`.
+    """
     config = read_config(path)
     num_layers, found = layers_of(config), record(config)
     try:
         supported = bool(family_of(config))
     except ValueError:
         supported = False
-    return CheckpointInfo(
-        path=str(path),
-        model_type=config.model_type,
-        family=text_config(config).model_type,
-        supported=supported,
-        num_layers=num_layers,
-        active=found.active.to_dict() if found.active else None,
-        folded=found.folded.to_dict() if found.folded else None,
-        scales=found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
-        dropped=found.dropped.to_dict() if found.dropped else None,
-    )
+    return {
+        "path": str(path),
+        "model_type": config.model_type,
+        "family": text_config(config).model_type,
+        "supported": supported,
+        "num_layers": num_layers,
+        "active": found.active.to_dict() if found.active else None,
+        "folded": found.folded.to_dict() if found.folded else None,
+        "scales": found.active.scales(num_layers) if found.active and num_layers else [1.0] * (num_layers or 0),
+        "dropped": found.dropped.to_dict() if found.dropped else None,
+    }
 
 
 def export(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from types import SimpleNamespace
 
 from ..core.display import one_line, terminal
 from .options import AsJson, Checkpoint
@@ -20,10 +20,11 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     from ..core.config import LNScalingConfig
     from ..core.record import SUBLAYERS
 
-    found = read_info(checkpoint)
+    about = read_info(checkpoint)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(json.dumps(about, indent=2))
         return
+    found = SimpleNamespace(**about)
     state = "no LayerNorm Scaling"
     if scaling := LNScalingConfig.of(found.active or found.folded):
         warmup = f" (warmup step {scaling.step} of {scaling.warmup_steps} to {scaling.exponent:g})"

@@ -100,7 +100,6 @@ class Speed:
 
 def measure(
     *checkpoints: str | os.PathLike[str],
-    drop_layers: Sequence[Sequence[int] | None] = (),
     placement: Placement = Placement(),
     prompt_tokens: int = 512,
     new_tokens: int = 32,
@@ -113,7 +112,6 @@ def measure(
 
     Args:
         checkpoints: folders, Hub repositories or GGUF files.
-        drop_layers: for each checkpoint, the `drop_layers` of `from_pretrained`; empty for none.
         placement: device and dtype.
         prompt_tokens: length of the prompt of random ids.
         new_tokens: number of tokens to decode greedily after the first.
@@ -127,12 +125,8 @@ def measure(
         RuntimeError: if a process fails; the message is the last line it printed.
     """
     require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-    drops = [list(layers or ()) for layers in drop_layers] or [[] for _ in checkpoints]
     settings = {"dtype": placement.dtype, "device": placement.main_device, "new_tokens": new_tokens}
-    jobs = [
-        {**settings, "checkpoint": str(checkpoint), "drop_layers": layers, "prompt_tokens": prompt_tokens}
-        for checkpoint, layers in zip(checkpoints, drops, strict=True)
-    ]
+    jobs = [{**settings, "checkpoint": str(checkpoint), "prompt_tokens": prompt_tokens} for checkpoint in checkpoints]
     if _fit(checkpoints, placement):
         return _in_turn(jobs, repeats)
     return [_in_turn([job], repeats, compared=len(jobs) == 1)[0] for job in jobs]
@@ -226,8 +220,7 @@ def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # keeps output of libraries out of the answers
     device = job["device"]
     started = time.perf_counter()
-    keywords = {"drop_layers": job["drop_layers"]} if job["drop_layers"] else {}
-    model = load(job["checkpoint"], dtype=job["dtype"], **keywords).to(device)
+    model = load(job["checkpoint"], dtype=job["dtype"]).to(device)
     about = {"parameters": model.num_parameters(), "load_seconds": time.perf_counter() - started}
     print(json.dumps({**about, "load_peak_bytes": peak_memory(device)}), file=answers, flush=True)
     generator = torch.Generator().manual_seed(0)

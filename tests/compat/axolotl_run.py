@@ -131,7 +131,7 @@ def check(home: Path, log: Path, folder: Path) -> None:
         home, log, folder, "pretrained", base_model=str(folder / "base"), reinit_weights=True,
         pretraining_dataset=[text], ln_scaling={"warmup_steps": 4}, depth_stats_steps=5,
     )  # fmt: skip
-    active = read_info(str(trained)).active
+    active = read_info(str(trained))["active"]
     assert active is not None
     assert (active["step"], active["depths"]) == (4, [1, 2, 3, 4]), active
     weights = load_file(trained / "model.safetensors")
@@ -147,13 +147,13 @@ def check(home: Path, log: Path, folder: Path) -> None:
         "chat_template": "chatml",
     }
     tuned = train(home, log, folder, "tuned", drop_layers=[2], **chats)
-    assert read_info(str(tuned)).dropped["layers"] == [2]
+    assert read_info(str(tuned))["dropped"]["layers"] == [2]
     weights = load_file(tuned / "model.safetensors")
     require_scaled(AutoModelForCausalLM.from_pretrained(tuned), weights, [1, 2, 4], tokens)
     print("SFT without layer 2: saved, reloaded", flush=True)
 
     partial = train(home, log, folder, "partial", drop_layers=[0], drop_attention=[1], drop_mlp=[3], **chats)
-    gone = read_info(str(partial)).dropped
+    gone = read_info(str(partial))["dropped"]
     assert (gone["layers"], gone["attention"], gone["mlp"]) == ([0], [1], [3]), gone
     loaded = AutoModelForCausalLM.from_pretrained(partial)
     filled = load_file(export_zeros(partial, folder / "zeros") / "model.safetensors")

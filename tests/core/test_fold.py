@@ -320,9 +320,9 @@ def test_info(scaled, tmp_path, cli):
 
     export(scaled, tmp_path / "folded", progress=False)
     folded = read_info(str(tmp_path / "folded"))
-    assert folded.active is None
-    assert folded.folded == found["active"]
-    assert folded.scales == [1.0] * 4
+    assert folded["active"] is None
+    assert folded["folded"] == found["active"]
+    assert folded["scales"] == [1.0] * 4
     assert "folded into the weights" in cli("info", tmp_path / "folded")
 
     tiny.model().save_pretrained(tmp_path / "plain")

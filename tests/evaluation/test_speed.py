@@ -38,6 +38,7 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
     (tmp_path / "json.py").write_text("raise SystemExit('code of the current folder was run')")
     monkeypatch.chdir(tmp_path)
+    tiny.model(max_position_embeddings=64, drop_layers=[1]).save_pretrained(tmp_path / "cut")
     started, turns = speed._started, []
 
     @contextlib.contextmanager
@@ -45,15 +46,13 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
         with started(job) as answer:
 
             def noted(*request):
-                turns.extend(["cut" if job["drop_layers"] else "whole"] if request else [])
+                turns.extend(["cut" if job["checkpoint"].endswith("cut") else "whole"] if request else [])
                 return answer(*request)
 
             yield noted
 
     monkeypatch.setattr(speed, "_started", noting)
-    whole, cut = measure(
-        checkpoint, checkpoint, drop_layers=[None, [1]], placement=CPU, prompt_tokens=8, new_tokens=4, repeats=3
-    )
+    whole, cut = measure(checkpoint, tmp_path / "cut", placement=CPU, prompt_tokens=8, new_tokens=4, repeats=3)
     layer = sum(p.numel() for p in tiny.model().model.layers[1].parameters())
     assert whole.parameters - cut.parameters == layer
     for timing in (whole.prefill_tokens_per_second, cut.decode_tokens_per_second):

@@ -337,9 +337,9 @@ def test_folded_on_disk(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(plain(tiny.tokens()).logits, pruned(tiny.tokens()).logits)
     info = read_info(tmp_path / "plain")
-    assert info.dropped["layers"] == [1]
-    assert info.folded["depths"] == [1, 3, 4]
-    assert read_info(tmp_path / "pruned").scales == ln_scales(pruned)
+    assert info["dropped"]["layers"] == [1]
+    assert info["folded"]["depths"] == [1, 3, 4]
+    assert read_info(tmp_path / "pruned")["scales"] == ln_scales(pruned)
 
 
 @pytest.mark.filterwarnings("ignore:ln_scaling was enabled")
@@ -628,10 +628,10 @@ def test_models_that_count_no_layers(tmp_path):
     with pytest.raises(ValueError, match="drop_layers is not supported for model_type 'resnet'"):
         tf.ResNetForImageClassification.from_pretrained(checkpoint, drop_layers=[1])
     info = read_info(str(checkpoint))
-    assert (info.family, info.supported, info.num_layers, info.scales) == ("resnet", False, None, [])
+    assert (info["family"], info["supported"], info["num_layers"], info["scales"]) == ("resnet", False, None, [])
     tf.LxmertConfig().save_pretrained(tmp_path / "lxmert")
     require_same_model(tf.LxmertConfig(), str(tmp_path / "lxmert"))
-    assert read_info(str(tmp_path / "lxmert")).num_layers is None
+    assert read_info(str(tmp_path / "lxmert"))["num_layers"] is None
 
 
 BYTES = """

@@ -426,7 +426,7 @@ def test_resuming_with_other_sublayers_is_refused(tmp_path):
 def test_what_other_commands_say(tmp_path):
     cut = drop_layers(tiny.model(), attention=[1], mlp=[2])
     cut.save_pretrained(tmp_path / "cut")
-    assert read_info(str(tmp_path / "cut")).dropped | {"base": ""} == {
+    assert read_info(str(tmp_path / "cut"))["dropped"] | {"base": ""} == {
         "layers": [], "num_hidden_layers": 4, "base": "", "attention": [1], "mlp": [2],
     }  # fmt: skip
     with pytest.raises(ValueError, match="loading it requires hf_lnscale"):

@@ -358,7 +358,7 @@ def test_folded_half_way(family, tmp_path, monkeypatch, capsys):
         shown = capsys.readouterr().out
         assert "exponent 0.25 (warmup step 2 of 4 to 0.5)" in shown
         assert state in shown
-    assert read_info(tmp_path / "scaled").scales == HALF_WAY_SCALES
+    assert read_info(tmp_path / "scaled")["scales"] == HALF_WAY_SCALES
 
 
 def test_dropped_layers_keep_their_depths(tmp_path):
