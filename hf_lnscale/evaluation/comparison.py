@@ -263,21 +263,18 @@ def evaluate(
         raise ValueError("models: give at least one")
     if data is None and not tasks and not abilities and not speed:
         raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
-    device = placement.main_device
     configs = [read_config(name) for name in names]
     tokenizers = [load_tokenizer(name) if data is not None or tasks or abilities else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
     if abilities and len(names) > 1:
         first_token(tokenizers[0])
-    texts, source = None, ""
+    texts, text_settings = None, None
     if data is not None:
         seq_len = window_length(seq_len, configs, SEQ_LEN)
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
-        source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-        texts = first_bytes(documents(data, tokenizers[0]), max_bytes)
-        if not any(text.strip() for text in texts):
-            raise ArgumentError("data", source, problem="contains no text")
+        texts, source = _read_text(data, tokenizers[0], max_bytes)
+        text_settings = {"source": source, "seq_len": seq_len, "stride": stride}
 
     labels = _labels(names)
     costs: Sequence[Speed | None] = [None] * len(names)
@@ -306,42 +303,64 @@ def evaluate(
                 results += continuations.agreement(model, tokenizer)
             elif len(names) > 1:
                 continuations = Continuations(model, tokenizer)
-        figures.append(
-            ModelFigures(
-                name=name,
-                label=label,
-                parameters=model.num_parameters(),  # counts packed weights correctly
-                num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
-                size_on_disk=size_on_disk(name),
-                dtype=_weights(model),
-                perplexity=text_figures,
-                speed=cost,
-                tasks={result.name: result for result in results},
-            )
-        )
+        figures.append(_figures(name, label, config, model, text_figures, cost, results))
         del model
         gc.collect()
-        if device.startswith("cuda"):
+        if placement.main_device.startswith("cuda"):
             torch.cuda.empty_cache()  # frees memory for other processes
     return Evaluation(
         figures,
         {
-            "data": None if texts is None else {"source": source, "seq_len": seq_len, "stride": stride},
+            "data": text_settings,
             "speed": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats} if speed else None,
             "tasks": {"limit": limit, "num_fewshot": num_fewshot} if tasks else None,
             "abilities": abilities,
-            "dtype": placement.dtype,
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "hf_lnscale": __version__,
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                **({"lm_eval": version("lm_eval")} if tasks else {}),
-            },
+            **_environment(placement, ["lm_eval"] if tasks else []),
         },
     )
+
+
+def _read_text(data: Any, tokenizer: Any, max_bytes: int | None) -> tuple[list[str], str]:
+    """The texts, and their source's name."""
+    source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
+    texts = first_bytes(documents(data, tokenizer), max_bytes)
+    if not any(text.strip() for text in texts):
+        raise ArgumentError("data", source, problem="contains no text")
+    return texts, source
+
+
+def _figures(
+    name: str, label: str, config: Any, model: Any, text: Perplexity | None, cost: Speed | None,
+    results: list[TaskResult],
+) -> ModelFigures:  # fmt: skip
+    return ModelFigures(
+        name=name,
+        label=label,
+        parameters=model.num_parameters(),  # counts packed weights correctly
+        num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
+        size_on_disk=size_on_disk(name),
+        dtype=_weights(model),
+        perplexity=text,
+        speed=cost,
+        tasks={result.name: result for result in results},
+    )
+
+
+def _environment(placement: Placement, packages: Sequence[str]) -> dict[str, Any]:
+    """The part of the settings that the machine and the libraries determine."""
+    device = placement.main_device
+    return {
+        "dtype": placement.dtype,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "hf_lnscale": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+    }
 
 
 def _labels(names: list[str]) -> list[str]:
