@@ -61,46 +61,22 @@ def write_report(
         control: the comparison for a healing run.
     """
     arguments, state = trainer.args, trainer.state
-    since = before.get("global_step", -1)
-    evaluating = sum(
-        entry.get("eval_runtime", 0.0) + entry.get("eval_other_runtime", 0.0)
-        for entry in state.log_history
-        if entry["step"] > since
-    )
-    tokens = state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
-    peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
-    peak_bytes = int(trainer.accelerator.gather(peak).max())
+    cost = _cost(trainer, before, resumed, seconds)
     if trainer.is_fsdp_enabled:
         # Intermediate checkpoints may be sharded; the final one loads like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()  # first, so that no later error can lose the model
     found = trainer.evaluate()
-    loss, error = found["eval_loss"], found.get("eval_loss_stderr")
-    start = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), {})
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {
         "recipe": given["recipe"],
-        "eval_loss_before": start.get("eval_loss"),
-        "eval_loss_before_stderr": start.get("eval_loss_stderr"),
-        "eval_loss": loss,
-        "eval_loss_stderr": error,
-        "perplexity": perplexity_of(loss),
-        # Delta method: d exp(x) = exp(x) dx.
-        "perplexity_stderr": None if error is None else perplexity_of(loss) * error,
-        **{key: value for key, value in found.items() if key.startswith("eval_other_loss")},
+        **_losses(state.log_history, found),
         **(dict(control.metrics()) if control else {}),
         "steps": state.global_step,
         "best_step": state.best_global_step if arguments.load_best_model_at_end else None,
         "train_rows": trainer.num_rows[0],
         "eval_rows": trainer.num_rows[1],
-        "tokens_seen": state.num_input_tokens_seen,
-        "tokens_per_second": tokens / (seconds - evaluating),
-        "wall_seconds": seconds,
-        "resumed_from": public_name(resumed) if resumed else None,
-        "peak_memory_bytes": peak_bytes,
-        "peak_memory_of": arguments.device.type if arguments.device.type != "cpu" else "process",
-        "processes": arguments.world_size,
-        "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
+        **cost,
         "parameters": model.num_parameters(),
         "trainable_parameters": model.num_parameters(only_trainable=True),
         "length": [arguments.max_steps, arguments.num_train_epochs],  # as requested; a run of this length is finished
@@ -117,6 +93,45 @@ def write_report(
         (folder / "metrics.json").write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {one_line(folder)}: {', '.join(['the model', 'README.md', 'metrics.json', *pictures])}")
     trainer.accelerator.wait_for_everyone()
+
+
+def _cost(trainer: RecipeTrainer, before: dict[str, Any], resumed: str | None, seconds: float) -> dict[str, Any]:
+    """Speed and memory of the training; see `write_report`."""
+    arguments, state = trainer.args, trainer.state
+    since = before.get("global_step", -1)
+    evaluating = sum(
+        entry.get("eval_runtime", 0.0) + entry.get("eval_other_runtime", 0.0)
+        for entry in state.log_history
+        if entry["step"] > since
+    )
+    tokens = state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
+    peak = torch.tensor(peak_memory(arguments.device.type), device=arguments.device)
+    return {
+        "tokens_seen": state.num_input_tokens_seen,
+        "tokens_per_second": tokens / (seconds - evaluating),
+        "wall_seconds": seconds,
+        "resumed_from": public_name(resumed) if resumed else None,
+        "peak_memory_bytes": int(trainer.accelerator.gather(peak).max()),
+        "peak_memory_of": arguments.device.type if arguments.device.type != "cpu" else "process",
+        "processes": arguments.world_size,
+        "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
+    }
+
+
+def _losses(history: list[dict[str, float]], found: dict[str, float]) -> dict[str, float | None]:
+    """The evaluation loss before and after training, with standard errors."""
+    start = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), {})
+    loss, error = found["eval_loss"], found.get("eval_loss_stderr")
+    return {
+        "eval_loss_before": start.get("eval_loss"),
+        "eval_loss_before_stderr": start.get("eval_loss_stderr"),
+        "eval_loss": loss,
+        "eval_loss_stderr": error,
+        "perplexity": perplexity_of(loss),
+        # Delta method: d exp(x) = exp(x) dx.
+        "perplexity_stderr": None if error is None else perplexity_of(loss) * error,
+        **{key: value for key, value in found.items() if key.startswith("eval_other_loss")},
+    }
 
 
 def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
