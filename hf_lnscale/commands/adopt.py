@@ -14,7 +14,8 @@ def adopt(
     model: Annotated[str, Argument(metavar="MODEL", help="A folder or Hub repository.")],
     out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[
-        Path | None, Option(help="Text, or JSON lines with a column text or messages; defaults to English text.")
+        Path | None,
+        Option(help="Text, or JSON lines, CSV or parquet with a column text or messages; defaults to English text."),
     ] = None,
     tokenizer: Annotated[
         str | None, Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")

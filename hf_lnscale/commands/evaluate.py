@@ -17,7 +17,7 @@ from .options import AsJson, Device, Dtype
 def evaluate(
     models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to evaluate; the first is the reference.")],
     data: Annotated[
-        Path | None, Option(help="Text, or JSON lines with a column text or messages, for perplexity.")
+        Path | None, Option(help="Text, or JSON lines, CSV or parquet with a column text or messages, for perplexity.")
     ] = None,
     tasks: Annotated[
         str | None, Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy, or task files.")

@@ -14,7 +14,7 @@ from ..core.display import one_line
 Checkpoint = Annotated[
     str, Argument(metavar="MODEL", help="A folder, a .gguf file or its folder, or a repository on the Hub.")
 ]
-Data = Annotated[Path, Option(help="Text, or JSON lines with a column text or messages.")]
+Data = Annotated[Path, Option(help="Text, or JSON lines, CSV or parquet with a column text or messages.")]
 SeqLen = Annotated[int | None, Option(help="Tokens per window; defaults to 512 or the model's number of positions.")]
 BatchSize = Annotated[int, Option(help="Windows per batch.")]
 Dtype = Annotated[str, Option(help="Weight dtype: auto (the checkpoint's own), fp32, bf16, fp16.")]

@@ -33,8 +33,8 @@ def prune(
         list[str] | None,
         Option(
             metavar="[NAME=]FILE[:WEIGHT]",
-            help="Text, or JSON lines with a column text or messages. Several sources: --data wiki=a.txt "
-            "--data code=b.jsonl:0.5. Defaults to English and Python code shipped with Python.",
+            help="Text, or JSON lines, CSV or parquet with a column text or messages. Several sources: --data "
+            "wiki=a.txt --data code=b.jsonl:0.5. Defaults to English and Python code shipped with Python.",
         ),
     ] = None,
     num_layers: Annotated[int | None, Option("--layers", help="Drop this many layers.")] = None,

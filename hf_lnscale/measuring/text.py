@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..core.config import is_integer
 from ..core.display import brief
 from ..core.json_file import parse
+from .text_files import read_rows
 
 # Name of the source if the data is not text.
 TOKEN_IDS = "token ids"
@@ -193,7 +194,8 @@ def token_batches(
         data: one of
             - texts: a list, or any iterable, of strings;
             - rows with a column "text" or "messages", such as a `datasets.Dataset`, streamed or not;
-            - the path of a text file, or of a .json or .jsonl file with one such row per line;
+            - the path of a text file, or of a .jsonl, .json, .csv, .tsv or .parquet file of such rows; compressed files
+              end in .gz;
             - token ids: a tensor or array of shape (B, T), a dict with "input_ids" and optionally "attention_mask", or
               an iterable of these or of lists of ids;
             - several sources of text: a dict {name: data} or {name: (data, weight)}, with data as above. The weight (1
@@ -374,24 +376,7 @@ def require_file(data: Any) -> None:
 
 def _file_rows(path: Path) -> Iterator[Any]:
     require_file(path)
-    expected = 'expected JSON lines, one row per line, such as {"text": "..."}'
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix not in (".jsonl", ".json"):
-                yield file.read()
-                return
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse(line)
-                except ValueError as error:
-                    raise ValueError(f"data: line {number} of {path.name} is not JSON: {error}; {expected}") from None
-                if isinstance(row, list) and any(isinstance(one, (dict, str)) for one in row):
-                    raise ValueError(f"data: line {number} of {path.name} holds a list of rows; {expected}")
-                yield row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path.name} is not UTF-8 text: {error}") from None
+    return (row for _, row in read_rows(path, "data"))
 
 
 def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
@@ -408,13 +393,15 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
         elif isinstance(row, Mapping) and row.get("messages"):
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("data: a 'messages' column needs a tokenizer with a chat template; this one has none")
-            rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            messages = row["messages"]
+            messages = parse(messages) if isinstance(messages, str) else messages  # a cell of a CSV file
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
             # `_windows` adds it again.
             yield rendered.removeprefix(getattr(tokenizer, "bos_token", None) or "")
         elif isinstance(row, Mapping) and "text" in row:
             raise ValueError(f"data: column 'text' must hold strings; row {number} (from 0) has {row['text']!r:.50}")
         else:
-            has = f"columns {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
+            has = f"columns {sorted(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(f"data: a row must be a string or have a column 'text' or 'messages', got {has}")
 
 

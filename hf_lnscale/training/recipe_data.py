@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import remove_none_values
 
 from .._version import __version__
 from ..measuring import sample
+from ..measuring.text_files import SUFFIXES, file_kind, read_rows
 from .arguments import DataArguments
-from .chats import features_of, kind_of, parse_json, to_chat
+from .chats import features_of, kind_of, to_chat
 
 # A text file in a folder is one document, unless it is larger than this many bytes. Larger files, and files named
 # individually, are split into rows of LINES_A_ROW lines, since rows are the unit of shuffling and holding out.
 LARGE_FILE = 1 << 20
 LINES_A_ROW = 100
-SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 Row = dict[str, Any]
 Convert = Callable[..., "Row | None"]  # (row, location, columns to read) -> row, or None to skip it
@@ -213,19 +209,15 @@ def _without_nulls(row: Row) -> Row:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _kind(path: Path) -> str | None:
-    return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
-
-
 def _files(path: Path, split: str, test: str | None) -> list[Path]:
     """The files of a split: those named after it or in a folder of that name, else all except the test split's."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file_kind(file) and file.is_file())
         files = [file for file in files if _in_split(file, path, split)] or [
             file for file in files if test is None or not _in_split(file, path, test)
         ]
-    kinds = {_kind(file) for file in files}
+    kinds = {file_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
         what = "mixes, or is not one of," if kinds else "contains none of"
         raise ValueError(f"dataset_name: {str(path)!r} {what} {', '.join(SUFFIXES)} (or .gz of these)")
@@ -234,7 +226,7 @@ def _files(path: Path, split: str, test: str | None) -> list[Path]:
 
 def _in_split(file: Path, folder: Path, split: str) -> bool:
     named = re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem) is not None
-    return _kind(file) is not None and (named or split in file.relative_to(folder).parts[:-1])
+    return file_kind(file) is not None and (named or split in file.relative_to(folder).parts[:-1])
 
 
 def _has_split(path: Path, split: str) -> bool:
@@ -256,46 +248,9 @@ def _rows(
 
 
 def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
-    """Yields the rows of a file, each with its location for error messages."""
-    kind, name = _kind(path), repr(path.name)
-    try:
-        if kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from _numbered(name, map(_without_nulls, rows))
-            return
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as lines:
-            if kind == "csv":
-                csv.field_size_limit(2**31 - 1)  # the maximum on all platforms
-                yield from _numbered(name, csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ","))
-            elif kind == "json":
-                for where, row in _read_json(lines, name, ".json" in path.suffixes):
-                    if not isinstance(row, dict):
-                        raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
-                    yield where, row
-            elif whole and path.stat().st_size <= LARGE_FILE:
-                yield name, {"text": lines.read()}
-            else:
-                while block := "".join(itertools.islice(lines, LINES_A_ROW)):
-                    yield name, {"text": block.removesuffix("\n")}
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"dataset_name: cannot read {name}: {error}") from None
-
-
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_json(lines: Any, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
-    """Yields the values in JSON lines, or in a file that contains a single list."""
-    if may_be_list:
-        text = lines.read()
-        if text.lstrip().startswith("["):
-            yield from _numbered(name, parse_json(text, name))
-            return
-        lines = io.StringIO(text)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"line {number} of {name}"
-            yield where, parse_json(line, where)
+    """Yields the rows of a file as dicts, each with its location for error messages."""
+    kind, whole = file_kind(path), whole and path.stat().st_size <= LARGE_FILE
+    for where, row in read_rows(path, "dataset_name", None if whole else LINES_A_ROW):
+        if kind == "json" and not isinstance(row, dict):
+            raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")
+        yield where, {"text": row} if kind == "text" else _without_nulls(row) if kind == "parquet" else row

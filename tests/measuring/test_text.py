@@ -1,5 +1,7 @@
 """Texts and token ids as batches: what a user may hand over, and what is said where it cannot be read."""
 
+import csv
+import gzip
 import json
 
 import numpy as np
@@ -139,18 +141,69 @@ def test_arrays_of_texts_are_texts():
 ROWS = [{"text": words(3)}, {"text": words(4)}]
 FILES = {
     "pretty.json": (
-        json.dumps(ROWS, indent=1).encode(),
-        r"line 1 of pretty.json is not JSON: .*; expected JSON lines",
+        json.dumps(ROWS[0], indent=1).encode(),
+        r"line 1 of 'pretty.json' is not JSON: .*; expected JSON lines",
     ),
-    "array.json": (json.dumps(ROWS).encode(), "line 1 of array.json holds a list of rows; expected JSON lines"),
-    "latin.txt": ("w3 é".encode("latin-1"), "latin.txt is not UTF-8 text: .*byte 0xe9"),
-    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl is not UTF-8 text: .*byte 0xe9"),
+    "array.jsonl": (json.dumps(ROWS).encode(), "line 1 of 'array.jsonl' holds a list of rows; expected JSON lines"),
+    "latin.txt": ("w3 é".encode("latin-1"), "cannot read 'latin.txt': 'utf-8' codec .*byte 0xe9"),
+    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "cannot read 'latin.jsonl': 'utf-8' codec .*byte 0xe9"),
+    "short.csv": (b"id,text\n1,w3\n2\n", r"column 'text' must hold strings; row 1 \(from 0\) has None"),
+    "long.csv": (b"id\n1,w3\n", r"have a column 'text' or 'messages', got columns \['None', 'id'\]"),
+    "other.tsv": (b"id\tbody\n1\tw3\n", r"have a column 'text' or 'messages', got columns \['body', 'id'\]"),
+    "broken.txt.gz": (b"w3 w4", "cannot read 'broken.txt.gz': Not a gzipped file"),
+    "broken.parquet": (b"w3 w4", "cannot read 'broken.parquet': .*[Pp]arquet"),
     "none.jsonl": (
         b'{"text": "w3"}\n{"text": null}',
         r"column 'text' must hold strings; row 1 \(from 0\) has None",
     ),
     "other.jsonl": (b'{"content": "w3"}', r"have a column 'text' or 'messages', got columns \['content'\]"),
 }
+
+
+READABLE = {
+    "rows.jsonl": b'{"text": "w3"}\n\n{"text": "w4"}',
+    "rows.json": b'\n{"text": "w3"}\n{"text": "w4"}\n',
+    "array.json": json.dumps(ROWS).encode(),
+    "pretty.json": json.dumps(ROWS, indent=1).encode(),
+    "rows.jsonl.gz": gzip.compress(b'{"text": "w3"}\n{"text": "w4"}'),
+    "rows.csv": b'id,text\n1,w3\n2,"w4"\n',
+    "rows.tsv": b"text\tid\nw3\t1\nw4\t2\n",
+    "bom.csv": b"\xef\xbb\xbftext\nw3\nw4\n",
+    "rows.csv.gz": gzip.compress(b"text\nw3\nw4\n"),
+}
+
+
+@pytest.mark.parametrize("name", [*READABLE, "rows.parquet"])
+def test_every_kind_of_file_of_rows(name, tmp_path):
+    if name in READABLE:
+        (tmp_path / name).write_bytes(READABLE[name])
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(ROWS), tmp_path / name)
+    assert documents(tmp_path / name) == [words(3), words(4)]
+    assert rows_of(token_batches(tmp_path / name, tokenizer=tokenizer())) == [[3, EOS, 4]]
+
+
+def test_lists_of_token_ids_in_a_json_file(tmp_path):
+    for name in ("ids.json", "ids.jsonl"):
+        (tmp_path / name).write_text("[3, 4]\n[5, 6]\n")
+        assert rows_of(token_batches(tmp_path / name)) == [[3, 4], [5, 6]]
+
+
+def test_a_file_of_text_may_be_compressed(tmp_path):
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(words(3, 4).encode()))
+    assert documents(tmp_path / "text.txt.gz") == [words(3, 4)]
+
+
+def test_chats_in_a_csv_file(tmp_path):
+    chat = [{"role": "user", "content": words(3)}]
+    with (tmp_path / "chats.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [json.dumps(chat)]])
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    known = tokenizer()
+    known.chat_template = template
+    assert documents(tmp_path / "chats.csv", known) == [words(3)]
 
 
 @pytest.mark.parametrize("name", FILES)
