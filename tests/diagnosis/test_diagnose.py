@@ -721,7 +721,7 @@ def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch
     for row, layer in zip(rows, small.layers, strict=True):
         assert row[6] == verdict.with_error(layer["loss_added"], layer["loss_added_error"])
         assert " ± " in row[6]
-        assert row[8] == verdict.number(layer["jacobian_distance"])
+        assert row[7] == verdict.number(layer["jacobian_distance"])
     assert max(map(len, text.splitlines())) <= width
 
 
