@@ -23,15 +23,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import transformers as tf
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto as auto
 
-from hf_lnscale.core.families import FAMILIES, Family
+from hf_lnscale.core.errors import UnsupportedArchitectureError
+from hf_lnscale.core.families import FAMILIES, Family, family_of
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "compat" / "upstream"
@@ -134,6 +138,14 @@ def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
     return found
 
 
+def composites() -> Iterator[str]:
+    """The kinds whose configuration has that of a text decoder which can be scaled as its `text_config`."""
+    for kind, config_class in tf.CONFIG_MAPPING.items():
+        with suppress(UnsupportedArchitectureError, StrictDataclassError):
+            if "text_config" in config_class.sub_configs and family_of(config_class()):
+                yield kind
+
+
 def write_configs(folder: Path) -> list[str]:
     """Writes what transformers_common.py reads, which may run without the plugin; returns the families."""
     folder.mkdir(exist_ok=True)
@@ -142,6 +154,7 @@ def write_configs(folder: Path) -> list[str]:
         config.to_json_file(folder / f"{family}.json", use_diff=False)
         classes[family] = [type(config).__name__, dict(row(family).requires), *names]
     (folder / "classes.json").write_text(json.dumps(classes))
+    (folder / "composite.json").write_text(json.dumps(list(composites())))
     return list(classes)
 
 
@@ -180,7 +193,9 @@ def outcomes(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
-    """Prints a line of each family, or model, and what has not been run; returns what passes without the plugin alone.
+    """Prints what each family, or model, has passed and what is left; returns what passes without the plugin alone.
+
+    Families with the same numbers share a line; one with other numbers in other modes has several.
 
     `reports` has the groups of tests and the modes in which each of them is run.
     """
@@ -199,9 +214,16 @@ def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
             after = [mode for mode, found in by_mode.items() if found.get(test, (2, 0)) > before]
             if after and not (test in REFUSED and "imported" not in after):
                 worse.append(f"{group}::{test}: not as without the plugin when {', '.join(after)}")
+    lines: dict[tuple[str, str], list[str]] = {}
     for name, by_mode_of in rows.items():
-        cells = [" / ".join(str(counts[at]) for at in (0, 2, 1)) if counts else "" for counts in by_mode_of.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells: dict[str, list[str]] = {}
+        for mode, counts in by_mode_of.items():
+            if counts:
+                cells.setdefault(" / ".join(str(counts[at]) for at in (0, 2, 1)), []).append(mode)
+        for cell, ran in cells.items():
+            lines.setdefault((cell, ", ".join(ran)), []).append(name)
+    for (cell, ran_in), names in lines.items():
+        print(f"| {', '.join(names)} | {cell} | {ran_in} |")
     for test in sorted(REFUSED.keys() & reports):
         print(f"\n{test}: {REFUSED[test]}")
     if left:
@@ -225,6 +247,7 @@ def main() -> None:
             pip("install", "--target", packages, *NEEDED[package])
         if package == "transformers":
             reports = {name: MODES[:2] if row(name).no_scaling else MODES for name in write_configs(BUILD / "configs")}
+            reports["composite_configs"] = MODES
         else:
             text = (folder / "tests" / "test_decoder_models.py").read_text()
             reports = dict.fromkeys(re.findall(r"^    def (test_\w+)", text, re.MULTILINE), MODES)
@@ -236,8 +259,11 @@ def main() -> None:
                     groups = [name for name in groups if not report(package, name, mode).exists()]
                 if groups and time.monotonic() < until:
                     run(package, mode, groups, folder)
-        print(f"{package} {version(package)}: passed / failed / skipped\n")
-        print(f"| {'family' if package == 'transformers' else 'model'} | {' | '.join(MODES)} |\n|{' --- |' * 5}")
+        print(f"{package} {version(package)}\n")
+        print(
+            f"| {'families' if package == 'transformers' else 'models'} | passed / failed / skipped | in these modes |"
+        )
+        print("| --- | --- | --- |")
         worse += table(package, reports)
     print("\n".join(["", *worse]))
     raise SystemExit(bool(worse))
