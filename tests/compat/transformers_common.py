@@ -11,6 +11,7 @@ import re
 import sys
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers as tf
@@ -83,5 +84,22 @@ for family, (config_class, required, *classes) in json.loads((CONFIGS / "classes
     }
     body |= dict.fromkeys(OTHER_INPUTS if family == "llama" else OTHER_INPUTS + MANY)
     globals()[f"Test_{family}"] = type(f"Test_{family}", (FamilyTest, unittest.TestCase), body)
+
+
+class Test_composite_configs(unittest.TestCase):
+    """Configurations, in their full size, of models with a text decoder of the table inside."""
+
+
+def config_test(config_class):
+    def test(self):
+        text = json.loads(config_class().to_json_string())["text_config"] | CHANGES
+        self.model_tester = SimpleNamespace(get_config=lambda: config_class(text_config=text))
+        ConfigTester(self, config_class, has_text_modality=False, text_config=text).run_common_tests()
+
+    return test
+
+
+for kind in json.loads((CONFIGS / "composite.json").read_text()):
+    setattr(Test_composite_configs, f"test_{kind}", config_test(tf.CONFIG_MAPPING[kind]))
 
 assert ("hf_lnscale" in sys.modules) == (MODE != "without")

@@ -23,15 +23,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import transformers as tf
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto as auto
 
-from hf_lnscale.core.families import FAMILIES, Family
+from hf_lnscale.core.errors import UnsupportedArchitectureError
+from hf_lnscale.core.families import FAMILIES, Family, family_of
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "compat" / "upstream"
@@ -43,7 +47,17 @@ import tiny  # noqa: E402
 MODES = ("without", "imported", "scaled", "warmup")
 NEEDED = {"transformers": ["parameterized"], "peft": ["diffusers", "importlib_metadata", "zipp"]}
 FILES = {"transformers": "transformers_common.py", "peft": "peft_decoders.py"}
-PREFIX = {"transformers": "Test_", "peft": "TestDecoderModels::"}  # of a group's tests in these files
+# PEFT's tests in groups by the model that stands in a test's name: pytest collects all of them for each group.
+MODELS = {
+    "Llama": "tiny-random-Llama",
+    "Qwen2": "tiny-dummy-qwen2",
+    "Gemma3": "tiny-random-Gemma3",
+    "Mistral": "tiny-random-Mistral",
+    "GPT2": "tiny-random-GPT2",
+    "OPT": "tiny-random-OPT",
+    "GPTJ": "tiny-random-GPTJ",
+    "others": "not tiny-",
+}
 # What test_modeling_common.py and test_configuration_common.py import, and the source distribution does not hold.
 LEFT_OUT = {
     "exporters/test_export.py": "class ExportTesterMixin: pass\n",
@@ -134,6 +148,14 @@ def families() -> dict[str, tuple[tf.PreTrainedConfig, list[str]]]:
     return found
 
 
+def composites() -> Iterator[str]:
+    """The kinds whose configuration has that of a text decoder which can be scaled as its `text_config`."""
+    for kind, config_class in tf.CONFIG_MAPPING.items():
+        with suppress(UnsupportedArchitectureError, StrictDataclassError):
+            if "text_config" in config_class.sub_configs and family_of(config_class()):
+                yield kind
+
+
 def write_configs(folder: Path) -> list[str]:
     """Writes what transformers_common.py reads, which may run without the plugin; returns the families."""
     folder.mkdir(exist_ok=True)
@@ -142,7 +164,14 @@ def write_configs(folder: Path) -> list[str]:
         config.to_json_file(folder / f"{family}.json", use_diff=False)
         classes[family] = [type(config).__name__, dict(row(family).requires), *names]
     (folder / "classes.json").write_text(json.dumps(classes))
+    (folder / "composite.json").write_text(json.dumps(list(composites())))
     return list(classes)
+
+
+def selection(package: str, group: str) -> list[str]:
+    """What pytest is asked to run for a group of tests."""
+    file = str(HERE / FILES[package])
+    return [f"{file}::Test_{group}"] if package == "transformers" else [file, "-k", MODELS[group]]
 
 
 def report(package: str, group: str, mode: str) -> Path:
@@ -158,10 +187,7 @@ def run(package: str, mode: str, groups: list[str], folder: Path) -> None:
     for group in groups:
         report(package, group, mode).unlink(missing_ok=True)
     while groups:
-        arguments = [
-            [str(report(package, group, mode)), *options, f"{HERE / FILES[package]}::{PREFIX[package]}{group}"]
-            for group in groups
-        ]
+        arguments = [[str(report(package, group, mode)), *options, *selection(package, group)] for group in groups]
         with (BUILD / f"{package}-{mode}.log").open("a") as log:
             command = [sys.executable, str(HERE / "one_process.py")]
             lines = "\n".join(map(json.dumps, arguments))
@@ -180,12 +206,14 @@ def outcomes(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
-    """Prints a line of each family, or model, and what has not been run; returns what passes without the plugin alone.
+    """Prints what each family, or model, has passed and what is left; returns what passes without the plugin alone.
+
+    Families with the same numbers share a line; one with other numbers in other modes has several.
 
     `reports` has the groups of tests and the modes in which each of them is run.
     """
     rows: dict[str, dict[str, Counter[int]]] = {}
-    worse, left = [], []
+    worse, left, refused = [], [], set()
     for group, modes in reports.items():
         by_mode = {mode: outcomes(path) for mode in modes if (path := report(package, group, mode)).exists()}
         if missing := [mode for mode in modes if mode not in by_mode]:
@@ -197,12 +225,21 @@ def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
                 rows.setdefault(name, {mode: Counter() for mode in MODES})[mode][outcome] += 1
         for test, before in by_mode.get("without", {}).items():
             after = [mode for mode, found in by_mode.items() if found.get(test, (2, 0)) > before]
-            if after and not (test in REFUSED and "imported" not in after):
+            if after and test in REFUSED and "imported" not in after:
+                refused.add(test)
+            elif after:
                 worse.append(f"{group}::{test}: not as without the plugin when {', '.join(after)}")
+    lines: dict[tuple[str, str], list[str]] = {}
     for name, by_mode_of in rows.items():
-        cells = [" / ".join(str(counts[at]) for at in (0, 2, 1)) if counts else "" for counts in by_mode_of.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
-    for test in sorted(REFUSED.keys() & reports):
+        cells: dict[str, list[str]] = {}
+        for mode, counts in by_mode_of.items():
+            if counts:
+                cells.setdefault(" / ".join(str(counts[at]) for at in (0, 2, 1)), []).append(mode)
+        for cell, ran in cells.items():
+            lines.setdefault((cell, ", ".join(ran)), []).append(name)
+    for (cell, ran_in), names in lines.items():
+        print(f"| {', '.join(names)} | {cell} | {ran_in} |")
+    for test in sorted(refused):
         print(f"\n{test}: {REFUSED[test]}")
     if left:
         print(f"\nnot run: {', '.join(left)}")
@@ -212,7 +249,7 @@ def table(package: str, reports: dict[str, tuple[str, ...]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(NEEDED)}; both by default")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="families of transformers', or tests of PEFT's")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"families, or of PEFT's {', '.join(MODELS)}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing more after this time")
     parser.add_argument("--again", action="store_true", help="also what has been run before")
@@ -225,9 +262,9 @@ def main() -> None:
             pip("install", "--target", packages, *NEEDED[package])
         if package == "transformers":
             reports = {name: MODES[:2] if row(name).no_scaling else MODES for name in write_configs(BUILD / "configs")}
+            reports["composite_configs"] = MODES
         else:
-            text = (folder / "tests" / "test_decoder_models.py").read_text()
-            reports = dict.fromkeys(re.findall(r"^    def (test_\w+)", text, re.MULTILINE), MODES)
+            reports = dict.fromkeys(MODELS, MODES)
         names = [name for name in reports if not args.only or name in args.only]
         for start in range(0, len(names), AT_ONCE):
             for mode in args.modes:
@@ -236,8 +273,11 @@ def main() -> None:
                     groups = [name for name in groups if not report(package, name, mode).exists()]
                 if groups and time.monotonic() < until:
                     run(package, mode, groups, folder)
-        print(f"{package} {version(package)}: passed / failed / skipped\n")
-        print(f"| {'family' if package == 'transformers' else 'model'} | {' | '.join(MODES)} |\n|{' --- |' * 5}")
+        print(f"{package} {version(package)}\n")
+        print(
+            f"| {'families' if package == 'transformers' else 'models'} | passed / failed / skipped | in these modes |"
+        )
+        print("| --- | --- | --- |")
         worse += table(package, reports)
     print("\n".join(["", *worse]))
     raise SystemExit(bool(worse))
