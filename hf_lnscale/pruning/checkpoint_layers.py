@@ -94,28 +94,28 @@ def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, na
     wanted, original = original_layers(config)
     names = list(names)
     layer = _layer_names_of(model, names)
-    found = {match[2] for name in names if (match := layer.match(name))}
-    if len(found) == len(wanted):
+    numbers = {match[2] for name in names if (match := layer.match(name))}
+    if len(numbers) == len(wanted):
         return None
-    if len(found) == original:
+    if len(numbers) == original:
         return wanted
     raise ValueError(
-        f"drop_layers: state_dict has {len(found)} layers, but must have {len(wanted)}, like the model, or {original}, "
-        "like the original model"
+        f"drop_layers: state_dict has {len(numbers)} layers, but must have {len(wanted)}, like the model, or "
+        f"{original}, like the original model"
     )
 
 
 def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
     """Matches tensor names, in a checkpoint of complete layers, of the sub-layers that a model lacks."""
-    found = []
+    patterns = []
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and (stack := own_stack(module)):
             start = f"(?:{re.escape(prefix)}\\.)?" if prefix else "(?:.*\\.)?"
             for kind, positions in record(module.config).sublayers.items():
                 path, norms = stack.family.sublayer(kind)
                 inside = "|".join(map(re.escape, (path, *norms)))
-                found += [f"{start}{re.escape(stack.family.layers)}\\.{at}\\.(?:{inside})\\." for at in positions]
-    return re.compile("|".join(found) or "(?!)")
+                patterns += [f"{start}{re.escape(stack.family.layers)}\\.{at}\\.(?:{inside})\\." for at in positions]
+    return re.compile("|".join(patterns) or "(?!)")
 
 
 def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]
     prefixes = {
         match[1]
         for match in matches
-        if match and match[3] in marks and not any(re.search(one, match[0]) for one in ignored)
+        if match and match[3] in marks and not any(re.search(pattern, match[0]) for pattern in ignored)
     }
     if len(prefixes) != 1:
         raise ValueError(

@@ -62,13 +62,13 @@ class Cut:
             mlp = _or_planned(mlp, layers, "mlp", named)
         whole = set(layers_to_drop(layers, config))
         before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
-        given = {
+        sublayers = {
             kind: set()
             if value is None
             else set(_sublayers_to_drop(value, kind, config, before[kind], named.format(kind)))
             for kind, value in (("attention", attention), ("mlp", mlp))
         }
-        whole |= set.intersection(*(before[kind] | given[kind] for kind in SUBLAYERS))
+        whole |= set.intersection(*(before[kind] | sublayers[kind] for kind in SUBLAYERS))
         if len(whole) == (num_layers := text_config(config).num_hidden_layers):
             names = [name for name, value in typed.items() if value is not None]
             raise ValueError(
@@ -76,8 +76,8 @@ class Cut:
                 "attention and MLP is dropped"
             )
         text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
-        sublayers = {kind: tuple(sorted(found - whole)) for kind, found in given.items()}
-        return cls(tuple(sorted(whole)), **sublayers, text=text)
+        partial = {kind: tuple(sorted(layers - whole)) for kind, layers in sublayers.items()}
+        return cls(tuple(sorted(whole)), **partial, text=text)
 
 
 def _or_planned(value: Any, plan: PruningPlan, kind: str, named: str) -> Any:
@@ -110,7 +110,7 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
     # A 0-d array has an __iter__ that raises.
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
         raise ValueError(f"{argument} must be a list of layer indices, got {layers!r}; {valid}")
-    found: list[int] = []
+    positions: list[int] = []
     for layer in layers:
         try:
             if isinstance(layer, bool) or getattr(layer, "dtype", None) is torch.bool:
@@ -121,12 +121,12 @@ def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers"
         if not -num_layers <= index < num_layers:
             raise ValueError(f"{argument}: layer {index} does not exist in a model of {num_layers} layers; {valid}")
         index %= num_layers
-        if index in found:
+        if index in positions:
             raise ValueError(f"{argument}: layer {index} is given twice in {list(layers)!r}; {valid}")
-        found.append(index)
-    if len(found) > num_layers - least:
+        positions.append(index)
+    if len(positions) > num_layers - least:
         raise ValueError(f"{argument}: {list(layers)!r} are all {num_layers} layers; {valid}")
-    return sorted(found)
+    return sorted(positions)
 
 
 def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
@@ -178,33 +178,33 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
     Raises:
         UnsupportedArchitectureError: if the family supports neither; the message gives the reason.
     """
-    found: list[tuple[str, int]] = []
+    units: list[tuple[str, int]] = []
     for kind in SUBLAYERS:
         for layer in range(text_config(config).num_hidden_layers):
             with suppress(ValueError):
-                found += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set(), "units")]
-    if not found:
+                units += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set(), "units")]
+    if not units:
         require_sublayer(config, "attention", "units='sublayers'")
     touched = {at for positions in record(config).sublayers.values() for at in positions}
-    return [unit for unit in found if unit[1] not in touched]
+    return [unit for unit in units if unit[1] not in touched]
 
 
 def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int], argument: str) -> list[int]:
     require_sublayer(config, kind, argument)
     text = text_config(config)
-    found = normalize_layers(value, text.num_hidden_layers, argument, least=0)
-    if absent := before.intersection(found):
+    layers = normalize_layers(value, text.num_hidden_layers, argument, least=0)
+    if absent := before.intersection(layers):
         raise ValueError(f"{argument}: layers {sorted(absent)} have none, as it has already been dropped")
     if kind == "attention":
         kinds = _kinds_of_layers(text)
-        if other := [layer for layer in found if kinds and kinds[layer] in _WITHOUT_TOKENS]:
+        if other := [layer for layer in layers if kinds and kinds[layer] in _WITHOUT_TOKENS]:
             raise ValueError(
                 f"{argument}: layers {other} have {kinds[other[0]]} instead of attention with a KV cache; use "
                 "drop_layers to drop whole layers"
             )
         if getattr(text, "num_kv_shared_layers", None):
             raise ValueError(f"{argument}: with num_kv_shared_layers, other layers use a layer's keys and values")
-    return found
+    return layers
 
 
 # Kinds of layers whose cache does not grow with the number of tokens.

@@ -54,23 +54,23 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
             f"drop_layers: without layers {sorted(counting)} only linear-attention layers are left, which cannot "
             "generate; keep one of them"
         )
-    found = record(config)
-    past = found.dropped or Dropped((), num_layers)
+    before = record(config)
+    past = before.dropped or Dropped((), num_layers)
     layers = {*past.layers, *(past.kept[at] for at in cut.layers)}
     lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - layers for kind in SUBLAYERS]
     base = past.base or public_name(config.name_or_path or "")
-    dropped = Dropped(tuple(sorted(layers)), past.num_hidden_layers, base, *(tuple(sorted(one)) for one in lacking))
+    dropped = Dropped(tuple(sorted(layers)), past.num_hidden_layers, base, *(tuple(sorted(at)) for at in lacking))
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
         for name in ("active", "folded", "on_disk")
-        if (scaling := getattr(found, name)) is not None
+        if (scaling := getattr(before, name)) is not None
     }
     if cut.layers:
         after = copy.deepcopy(text)
         _follow(after, rules, kept)
         _require_describable(text, after, family.layers, kept)
         vars(text).update(vars(after))
-    write(config, dataclasses.replace(found, **scalings, dropped=dropped))
+    write(config, dataclasses.replace(before, **scalings, dropped=dropped))
     if cut.text:
         add_known_text(config, cut.text)
 
@@ -234,7 +234,7 @@ def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[
     for pattern in _strings(json.loads(json.dumps(values, default=str))):
         matchers = _matchers(pattern)
         for new, old in enumerate(kept):
-            if any(bool(match(one.format(new))) != bool(match(one.format(old))) for one in names for match in matchers):
+            if any(bool(match(at.format(new))) != bool(match(at.format(old))) for at in names for match in matchers):
                 raise ValueError(
                     f"drop_layers: the quantization_config names single layers ({pattern!r}), whose indices would "
                     "change; prune the checkpoint before quantizing it"
@@ -254,8 +254,8 @@ def _strings(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield re.sub(r"^(re:|[+-]:)", "", value)
     elif isinstance(value, (dict, list)):
-        for one in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _strings(one)
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
@@ -265,5 +265,5 @@ def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
         _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]
     )
     matches = map(layer_names(family.layers).match, names)
-    found = {match[3].rpartition(".")[0] for match in matches if match}
-    return {name[:end] for name in found for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}
+    paths = {match[3].rpartition(".")[0] for match in matches if match}
+    return {name[:end] for name in paths for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}

@@ -51,8 +51,8 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
         return model
     require_droppable(model, stack, cut)
     _own_configs(model)
-    for one in _configs_of(model):
-        prune_config(one, cut)
+    for config in _configs_of(model):
+        prune_config(config, cut)
     for kind in SUBLAYERS:
         for position in getattr(cut, kind):
             take_out(stack.layers[position], stack.family, kind, position)
@@ -79,9 +79,9 @@ def note_text(model: nn.Module, text: KnownText) -> None:
 def _configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """All configurations that describe the text decoder, since several modules may hold copies. Each only once."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found = {id(text_config(one)): one for one in configs}.values()
+    distinct = {id(text_config(config)): config for config in configs}.values()
     text = text_stack(model).model.config
-    return [one for one in found if text_config(one).model_type == text.model_type]
+    return [config for config in distinct if text_config(config).model_type == text.model_type]
 
 
 def _own_configs(model: nn.Module) -> None:
@@ -112,13 +112,13 @@ def require_droppable(model: nn.Module, stack: Stack, cut: Cut) -> None:
             raise ValueError("drop_layers: the model is sharded; drop layers before that")
     dropped = [stack.layers[layer] for layer in cut.layers]
     for kind in SUBLAYERS:
-        dropped += [one for at in getattr(cut, kind) for one in parts(stack.layers[at], stack.family, kind)]
+        dropped += [part for at in getattr(cut, kind) for part in parts(stack.layers[at], stack.family, kind)]
     parameters = {id(parameter) for module in dropped for parameter in module.parameters()}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.optim.Optimizer) and any(
-            id(parameter) in parameters for group in found.param_groups for parameter in group["params"]
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.optim.Optimizer) and any(
+            id(parameter) in parameters for group in thing.param_groups for parameter in group["params"]
         ):
             raise ValueError(
-                f"drop_layers: an optimizer ({type(found).__name__}) holds parameters of the layers to drop; drop "
+                f"drop_layers: an optimizer ({type(thing).__name__}) holds parameters of the layers to drop; drop "
                 "layers before creating the optimizer"
             )

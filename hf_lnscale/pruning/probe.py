@@ -165,10 +165,10 @@ def probe(model: PreTrainedModel) -> Proposal:
     if getattr(type(model.config), "is_encoder_decoder", False):  # the instance of a decoder may differ
         return Proposal(config.model_type, None, families.ENCODER_DECODER, families.ENCODER_DECODER)
     ids_BT = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-    found = _find_layers(model, ids_BT)
-    if isinstance(found, str):
-        return Proposal(config.model_type, None, found, found)
-    path, calls = found
+    layers = _find_layers(model, ids_BT)
+    if isinstance(layers, str):
+        return Proposal(config.model_type, None, layers, layers)
+    path, calls = layers
     parameters = [id(parameter) for call in calls for parameter in call.layer.parameters()]
     if len(set(parameters)) < len(parameters):
         return Proposal(config.model_type, None, families.SHARED, families.SHARED)
@@ -261,7 +261,7 @@ def _find_layers(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple[str, lis
     width = getattr(text_config(model.config), "hidden_size", None)  # missing if each of several stacks has one
     if not chained or width is None:
         return families.NO_STACK
-    path = max(chained, key=lambda one: len(calls[one]))
+    path = max(chained, key=lambda candidate: len(calls[candidate]))
     x_BTD = calls[path][0].x_BTD
     return (path, calls[path]) if x_BTD.dim() == 3 and x_BTD.shape[-1] == width else families.HYPER
 
@@ -278,7 +278,7 @@ def _pre_norms(call: _Call) -> tuple[str, str] | str:
     for name, module in call.layer.named_modules():
         kind = type(module).__name__.lower()
         # A gated norm contains a norm; take the outer module, which reads the stream.
-        outer = any(name.startswith(f"{one}.") for one in norms)
+        outer = any(name.startswith(f"{holder}.") for holder in norms)
         whole = (kind.endswith("norm") and "attention" not in kind) or not list(module.children())
         if name and not outer and whole and "norm" in kind:
             norms[name] = module
@@ -291,14 +291,14 @@ def _pre_norms(call: _Call) -> tuple[str, str] | str:
         return families.POST_LN
     # Level by level, find the norms that d reaches when the outputs of all norms before them are held fixed.
     level = [name for name, x in at.items() if x is not None and _equal(x, x_BTD)]
-    found, held, factors = [level], {name: outputs[name] for name in level}, list[torch.Tensor]()
+    levels, held, factors = [level], {name: outputs[name] for name in level}, list[torch.Tensor]()
     while level:
         moved_BTD, moved, _ = call.again(x_BTD + d_BTD, norms, held)
         factors_of = {name: _factor(d_BTD, at[name], moved[name]) for name in at if name not in held}
         reached = {name: by for name, by in factors_of.items() if by is not None and by.abs().max() > 1e-3}
         level = list(reached)
         held |= {name: outputs[name] for name in level}
-        found, factors = [*found, level], [*factors, *reached.values()]
+        levels, factors = [*levels, level], [*factors, *reached.values()]
     if not held:
         whole_outputs = {name: out for name, out in tensors.items() if out.numel() == y_BTD.numel()}
         moves = _factor(d_BTD, y_BTD, call.again(x_BTD + d_BTD, norms, whole_outputs)[0])
@@ -309,12 +309,12 @@ def _pre_norms(call: _Call) -> tuple[str, str] | str:
         return families.POST_LN
     if not all(map(_is_one, (*factors, moves))):
         return families.MULTIPLIED
-    if [len(names) for names in found] == [1, 1, 0]:
-        return found[0][0], found[1][0]
+    if [len(names) for names in levels] == [1, 1, 0]:
+        return levels[0][0], levels[1][0]
     if len(held) > 2:
         return families.MORE_NORMS
     _, inputs, _ = call.again(x_BTD, dict(call.layer.named_children()), {})
-    normed_BTD = outputs[found[0][0]]
+    normed_BTD = outputs[levels[0][0]]
     readers = [x for x in inputs.values() if x is not None and _equal(x, normed_BTD)]
     return families.PARALLEL if len(held) == 2 or len(readers) > 1 else families.ONE_SUBLAYER
 
@@ -383,7 +383,7 @@ def _scales_as_hooks_do(model: PreTrainedModel, path: str, family: Family, ids_B
     for position in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
         scale = (position + 2) ** -0.5
         for name in family.pre_norms:
-            hooked, scaled = (one.get_submodule(f"{path}.{position}.{name}") for one in (by_hooks, by_weights))
+            hooked, scaled = (built.get_submodule(f"{path}.{position}.{name}") for built in (by_hooks, by_weights))
             hooked.register_forward_hook(lambda _, args, output, scale=scale: output * scale)
             scale_norm(scaled, scale, family.one_plus_weight, False)
     return _same_outputs(by_hooks, by_weights, ids_BT)

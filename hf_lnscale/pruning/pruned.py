@@ -77,35 +77,36 @@ def rows_of(
         before, after = (show_bytes(cost.peak_bytes) for cost in costs)
         rows.append(("peak memory", before, after, ""))
     judged = (("held out", "after"), ("healed", "healed"))
-    found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
+    perplexities = [_perplexity_row(plan, name, which) for name, which in judged if which in plan.perplexity]
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
         # An estimate without a standard error, so no relative change is shown.
-        found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
-    rows[3:3] = found
-    for ability, one in plan.notes.get("abilities", {}).items():
-        value, error = one["change"]
-        before, after = (with_error(*one[which]) for which in ("before", "after"))
+        perplexities.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
+    rows[3:3] = perplexities
+    for ability, results in plan.notes.get("abilities", {}).items():
+        value, error = results["change"]
+        before, after = (with_error(*results[which]) for which in ("before", "after"))
         rows.append((ability, before, after, with_error(value, error, sign="+")))
     return rows
 
 
 def compare_abilities(before: list[TaskResult], after: list[TaskResult]) -> dict[str, dict[str, Any]]:
     """Value and standard error of each ability before and after, and of the change; None if not available."""
-    whole = {one.name: one for one in before}
-    found = {}
-    for one in after:
-        figures: dict[str, Any] = dict.fromkeys(("before", "change"), (None, None)) | {"after": (one.value, one.stderr)}
-        if old := whole.get(one.name):
-            change, _ = one.minus(old)
+    results_before = {result.name: result for result in before}
+    compared = {}
+    for result in after:
+        figures: dict[str, Any] = dict.fromkeys(("before", "change"), (None, None))
+        figures["after"] = (result.value, result.stderr)
+        if old := results_before.get(result.name):
+            change, _ = result.minus(old)
             figures |= {"before": (old.value, old.stderr), "change": (change.value, change.stderr)}
-        found[one.name] = {which: list(figure) for which, figure in figures.items()}
-    return found
+        compared[result.name] = {which: list(figure) for which, figure in figures.items()}
+    return compared
 
 
 def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
-    found, errors = plan.perplexity, plan.errors
-    before, after = (with_error(found[one], errors.get(one)) for one in ("before", which))
-    change = f"{found[which] / found['before'] - 1:+.1%}"
+    perplexity, errors = plan.perplexity, plan.errors
+    before, after = (with_error(perplexity[key], errors.get(key)) for key in ("before", which))
+    change = f"{perplexity[which] / perplexity['before'] - 1:+.1%}"
     if error := errors.get(f"{which}_change"):
         change += f" ± {error:.1%}"
     return f"perplexity, {name}", before, after, change
@@ -137,7 +138,7 @@ def card_of(
     ]
     note = (
         f"Perplexity: on {held_out['num_tokens']:,} tokens of {held_out['source']}, ± its standard error over "
-        f"{held_out['num_sequences']} sequences. {''.join(f'{one} ' for one in plan.notes['cautions'])}Pruning "
+        f"{held_out['num_sequences']} sequences. {''.join(f'{caution} ' for caution in plan.notes['cautions'])}Pruning "
         "preserves classification better than generation: reasoning and code suffer more than perplexity suggests "
         "(arXiv 2602.01997)."
     )

@@ -220,7 +220,7 @@ def score_layers(
     - "perplexity": perplexity of the model without the layer (same section).
     - "kl": mean over tokens of KL(full || without the layer) between next-token distributions.
 
-    The last two take half a pass per layer, see `sweep_losses`.
+    The last two take half a pass per layer, see `sweep`.
 
     Args:
         model: a model of a known family, possibly wrapped; without a PEFT adapter for "taylor", and with its language
@@ -251,7 +251,7 @@ def score_layers(
     if method == "taylor":
         return LayerScores(method, _taylor(model, batches, progress), name, about)
     full, without = sweep(model, batches, (), None, "kl" if method == "kl" else "loss", progress)
-    scores = torch.tensor([one.mean for one in without.values()], dtype=torch.float64)
+    scores = torch.tensor([loss.mean for loss in without.values()], dtype=torch.float64)
     if method == "kl":
         return LayerScores(method, scores, name, about)
     return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
@@ -291,15 +291,15 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
                 "method: 'taylor' scores a layer's own weights, but this model has a PEFT adapter "
                 f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
             )
-    found = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
-    for weight in (weight for layer in found for weight in layer):
+    matrices = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
+    for weight in (weight for layer in matrices for weight in layer):
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             what = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
             raise ValueError(
                 f"method: 'taylor' reads the weights, but this model's are {what}; load the whole model unquantized, "
                 "or choose another method"
             )
-    return found
+    return matrices
 
 
 def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Tensor:
