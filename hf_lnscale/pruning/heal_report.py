@@ -36,57 +36,40 @@ def restore(copies: list[Copy]) -> None:
 
 @dataclass(frozen=True)
 class HealedLayer:
-    """One kept MLP and the fit tried on it. Losses are means over the held-out sources.
+    """One kept MLP and the fit tried on it. Losses are means over the held-out sources, in nats per token.
 
-    Attributes:
-        layer: position of its layer in the full model.
-        dropped: what it compensates for: positions of layers, and pairs such as ("attention", 3).
-        method: method of the fit; "linear" if "refit" is not possible for a mixture of experts.
-        ridge: the chosen penalty, relative to the median second moment of the features; infinity if the layer was not
-            changed.
-        blend: fraction of the fitted change applied; below 1 if the full change made a source of text worse.
-        error_before: relative error of the layer's output on held-out tokens before the fit: the root of the mean over
-            tokens of |state - full model's state|^2 / |full model's state|^2.
-        error_after: the same after the fit.
-        loss_before: loss of the pruned model on held-out data before this step, in nats per token.
-        loss_after: the same after this step.
-        kept: whether the weights were changed.
-        reason: why they were not changed, or "".
+    The error is that of the layer's output on held-out tokens: the root of the mean over tokens of |state - full
+    model's state|^2 / |full model's state|^2.
     """
 
-    layer: int
-    dropped: tuple[Unit, ...]
-    method: str
-    ridge: float
-    blend: float
+    layer: int  # position in the full model
+    dropped: tuple[Unit, ...]  # what it compensates for: positions of layers, and pairs such as ("attention", 3)
+    method: str  # "linear" if "refit" is not possible for a mixture of experts
+    ridge: float  # penalty, relative to the median second moment of the features; infinity if nothing was changed
+    blend: float  # fraction of the fitted change applied; below 1 if the full change made a source of text worse
     error_before: float
     error_after: float
     loss_before: float
     loss_after: float
-    kept: bool
-    reason: str
+    kept: bool  # whether the weights were changed
+    reason: str  # why they were not changed, or ""
 
 
 @dataclass(frozen=True)
 class HealedSource:
     """The effect of healing on the held-out part of one source of text.
 
-    Attributes:
-        weight: weight in the fit; 0 for a source that was only evaluated.
-        perplexity_full, perplexity_before, perplexity_after: with all layers, without the dropped ones, and healed.
-        change: change of the loss by healing, in nats per token; never above 0.
-        change_error: its standard error over sequences; None for a single sequence.
-        perplexity_left_out: estimate of `perplexity_after` for text that was never fitted, from fits without this
-            source (the sum of their changes over all steps). Equal to `perplexity_after` if `weight` is 0. None if this
-            is the only source, cross-validation was off, or the source is fitted text under another name.
+    `perplexity_left_out` estimates `perplexity_after` for text that was never fitted, from fits without this source
+    (the sum of their changes over all steps). Equal to `perplexity_after` if `weight` is 0. None if this is the only
+    source, cross-validation was off, or the source is fitted text under another name.
     """
 
-    weight: float
-    perplexity_full: float
-    perplexity_before: float
-    perplexity_after: float
-    change: float
-    change_error: float | None
+    weight: float  # in the fit; 0 for a source that was only evaluated
+    perplexity_full: float  # with all layers
+    perplexity_before: float  # without the dropped ones
+    perplexity_after: float  # healed
+    change: float  # of the loss by healing, in nats per token; never above 0
+    change_error: float | None  # its standard error over sequences; None for a single sequence
     perplexity_left_out: float | None = None
 
 
@@ -127,9 +110,9 @@ class HealReport:
 
         Geometric means over the sources that have a `perplexity_left_out`; empty if none does.
         """
-        found = [one for one in self.sources.values() if one.perplexity_left_out is not None]
+        known = [source for source in self.sources.values() if source.perplexity_left_out is not None]
         names = {"full": "perplexity_full", "before": "perplexity_before", "after": "perplexity_left_out"}
-        return {name: geometric_mean(getattr(one, value) for one in found) for name, value in names.items() if found}
+        return {to: geometric_mean(getattr(source, name) for source in known) for to, name in names.items() if known}
 
     @property
     def kept(self) -> bool:
@@ -217,8 +200,8 @@ class HealReport:
 
 
 def _named(units: Iterable[Unit]) -> str:
-    found = by_kind(units)
-    return named_parts(*(found.get(kind, ()) for kind in ("layers", *SUBLAYERS)))
+    positions = by_kind(units)
+    return named_parts(*(positions.get(kind, ()) for kind in ("layers", *SUBLAYERS)))
 
 
 def _plain(units: Iterable[Unit]) -> list[Any]:
