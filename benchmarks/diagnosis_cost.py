@@ -28,7 +28,7 @@ import hf_lnscale
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.diagnosis.examine import first_sequences, forward_passes
 from hf_lnscale.diagnosis.measure import jacobian_distances
-from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.losses import sweep
 from hf_lnscale.measuring.stream_pass import measure_stream
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 
@@ -103,7 +103,7 @@ def main(
         ("a plain pass of the decoder", "itself", lambda: plain(base, data), lambda: plain(base, data), 1.0, count),
         ("stream", "decoder", lambda: measure_stream(model, data), lambda: plain(base, data), 1.0, count),
         (
-            "loss", "decoder and head", lambda: sweep_losses(model, data, progress=False), lambda: plain(model, data),
+            "loss", "decoder and head", lambda: sweep(model, data, progress=False), lambda: plain(model, data),
             announced["loss"], slow,
         ),
         (

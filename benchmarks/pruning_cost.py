@@ -53,7 +53,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import hf_lnscale
 from hf_lnscale.evaluation.speed import measure, peak_memory
-from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.losses import sweep
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
@@ -224,9 +224,10 @@ def scores(it: Subject) -> Table:
         times, (ours, theirs) = ratios(against, score("angular"), lambda peer=peer: peer(it), few)
         shared = ~theirs.isnan()
         row(table, "angular", against, times, f"{(ours - theirs)[shared].abs().max().item():.1e}")
-    times, (ours, theirs) = ratios(
-        "sweep", lambda: sweep_losses(it.model, it.data, progress=False), lambda: sweep_whole(it), few
+    times, ((_, swept), theirs) = ratios(
+        "sweep", lambda: sweep(it.model, it.data, progress=False), lambda: sweep_whole(it), few
     )
+    ours = {layer: loss.mean for layer, loss in swept.items()}
     same = "same" if sorted(ours, key=ours.get) == sorted(theirs, key=theirs.get) else "another"
     difference = max(abs(ours[i] - theirs[i]) for i in ours)
     row(table, "loss without each layer", "each candidate whole", times, f"{difference:.1e} nats, {same} order")

@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_lnscale
 from hf_lnscale.core.display import markdown
 from hf_lnscale.core.record import record
-from hf_lnscale.measuring.losses import sweep_losses
+from hf_lnscale.measuring.losses import sweep
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
@@ -234,8 +234,8 @@ def sleb(model: Any, data: Data, count: int) -> nn.Module:
 @functools.cache
 def attention_losses(model: Any, data: Data) -> dict[int, float]:
     candidates = [("attention", layer) for layer in range(model.config.num_hidden_layers)]
-    losses = sweep_losses(model, data.quarter, candidates=candidates, progress=False)
-    return {layer: loss for (_, layer), loss in losses.items()}
+    _, losses = sweep(model, data.quarter, candidates=candidates, progress=False)
+    return {layer: loss.mean for (_, layer), loss in losses.items()}
 
 
 def attention_alone(model: Any, data: Data, count: int, heal: bool = False) -> nn.Module:

@@ -29,7 +29,7 @@ import hf_lnscale  # noqa: F401 - turns the flags on
 from hf_lnscale.checkpoints.names import Placement
 from hf_lnscale.core.display import markdown
 from hf_lnscale.evaluation.speed import measure
-from hf_lnscale.pruning.search import search_target
+from hf_lnscale.pruning.target import Target
 
 RULES = {"prune": "layers", "attention alone, healed": "attention alone"}
 CACHE_TOKENS = 4096
@@ -76,7 +76,7 @@ def cuts_of(folder: Path, args: argparse.Namespace) -> list[Cut]:
             else:
                 flags = {"drop_attention": sorted(sorted(losses, key=losses.__getitem__)[:count])}
                 units = [("attention", layer) for layer in flags["drop_attention"]]
-            sizes = search_target(model, ("num_layers", 1), CACHE_TOKENS).sizes(units)
+            sizes = Target(model, ("num_layers", 1), CACHE_TOKENS).sizes(units)
             for name, key in (("parameters", "params"), ("cache", "cache_bytes")):
                 before, after = sizes[key]
                 cut.saved[name] = (1 - after / before,) * 3

@@ -6,8 +6,8 @@ Shapes: B batch, T tokens, N selected tokens of B x T, S sequences, D hidden siz
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,10 @@ from transformers.utils import logging
 
 from ..core.config import is_integer
 from ..core.errors import ArgumentError
-from ..core.stack import text_stack
 from ..core.sublayers import Unit
 from .split_model import SplitModel, pick_tokens, predictions
 from .stream import capture_residual_stream, eval_mode, upcast
-from .text import TokenBatches, token_batches
+from .text import Batch, TokenBatches
 from .uncertainty import ratio_residuals, standard_error
 
 # Largest loss (nats per token) before exp() overflows.
@@ -141,67 +140,30 @@ def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[
         return SourceLosses(split_model, batches, lambda index: split_model.hidden(batches.batches[index], removed))
 
 
-def loss_without(model: nn.Module, batches: Any, removed: Iterable[Unit] = ()) -> float:
-    """The loss of a model without the removed layers, in nats per token, averaged over sources of text.
-
-    `batches` is anything that `token_batches` accepts.
-    """
-    return losses_by_source(model, token_batches(batches, text_stack(model).model), removed).mean
-
-
-def sweep_losses(
+def sweep(
     model: nn.Module,
-    batches: Any,
+    batches: TokenBatches,
     removed: Iterable[Unit] = (),
     candidates: Iterable[Unit] | None = None,
     measure: str = "loss",
-    progress: bool = True,
-) -> dict[Any, float]:
-    """The loss after removing one more layer or sub-layer, for each candidate.
+    progress: bool | Callable[[float], object] = True,
+) -> tuple[MeanLoss, dict[Any, MeanLoss]]:
+    """The loss without `removed` (for "loss" only), and after removing one more layer or sub-layer, for each candidate.
 
     One pass stores the states before every candidate, so each candidate runs only the layers after it: half the layers
     on average. Memory: C states of one batch, shape (C, B, T, D), for C candidates.
 
     Args:
-        model: a causal language model of a known family.
-        batches: anything that `token_batches` accepts.
-        removed: positions of layers already removed, and pairs such as ("attention", 3).
-        candidates: layers or sub-layers to remove one at a time in addition; None tries all remaining layers.
-        measure: "loss", the mean cross-entropy of the next token, or "kl", the mean over all tokens of
-            KL(full || without), where "full" is the model with nothing removed.
-        progress: whether to show a progress bar.
-
-    Returns:
-        Candidate -> nats per token, in the order of the candidates.
-    """
-    found = sweep(model, token_batches(batches, text_stack(model).model), removed, candidates, measure, progress)[1]
-    return {candidate: one.mean for candidate, one in found.items()}
-
-
-def sweep(
-    model: nn.Module,
-    batches: TokenBatches,
-    removed: Iterable[Unit],
-    candidates: Iterable[Unit] | None,
-    measure: str,
-    progress: bool | Callable[[float], object],
-) -> tuple[MeanLoss, dict[Any, MeanLoss]]:
-    """Like `sweep_losses`, but returns losses by sequence, and first the loss without `removed` (for "loss" only).
-
-    `progress` may also be a function that is called with the fraction of work done since its last call.
+        removed: layers and sub-layers already removed.
+        candidates: None tries all remaining layers.
+        measure: "loss", the cross-entropy of the next token, or "kl", over all tokens KL(full || without), where "full"
+            is the model with nothing removed.
+        progress: may be a function that is called with the fraction of work done since its last call.
     """
     if measure not in ("loss", "kl"):
         raise ArgumentError("measure", measure, "'loss' or 'kl'")
     split_model = SplitModel(model)
-    layers = split_model.stack.layers
-    removed = set(_positions("removed", removed, len(layers)))
-    if candidates is None:
-        candidates = [i for i in range(len(layers)) if i not in removed]
-    candidates = _positions("candidates", candidates, len(layers))
-    if twice := removed.intersection(candidates):
-        problem = f"layer {next(iter(twice))} is already removed; removed is {sorted(removed, key=str)}"
-        raise ArgumentError("candidates", problem=problem)
-
+    removed, candidates = _checked(removed, candidates, len(split_model.stack.layers))
     picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
     counts_S = torch.cat([picked_BT.sum(1) for picked_BT in picked])
     if not counts_S.sum():
@@ -213,46 +175,93 @@ def sweep(
     advance = progress if callable(progress) else bar.update
     # For the progress bar, layers and head are assumed to take half of the time each.
     share, sequences = 0.5 / max(len(batches), 1), 0
-    used, states = set(map(layer_of, candidates)), dict[int, torch.Tensor]()
     score: Callable[[torch.Tensor], torch.Tensor]
-
-    def keep(place: int, x_BTD: torch.Tensor) -> None:
-        if place in used:
-            states[place] = x_BTD
 
     with eval_mode(model), bar:
         for batch, picked_BT in zip(batches, picked, strict=True):
-            targets_N = predictions(batch)[1]
-            left = Counter(map(layer_of, candidates))
-            with capture_residual_stream(split_model.stack, keep):
-                current_ND = pick_tokens(split_model.hidden(batch, removed), picked_BT)
+            outputs = _outputs_without(split_model, batch, removed, [[candidate] for candidate in totals])
+            current_ND = pick_tokens(next(outputs), picked_BT)
             needs_full = measure == "kl" and removed
             full_ND = pick_tokens(split_model.hidden(batch), picked_BT) if needs_full else current_ND
-            finals: dict[Unit, torch.Tensor] = {}
-            for candidate in totals:
-                layer = layer_of(candidate)
-                left[layer] -= 1
-                # After its last use, a state is released to make room for the next one.
-                x_BTD = states[layer] if left[layer] else states.pop(layer)
-                if layer == candidate:
-                    final_BTD = split_model.hidden(batch, removed, (layer, x_BTD))
-                else:
-                    start = (layer - 1, x_BTD) if layer else None
-                    final_BTD = split_model.hidden(batch, [*removed, candidate], start)
-                finals[candidate] = pick_tokens(final_BTD, picked_BT)
-                advance(share / len(candidates))
-            sequences_N = sequences + picked_BT.nonzero()[:, 0]
+            finals = []
+            for x_BTD in outputs:
+                finals.append(pick_tokens(x_BTD, picked_BT))
+                advance(share / len(totals))
+            targets_N, sequences_N = predictions(batch)[1], sequences + picked_BT.nonzero()[:, 0]
             for part in split_model.parts(len(full_ND)):
                 if measure == "loss":
                     score = partial(token_losses, targets_N=targets_N[part])
                     current.add(score(split_model.logits(current_ND[part])), sequences_N[part])
                 else:
                     score = _divergence_from(split_model.logits(full_ND[part]))
-                for candidate, x_ND in finals.items():
-                    totals[candidate].add(score(split_model.logits(x_ND[part])), sequences_N[part])
+                for total, x_ND in zip(totals.values(), finals, strict=True):
+                    total.add(score(split_model.logits(x_ND[part])), sequences_N[part])
                 advance(share * len(full_ND[part]) / len(full_ND))
             sequences += len(picked_BT)
     return current, totals
+
+
+def losses_of_sets(
+    model: nn.Module, batches: TokenBatches, sets: Sequence[Sequence[Unit]], progress: bool = True
+) -> list[float]:
+    """The loss of the model without each set of units, in nats per token, averaged over sources of text.
+
+    Each set runs from its first layer on, starting from states of the full model that are stored in one pass.
+    """
+    split_model = SplitModel(model)
+    counts: Counter[str] = Counter()
+    totals: list[dict[str, float]] = [defaultdict(float) for _ in sets]
+    with eval_mode(model):
+        for batch in logging.tqdm(batches, desc="proposals", disable=not progress, leave=False):
+            picked_BT, targets_N = predictions(batch)
+            counts[batch.name] += len(targets_N)
+            outputs = _outputs_without(split_model, batch, set(), sets)
+            next(outputs)
+            for total, x_BTD in zip(totals, outputs, strict=True):
+                x_ND = pick_tokens(x_BTD, picked_BT)
+                for part in split_model.parts(len(x_ND)):
+                    losses_N = token_losses(split_model.logits(x_ND[part]), targets_N[part])
+                    total[batch.name] += losses_N.cpu().double().sum().item()
+    return [sum(total[name] / count for name, count in counts.items()) / len(counts) for total in totals]
+
+
+def _outputs_without(
+    split_model: SplitModel, batch: Batch, removed: set[Unit], sets: Sequence[Sequence[Unit]]
+) -> Iterator[torch.Tensor]:
+    """The decoder's output without `removed`, then without each set as well, from its first layer on."""
+    first_of = [min(map(layer_of, units)) for units in sets]
+    left, states = Counter(first_of), dict[int, torch.Tensor]()
+
+    def keep(place: int, x_BTD: torch.Tensor) -> None:
+        if place in left:
+            states[place] = x_BTD
+
+    with capture_residual_stream(split_model.stack, keep):
+        output_BTD = split_model.hidden(batch, removed)
+    yield output_BTD
+    del output_BTD
+    for first, units in zip(first_of, sets, strict=True):
+        left[first] -= 1
+        # After its last use, a state is released to make room for the next one.
+        x_BTD = states[first] if left[first] else states.pop(first)
+        # A layer of which only a part is removed runs as well.
+        skipped = first if first in units else first - 1
+        start = (skipped, x_BTD) if skipped >= 0 else None
+        yield split_model.hidden(batch, removed.union(units), start)
+
+
+def _checked(
+    removed: Iterable[Unit], candidates: Iterable[Unit] | None, num_layers: int
+) -> tuple[set[Unit], list[Unit]]:
+    """The arguments of `sweep`, validated."""
+    removed = set(_positions("removed", removed, num_layers))
+    if candidates is None:
+        candidates = [layer for layer in range(num_layers) if layer not in removed]
+    candidates = _positions("candidates", candidates, num_layers)
+    if twice := removed.intersection(candidates):
+        problem = f"layer {next(iter(twice))} is already removed; removed is {sorted(removed, key=str)}"
+        raise ArgumentError("candidates", problem=problem)
+    return removed, candidates
 
 
 def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,43 +13,29 @@ from ..core.stack import text_stack
 from ..measuring.losses import token_losses
 from ..measuring.split_model import SplitModel, logit_slices, pick_tokens, predictions
 from ..measuring.stream import eval_mode
-from ..measuring.text import Batch, TokenBatches
-from .search import BLOCKS, HEALED, STEPWISE, Target
+from ..measuring.text import Batch
+from .search import BLOCKS, HEALED, Request, Text
+from .target import Target
 
 # Number of penalties that healing usually tries; it stops when the next one does worse.
 _PENALTIES = 2
 
 
-@dataclass(frozen=True)
-class Work:
-    """The amount of work of a search.
+class Work(NamedTuple):
+    """The amount of work of a search."""
 
-    Attributes:
-        layers: number of tokens times decoder layers.
-        head: number of tokens through the language modeling head and loss.
-        products: number of double-precision multiply-adds to fit the healing.
-    """
-
-    layers: float
-    head: float
-    products: float = 0.0
+    layers: float  # tokens times decoder layers
+    head: float  # tokens through the language modeling head and loss
+    products: float  # double-precision multiply-adds to fit the healing
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The estimated cost of a search.
-
-    Attributes:
-        seconds: time.
-        device_bytes: memory on the model's device, including the model.
-        state_bytes: CPU memory for states of the residual stream.
-        batch_bytes: approximate memory on the model's device for activations and logits of a batch.
-    """
+class Cost(NamedTuple):
+    """The estimated cost of a search."""
 
     seconds: float
-    device_bytes: int
-    state_bytes: int
-    batch_bytes: int
+    device_bytes: int  # memory on the model's device, including the model
+    state_bytes: int  # CPU memory for states of the residual stream
+    batch_bytes: int  # approximate memory on the model's device for activations and logits of a batch
 
     def __str__(self) -> str:
         if self.seconds < 90:
@@ -63,93 +49,81 @@ class Cost:
         )
 
 
-def work_of_search(
-    num_layers: int,
-    target: Target,
-    method: str,
-    heal: str | None,
-    calibration: int,
-    judged: int,
-    features: int,
-    more: int = 1,
-) -> Work:
+def work_of_search(num_layers: int, target: Target, request: Request, text: Text, features: int, more: int = 1) -> Work:
     """The work for the smallest number of layers that can reach the target, or for one step with sub-layers.
 
-    Args:
-        num_layers: number of layers of the model, L.
-        target, method, heal: see `search_layers`; the method is "sublayers" if these are chosen.
-        calibration, judged: numbers of tokens.
-        features: number of input features of the fitted weights.
-        more: factor by which default sources increase the tokens for healing.
+    `features` is the number of input features of the fitted weights; `more`, the factor by which default sources
+    increase the tokens for healing.
     """
-    dropped, total = target.least, float(num_layers)
-    kept, held_out = total - dropped, 0.25 * calibration
-    # Perplexities of the full model, without the layers, and healed.
-    layers, head = judged * (total + kept * (2 if heal else 1)), judged * (3.0 if heal else 2.0)
-    fits, quick = 1 if heal else 0, 0
-    if "drop" in target.words:
-        pass
-    elif method == "best_of":
-        tried = min(BLOCKS, num_layers - dropped + 1) + 1
-        each = held_out if heal else calibration
+    method, heal, dropped = _method(target, request), bool(request.heal), target.least
+    calibration, judged = text.calibration.num_tokens, text.held_out.num_tokens
+    total, kept, tried = float(num_layers), float(num_layers - dropped), min(BLOCKS, num_layers - dropped + 1) + 1
+    share = 0.25 if heal else 1.0  # of the calibration text, on which proposals are compared
+
+    def swept(steps: int) -> tuple[float, float]:
+        """Each of some steps runs the remaining layers once, and for each candidate the layers after it."""
+        left = range(num_layers, num_layers - steps, -1)
+        return sum(count * (count + 1) / 2 for count in left), sum(count + 1.0 for count in left)
+
+    # Passes of the calibration text through a layer, and through the head.
+    layers, head = {
+        "given": (0.0, 0.0),
         # Scores, then the full model's states before each cut and the layers after it.
-        layers += calibration * total + each * (total + tried * kept / 2)
-        head += tried * each
-        quick = fits * min(HEALED, tried)
-    elif method == "sublayers":  # three candidates per layer
-        layers += calibration * total * (1 + 3 * total / 2)
-        head += calibration * (3 * total + 1)
-        fits *= 2  # for a missing MLP, the MLPs before and after it are refitted
-    elif method in STEPWISE:
-        for left in range(num_layers, num_layers - dropped, -1):
-            layers += calibration * left * (1 + (left - 1) / 2)
-            head += calibration * (left + 1)
-        fits = dropped if method == "greedy_healed" else fits
-    elif method in ("perplexity", "kl"):
-        layers += calibration * total * (1 + (total - 1) / 2)
-        head += calibration * (total + 1)
-    else:
-        passes = 3 if method == "taylor" else 1  # a backward pass is twice a forward pass
-        layers, head = layers + passes * calibration * total, head + (passes - 1) * 1.5 * calibration
+        "best_of": (total + share * (total + tried * kept / 2), share * tried),
+        "block_influence": (total, 0.0),
+        "angular": (total, 0.0),
+        "taylor": (3 * total, 3.0),  # a backward pass is twice a forward pass
+        "perplexity": swept(1),
+        "kl": swept(1),
+        "greedy": swept(dropped),
+        "greedy_healed": swept(dropped),
+        "sublayers": (total * (1 + 3 * total / 2), 3 * total + 1),  # three candidates per layer
+    }[method]
+    # Perplexities of the full model, without the layers, and healed.
+    layers = calibration * layers + judged * (total + kept * (1 + heal))
+    head = calibration * head + judged * (2.0 + heal)
+    # With sub-layers, the MLPs before and after a missing one are refitted.
+    fits = heal * {"greedy_healed": dropped, "sublayers": 2}.get(method, 1)
+    quick = heal * min(HEALED, tried) if method == "best_of" else 0
     if fits:
         # The full model's states for the first set, and for each further set from the nearest known place. Per fit,
         # from the cut on: the loss before, with each penalty (only one if quick), and without each of several sources.
-        passes = fits * (1 + _PENALTIES + (more > 1)) + 2 * quick
+        held_out, passes = 0.25 * calibration, fits * (1 + _PENALTIES + (more > 1)) + 2 * quick
         layers += more * (calibration * total * (1 + (fits + quick - 1) / 2) + held_out * passes * kept / 2)
         head += more * held_out * (1 + passes)
     # Half of the symmetric second moments are computed, and again for the fits without a source.
     return Work(layers, head, (quick + fits * (1.0 + (more > 1))) * more * calibration * features**2)
 
 
-def estimate_cost(
-    model: nn.Module,
-    target: Target,
-    method: str,
-    heal: str | None,
-    calibration: TokenBatches,
-    judged: TokenBatches,
-) -> Cost:
+def _method(target: Target, request: Request) -> str:
+    if "drop" in target.words:
+        return "given"
+    return request.units if request.units == "sublayers" else request.method
+
+
+def estimate_cost(model: nn.Module, target: Target, request: Request, text: Text) -> Cost:
     """Estimates the cost of `search_layers` for its smallest number of layers, from a short timed forward pass."""
-    stack = text_stack(model)
-    config, total = stack.model.config, len(stack.layers)
+    stack, calibration = text_stack(model), text.calibration
+    config, heal = stack.model.config, request.heal
     width: int = config.hidden_size
     inner = getattr(config, "intermediate_size", None)
     features = inner if heal == "refit" and isinstance(inner, int) else width
     # A single source is joined by the default ones, which together have as many tokens.
     more = 2 if len(calibration.weights) == 1 and calibration.tokenizer else 1
-    work = work_of_search(total, target, method, heal, calibration.num_tokens, judged.num_tokens, features, more)
+    work = work_of_search(len(stack.layers), target, request, text, features, more)
     per_layer, per_head, per_product = _unit_times(model, calibration.batches[0], min(features, 1024))
     parameters = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     fits = 8 * (2 * features**2 + 3 * features * width) if heal else 0
     # Both ends of each cut, and one state of the pruned model.
-    places = 2 * (HEALED if method == "best_of" and "drop" not in target.words else 1) + 1
+    places = 2 * (HEALED if _method(target, request) == "best_of" else 1) + 1
     states = places * more * calibration.num_tokens * width * parameters[0].element_size() if heal else 0
-    batch = max(one.input_ids.numel() for one in calibration)
-    at_once = min(batch, next(logit_slices(batch, config.vocab_size)).stop)
+    batch_tokens = max(batch.input_ids.numel() for batch in calibration)
+    at_once = min(batch_tokens, next(logit_slices(batch_tokens, config.vocab_size)).stop)
     # For a layer, its states and about four matrices of MLP width; for the head, logits, log-probabilities and a copy.
     mlp_width = inner if isinstance(inner, int) else 4 * width
-    passing = batch * (8 * width + 4 * mlp_width) * parameters[0].element_size() + 3 * 4 * at_once * config.vocab_size
+    passing = batch_tokens * (8 * width + 4 * mlp_width) * parameters[0].element_size()
+    passing += 3 * 4 * at_once * config.vocab_size
     seconds = work.layers * per_layer + work.head * per_head + work.products * per_product
     return Cost(seconds, weights + fits, states, passing)
 

@@ -22,7 +22,8 @@ Shapes: B sequences, T tokens, N non-padding tokens of a batch, D hidden size, I
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -45,9 +46,9 @@ from .cut import Cut, normalize_layers
 from .heal_fit import Repair, Stream, require_changeable
 from .heal_report import HEALED_IN_MEMORY, Copy, HealedLayer, HealedSource, HealReport, restore
 from .layers import note_text
-from .plan import PruningPlan, units_of
+from .plan import PruningPlan, by_kind, units_of
 
-__all__ = ["METHODS", "HealReport", "HealedLayer", "HealedSource", "Healer", "heal", "healed", "why_not_healable"]
+__all__ = ["METHODS", "HealReport", "Healer", "heal", "why_not_healable"]
 
 METHODS = ("refit", "linear")
 
@@ -133,21 +134,6 @@ def heal(
     return report
 
 
-@contextmanager
-def healed(model: nn.Module, layers: Iterable[int], data: Any = None, **options: Any) -> Iterator[HealReport]:
-    """Context in which the model is healed as by `heal`. Restores the original weights on exit, bit for bit.
-
-    Args:
-        model, layers, data, options: see `heal`.
-    """
-    report = heal(model, layers, data, **options)
-    try:
-        yield report
-    finally:
-        report.undo()
-        report.forget()
-
-
 class Healer:
     """Heals a model for several sets of layers, one after the other, while running the full model only once.
 
@@ -185,10 +171,10 @@ class Healer:
         else:
             self.fitted = batches.only(*fitted)
             self.judged = token_batches(held_out, self.stack.model, tokenizer=tokenizer, windows=windows)
-        self.given = self.judged  # without default sources; layers are chosen on it
-        if len(self.fitted.weights) == len(self.given.weights) == 1:
-            if tokenizer := self.given.tokenizer or batches.tokenizer or tokenizer:
-                self.fitted, self.judged = with_default_sources(self.fitted, self.given, tokenizer)
+        self.held_out = self.judged  # without default sources; layers are chosen on it
+        if len(self.fitted.weights) == len(self.held_out.weights) == 1:
+            if tokenizer := self.held_out.tokenizer or batches.tokenizer or tokenizer:
+                self.fitted, self.judged = with_default_sources(self.fitted, self.held_out, tokenizer)
             else:
                 logger.warning(
                     "healing is fitted and evaluated on only one kind of text and may do harm on others; pass "
@@ -199,6 +185,8 @@ class Healer:
         self._fitted_too = {name for name in names if share_known(text, sequences_of(self.judged.only(name)))}
         self._split_model = SplitModel(model)
         self._changed: list[Copy] = []
+        # The last full fit of `healed`, and a function that reapplies it.
+        self.fit: tuple[HealReport, Callable[[], None]] | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -207,14 +195,31 @@ class Healer:
         self._losses_full: SourceLosses | None = None
 
     @contextmanager
-    def healed(self, layers: Iterable[int] | PruningPlan, **options: Any) -> Iterator[HealReport]:
-        """Context in which the model is healed. Restores the original weights on exit, bit for bit."""
-        report = self.heal(layers, **options)
+    def healed(self, units: Iterable[Unit], *, quick: bool = False, progress: bool = True) -> Iterator[HealReport]:
+        """Context in which the model is healed. Restores the original weights on exit, bit for bit.
+
+        `fit` keeps a fit that is not quick.
+        """
+        report = (
+            self.heal(**by_kind(units), quick=True, progress=progress) if quick else self.heal_again(units, progress)
+        )
         try:
             yield report
         finally:
-            report.undo()
-            report.forget()
+            reapply = report.set_aside()
+            if quick:
+                report.forget()
+            else:
+                self.fit = report, reapply
+
+    def heal_again(self, units: Iterable[Unit], progress: bool = True) -> HealReport:
+        """Heals the model for these units; reapplies `fit` if it was for the same ones."""
+        parts = by_kind(units)
+        if self.fit and list(self.fit[0].dropped) == units_of(parts):
+            report, reapply = self.fit
+            reapply()
+            return report
+        return self.heal(**parts, quick=False, progress=progress)
 
     def heal(
         self,
@@ -237,55 +242,58 @@ class Healer:
             raise ValueError("model: it is still healed for another set of layers; call undo() on that report first")
         stack = self.stack
         if isinstance(layers, PruningPlan):
-            given: Any = replace(layers, perplexity={})  # avoids the warning that the plan needs healing
+            to_drop: Any = replace(layers, perplexity={})  # avoids the warning that the plan needs healing
         else:
-            given = normalize_layers(layers, len(stack.layers), "layers")
-        cut = Cut.of(stack.model.config, given, attention, mlp)
+            to_drop = normalize_layers(layers, len(stack.layers), "layers")
+        cut = Cut.of(stack.model.config, to_drop, attention, mlp)
         gaps = _gaps(stack, cut)
         for gap in gaps:
             require_changeable(self.model, stack, gap.layer)
-
-        dropped = tuple(units_of(vars(cut)))
         originals: list[Copy] = []
-        left_out: dict[str, float] = {}
         try:
             with eval_mode(self.model):
-                if self._split_model.tuples is None:
-                    self._split_model.tuples = returns_tuples(stack)
-                # Computed before any weight is changed.
-                start = min([*(gap.layer for gap in gaps), *map(layer_of, dropped)], default=0)
-                full = self._keep([start, *(gap.end for gap in gaps)])
-                pruned = [streams[start].without(dropped) for streams in full]
-                if self._losses_full is None:
-                    self._losses_full = full[1][max(full[1])].losses()
-                losses = before = pruned[1].losses()
-                steps = []
-                for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
-                    pruned = [stream.at(layer) for stream in pruned]
-                    targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
-                    repair = Repair(stack, layer, self.method, self.fitted.weights, targets, pruned)
-                    step, losses, changes = repair.heal(
-                        parts, losses, originals, self.cross_validate and not quick, quick
-                    )
-                    for name, change in changes.items():
-                        left_out[name] = left_out.get(name, 0.0) + change
-                    steps.append(step)
+                report = self._repair(units_of(vars(cut)), gaps, originals, quick, progress)
         except BaseException:
             restore(originals)
             raise
         self._changed = list(originals)
         if originals:
             remember_source(stack.model.config, HEALED_IN_MEMORY)
+        return report
+
+    def _repair(
+        self, dropped: list[Unit], gaps: list[_Gap], originals: list[Copy], quick: bool, progress: bool
+    ) -> HealReport:
+        """Repairs one gap after the other, and adds copies of the weights that it changes to `originals`."""
+        stack = self.stack
+        if self._split_model.tuples is None:
+            self._split_model.tuples = returns_tuples(stack)
+        # Computed before any weight is changed.
+        start = min([*(gap.layer for gap in gaps), *map(layer_of, dropped)], default=0)
+        full = self._keep([start, *(gap.end for gap in gaps)])
+        pruned = [streams[start].without(dropped) for streams in full]
+        if self._losses_full is None:
+            self._losses_full = full[1][max(full[1])].losses()
+        losses = before = pruned[1].losses()
+        steps: list[HealedLayer] = []
+        left_out: dict[str, float] = {}
+        for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
+            pruned = [stream.at(layer) for stream in pruned]
+            targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
+            repair = Repair(stack, layer, self.method, self.fitted.weights, targets, pruned)
+            step, losses, changes = repair.heal(parts, losses, originals, self.cross_validate and not quick, quick)
+            for name, change in changes.items():
+                left_out[name] = left_out.get(name, 0.0) + change
+            steps.append(step)
+        whole = self._losses_full
         return HealReport(
-            dropped=dropped,
+            dropped=tuple(dropped),
             method=self.method,
             steps=tuple(steps),
-            perplexity_full=perplexity_of(self._losses_full.mean),
+            perplexity_full=perplexity_of(whole.mean),
             perplexity_before=perplexity_of(before.mean),
             perplexity_after=perplexity_of(losses.mean),
-            sources={
-                name: self._source(name, self._losses_full, before, losses, left_out.get(name)) for name in before.of
-            },
+            sources={name: self._source(name, whole, before, losses, left_out.get(name)) for name in before.of},
             data={"calibration": self.fitted.describe(), "held_out": self.judged.describe()},
             _originals=originals,
             _config=stack.model.config,
@@ -346,10 +354,10 @@ def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:
     total, units, start, after_missing_mlp = len(stack.layers), units_of(vars(cut)), 0, False
     left = [layer for layer in range(total) if layer not in (*cut.layers, *cut.mlp)]
     left = [layer for layer in left if "mlp" not in missing(stack.layers[layer], stack.family)]
-    found = []
-    for layer, end in zip(left, [*left[1:], total], strict=True):
+    gaps = []
+    for layer, end in itertools.pairwise([*left, total]):
         parts = tuple(unit for unit in units if start <= layer_of(unit) < end)
         if after_missing_mlp or not set(parts) <= set(range(layer)):  # layers dropped before all MLPs are skipped
-            found.append(_Gap(layer, end, parts))
+            gaps.append(_Gap(layer, end, parts))
         start, after_missing_mlp = end, any(start <= position < end for position in cut.mlp)
-    return found
+    return gaps

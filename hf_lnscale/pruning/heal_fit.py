@@ -47,7 +47,7 @@ _STRIPES = 8
 
 def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
     """The parameters that produce a layer's MLP output, with their paths: weights (..., D, I) and biases (..., D)."""
-    found: list[tuple[str, nn.Parameter]] = []
+    weights: list[tuple[str, nn.Parameter]] = []
     for path in OUTPUT_WEIGHTS:
         holder = submodule(stack.layers[layer], path)
         names = ["weight", "bias"]
@@ -62,8 +62,8 @@ def output_weights(stack: Stack, layer: int) -> list[tuple[str, nn.Parameter]]:
                 "wrapper (an adapter, a parametrization) before healing"
             )
         parameters = [(path, holder._parameters.get(name)) for name in names]
-        found += [(path, parameter) for path, parameter in parameters if parameter is not None]
-    return found
+        weights += [(path, parameter) for path, parameter in parameters if parameter is not None]
+    return weights
 
 
 def require_changeable(model: nn.Module, stack: Stack, layer: int) -> None:
@@ -303,18 +303,9 @@ class Repair:
         originals.extend(self.old + self.old_norm)
         error_before = self._error()
         moments = self._moments()
-        tried: list[tuple[_Fit, SourceLosses]] = []
-        for ridge in _RIDGES[:1] if quick else _RIDGES:
-            self.restore()
-            tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
-            if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
-                break
-        best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
-        fit, after = next(  # penalties are in decreasing order
-            (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
-        )
+        fit, after, lowest = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
         blend, reason = 1.0, "the loss on held-out data would not be lower"
-        if best.mean < before.mean:
+        if lowest < before.mean:
             blend, after, reason = self._blended(fit, after, before)
         changes = {}
         if cross_validate and len(self.token_weights) > 1:
@@ -341,6 +332,20 @@ class Repair:
         )
         return step, after, changes
 
+    def _chosen(self, moments: _Moments, ridges: Iterable[float]) -> tuple[_Fit, SourceLosses, float]:
+        """The fit of the largest penalty within a standard error of the best, its losses, and the lowest mean loss."""
+        tried: list[tuple[_Fit, SourceLosses]] = []
+        for ridge in ridges:  # in decreasing order
+            self.restore()
+            tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
+            if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
+                break
+        best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
+        fit, after = next(
+            (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
+        )
+        return fit, after, best.mean
+
     def _blended(self, fit: _Fit, after: SourceLosses, before: SourceLosses) -> tuple[float, SourceLosses, str]:
         """The largest blend that makes no source worse, and its losses; otherwise the reason for not healing."""
         worse: list[str] = []
@@ -358,7 +363,7 @@ class Repair:
         """The change of a source's loss by a fit to the other sources."""
         self.restore()
         others = self.token_weights.keys() - {name}
-        tokens = {one: self.fitted[1].batches.only(one).num_tokens for one in self.token_weights}
+        tokens = {source: self.fitted[1].batches.only(source).num_tokens for source in self.token_weights}
         if 2 * tokens[name] < sum(tokens.values()):
             part = moments.copy()
             self._add_moments(part, [name], -1.0)

@@ -138,7 +138,39 @@ class PruningPlan:
             FileNotFoundError: if there is none.
             ValueError: if the file is not a plan.
         """
-        return read_plan(path)
+        file = Path(os.fsdecode(path))
+        if file.is_dir():
+            file = file / PLAN_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)"
+            )
+        try:
+            values = read_object(file, **_KINDS)
+            if values.get("format") != _FORMAT:
+                raise ValueError("it has an unknown format")
+            if missing := {"layers", "model"} - set(values):
+                raise ValueError(f"it has no {min(missing)}")
+            if not are_layers(values["layers"]):
+                raise ValueError(f"its layers must be distinct integers >= 0, got {brief(values['layers'])}")
+            for name in {"perplexity", "errors"} & values.keys():
+                values[name] = {figure: number_of(value) for figure, value in values[name].items()}
+            figures = values.get("perplexity", {})
+            if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
+                raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
+            errors = values.get("errors", {})
+            if not all(error == 0 or is_positive(error) for error in errors.values()):
+                raise ValueError(f"its errors must be numbers >= 0 by name, got {brief(errors)}")
+            for kind in SUBLAYERS:
+                if not are_layers(values.get(kind, [])):
+                    raise ValueError(f"its {kind} must be distinct integers >= 0, got {brief(values[kind])}")
+            known = {name: value for name, value in values.items() if name in _KINDS}
+            lists = {name: tuple(values.get(name, ())) for name in ("layers", *SUBLAYERS)}
+            plan = cls(**{**known, **lists})
+            _ = plan.known_text  # raises if it is invalid
+            return plan
+        except ValueError as error:
+            raise ValueError(f"drop_layers: {str(file)!r} is not a pruning plan: {error}") from None
 
     def __str__(self) -> str:
         figures = ", ".join(
@@ -159,44 +191,11 @@ def units_of(step: Mapping[str, Any]) -> list[Unit]:
 
 def by_kind(units: Iterable[Unit]) -> dict[str, list[int]]:
     """The inverse of `units_of`. A layer that loses both attention and MLP is listed in `layers`."""
-    given = list(units)
-    whole = {one for one in given if not isinstance(one, tuple)}
-    parts = {kind: {one[1] for one in given if isinstance(one, tuple) and one[0] == kind} - whole for kind in SUBLAYERS}
+    units = list(units)
+    layers = {unit for unit in units if not isinstance(unit, tuple)}
+    parts = {
+        kind: {unit[1] for unit in units if isinstance(unit, tuple) and unit[0] == kind} - layers for kind in SUBLAYERS
+    }
     both = set.intersection(*parts.values())
-    found = {"layers": sorted(whole | both)}
-    return found | {kind: sorted(part - both) for kind, part in parts.items() if part - both}
-
-
-def read_plan(path: Any) -> PruningPlan:
-    """See `PruningPlan.load`."""
-    file = Path(os.fsdecode(path))
-    if file.is_dir():
-        file = file / PLAN_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)")
-    try:
-        values = read_object(file, **_KINDS)
-        if values.get("format") != _FORMAT:
-            raise ValueError("it has an unknown format")
-        if missing := {"layers", "model"} - set(values):
-            raise ValueError(f"it has no {min(missing)}")
-        if not are_layers(values["layers"]):
-            raise ValueError(f"its layers must be distinct integers >= 0, got {brief(values['layers'])}")
-        for name in {"perplexity", "errors"} & values.keys():
-            values[name] = {one: number_of(value) for one, value in values[name].items()}
-        figures = values.get("perplexity", {})
-        if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
-            raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
-        errors = values.get("errors", {})
-        if not all(error == 0 or is_positive(error) for error in errors.values()):
-            raise ValueError(f"its errors must be numbers >= 0 by name, got {brief(errors)}")
-        for kind in SUBLAYERS:
-            if not are_layers(values.get(kind, [])):
-                raise ValueError(f"its {kind} must be distinct integers >= 0, got {brief(values[kind])}")
-        known = {name: value for name, value in values.items() if name in _KINDS}
-        lists = {name: tuple(values.get(name, ())) for name in ("layers", *SUBLAYERS)}
-        plan = PruningPlan(**{**known, **lists})
-        _ = plan.known_text  # raises if it is invalid
-        return plan
-    except ValueError as error:
-        raise ValueError(f"drop_layers: {str(file)!r} is not a pruning plan: {error}") from None
+    sublayers = {kind: sorted(part - both) for kind, part in parts.items() if part - both}
+    return {"layers": sorted(layers | both)} | sublayers

@@ -27,7 +27,7 @@ from ..core.warnings import warn
 from ..evaluation.abilities import Continuations, ability_results
 from ..evaluation.speed import measure
 from ..measuring.known_text import caution, percent, sequences_of, share_known, sketch
-from ..measuring.losses import loss_without, perplexity_of
+from ..measuring.losses import losses_by_source, perplexity_of
 from ..measuring.sample import default_sources, first_token
 from ..measuring.text import TOKEN_IDS, TokenBatches, Windows, token_batches, window_length
 from ..measuring.uncertainty import ends_early, too_little
@@ -39,7 +39,8 @@ from .heal import HealReport, why_not_healable
 from .layers import drop_layers, note_text, require_droppable
 from .plan import PLAN_FILE, PruningPlan
 from .pruned import Pruned, card_of, compare_abilities, rows_of
-from .search import SEARCH_METHODS, OtherSearchError, one_goal, require_possible, search_layers, search_target
+from .search import SEARCH_METHODS, OtherSearchError, Request, Text, search_layers
+from .target import Target, one_goal, require_possible
 
 logger = logging.getLogger(__name__)
 
@@ -127,92 +128,58 @@ def prune(
         target_memory=target_memory, drop=drop,
     )  # fmt: skip
     require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    method, heal = _require_methods(method, units, heal, goal)
+    request = _request(goal, method, units, heal, cache_tokens, cache_batch)
     checkpoint = None if isinstance(model, nn.Module) else os.fspath(model)
-    target = record = None
-    if out is not None:
-        target = Path(out).resolve()
+    target = None if out is None else Path(out).resolve()
+    search_file = None
+    if target is not None:
         require_free(target, (checkpoint, *_paths(data), *_paths(held_out)), str(out), force)
-        record = target.parent / f".{target.name}.search.json" if resume is None else None
+        search_file = target.parent / f".{target.name}.search.json" if resume is None else None
+    config, decoder = _config_of(checkpoint or model)
     if checkpoint is not None:
-        config: PreTrainedConfig = read_config(checkpoint)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            problem = "is not a causal language model; load it and prune it in memory"
-            raise ArgumentError("model", checkpoint, problem=problem)
-        windows, inner = replace(windows, seq_len=window_length(windows.seq_len, [config])), None
-    else:
-        config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
-        inner = text_stack(model).model
-    _require_prunable(config, goal, units)
+        windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
+    _require_prunable(config, request)
+    writes = checkpoint is not None or target is not None
     own_tokenizer = tokenizer
-    if own_tokenizer is None and (checkpoint is not None or target is not None or abilities):
+    if own_tokenizer is None and (writes or abilities):
         if not (name := checkpoint or config.name_or_path):
             problem = f"required for {'`out`' if target else '`abilities`'}, as the model has no name to load it by"
             raise ArgumentError("tokenizer", problem=problem)
         own_tokenizer = load_tokenizer(name)
     if abilities:
         first_token(own_tokenizer)
-    if checkpoint is not None or target is not None:
-        tokenizer = own_tokenizer  # not for `abilities` only: it would add English and code to token ids
-    text = _split(data, held_out, tokenizer, windows, config, inner)
+    # Not for `abilities` only: it would add English and code to token ids.
+    text = _split(data, held_out, own_tokenizer if writes else tokenizer, windows, config, decoder)
     if checkpoint is not None:
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
 
-    search = partial(_choose_and_heal, model, goal, method, units, heal, text, cache_tokens, cache_batch)
-    try:
-        plan, report = search(resume or record, progress)
-    except OtherSearchError:
-        if record is None:
-            raise
-        record.unlink()  # left behind by an interrupted search
-        plan, report = search(record, progress)
+    plan, report = _choose_and_heal(model, request, text, resume, progress, search_file)
     if not plan.units:
-        if record is not None:
-            record.unlink(missing_ok=True)
-        if goal[0] != "max_perplexity_increase":
-            raise ArgumentError(*goal, problem="is already met by the unchanged model. Nothing was written.")
-        raise ValueError(
-            f"no {'layer' if units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises perplexity "
-            f"from {plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
-            "Nothing was written."
-        )
-    try:
-        drop_layers(model, list(plan.layers), attention=plan.attention or None, mlp=plan.mlp or None)
-    except BaseException:
-        if report is not None:
-            report.undo()
-        raise
-    if report is not None:
-        report.forget()
+        if search_file is not None:
+            search_file.unlink(missing_ok=True)
+        raise _nothing_dropped(plan, request)
+    _drop(model, plan, report)
     if whole is not None:
         cut = [*ability_results(model, own_tokenizer), *whole[1].agreement(model, own_tokenizer)]
         plan = replace(plan, notes={**plan.notes, "abilities": compare_abilities(whole[0], cut)})
-    if plan.known_text:
-        note_text(model, plan.known_text)
     if target is None:
         return Pruned(plan, model, rows_of(plan))
 
     with atomic_directory(target, force) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        own_tokenizer.save_pretrained(folder)
         rows = rows_of(plan)
         if checkpoint is not None:
-            del model, search  # frees memory for other processes
-            if placement.main_device.startswith("cuda"):
-                torch.cuda.empty_cache()
-            costs = measure(checkpoint, folder, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            sizes = [size_on_disk(path) for path in (checkpoint, folder)]
-            before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
-            plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
-            rows = rows_of(plan, costs, sizes)
-            model = _read_again(folder, plan, text[1], placement)
+            del model  # frees memory for other processes
+            plan, rows = _with_cost(plan, checkpoint, folder, placement, prompt_tokens, new_tokens)
+            model = _read_again(folder, plan, text.held_out, placement)
             model.config.name_or_path = model.name_or_path = str(target)
         plan.save(folder / PLAN_FILE)
         card_of(checkpoint, plan, rows, command, model.config).save(folder / "README.md")
-    if record is not None:
-        record.unlink(missing_ok=True)
+    if search_file is not None:
+        search_file.unlink(missing_ok=True)
     return Pruned(plan, model, rows, target)
 
 
@@ -282,10 +249,10 @@ def plan_pruning(
     )  # fmt: skip
     if method == "greedy_healed":
         heal = heal or "refit"
-    method, heal = _require_methods(method, units, heal, goal)
-    inner = text_stack(model).model
-    text = _split(data, held_out, tokenizer, windows, inner.config, inner)
-    plan, report = _choose_and_heal(model, goal, method, units, heal, text, cache_tokens, cache_batch, resume, progress)
+    request = _request(goal, method, units, heal, cache_tokens, cache_batch)
+    decoder = text_stack(model).model
+    text = _split(data, held_out, tokenizer, windows, decoder.config, decoder)
+    plan, report = _choose_and_heal(model, request, text, resume, progress)
     if report is not None:
         report.undo()
         report.forget()
@@ -293,49 +260,72 @@ def plan_pruning(
 
 
 def _choose_and_heal(
-    model: nn.Module,
-    goal: tuple[str, Any],
-    method: str,
-    units: str,
-    heal: str | None,
-    text: tuple[TokenBatches, TokenBatches, list[str]],
-    cache_tokens: int,
-    cache_batch: int,
-    resume: str | os.PathLike[str] | None,
-    progress: bool,
+    model: nn.Module, request: Request, text: Text, resume: Any, progress: bool, search_file: Path | None = None
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Checks arguments against the model, then searches; see `search_layers`. `text` is the result of `_split`."""
-    calibration, judged, cautions = text
-    if units == "sublayers":
+    """Checks the request against the model, then searches; see `search_layers`.
+
+    `search_file` takes the place of `resume`, but is removed if it belongs to another search.
+    """
+    if request.units == "sublayers":
         droppable_units(text_stack(model).model.config)
-    target = search_target(model, goal, cache_tokens, cache_batch)
-    reason = why_not_healable(model) if heal else None
-    if reason and (heal != "auto" or method == "greedy_healed"):
-        raise ArgumentError("heal", heal, problem=f"is not possible: {reason}")
-    if heal == "auto":
-        heal = None if reason else "refit"
-    if reason:
-        cautions = [*cautions, f"the cut is not healed: {reason}."]
-        warn(cautions[-1])
-    if heal and calibration.num_sequences < 2:
+    target = Target(model, request.goal, request.cache_tokens, request.cache_batch)
+    request, caution = _with_heal_method(model, request)
+    if caution:
+        text = replace(text, cautions=(*text.cautions, caution))
+        warn(caution)
+    if request.heal and text.calibration.num_sequences < 2:
         raise ArgumentError(
             "data",
-            problem=f"{calibration.num_sequences} sequence of calibration data is too little for `heal={heal}`, which "
-            "chooses its penalty on sequences that are not fitted; use more text or a smaller `seq_len`",
+            problem=f"{text.calibration.num_sequences} sequence of calibration data is too little for "
+            f"`heal={request.heal}`, which chooses its penalty on sequences that are not fitted; use more text or a "
+            "smaller `seq_len`",
         )
-    cost = estimate_cost(model, target, method if units == "layers" else units, heal, calibration, judged)
+    cost = estimate_cost(model, target, request, text)
     each = " for each number of layers tried" if target.budget is not None else ""
-    each = " for each layer, attention or MLP dropped" if units == "sublayers" else each
-    logger.info("choosing layers%s%s: %s", " and healing" if heal else "", each, cost)
-    plan, report = search_layers(model, target, method, heal, calibration, judged, resume, progress, units)
-    return replace(plan, notes={**plan.notes, "cautions": cautions}), report
+    each = " for each layer, attention or MLP dropped" if request.units == "sublayers" else each
+    logger.info("choosing layers%s%s: %s", " and healing" if request.heal else "", each, cost)
+    search = partial(search_layers, model, target, request, text, progress=progress)
+    try:
+        plan, report = search(resume=resume or search_file)
+    except OtherSearchError:
+        if search_file is None:
+            raise
+        search_file.unlink()  # left behind by an interrupted search
+        plan, report = search(resume=search_file)
+    return replace(plan, notes={**plan.notes, "cautions": list(text.cautions)}), report
+
+
+def _drop(model: nn.Module, plan: PruningPlan, report: HealReport | None) -> None:
+    """Drops what the plan says from a model that has been healed for it, or restores its weights."""
+    try:
+        drop_layers(model, list(plan.layers), attention=plan.attention or None, mlp=plan.mlp or None)
+    except BaseException:
+        if report is not None:
+            report.undo()
+        raise
+    if report is not None:
+        report.forget()
+    if plan.known_text:
+        note_text(model, plan.known_text)
+
+
+def _nothing_dropped(plan: PruningPlan, request: Request) -> ValueError:
+    if request.goal[0] != "max_perplexity_increase":
+        return ArgumentError(*request.goal, problem="is already met by the unchanged model. Nothing was written.")
+    return ValueError(
+        f"no {'layer' if request.units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises "
+        f"perplexity from {plan.perplexity['before']:.2f} by more than {request.goal[1]:.0%} on held-out data. "
+        "Nothing was written."
+    )
 
 
 # --- checks before anything expensive ---------------------------------------------------------------------------------
 
 
-def _require_methods(method: str | None, units: str, heal: str | None, goal: tuple[str, Any]) -> tuple[str, str | None]:
-    """Validates and returns the methods of search and healing."""
+def _request(
+    goal: tuple[str, Any], method: str | None, units: str, heal: str | None, cache_tokens: int, cache_batch: int
+) -> Request:
+    """Validates the methods of search and healing."""
     if units not in UNITS:
         raise ArgumentError("units", units, f"one of {', '.join(UNITS)}")
     method = method or ("best_of" if units == "layers" else "greedy")
@@ -345,51 +335,74 @@ def _require_methods(method: str | None, units: str, heal: str | None, goal: tup
         raise ArgumentError("heal", heal, f"one of auto, {', '.join(HEAL_METHODS)} or None")
     if method == "greedy_healed" and heal is None:
         raise ArgumentError("method", method, problem="requires healing; with `heal=None`, use another method")
-    if units == "layers":
-        return method, heal
-    if method != "greedy":
-        raise ArgumentError("method", method, problem="chooses whole layers; with `units=sublayers`, use 'greedy'")
-    if goal[0] in ("num_layers", "drop"):
-        problem = "counts layers; with `units=sublayers`, use `target_params`, `target_memory` or "
-        raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
-    return method, heal
+    if units == "sublayers":
+        if method != "greedy":
+            raise ArgumentError("method", method, problem="chooses whole layers; with `units=sublayers`, use 'greedy'")
+        if goal[0] in ("num_layers", "drop"):
+            problem = "counts layers; with `units=sublayers`, use `target_params`, `target_memory` or "
+            raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
+    return Request(goal, method, units, heal, cache_tokens, cache_batch)
 
 
-def _require_prunable(config: PreTrainedConfig, goal: tuple[str, Any], units: str) -> None:
+def _with_heal_method(model: nn.Module, request: Request) -> tuple[Request, str | None]:
+    """The request with a method in place of "auto", and a caution if the model cannot be healed."""
+    reason = why_not_healable(model) if request.heal else None
+    if reason and (request.heal != "auto" or request.method == "greedy_healed"):
+        raise ArgumentError("heal", request.heal, problem=f"is not possible: {reason}")
+    if request.heal == "auto":
+        request = replace(request, heal=None if reason else "refit")
+    return request, reason and f"the cut is not healed: {reason}."
+
+
+def _config_of(model: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
+    """The configuration of a model, and its decoder if it is in memory."""
+    if isinstance(model, nn.Module):
+        config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
+        return config, text_stack(model).model
+    config = read_config(model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = "is not a causal language model; load it and prune it in memory"
+        raise ArgumentError("model", model, problem=problem)
+    return config, None
+
+
+def _require_prunable(config: PreTrainedConfig, request: Request) -> None:
     """Refuses a model from whose configuration layers cannot be dropped, or that lacks the layers to drop."""
     family_of(config, "drop_layers")
-    if units == "sublayers":
+    if request.units == "sublayers":
         droppable_units(config)
     text = text_config(config)
     total = text.num_hidden_layers
-    require_possible(goal, total)
+    require_possible(request.goal, total)
+    name, value = request.goal
     any_layer = [min(set(range(total)) - counting_layers(text))]
-    prune_config(copy.deepcopy(config), normalize_layers(goal[1], total, "drop") if goal[0] == "drop" else any_layer)
+    prune_config(copy.deepcopy(config), normalize_layers(value, total, "drop") if name == "drop" else any_layer)
 
 
 def _paths(data: Any) -> list[Any]:
     """The values of a `data` argument that may be paths: itself, or each of several sources."""
     if not isinstance(data, dict):
         return [data]
-    return [one[0] if isinstance(one, tuple) else one for one in data.values()]
+    return [source[0] if isinstance(source, tuple) else source for source in data.values()]
 
 
 def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
-) -> tuple[TokenBatches, TokenBatches, list[str]]:
+) -> Text:
     """Calibration text, held-out text, and cautions about them, which are also issued as warnings."""
     data = default_sources() if data is None else data
-    whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
+    given = {"data": token_batches(data, model, tokenizer=tokenizer, windows=windows)}
     if held_out is None:
-        calibration, judged = whole.split(0.25)
+        calibration, judged = given["data"].split(0.25)
     else:
-        calibration, judged = whole, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        given["held_out"] = token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        calibration, judged = given.values()
     cautions = []
-    for given, batches in (("data", whole), *(() if held_out is None else (("held_out", judged),))):
-        if batches.source != TOKEN_IDS and batches is not given:
+    for argument, batches in given.items():
+        if batches.source != TOKEN_IDS:
             longest = max(batch.input_ids.shape[1] for batch in batches)
             ends = ends_early(batches.num_tokens, windows.num_tokens, longest * len(batches.weights))
-            cautions += [f"{given}: {ends}"] if ends else []
+            cautions += [f"{argument}: {ends}"] if ends else []
     for part, batches in (("calibration", calibration), ("held-out", judged)):
         few = too_little(batches.num_tokens, batches.num_sequences)
         cautions += [f"{part} data: {few}"] if few else []
@@ -397,21 +410,35 @@ def _split(
         cautions.append(f"held-out data: {known}")
     if held_out is not None and (share := share_known(sketch(calibration), sequences_of(judged))):
         cautions.append(f"held-out data: about {percent(share)} of it is also calibration data; use other text.")
-    for one in cautions:
-        warn(one)
-    return calibration, judged, cautions
+    for text in cautions:
+        warn(text)
+    return Text(calibration, judged, tuple(cautions))
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+def _with_cost(
+    plan: PruningPlan, checkpoint: str, folder: Path, placement: Placement, prompt_tokens: int, new_tokens: int
+) -> tuple[PruningPlan, list[tuple[str, str, str, str]]]:
+    """The plan with speed and size of both checkpoints, and the rows of its table."""
+    if placement.main_device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    costs = measure(checkpoint, folder, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    sizes = [size_on_disk(path) for path in (checkpoint, folder)]
+    before, after = (asdict(cost) | {"size_on_disk": size} for cost, size in zip(costs, sizes, strict=True))
+    plan = replace(plan, notes={**plan.notes, "cost": {"before": before, "after": after}})
+    return plan, rows_of(plan, costs, sizes)
+
+
 def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement: Placement) -> Any:
     """Loads the written model and checks that it reproduces the plan's perplexity."""
     written = placement.load(folder)
-    found = perplexity_of(loss_without(written, judged))
+    perplexity = perplexity_of(losses_by_source(written, judged).mean)
     expected = plan.perplexity.get("healed", plan.perplexity["after"])
-    if not abs(found - expected) <= 0.01 * expected:  # also true for NaN
+    if not abs(perplexity - expected) <= 0.01 * expected:  # also true for NaN
         raise ValueError(
-            f"the written checkpoint has perplexity {found:.3f}, but the plan says {expected:.3f}; nothing was kept"
+            f"the written checkpoint has perplexity {perplexity:.3f}, but the plan says {expected:.3f}; nothing was "
+            "kept"
         )
     return written

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from hf_lnscale.measuring.angles import BlockAngles, cosine_distance, layer_angle
-from hf_lnscale.measuring.losses import MeanLoss, loss_without, sweep, token_losses
+from hf_lnscale.measuring.losses import MeanLoss, losses_by_source, sweep, token_losses
 from hf_lnscale.measuring.moments import Moments, channel_moments, pooled_moments
 from hf_lnscale.measuring.stream import upcast
 from hf_lnscale.measuring.text import token_batches
@@ -54,7 +54,7 @@ def test_padding_and_batches_do_not_change_the_errors():
     mask = torch.tensor([[place < length for place in range(9)] for length in lengths])
     single = [ids[row : row + 1, :length] for row, length in enumerate(lengths)]
     found = [
-        sweep(model, token_batches(data), (), None, "loss", False)
+        sweep(model, token_batches(data), progress=False)
         for data in ({"input_ids": ids, "attention_mask": mask}, single)
     ]
     for full, without in found:
@@ -128,13 +128,13 @@ def test_a_sweep_of_no_token_is_refused_before_a_pass():
     model = tiny.model()
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
     with pytest.raises(ValueError, match=r"data: .* no token to predict"):
-        sweep(model, token_batches(tiny.tokens(3, 1)), (), None, "loss", False)
+        sweep(model, token_batches(tiny.tokens(3, 1)), progress=False)
 
 
 def test_the_loss_counts_each_source_once():
     """As in the figures of a search, whatever the sources' number of tokens."""
     model, few, many = tiny.loud(), tiny.tokens(1, 6), tiny.tokens(5, 9)
-    found = loss_without(model, {"few": few, "many": many}, [1])
+    found = losses_by_source(model, token_batches({"few": few, "many": many}), [1]).mean
     del model.model.layers[1]
     with torch.no_grad():
         logits = [model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1) for ids in (few, many)]

@@ -1,6 +1,7 @@
 """The cost that is announced before a search, against what the search then runs."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning import cost
 from hf_lnscale.pruning.cost import Cost, estimate_cost, work_of_search
-from hf_lnscale.pruning.search import SEARCH_METHODS, search_layers, search_target
+from hf_lnscale.pruning.search import SEARCH_METHODS, Request, Text, search_layers
+from hf_lnscale.pruning.target import Target
 from oracles import decoder_layers
 
 L = 12
@@ -40,12 +42,13 @@ def test_the_work_of_a_search(method, heal, more):
     for layer in decoder_layers(model):
         layer.register_forward_hook(lambda _, args, __: count("layers", args[0].shape[0] * args[0].shape[1]))
     model.lm_head.register_forward_hook(lambda _, args, __: count("head", args[0].shape[0] * args[0].shape[1]))
-    target, units = search_target(model, ("num_layers", 3)), "layers"
+    request, text = Request(("num_layers", 3), method, heal=heal), Text(calibration, judged)
     if method == "sublayers":  # one step
         params = sum(parameter.numel() for parameter in model.parameters())
-        target, units = search_target(model, ("target_params", params - 1)), "sublayers"
-    search_layers(model, target, method, heal, calibration, judged, progress=False, units=units)
-    said = work_of_search(L, target, method, heal, calibration.num_tokens, judged.num_tokens, features=32, more=more)
+        request = Request(("target_params", params - 1), "greedy", "sublayers", heal)
+    target = Target(model, request.goal)
+    search_layers(model, target, request, text, progress=False)
+    said = work_of_search(L, target, request, text, features=32, more=more)
     # Backward passes are not run by hooks, and penalties are not all tried.
     backward = 2 * CALIBRATION.num_tokens if method == "taylor" else 0
     assert 0.7 < said.layers / (run["layers"] + backward * L) < 1.5
@@ -66,14 +69,15 @@ def test_the_head_is_timed_with_its_loss_in_the_parts_that_are_run(monkeypatch):
 
 def test_memory_and_words(caplog, monkeypatch):
     model = tiny.model(num_hidden_layers=L)
-    target = search_target(model, ("num_layers", 3))
+    request, text = Request(("num_layers", 3), "greedy"), Text(CALIBRATION, JUDGED)
+    target = Target(model, request.goal)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     # Timed once, so that the two differ by their work alone.
     times = cost._unit_times(model, CALIBRATION.batches[0], 48)
     monkeypatch.setattr(cost, "_unit_times", lambda *_: times)
-    plain = estimate_cost(model, target, "greedy", None, CALIBRATION, JUDGED)
+    plain = estimate_cost(model, target, request, text)
     assert (plain.device_bytes, plain.state_bytes) == (weights, 0)
-    healed = estimate_cost(model, target, "greedy", "refit", CALIBRATION, JUDGED)
+    healed = estimate_cost(model, target, replace(request, heal="refit"), text)
     # Two matrices of (I, I) and three of (I, D) in float64; I = 48, D = 32. States at both ends of a cut, and pruned.
     assert healed.device_bytes == weights + 8 * (2 * 48**2 + 3 * 48 * 32)
     assert healed.state_bytes == 3 * CALIBRATION.num_tokens * 32 * 4

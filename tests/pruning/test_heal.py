@@ -29,9 +29,9 @@ from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
 from hf_lnscale.pruning import heal_fit
-from hf_lnscale.pruning.heal import Healer, HealReport, heal, healed
+from hf_lnscale.pruning.heal import Healer, HealReport, heal
 from hf_lnscale.pruning.layers import drop_layers
-from hf_lnscale.pruning.search import cache_bytes
+from hf_lnscale.pruning.target import cache_bytes
 from tiny import speaker
 
 NORM_AFTER = ("gemma2", "gemma3_text")
@@ -222,9 +222,9 @@ def test_refit_weights_are_least_squares_in_what_goes_into_them(family):
 def test_refit_fits_no_worse_than_a_map_of_the_output():
     model = speaker()
     ids = text_of(model, sequences=48)
-    with healed(model, [1, 2], ids, held_out=ids, method="refit", progress=False) as refit:
+    with Healer(model, ids, held_out=ids, method="refit").healed([1, 2], progress=False) as refit:
         pass
-    with healed(model, [1, 2], ids, held_out=ids, method="linear", progress=False) as linear:
+    with Healer(model, ids, held_out=ids, method="linear").healed([1, 2], progress=False) as linear:
         pass
     assert refit.steps[0].error_after < linear.steps[0].error_after < linear.steps[0].error_before
 
@@ -306,12 +306,13 @@ def test_what_does_not_help_on_held_out_data_is_not_kept():
 def test_healed_is_undone_at_exit_whatever_happens():
     model = speaker(num_hidden_layers=6).bfloat16().train()
     weights, ids = copy.deepcopy(model.state_dict()), text_of(model)
-    with healed(model, [2, 4], ids, held_out=ids, progress=False) as report:
+    healer = Healer(model, ids, held_out=ids)
+    with healer.healed([2, 4], progress=False) as report:
         assert report.kept
         assert not same(model, weights)
     assert same(model, weights)
     assert model.training
-    with pytest.raises(KeyboardInterrupt), healed(model, [2, 4], ids, held_out=ids, progress=False):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), healer.healed([2, 4], progress=False):  # noqa: PT012
         assert not same(model, weights)
         raise KeyboardInterrupt
     assert same(model, weights)
@@ -440,6 +441,7 @@ def test_healed_without_sublayers_it_is_as_good_as_said_and_no_source_is_worse(f
         ([3], [2], [1]),
         ([0, 1], [2], [3]),
         ([], [1, 2], [0, 3]),
+        ([], [0, 1, 2, 3], []),
     ],
 )
 def test_at_both_ends_of_the_model(layers, mlp, changed):
@@ -660,7 +662,7 @@ def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, ca
         (ids[:36], {"held_out": ids[36:]}),
         (Dataset.from_dict({"text": text(ids)}), {}),
     ):
-        with healed(model, removed, data, method="linear", progress=False, **known, **options) as report:
+        with Healer(model, data, method="linear", **known, **options).healed(removed, progress=False) as report:
             assert [source.weight for source in report.sources.values()] == [1, 0.25, 0.25]
             after = report.sources["other"].perplexity_after
             assert after == pytest.approx(perplexity(model, other[18:24], removed))
@@ -676,7 +678,7 @@ def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, ca
     weights = {"mine": 1.0, "other": 0.25, "same": 0.25}
     fitted = {name: (sources[name][: counts[name][0]], weights[name]) for name in sources}
     judged = {name: sources[name][counts[name][0] :][: counts[name][1]] for name in sources}
-    with healed(model, removed, fitted, method="linear", progress=False, held_out=judged) as report:
+    with Healer(model, fitted, method="linear", held_out=judged).healed(removed, progress=False) as report:
         assert torch.equal(down, found[0])
     assert not caplog.text
     # More than one source, and none: nothing is added.

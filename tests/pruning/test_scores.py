@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hf_lnscale
 import tiny
-from hf_lnscale.measuring.losses import loss_without, sweep_losses
+from hf_lnscale.measuring.losses import losses_by_source, sweep
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.pruning.scores import METHODS, LayerScores, score_layers
 from oracles import decoder_layers
@@ -274,6 +274,15 @@ def test_weights_that_cannot_be_read_are_refused(kind, ids):
 # --- the model without layers -----------------------------------------------------------------------
 
 
+def swept(model, batches, *args, **options):
+    losses = sweep(model, token_batches(batches), *args, progress=False, **options)[1]
+    return {candidate: loss.mean for candidate, loss in losses.items()}
+
+
+def loss_without(model, batches, removed=()):
+    return losses_by_source(model, token_batches(batches), removed).mean
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sweeps_are_as_deleted(family, ids):
     # Not to the last bit: some routers of experts are in single precision.
@@ -281,18 +290,18 @@ def test_sweeps_are_as_deleted(family, ids):
     full = mean_loss(model, ids)
     expected = {i: mean_loss(deleted(model, [i]), ids) for i in range(LAYERS)}
     assert max(abs(loss - full) for loss in expected.values()) > 1e-3
-    assert sweep_losses(model, tiny.two_batches(ids), progress=False) == pytest.approx(expected, rel=1e-9)
+    assert swept(model, tiny.two_batches(ids)) == pytest.approx(expected, rel=1e-9)
     assert loss_without(model, tiny.two_batches(ids)) == pytest.approx(full, rel=1e-9)
 
     # Two at once, and the divergence from the model with all layers.
     pairs = {i: deleted(model, [1, i]) for i in (3, 0)}
     expected = {i: mean_loss(cut, ids) for i, cut in pairs.items()}
-    found = sweep_losses(model, tiny.two_batches(ids), removed=[1], candidates=[3, 0], progress=False)
+    found = swept(model, tiny.two_batches(ids), removed=[1], candidates=[3, 0])
     assert list(found) == [3, 0]
     assert found == pytest.approx(expected, rel=1e-9)
     assert found == pytest.approx({i: loss_without(model, tiny.two_batches(ids), (1, i)) for i in (3, 0)}, rel=1e-9)
     expected = {i: mean_kl(model, cut, ids) for i, cut in pairs.items()}
-    found = sweep_losses(model, tiny.two_batches(ids), [1], [3, 0], "kl", progress=False)
+    found = swept(model, tiny.two_batches(ids), [1], [3, 0], "kl")
     assert found == pytest.approx(expected, rel=1e-8)
     assert min(found.values()) > 1e-4
 
@@ -312,7 +321,7 @@ def test_sweeps_are_bit_for_bit_as_deleted(family, ids):
         return found
 
     # Before them come the search for tuples, on two tokens, and the pass that keeps the states.
-    found = [x for x in outputs(model, lambda m: sweep_losses(m, ids, progress=False)) if len(x) == len(ids)]
+    found = [x for x in outputs(model, lambda m: swept(m, ids)) if len(x) == len(ids)]
     assert len(found) == 1 + LAYERS
     for i in range(LAYERS):
         (expected,) = outputs(deleted(model, [i]), lambda m: m(input_ids=ids, use_cache=False))
@@ -328,21 +337,17 @@ def test_what_a_family_does_to_its_logits_is_done(changes, ids):
 def test_scaled_models_keep_each_layers_own_scale(ids):
     model = tiny.loud(ln_scaling=True)
     expected = {i: mean_loss(deleted(model, [i]), ids) for i in range(LAYERS)}
-    assert sweep_losses(model, ids, progress=False) == pytest.approx(expected, rel=1e-12)
+    assert swept(model, ids) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("limit", [1, 7 * tiny.VOCAB])
 def test_logits_in_parts_give_the_same(limit, ids, monkeypatch):
     model = tiny.loud("gemma2")
-    whole = [
-        sweep_losses(model, tiny.two_batches(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")
-    ]
+    whole = [swept(model, tiny.two_batches(ids), [0], None, measure) for measure in ("loss", "kl")]
     monkeypatch.setattr("hf_lnscale.measuring.split_model._MAX_LOGITS", limit)
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output[..., 0].numel()))
-    parts = [
-        sweep_losses(model, tiny.two_batches(ids), [0], None, measure, progress=False) for measure in ("loss", "kl")
-    ]
+    parts = [swept(model, tiny.two_batches(ids), [0], None, measure) for measure in ("loss", "kl")]
     assert max(sizes) == max(limit // tiny.VOCAB, 1)
     assert parts[0] == pytest.approx(whole[0], rel=1e-12)
     assert parts[1] == pytest.approx(whole[1], rel=1e-8)
@@ -363,7 +368,7 @@ def test_a_sweep_runs_half_the_layers(ids):
     calls = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    sweep_losses(model, tiny.two_batches(ids), progress=False)
+    swept(model, tiny.two_batches(ids))
     # A batch: all layers once, then for each candidate those after it. The search for tuples runs one sequence.
     assert len([size for size in calls if size > 1]) == 2 * (LAYERS + LAYERS * (LAYERS - 1) // 2)
 
@@ -614,7 +619,7 @@ def test_wrong_arguments_are_refused(arguments, message, ids):
 )
 def test_wrong_sweeps_are_refused(arguments, message, ids):
     with pytest.raises(ValueError, match=message):
-        sweep_losses(tiny.loud(), ids, progress=False, **arguments)
+        swept(tiny.loud(), ids, **arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)

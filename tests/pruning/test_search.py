@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 import tiny
 from hf_lnscale import PruningPlan, drop_layers, plan_pruning
 from hf_lnscale.core.stack import text_stack
-from hf_lnscale.measuring.losses import loss_without
+from hf_lnscale.measuring.losses import losses_by_source, losses_of_sets
 from hf_lnscale.measuring.text import token_batches
-from hf_lnscale.pruning import heal_fit, search
+from hf_lnscale.pruning import heal_fit, search, target
 from hf_lnscale.pruning.scores import LayerScores, score_layers
-from hf_lnscale.pruning.search import SEARCH_METHODS, cache_bytes
+from hf_lnscale.pruning.search import SEARCH_METHODS
+from hf_lnscale.pruning.target import cache_bytes
 from oracles import decoder_layers
 
 L = 6
@@ -243,7 +244,7 @@ def test_cache_is_estimated_as_it_grows(family):
     with torch.no_grad():
         cache = full(tiny.tokens(2, 24), use_cache=True).past_key_values
     # A window keeps one token less than it is wide, as the next one comes on top.
-    real = [sum(t.numel() * t.element_size() for t in search._tensors(vars(layer))) for layer in cache.layers]
+    real = [sum(t.numel() * t.element_size() for t in target._tensors(vars(layer))) for layer in cache.layers]
     token = [0 if not getattr(layer, "is_sliding", False) else real[0] // 24 for layer in cache.layers]
     assert cache_bytes(text_stack(full), 24, 2)[0] == [r + t for r, t in zip(real, token, strict=True)]
 
@@ -272,7 +273,7 @@ def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
     monkeypatch.setattr(
         search,
         "sweep",
-        lambda _, __, gone, candidates, *___: (
+        lambda _, __, gone, candidates, **___: (
             None,
             {i: SimpleNamespace(mean=(i not in (1, 4)) + i / 100) for i in candidates},
         ),
@@ -353,7 +354,7 @@ def test_sets_share_the_full_model_s_states(family):
     for layer in decoder_layers(full):
         layer.register_forward_hook(lambda *_: runs.append(1))
     batches = token_batches(CALIBRATION)
-    found = search.losses_of_sets(full, batches, sets, progress=False)
+    found = losses_of_sets(full, batches, sets, progress=False)
     # The probe for tuples and the full model once for each batch, and of each set what comes after its first layer.
     assert len(runs) == L + len(batches) * (L + 4 + 1 + 0)
-    assert found == [loss_without(full, batches, layers) for layers in sets]
+    assert found == [losses_by_source(full, batches, layers).mean for layers in sets]

@@ -40,7 +40,7 @@ from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.checkpoints.zeros import export_zeros
 from hf_lnscale.core.record import known_text, record
 from hf_lnscale.pruning.cut import droppable_units
-from hf_lnscale.pruning.search import search_target
+from hf_lnscale.pruning.target import Target
 from oracles import decoder_layers
 
 # Of the hybrids, layers 1 and 3 alone have attention with a KV cache.
@@ -585,7 +585,7 @@ def test_the_sizes_in_a_plan_are_those_of_the_model_without_its_units(family):
     """Its cache as well, of more tokens than a window has, each layer's a whole one."""
     dtype, changes = SIZED[family]
     full = tiny.model(family, **changes).to(dtype)
-    target = search_target(full, ("max_perplexity_increase", 1.0), cache_tokens=24, cache_batch=2)
+    target = Target(full, ("max_perplexity_increase", 1.0), cache_tokens=24, cache_batch=2)
     for layers, attention, mlp in (([2], [0], [3]), ([], [0, 1, 2, 3], []), ([1], [], [0])):
         sizes = target.sizes([*layers, *(("attention", at) for at in attention), *(("mlp", at) for at in mlp)])
         cut = drop_layers(copy.deepcopy(full), layers, attention=attention, mlp=mlp)
