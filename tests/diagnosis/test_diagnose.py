@@ -596,7 +596,7 @@ def test_weights_that_are_not_finite_are_named(ids):
     model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
-    message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not$"
+    message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not finite$"
     with pytest.raises(ValueError, match=message):
         diagnose(model, ids, progress=False)
 
