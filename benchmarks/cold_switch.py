@@ -1,8 +1,9 @@
-"""What switching LayerNorm Scaling on in a finished Pre-LN checkpoint does to it.
+"""Measures what happens when LayerNorm Scaling is switched on in a finished Pre-LN checkpoint.
 
     python benchmarks/cold_switch.py CHECKPOINT TEXT_FILE
 
-Prints the perplexity of the checkpoint as it is, and scaled cold, on the first windows of a text.
+Prints the perplexity on the first windows of a text, of the checkpoint as it is and with the scale switched on without
+any training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import hf_lnscale  # noqa: F401
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Of the next token, over windows of shape (N, T)."""
+    """Next-token perplexity over windows of shape (N, T)."""
     losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
     return math.exp(torch.stack(losses).mean().item())
 
@@ -31,8 +32,8 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
 def main(
     checkpoint: Annotated[str, typer.Argument(help="A Pre-LN checkpoint: a folder or a name on the Hub.")],
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file.")],
-    count: Annotated[int, typer.Option(help="Windows.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    count: Annotated[int, typer.Option(help="Number of windows.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
 ) -> None:
     ids = AutoTokenizer.from_pretrained(checkpoint)(text.read_text(encoding="utf-8")).input_ids[: count * length]
     windows = torch.tensor(ids).reshape(-1, length)

@@ -1,22 +1,23 @@
-"""Does it pay to lead a trained Pre-LN model over to LayerNorm Scaling? The ways there, side by side.
+"""Does it pay to convert a trained Pre-LN model to LayerNorm Scaling? Compares several ways of converting it.
 
-    python benchmarks/converting.py TEXT_FILE                  # trains, then prints the table; run again, it goes on
-    python benchmarks/converting.py TEXT_FILE --only-print     # the table of what is finished
+    python benchmarks/converting.py TEXT_FILE                  # trains, then prints the table; resumes when run again
+    python benchmarks/converting.py TEXT_FILE --only-print     # the table of the finished runs
 
-A deep, narrow Llama is trained Pre-LN, to convergence, on the first part of a text. From there every way trains for the
-same number of steps on a second part, with the same data in the same order and the same learning rates, warmed up anew:
+A deep, narrow Pre-LN Llama is trained to convergence on the first part of a text. Starting from it, each way trains for
+the same number of steps on a second part, with the same data in the same order and the same learning rate schedule,
+which starts with a new warmup:
 
-- plain: goes on as Pre-LN. What every other way has to beat.
-- cold: the whole scale at once.
-- ramp N: the exponent is led from 0 to 0.5 over N steps (LNScalingWarmupCallback), linearly or as a cosine.
-- ramp N, deeper half: the same for the deeper half of the layers alone.
-- compensated: the whole scale at once, and norm weights times sqrt(l): the same function with other dynamics.
-- compensated, decayed N: the same, and the factor is taken out of the weights again over N steps.
-- LNS from the start: no conversion. LNS on both parts, from the same random weights; it says what there is to win.
+- plain: continues as Pre-LN. This is the baseline to beat.
+- cold: the full scale at once.
+- ramp N: the exponent rises from 0 to 0.5 over N steps (LNScalingWarmupCallback), linearly or along a cosine.
+- ramp N, deeper half: the same for the deeper half of the layers only.
+- compensated: the full scale at once, with norm weights multiplied by sqrt(l): the same function, other dynamics.
+- compensated, decayed N: the same, with that factor removed from the weights again over N steps.
+- LNS from the start: no conversion. LNS on both parts, from the same random weights; shows what there is to gain.
 
-Losses are those of a third part, which nothing was trained on. Each seed has its own weights and its own order of the
-data; "against plain" is the mean of the differences within a seed, with its standard error. Writes results.json and
-converting.png beside the runs.
+Losses are measured on a third part that is never trained on. Each seed has its own weights and its own data order;
+"against plain" is the mean of the differences within each seed, with its standard error. Writes results.json and
+converting.png to the folder of the runs.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ from hf_lnscale.training import LNScalingWarmupCallback
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the runs of a folder have in common."""
+    """Settings shared by all runs in a folder."""
 
     layers: int = 12
     hidden: int = 96
     mlp: int = 256
     heads: int = 4
     vocabulary: int = 2048
-    window: int = 128  # tokens a sequence
-    batch: int = 8  # sequences a step
+    window: int = 128  # tokens per sequence
+    batch: int = 8  # sequences per step
     base_steps: int = 800
-    steps: int = 240  # of every way
+    steps: int = 240  # of each way
     base_learning_rate: float = 3e-3
     learning_rate: float = 1e-3
-    measured_windows: int = 40  # of the held-out part, for the curves and the measurements over depth
+    measured_windows: int = 40  # from the held-out part, for the curves and the measurements over depth
 
 
 Convert = Callable[[Path, Settings], tuple[LlamaForCausalLM, list[TrainerCallback]]]
@@ -83,12 +84,12 @@ def plain(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[Traine
 
 def cold(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is a cold switch
+        warnings.simplefilter("ignore", UserWarning)  # the warning about a cold switch
         return LlamaForCausalLM.from_pretrained(base, ln_scaling=True), []
 
 
 def ramp(share: float, schedule: str = "linear", deeper_half: bool = False) -> Convert:
-    """A warmup over a share of the steps."""
+    """Ramps the exponent up over a share of the steps."""
 
     def convert(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
         half = settings.layers // 2
@@ -107,7 +108,7 @@ def multiply_norm_weights(model: torch.nn.Module, exponent: float) -> None:
 
 
 class DecayBack(TrainerCallback):
-    """Takes the factor sqrt(l) out of the pre-norm weights over a number of steps."""
+    """Removes the factor sqrt(l) from the pre-norm weights over a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -127,7 +128,7 @@ def compensated(decay_share: float | None = None) -> Convert:
     return convert
 
 
-# Name ({} stands for the steps of the share behind it), share, how.
+# Name ({} is replaced by the number of steps in the share), share, conversion.
 WAYS: list[tuple[str, float, Convert]] = [
     ("plain", 0, plain),
     ("cold", 0, cold),
@@ -151,7 +152,7 @@ def ways(settings: Settings) -> dict[str, Convert]:
 
 
 def windows(text: Path, settings: Settings) -> list[torch.Tensor]:
-    """First, second and held-out part, 45, 45 and 10 % of the text, each of shape (N, T)."""
+    """The first, second and held-out parts (45, 45 and 10 % of the text), each of shape (N, T)."""
     content = text.read_text(encoding="utf-8")
     cuts = [0] + [content.index("\n", int(len(content) * share)) for share in (0.45, 0.9)] + [len(content)]
     parts = [content[start:end] for start, end in pairwise(cuts)]
@@ -199,7 +200,7 @@ def train(
     callbacks: list[TrainerCallback],
     folder: Path,
 ) -> list[tuple[int, float]]:
-    """Trains in place, as the paper does in large. Returns (step, evaluation loss): at the start, and eight more."""
+    """Trains in place, as the paper does at scale. Returns (step, evaluation loss): at the start, then eight times."""
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
@@ -255,19 +256,19 @@ def figures(model: LlamaForCausalLM, held_out_NT: torch.Tensor, settings: Settin
 
 
 def measured_windows(held_out_NT: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Some of the held-out windows, spread over the part."""
+    """Some of the held-out windows, spread evenly."""
     return held_out_NT[torch.linspace(0, len(held_out_NT) - 1, min(settings.measured_windows, len(held_out_NT))).long()]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """A file that is there is complete."""
+    """Writes atomically, so that an existing file is always complete."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def run_base(data: list[torch.Tensor], settings: Settings, seed: int, folder: Path, ln_scaling: bool) -> Path:
-    """The checkpoint to start from; trained if it is not there."""
+    """The base checkpoint, trained if it does not exist yet."""
     name = "base-lns" if ln_scaling else "base"
     if (folder / f"{name}.json").exists():
         return folder / name
@@ -320,7 +321,7 @@ def log(line: str) -> None:
 
 
 def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]]]:
-    """The finished runs: name of the way (and "base") to seed to figures."""
+    """The finished runs: from the name of the way (or "base") to the seed to its figures."""
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ["base", *ways(settings)]}
     for folder in sorted(out.glob("seed-*")):
         seed = int(folder.name.removeprefix("seed-"))
@@ -342,7 +343,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def against(runs: dict[int, dict[str, Any]], plain_runs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
-    """Mean difference of the evaluation losses within seeds, and its standard error."""
+    """The mean difference in evaluation loss within each seed, and its standard error."""
     pairs = [run["evaluation_loss"] - plain_runs[s]["evaluation_loss"] for s, run in runs.items() if s in plain_runs]
     if len(pairs) < 2:
         return None
@@ -413,10 +414,10 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], settings: Settings, path: 
     }
     with plt.rc_context(style):
         figure, (curves, end, growth, worth) = plt.subplots(1, 4, figsize=(18, 4.6), layout="constrained")
-        curves.set(title="Evaluation loss", xlabel="step on the second part", ylabel="nats a token")
-        end.set(title="At the end, minus plain", xlabel="nats a token, mean and standard error")
+        curves.set(title="Evaluation loss", xlabel="step on the second part", ylabel="nats per token")
+        end.set(title="Final loss minus plain", xlabel="nats per token, mean and standard error")
         growth.set(title="Residual stream", xlabel="after layer", ylabel="variance", yscale="log")
-        worth.set(title="What each layer does", xlabel="layer removed", ylabel="loss added, nats a token")
+        worth.set(title="What each layer does", xlabel="layer removed", ylabel="loss added, nats per token")
         names = [name for name in ways(settings) if name in found]
         top = 0.0
         for number, name in enumerate(names):
@@ -438,7 +439,7 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], settings: Settings, path: 
             )
         end.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         end.axvline(0, color="gray", lw=1)
-        curves.set_ylim(top=top + 0.4)  # a cold switch starts far above
+        curves.set_ylim(top=top + 0.4)  # a cold switch starts far above this
         worth.set_yscale("symlog", linthresh=1e-2)
         curves.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
@@ -447,33 +448,31 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], settings: Settings, path: 
 
 def main(
     text: Annotated[
-        Path, typer.Argument(help="A UTF-8 text file, of a megabyte or more.", exists=True, dir_okay=False)
+        Path, typer.Argument(help="A UTF-8 text file of at least one megabyte.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the runs; those that are finished are not run again.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are not repeated.")] = Path(
         "build/converting"
     ),
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.", min=1)] = 3,
     base_steps: Annotated[int, typer.Option(help="Steps of the Pre-LN model on the first part.")] = Settings.base_steps,
-    steps: Annotated[int, typer.Option(help="Steps of every way on the second part.", min=10)] = Settings.steps,
-    layers: Annotated[int, typer.Option(help="Layers.", min=2)] = Settings.layers,
-    learning_rate: Annotated[float, typer.Option(help="Highest of every way.")] = Settings.learning_rate,
-    way: Annotated[
-        list[str], typer.Option(help="Only this way, by its name in the table; more than once for more.")
-    ] = [],  # noqa: B006
-    only_print: Annotated[bool, typer.Option("--only-print", help="Train nothing; print what is finished.")] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of each way on the second part.", min=10)] = Settings.steps,
+    layers: Annotated[int, typer.Option(help="Number of layers.", min=2)] = Settings.layers,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of each way.")] = Settings.learning_rate,
+    way: Annotated[list[str], typer.Option(help="Run only this way, by its name in the table; repeatable.")] = [],  # noqa: B006
+    only_print: Annotated[bool, typer.Option("--only-print", help="Print the finished runs without training.")] = False,
 ) -> None:
     settings = Settings(base_steps=base_steps, steps=steps, layers=layers, learning_rate=learning_rate)
     if unknown := [name for name in way if name not in ways(settings)]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(ways(settings))}", param_hint="--way")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(ways(settings))}", param_hint="--way")
     saved = out / "settings.json"
     if saved.exists() and json.loads(saved.read_text(encoding="utf-8")) != asdict(settings):
         raise typer.BadParameter(
-            f"{out} holds runs with other settings, {saved}; choose another folder", param_hint="--out"
+            f"{out} contains runs with other settings ({saved}); choose another folder", param_hint="--out"
         )
     out.mkdir(parents=True, exist_ok=True)
     write(saved, asdict(settings))
     if not only_print:
-        logging.disable_progress_bar()  # of loading and saving
+        logging.disable_progress_bar()  # for loading and saving
         data = windows(text, settings)
         log(f"tokens: {', '.join(f'{part.numel():,}' for part in data)} (first, second, held-out part)")
         for seed in range(seeds):

@@ -1,12 +1,12 @@
-"""What DepthStatsCallback costs: a step of the Trainer that is measured against the next one, which is not.
+"""What DepthStatsCallback costs: times a measured Trainer step against the next step, which is not measured.
 
     python benchmarks/depth_stats.py                      # a small Llama, on the GPU if there is one
     python benchmarks/depth_stats.py --size 130M --mode eager --mode compile
 
-Prints one table. Every second step of one run is measured; the ratio of each pair of steps is taken, and the median of
-the ratios and their quartiles are printed. The row "none" is the same run without the callback: the noise. Between
-measured steps the callback does nothing, so the last column, the cost at the default interval, is the median's excess
-divided by that interval; for a compiled model, whose measured steps run eagerly, too.
+Prints one table: every second step of a run is measured, and the table shows the median and quartiles of the ratio over
+all pairs of steps. The row "none" is the same run without the callback, as a measure of the noise. The callback does
+nothing between measured steps, so the last column, the cost at the default interval, is the excess of the median
+divided by that interval. This also holds for a compiled model, whose measured steps run eagerly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INTERVAL = inspect.signature(DepthStatsCallback).parameters["every_n_steps"].def
 
 
 class Start(TrainerCallback):
-    """When each step begins, before the other callbacks'; added first."""
+    """Records when each step begins; added first, so that it runs before the other callbacks."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -42,7 +42,7 @@ class Start(TrainerCallback):
 
 
 class End(TrainerCallback):
-    """When each step ends, after the other callbacks'; added last."""
+    """Records when each step ends; added last, so that it runs after the other callbacks."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -58,7 +58,7 @@ def now() -> float:
 
 
 def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
-    """Time of each measured step over that of the step after it; the first pairs warm up and are left out."""
+    """The time of each measured step divided by that of the next one, without the first pairs (warmup)."""
     model = build(size, "LNS", "eager")
     ids = torch.randint(0, SIZES[size][4], (64, shape[1])).tolist()
     start, end, warm = Start(), End(), 4
@@ -88,13 +88,13 @@ def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: 
 
 def main(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
-    mode: Annotated[list[str], typer.Option(help="eager or compile; more than once for more.")] = ["eager"],  # noqa: B006
-    count: Annotated[int, typer.Option(help="Pairs to time.")] = 40,
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    mode: Annotated[list[str], typer.Option(help="eager or compile; repeatable.")] = ["eager"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Number of pairs to time.")] = 40,
+    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
     if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
         "mode",

@@ -1,12 +1,12 @@
-"""What a diagnosis costs, part by part, in plain forward passes over the same data.
+"""What each part of a diagnosis costs, measured in plain forward passes over the same data.
 
     python benchmarks/diagnosis_cost.py                                    # a small random Llama
     python benchmarks/diagnosis_cost.py --checkpoint NAME --text FILE --dtype bfloat16
 
-Prints one table. Each part is run in turn with plain passes, so that a machine whose speed drifts slows both; the
-ratio of each pair is taken, and the median of the ratios and their quartiles are printed, beside what `diagnose`
-announces. The plain pass is the model's own, in evaluation mode, without gradients and without a cache: with the head
-for the parts that need it, without for the stream, whose promise is at most 2.
+Prints one table. Each part alternates with plain passes, so that changes in the speed of the machine affect both. The
+table shows the median and quartiles of the ratio over all pairs, beside the cost that `diagnose` announces. The plain
+pass is that of the model itself in evaluation mode, without gradients and without a cache. It includes the head for the
+parts that need it, but not for the stream, which is documented to take at most 2 passes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROBES, SEQUENCES = 2, 8
 
 
 def subject(checkpoint: str | None, text: Path | None, dtype: str, sequences: int, length: int) -> tuple[str, Any, Any]:
-    """A checkpoint on the start of a text, or a random Llama of 16 layers on random tokens."""
+    """A checkpoint with the start of a text, or a random Llama of 16 layers with random tokens."""
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         data = token_batches(
@@ -72,7 +72,7 @@ def plain(model: Any, data: TokenBatches) -> None:
 
 
 def ratios(ours: Callable[[], object], other: Callable[[], object], count: int, what: str) -> list[float]:
-    ours(), other()  # not timed: the first runs are slower
+    ours(), other()  # not timed, as the first runs are slower
     found = []
     for number in track(range(count), what, transient=True):
         times = {}
@@ -83,15 +83,15 @@ def ratios(ours: Callable[[], object], other: Callable[[], object], count: int, 
 
 
 def main(
-    checkpoint: Annotated[str | None, typer.Option(help="A folder or a name on the Hub; needs --text.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A folder or a name on the Hub; requires --text.")] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file to measure on.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
-    count: Annotated[int, typer.Option(help="Pairs to time; a fifth of them for all but the stream.")] = 20,
-    sequences: Annotated[int, typer.Option(help="Sequences.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "float32",
+    count: Annotated[int, typer.Option(help="Pairs to time for the stream; a fifth as many for other parts.")] = 20,
+    sequences: Annotated[int, typer.Option(help="Number of sequences.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
     if bool(checkpoint) != bool(text):
-        raise typer.BadParameter("give both --checkpoint and --text, or none", param_hint="--text")
+        raise typer.BadParameter("pass both --checkpoint and --text, or neither", param_hint="--text")
     name, model, data = subject(checkpoint, text, dtype, sequences, length)
     few = first_sequences(data, SEQUENCES)
     announced = forward_passes(text_stack(model), few.num_tokens / data.num_tokens, PROBES)

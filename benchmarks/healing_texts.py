@@ -1,9 +1,9 @@
-"""Healing on some kinds of text, judged on these and on kinds that were never given.
+"""Heals a cut on some kinds of text and measures it on these and on kinds of text that healing never saw.
 
-Each row heals the same cut on other sources, with as many tokens in all. Of `--given` and the default sources the first
-half is fitted and chosen by, the second judged; of `--never` the start is judged. Figures are perplexities, with the
-change against the cut that is not healed and its standard error over windows; "as told" is that change for text never
-fitted as the report of healing estimates it.
+Each row heals the same cut on other sources, with the same total number of tokens. The first half of `--given` and of
+each default source is used to fit and to choose the penalty, the second half is measured; of `--never`, the start is
+measured. The tables show perplexities, with the change against the cut without healing and its standard error over
+windows. "as told" is the change that the report of healing estimates for text that was not fitted on.
 
     python benchmarks/healing_texts.py MODEL --given wiki.txt --never legal.txt c.txt --layers 12 13 14 15 [--gguf FILE]
 """
@@ -37,12 +37,12 @@ def halves(texts: list[str]) -> tuple[list[str], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--gguf", help="name of a GGUF file in the folder")
+    parser.add_argument("--gguf", help="name of a GGUF file in the folder of the model")
     parser.add_argument("--given", required=True, help="a text file")
-    parser.add_argument("--never", nargs="+", default=[], help="text files of other kinds")
-    parser.add_argument("--layers", type=int, nargs="+", action="append", required=True, help="may be repeated")
-    parser.add_argument("--tokens", type=int, default=8_192, help="to fit, and to choose the penalty by")
-    parser.add_argument("--judged", type=int, default=12, help="windows of each kind")
+    parser.add_argument("--never", nargs="+", default=[], help="text files of other kinds, used for measuring only")
+    parser.add_argument("--layers", type=int, nargs="+", action="append", required=True, help="to drop; repeatable")
+    parser.add_argument("--tokens", type=int, default=8_192, help="tokens for fitting and for choosing the penalty")
+    parser.add_argument("--judged", type=int, default=12, help="windows of each kind of text to measure")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rows", nargs="+", default=["alone", "guarded", "mixed", "default"])
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
     given = {name: kinds[name][0]}
     default = {one: texts[0] for one, texts in kinds.items() if one != name}
     alone = token_batches(given, tokenizer=tokenizer, windows=windows)
-    alone.tokenizer = None  # judged on nothing else
+    alone.tokenizer = None  # so that no other text is used to judge the fit
     rows: dict[str, Any] = {"alone": alone, "guarded": given, "mixed": given | default, "default": default}
 
     whole = losses_by_source(model, judged)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def line(name: str, found: SourceLosses, cut: SourceLosses | None = None, never: Sequence[str] = ()) -> list[str]:
-    """Perplexities; with `cut` also the changes against it, and that of the geometric mean over the kinds `never`."""
+    """A row of perplexities; with `cut`, also their changes against it and the geometric mean change over `never`."""
     if cut is None:
         return [name, *(f"{math.exp(loss.mean):.2f}" for loss in found.of.values())]
 

@@ -1,20 +1,20 @@
-"""Ways of training a pruned model, at equal cost: which of them win back what the whole model could do?
+"""Which ways of training a pruned model, at equal cost, recover most of what the whole model could do?
 
     python benchmarks/healing_ways.py MODEL --text wiki.txt --layers 12 13 14 17   # a run: 1 to 2 minutes on a core
     python benchmarks/healing_ways.py MODEL --text wiki.txt --layers 12 13 14 17 --only-tables
 
-Training on text teaches the text, to a whole model as well as to a pruned one. So each way is told against its control:
-the whole model trained in the same way on the same tokens, or, where the whole model itself is the target, the whole
-model as it is. The gap to it, in nats a token, is what the cut still costs. It is measured on held-out text of the
+Any model, whole or pruned, learns the text that it is trained on. Each way is therefore compared with a control: the
+whole model trained in the same way on the same tokens or, where the whole model is itself the target, the whole model
+as it is. The gap to the control, in nats per token, is what the cut still costs. It is measured on held-out text of the
 training kind and on kinds that are never trained on: Python's documentation and the source of its standard library,
-which the closed form knows a little, and the files of `--never`, which it does not.
+a little of which the closed form is fitted on, and the files of `--never`, none of which it is fitted on.
 
-Every run may spend as much: `--budget` forward passes of the pruned model over a batch, of which a step takes one, as
-many again for the gradients of activations and of weights, as far as it needs them, and the whole model's share where
-it teaches. What the whole model writes before the training is not counted; its time is printed. Each way runs from the
-cut healed in closed form (`hf_lnscale.heal` on the same text) and from the bare cut, at each learning rate of its grid,
-and then, at the one with the least mean gap, with the other seeds. A finished run is a line of `--out` and is not
-repeated.
+Every run has the same budget: `--budget` forward passes of the pruned model over a batch. A step costs one of them,
+another for the gradients of activations and another for those of weights, each to the extent that it is needed, and the
+share of the whole model if it is the teacher. Text that the whole model writes before training is not counted, but its
+time is printed. Each way starts from the cut healed in closed form (`hf_lnscale.heal` on the same text) and from the
+bare cut. It runs at each learning rate of its grid and then, at the rate with the smallest mean gap, with the other
+seeds. Each finished run is a line of `--out` and is not repeated.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ FULL, LORA, HEAD = (1e-4, 3e-4), (1e-3, 3e-3), (3e-4, 1e-3)
 
 
 class Way(NamedTuple):
-    """What is trained, on which text, for which loss.
+    """Which parameters are trained, on which text, with which loss.
 
     Attributes:
         trained: "all", "lora" (on the MLPs, rank 16), or "last" (the output head and the last three layers).
         loss: "text" (cross entropy), or the divergence from the whole model: "forward" KL, "reverse" KL, or "hidden"
-            (forward KL, and the squared difference of the last hidden states, by their mean square).
-        text: "given"; "own", which the whole model wrote from nothing; or "continued", by it after the first eighth of
-            each window of the given text, which is not learned, as with `--self_data` of the recipe.
+            (forward KL plus the squared difference of the last hidden states, divided by their mean square).
+        text: "given"; "own", written by the whole model without a prompt; or "continued", written by the whole model
+            after the first eighth of each window of the given text, which is masked, like `--self_data` in the recipe.
         rates: peak learning rates.
     """
 
@@ -65,7 +65,7 @@ class Way(NamedTuple):
     rates: tuple[float, ...]
 
     def cost(self, model: Any, whole: Any) -> float:
-        """Forward passes of the pruned model that a step costs, by the parameters that it touches."""
+        """The cost of a step in forward passes of the pruned model, computed from the parameters that it uses."""
         size = model.num_parameters()
         layers = model.config.num_hidden_layers
         back = 3 / layers if self.trained == "last" else 1.0
@@ -91,7 +91,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; equal ones are not repeated. `start` "whole": the control, for as many steps."""
+    """One training run; equal runs are not repeated. `start` "whole" is the control, with as many steps."""
 
     model: str
     layers: str
@@ -113,7 +113,7 @@ def trained_parameters(model: Any, way: Way) -> list[torch.nn.Parameter]:
 
 
 def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean over all tokens to learn, in nats."""
+    """Mean over all tokens that are not masked, in nats."""
     learned_BT = labels_BT[:, 1:] != -100
     with torch.no_grad():
         target = whole(input_ids=ids_BT, output_hidden_states=kind == "hidden")
@@ -129,7 +129,7 @@ def divergence(model: Any, whole: Any, ids_BT: torch.Tensor, labels_BT: torch.Te
 
 
 class Bench:
-    """The models, the text, and what has been found."""
+    """The models, the text and the results so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -173,7 +173,7 @@ class Bench:
         self.starts["closed form"] = hf_lnscale.drop_layers(healed, args.layers)
 
     def written(self, kind: str, write: Callable[[], list[torch.Tensor]]) -> None:
-        """Text to train on that the whole model writes, once: tokens and labels."""
+        """Adds training text written by the whole model, as tokens and labels; written only once."""
         path = Path(self.args.out).with_suffix(f".{self.name}.{kind}.pt")
         if not path.exists() and any(WAYS[way].text == kind for way in self.args.ways):
             started = time.process_time()
@@ -184,7 +184,7 @@ class Bench:
             self.train[kind] = ids.to(DEVICE), labels.to(DEVICE)
 
     def continued(self, prompts: list[list[int]]) -> list[torch.Tensor]:
-        """The prompts with what the whole model writes after them: one stream, cut into windows, as the recipe does."""
+        """The prompts, continued by the whole model, as one stream cut into windows, like in the recipe."""
         ids: list[int] = []
         labels: list[int] = []
         for first in range(0, len(prompts), 16):
@@ -200,7 +200,7 @@ class Bench:
         return Run(self.name, self.layers, way, start, rate, seed, self.args.budget)
 
     def controlled(self, run: Run) -> Run:
-        """The run whose model is what this one should be like."""
+        """The run that is the control of this one."""
         if WAYS[run.way].loss == "text":
             return self.run(run.way, "whole", run.rate, run.seed)
         return self.run("none", "whole")
@@ -216,7 +216,7 @@ class Bench:
 
     @torch.no_grad()
     def losses(self, model: Any) -> dict[str, list[float]]:
-        """Of each judged window, in nats a token."""
+        """The loss of each window to measure, in nats per token."""
         model.eval()
         with torch.autocast(DEVICE, torch.bfloat16):
             return {
@@ -237,7 +237,7 @@ class Bench:
         model.requires_grad_(False)
         for part in trained:
             part.requires_grad_()
-        # The control takes the steps that the pruned model takes.
+        # The control takes as many steps as the pruned model.
         reference = model if way.trained == "lora" else self.starts["bare cut"]
         steps = int(args.budget // way.cost(reference, self.whole))
         rows, labels = self.train[way.text]
@@ -264,7 +264,7 @@ class Bench:
         return {"losses": self.losses(model), "steps": steps, "core_seconds": round(seconds, 1)}
 
     def gaps(self, run: Run) -> dict[str, tuple[float, float]]:
-        """For each kind of text the gap to the control in nats a token, and its standard error over windows."""
+        """For each kind of text, the gap to the control in nats per token and its standard error over windows."""
         found = {}
         control = self.records[self.controlled(run) if run.way != "none" else self.run("none", "whole")]["losses"]
         for name, losses in self.records[run]["losses"].items():
@@ -273,7 +273,7 @@ class Bench:
         return found
 
     def best(self, way: str, start: str) -> float:
-        """The learning rate with the least mean gap of seed 0, of those that have been run."""
+        """The learning rate with the smallest mean gap at seed 0, among those that have been run."""
         there = [rate for rate in WAYS[way].rates if self.run(way, start, rate) in self.records]
         gap = lambda rate: statistics.fmean(one for one, _ in self.gaps(self.run(way, start, rate)).values())  # noqa: E731
         return min(there, key=gap, default=math.nan)
@@ -295,7 +295,7 @@ class Bench:
             yield markdown(["way", "rate", "steps", "seeds", *head], rows)
 
     def cells(self, runs: list[Run]) -> list[str]:
-        """Loss and gap on each kind, mean over seeds; its error is that over windows, or over seeds if larger."""
+        """Mean loss and gap over seeds for each kind; the gap's error is over windows or seeds, whichever is larger."""
         cells = []
         for kind in self.records[runs[0]]["losses"]:
             loss = statistics.fmean(statistics.fmean(self.records[run]["losses"][kind]) for run in runs)
@@ -310,19 +310,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a whole model, Llama-like")
     parser.add_argument("--text", required=True, help="a text file; the last fifth is held out")
-    parser.add_argument("--layers", type=int, nargs="+", required=True, help="to drop")
+    parser.add_argument("--layers", type=int, nargs="+", required=True, help="layers to drop")
     parser.add_argument("--budget", type=int, default=192, help="forward passes of the pruned model over a batch")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--heal-tokens", type=int, default=16_384, help="for the closed form")
-    parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text")
-    parser.add_argument("--rates", type=int, default=2, help="learning rates of each grid to try")
+    parser.add_argument("--heal-tokens", type=int, default=16_384, help="tokens for the closed form")
+    parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text to measure")
+    parser.add_argument("--rates", type=int, default=2, help="number of learning rates to try from each grid")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--never", nargs="+", default=[], help="text files of other kinds, judged as one")
+    parser.add_argument("--never", nargs="+", default=[], help="text files of other kinds, measured as one kind")
     parser.add_argument("--out", default="build/healing_ways.jsonl")
-    parser.add_argument("--only-tables", action="store_true", help="print what has been found so far")
+    parser.add_argument("--only-tables", action="store_true", help="print the results so far without training")
     args = parser.parse_args()
     bench = Bench(args)
     if not args.only_tables:

@@ -1,5 +1,5 @@
-"""How long imports take, in pairs of new processes: the plugin and a transformers class against the class alone, and
-the command line's help against an empty Python.
+"""How long imports take, in pairs of new processes: a transformers class with and without the plugin, and the command
+line's help against an empty Python process.
 
     python benchmarks/import_time.py [--repeats 7]
 """
@@ -15,7 +15,7 @@ import time
 CLASS = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_config"
 MODEL = "from transformers import LlamaForCausalLM"
 
-# What is measured: its command line, the one that it is compared with, and the most seconds that it may take longer.
+# Name: the command line, the one it is compared with, and the maximum difference in seconds.
 PAIRS = {
     "import hf_lnscale": (["-c", "import hf_lnscale"], ["-c", "pass"], 0.1),
     "hf_lnscale, AutoModelForCausalLM": (["-c", f"import hf_lnscale; {CLASS}"], ["-c", CLASS], 0.1),
@@ -32,11 +32,11 @@ def seconds(arguments: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of processes")
+    parser.add_argument("--repeats", type=int, default=7, help="number of pairs of processes")
     repeats = parser.parse_args().repeats
     print(f"{'seconds, median of ' + str(repeats):34}   with  alone  longer by            range  at most")
     for name, (with_plugin, alone, limit) in PAIRS.items():
-        seconds(with_plugin), seconds(alone)  # files are read from the disk once
+        seconds(with_plugin), seconds(alone)  # so that the files are in the disk cache
         pairs = [(seconds(with_plugin), seconds(alone)) for _ in range(repeats)]
         longer = sorted(first - second for first, second in pairs)
         first, second = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -1,13 +1,13 @@
-"""What LayerNorm Scaling costs: a forward and a training step, with it and without, in pairs in turn.
+"""What LayerNorm Scaling costs: times a forward pass and a training step with and without the scale, in alternation.
 
     python benchmarks/ln_scaling_overhead.py                       # a small Llama, on the GPU if there is one
     python benchmarks/ln_scaling_overhead.py --size 130M --mode eager --mode compile --mode liger
 
-Prints one table a mode. A ratio of 1.00 says that the scale costs nothing. Both models do one forward (or one step)
-each in turn, so that a machine whose speed drifts slows both; the ratio of each pair is taken, and the median of the
-ratios and their quartiles are printed. The row "plain" compares two models without the scale: what it is away from
-1.00 is the noise of the measurement. "warmup" is a model whose exponent moves after every training step, as under
-LNScalingWarmupCallback. Peak memory is that of a process of its own for each model.
+Prints one table per mode. A ratio of 1.00 means that the scale costs nothing. The two models alternate, one forward
+pass (or training step) each, so that changes in the speed of the machine affect both. The table shows the median and
+quartiles of the ratio over all pairs. The row "plain" compares two models without the scale: its distance from 1.00 is
+the noise of the measurement. "warmup" is a model whose exponent changes after every training step, as with
+LNScalingWarmupCallback. Peak memory is measured in a separate process for each model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hf_lnscale
 from hf_lnscale.evaluation import speed
 
-# Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on the paper's shapes (arXiv 2502.05795, table 8).
+# Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on as in the paper (arXiv 2502.05795, table 8).
 SIZES = {
     "tiny": (64, 192, 2, 4, 1024),
     "10M": (256, 688, 4, 12, 4096),
@@ -102,7 +102,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def pairs(plain: Callable[[], None], scaled: Callable[[], None], count: int, what: str) -> list[float]:
-    """Ratios of the times of `scaled` to those of `plain`, run in turn."""
+    """Ratios of the times of `scaled` to those of `plain`, run in alternation."""
     runs = (plain, scaled)
     for run in runs * 3:
         seconds(run)
@@ -120,7 +120,7 @@ def quartiles(ratios: list[float]) -> str:
 
 
 def peaks_of_memory(size: str, mode: str, shape: tuple[int, int]) -> list[str]:
-    """MiB at the peak of three training steps, plain and with the scale, in a process each."""
+    """Peak MiB of three training steps, plain and with the scale, each in its own process."""
     code = "import ln_scaling_overhead as b; print(b.own_peak({!r}, {!r}, {!r}, {!r}))"
     running = [
         subprocess.Popen(
@@ -142,13 +142,13 @@ def own_peak(size: str, scaling: str, mode: str, shape: tuple[int, int]) -> floa
 
 def main(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
-    mode: Annotated[list[str], typer.Option(help="eager, compile or liger; more than once for more.")] = ["eager"],  # noqa: B006
-    count: Annotated[int, typer.Option(help="Pairs to time.")] = 60,
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    mode: Annotated[list[str], typer.Option(help="eager, compile or liger; repeatable.")] = ["eager"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Number of pairs to time.")] = 60,
+    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
     if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = (
         f"LayerNorm Scaling, Llama {size}, {batch} x {length} tokens, {count} pairs\n"

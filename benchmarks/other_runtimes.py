@@ -1,14 +1,15 @@
-"""Do a folded and a pruned checkpoint compute in llama.cpp what they compute in transformers?
+"""Do a folded and a pruned checkpoint compute the same in llama.cpp as in transformers?
 
     pip install llama-cpp-python sentencepiece
     python benchmarks/other_runtimes.py CHECKPOINT --converter PATH/OF/llama.cpp
 
-From a plain checkpoint, three are made: one with an active scale that computes the same as before (its norm weights are
-divided by the scale), exported, and so folded, by `export_gguf`; one without some layers; and, as a
-control, the first with its scale lost, as if a converter ignored it. Each is compared with the model in transformers:
-greedy tokens of several prompts, and the logits at each place of what transformers wrote.
+Makes three GGUF files from a plain checkpoint: from a model with an active scale that computes the same as before (its
+norm weights are divided by the scale), exported by `export_gguf`, which folds it; from the same model with its scale
+lost, as if a converter ignored it, as a control; and from the model without some layers. Each is compared with
+transformers: the greedy tokens after several prompts, and the logits at every position of the text that transformers
+generated.
 
-It also says what the converter makes of the checkpoint whose scale is active.
+Also prints how the converter reacts to the checkpoint whose scale is active.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class Agreement:
     """Figures over all prompts.
 
     Attributes:
-        texts: prompts whose greedy continuations are the same token for token.
-        places: places at which the most likely next token is the same, of `total`.
-        difference: largest difference of two logits.
-        margin: at places where the most likely tokens differ, the largest lead that transformers' has over the other.
+        texts: prompts whose greedy continuations are identical, token for token.
+        places: positions with the same most likely next token, out of `total`.
+        difference: the largest difference between two logits.
+        margin: the largest lead of transformers' most likely token over that of llama.cpp, where the two differ.
     """
 
     texts: int = 0
@@ -79,7 +80,7 @@ def compare(model: Any, tokenizer: Any, file: Path, new_tokens: int) -> Agreemen
         other.eval(written[0].tolist())
         theirs_TV = np.array(other.scores[ids.shape[1] - 1 : other.n_tokens])
         same_T = ours_TV.argmax(-1) == theirs_TV.argmax(-1)
-        # Token by token the same, as long as each next one is: the last place is behind the text.
+        # The texts are identical if every next token is. The last position predicts a token after the text.
         found.texts += bool(same_T[:-1].all())
         found.places += int(same_T.sum())
         found.total += len(same_T)
@@ -90,7 +91,7 @@ def compare(model: Any, tokenizer: Any, file: Path, new_tokens: int) -> Agreemen
 
 
 def compensated(checkpoint: str) -> Any:
-    """The model with an active scale and norm weights divided by it: nearly the same function."""
+    """The model with an active scale and its norm weights divided by it, which is nearly the same function."""
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
     hf_lnscale.apply_ln_scaling(model)
     norms = family_of(model.config).pre_norms
@@ -102,7 +103,7 @@ def compensated(checkpoint: str) -> Any:
 
 
 def refusal(converter: Path, folder: Path) -> str:
-    """What the converter says last of a checkpoint, in a process without the plugin."""
+    """The last line that the converter prints for a checkpoint, in a process without the plugin."""
     command = [sys.executable, str(converter), str(folder), "--outfile", str(folder / "x.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     said = (done.stderr + done.stdout).strip().splitlines()[-1]
@@ -111,10 +112,10 @@ def refusal(converter: Path, folder: Path) -> str:
 
 def main(
     checkpoint: Annotated[str, typer.Argument(help="A plain Llama-like checkpoint.")],
-    converter: Annotated[Path | None, typer.Option(help="llama.cpp's folder; else LLAMA_CPP and PATH.")] = None,
-    drop: Annotated[str, typer.Option(help="Layers to drop.")] = "13,14",
-    outtype: Annotated[str, typer.Option(help="Of the GGUF files' weights.")] = "f32",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 32,
+    converter: Annotated[Path | None, typer.Option(help="Folder of llama.cpp; default: LLAMA_CPP, then PATH.")] = None,
+    drop: Annotated[str, typer.Option(help="Layers to drop, separated by commas.")] = "13,14",
+    outtype: Annotated[str, typer.Option(help="Data type of the weights in the GGUF files.")] = "f32",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 32,
 ) -> None:
     script = find_converter(converter)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -1,30 +1,34 @@
-"""What it costs to decide which layers to remove, and what their removal saves.
+"""What choosing the layers to remove costs, and what removing them saves.
 
     python benchmarks/pruning_cost.py                                           # a small random Llama
     python benchmarks/pruning_cost.py --part scores --checkpoint NAME --text FILE
 
-Prints one table a part. Times are of two ways to the same numbers, run in turn so that a machine whose speed drifts
-slows both; the ratio of each pair is taken, and the median of the ratios and their quartiles are printed. Both ways are
-compared number by number too: "largest difference" is between what they found.
+Prints one table per part. Two ways of computing the same numbers alternate, so that changes in the speed of the machine
+affect both. The table shows the median and quartiles of the ratio of times over all pairs. "largest difference" is the
+largest difference between the numbers that the two ways found.
 
 Part "scores":
 
-- Block Influence, and angular distances of every block, against a plain forward pass of the decoder on the same data.
-- The same angular distances as PruneMe finds them, one pass for each block size (arXiv 2403.17887 on all hidden states
-  of `output_hidden_states=True`), and as short-transformers does, one pass of single sequences and Python loops over
-  all pairs of CPU copies. Both are written anew here. They take the state after the final norm for that after the
-  last layer, so blocks that end there are left out of the comparison.
-- The loss without each layer, against each candidate run whole from the embedding on.
+- Block Influence, and the angular distances of all blocks, compared with a plain forward pass of the decoder on the
+  same data.
+- The same angular distances as computed by PruneMe, with one pass for each block size (arXiv 2403.17887, on all hidden
+  states of `output_hidden_states=True`), and by short-transformers, with one pass of single sequences and Python loops
+  over all pairs of CPU copies. Both are reimplemented here. They use the state after the final norm as the state after
+  the last layer, so blocks that end there are excluded from the comparison.
+- The loss without each layer, compared with running each candidate in full, from the embedding on.
 
-Part "search": two layers chosen greedily, against the same with each candidate run whole on all of the data.
+Part "search": two layers chosen greedily, compared with the same search with each candidate run in full on all of the
+data.
 
-Part "load": a checkpoint without a quarter of its layers, against loading all and deleting them then; each in a process
-of its own, converted to float16. Bytes are counted by the system in further ones, which do not map files.
+Part "load": loading a checkpoint without a quarter of its layers, compared with loading all layers and then deleting
+these. Each load runs in its own process and converts to float16. The bytes read are counted by the system, in further
+processes that do not map files.
 
-Part "decode": tokens per second without a quarter and without half of the layers, against the ideal, L / (L - n).
+Part "decode": tokens per second without a quarter and without half of the layers, compared with the ideal speedup,
+L / (L - n).
 
-Part "prune": all of `hf_lnscale.prune` for two layers: time, and the memory of this process at its peak; with other
-parts in one run, at theirs.
+Part "prune": time and peak memory of a full `hf_lnscale.prune` for two layers. The memory is the peak of this process,
+including any other parts of the same run.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ RANDOM = SIZES | {"16 layers of 512": (512, 1376, 8, 16, 8192)}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured on."""
+    """The model and the data to measure on."""
 
     name: str
     model: PreTrainedModel
@@ -81,7 +85,7 @@ class Subject:
 def subject(
     checkpoint: str | None, text: Path | None, count: int, sequences: int, length: int, size: str = "16 layers of 512"
 ) -> Subject:
-    """A checkpoint on the start of a text, or a random Llama on random tokens."""
+    """A checkpoint with the start of a text, or a random Llama with random tokens."""
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -98,7 +102,7 @@ def subject(
         num_attention_heads=heads,
         num_hidden_layers=layers,
         vocab_size=vocabulary,
-        # Large weights, so that layers differ in what they do.
+        # Large weights, so that the layers have different effects.
         initializer_range=0.06,
     )
     with torch.device(DEVICE):
@@ -121,8 +125,8 @@ def timed(run: Callable[[], object]) -> tuple[float, object]:
 
 
 def ratios(what: str, ours: Callable[[], object], other: Callable[[], object], count: int) -> tuple[list[float], list]:
-    """Ratios of the times of `ours` to those of `other`, run in turn, and what each found."""
-    found = [ours(), other()]  # not timed: the first runs are slower
+    """Ratios of the times of `ours` to those of `other`, run in alternation, and the result of each."""
+    found = [ours(), other()]  # not timed, as the first runs are slower
     times = []
     for number in track(range(count), what, transient=True):
         pair = {}
@@ -152,7 +156,7 @@ def angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def angular_by_block_size(it: Subject) -> torch.Tensor:
-    """As PruneMe: a pass over the data for each block size, shape (L, L), blocks that end at the last layer NaN."""
+    """As in PruneMe: one pass for each block size; shape (L, L), NaN for blocks that end at the last layer."""
     num_layers = it.model.config.num_hidden_layers
     scores = torch.full((num_layers, num_layers), math.nan, dtype=torch.float64)
     for n in range(1, num_layers):
@@ -168,7 +172,7 @@ def angular_by_block_size(it: Subject) -> torch.Tensor:
 
 @torch.no_grad()
 def angular_by_loops(it: Subject) -> torch.Tensor:
-    """As short-transformers: one sequence at a time, and a loop over all pairs of the states, copied to the CPU."""
+    """As in short-transformers: one sequence at a time, and a loop over all pairs of states copied to the CPU."""
     num_layers = it.model.config.num_hidden_layers
     scores = torch.full((num_layers, num_layers), math.nan, dtype=torch.float64)
     for i in range(num_layers):
@@ -185,7 +189,7 @@ def angular_by_loops(it: Subject) -> torch.Tensor:
 
 @torch.no_grad()
 def sweep_whole(it: Subject) -> dict[int, float]:
-    """Each candidate run whole: the layer taken out of the list, and the model's own loss."""
+    """The loss of the model without each layer, with each candidate run in full."""
     base = it.model.model
     layers, config = base.layers, base.config
     losses = {}
@@ -202,7 +206,7 @@ def sweep_whole(it: Subject) -> dict[int, float]:
 
 
 def scores(it: Subject) -> Table:
-    """Time and agreement of the scores of layers."""
+    """Time of the layer scores, and their agreement with the alternatives."""
     table = Table("what", "compared with", "median ratio of times", "quartiles", "largest difference")
     table.title = it.title("scores of layers")
 
@@ -215,7 +219,7 @@ def scores(it: Subject) -> Table:
     for method in ("block_influence", "angular"):
         times, _ = ratios(method, score(method), lambda: plain_pass(it), it.count)
         row(table, method, plain, times, "")
-    # A pass of theirs for each layer: fewer pairs will do.
+    # The alternatives take a pass for each layer, so fewer pairs are timed.
     few = max(1, it.count // 5)
     for against, peer in {
         "a pass for each block size": angular_by_block_size,
@@ -238,7 +242,7 @@ def scores(it: Subject) -> Table:
 
 
 def naive_search(it: Subject, layers: int) -> list[int]:
-    """Greedy, with every candidate run whole on all of the data, by deletion."""
+    """Greedy search by deletion, with every candidate run in full on all of the data."""
     base, config = it.model.model, it.model.model.config
     whole, dropped = base.layers, []
     for _ in range(layers):
@@ -252,10 +256,10 @@ def naive_search(it: Subject, layers: int) -> list[int]:
 
 
 def search(it: Subject) -> Table:
-    """The search of `plan_pruning` against the naive one."""
+    """The search of `plan_pruning`, compared with the naive one."""
     table = Table("what", "compared with", "median ratio of times", "quartiles", "layers")
     table.title = it.title("greedy search for two layers")
-    ahead, held_out = it.data.split(1 / it.data.num_sequences)  # it judges, and chooses nothing
+    ahead, held_out = it.data.split(1 / it.data.num_sequences)  # only judges the cut, so it is left out of the search
     it = Subject(it.name, it.model, ahead, it.count)
 
     def ours() -> list[int]:
@@ -269,7 +273,7 @@ def search(it: Subject) -> Table:
 
 @contextmanager
 def on_disk(it: Subject) -> Iterator[str]:
-    """The subject's checkpoint; a random model is saved first."""
+    """The folder of the checkpoint; a random model is saved first."""
     if it.model.config.name_or_path:
         yield it.model.config.name_or_path
         return
@@ -278,8 +282,9 @@ def on_disk(it: Subject) -> Iterator[str]:
         yield folder
 
 
-# Loads a checkpoint without layers, or whole and deletes them then, as is done by hand. Not in the dtype of the file:
-# tensors that are merely mapped are in no process's memory. Bytes are counted by the system, if files are not mapped.
+# Loads a checkpoint without some layers, or loads all layers and then deletes these, as is done by hand. The dtype is
+# not that of the file, because tensors that are only mapped do not count as memory of the process. The system counts
+# the bytes read only if files are not mapped.
 LOADING = """
 import json, sys, time
 from pathlib import Path
@@ -303,20 +308,20 @@ print(json.dumps(costs))
 
 
 def loading(folder: str, dropped: list[int], after: bool, count_bytes: bool = False) -> dict[str, float]:
-    """What loading costs, in a process of its own; memory and time are not the usual ones where bytes are counted."""
+    """The cost of loading in a new process; if bytes are counted, time and memory are not representative."""
     arguments = json.dumps([folder, dropped, after, count_bytes])
     done = subprocess.run([sys.executable, "-c", LOADING, arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def load(it: Subject) -> Table:
-    """Time, bytes read and peak memory of loading less."""
+    """Time, bytes read and peak memory of loading fewer layers."""
     num_layers = it.model.config.num_hidden_layers
     dropped = list(range(num_layers // 2, num_layers // 2 + num_layers // 4))
     table = Table(
-        "of loading", f"without {len(dropped)} of {num_layers} layers", "all, deleted then", "ratio, median of pairs"
+        "loading", f"without {len(dropped)} of {num_layers} layers", "all, deleted then", "ratio, median of pairs"
     )
-    table.title = it.title("loading less")
+    table.title = it.title("loading fewer layers")
     pairs = []
     with on_disk(it) as folder:
         for _ in track(range(max(3, it.count // 5)), "load", transient=True):
@@ -328,7 +333,7 @@ def load(it: Subject) -> Table:
     for name, unit, size in (
         ("load_seconds", "s", 1.0),
         ("bytes_read", "MiB read", 2.0**20),
-        ("load_peak_bytes", "MiB at the peak, interpreter and libraries included", 2.0**20),
+        ("load_peak_bytes", "MiB at the peak, including interpreter and libraries", 2.0**20),
     ):
         ours, theirs = (statistics.median(pair[i][name] for pair in pairs) / size for i in (0, 1))
         table.add_row(
@@ -392,20 +397,20 @@ PARTS: dict[str, Callable[[Subject], Table]] = {
 
 
 def main(
-    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; more than once for more.")] = list(PARTS),  # noqa: B006
-    checkpoint: Annotated[str | None, typer.Option(help="A folder or a name on the Hub; needs --text.")] = None,
+    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; repeatable.")] = list(PARTS),  # noqa: B006
+    checkpoint: Annotated[str | None, typer.Option(help="A folder or a name on the Hub; requires --text.")] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file to measure on.")] = None,
-    count: Annotated[int, typer.Option(help="Pairs to time; a fifth of them for the slow ones.")] = 20,
-    sequences: Annotated[int, typer.Option(help="Sequences.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    size: Annotated[str, typer.Option(help=f"Of the random Llama: one of {', '.join(RANDOM)}.")] = "16 layers of 512",
+    count: Annotated[int, typer.Option(help="Number of pairs to time; a fifth as many for slow ones.")] = 20,
+    sequences: Annotated[int, typer.Option(help="Number of sequences.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    size: Annotated[str, typer.Option(help=f"Random Llama: one of {', '.join(RANDOM)}.")] = "16 layers of 512",
 ) -> None:
     if unknown := [one for one in part if one not in PARTS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(PARTS)}", param_hint="--part")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PARTS)}", param_hint="--part")
     if bool(checkpoint) != bool(text):
-        raise typer.BadParameter("give both --checkpoint and --text, or none", param_hint="--text")
+        raise typer.BadParameter("pass both --checkpoint and --text, or neither", param_hint="--text")
     if size not in RANDOM:
-        raise typer.BadParameter(f"{size!r} is none of {', '.join(RANDOM)}", param_hint="--size")
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(RANDOM)}", param_hint="--size")
     it = subject(checkpoint, text, count, sequences, length, size)
     for one in part:
         Console(width=140).print(PARTS[one](it))

@@ -1,27 +1,29 @@
-"""What dropping layers costs without any training: every rule on the same data, judged on its text and on others.
+"""What dropping layers costs without any training: compares rules on the same data, judged on this and other text.
 
     python benchmarks/pruning_quality.py MODEL --given wiki.txt --never licences.txt cpp.txt --layers 2 4 6  # resumes
-    python benchmarks/pruning_quality.py FOLDER --gguf FILE ...  # of a GGUF file
-    python benchmarks/pruning_quality.py MODEL ... --only-tables  # what is there so far
+    python benchmarks/pruning_quality.py FOLDER --gguf FILE ...  # with a GGUF file
+    python benchmarks/pruning_quality.py MODEL ... --only-tables  # the results so far
 
-Layers are chosen and cuts repaired on the start of `--given`; its end, and the start of each of `--never`, are judged.
-A figure is the increase in perplexity over the whole model, with its standard error over windows; of the kinds never
-given it is that of the geometric mean. A second table has the change that healing makes to the cuts of `prune`. Peers
-are written anew from their papers:
+Layers are chosen and cuts are repaired on the start of `--given`. Cuts are judged on its end and on the start of each
+file of `--never`. The first table shows the increase in perplexity over the whole model, with its standard error over
+windows; for the kinds that were never given, it is the increase in the geometric mean. A second table shows how healing
+changes the cuts of `prune`. The rules of others are reimplemented from their papers:
 
-- deepest: the last layers but the very last, as Gromov et al. find simplest (arXiv 2403.17887).
+- deepest: the last layers except the very last, the simplest strategy of Gromov et al. (arXiv 2403.17887).
 - Block Influence: one pass, lowest first (ShortGPT, arXiv 2403.03853).
-- Prune&Comp (arXiv 2507.18212): the same layer by layer, measured anew after each; a factor after each cut gives the
-  residual stream the size, a mean of absolute values, that it had there.
-- SLEB (arXiv 2402.09025): layer by layer, the one without which the loss is least; on a quarter of the tokens.
-- angular block: the contiguous block of least angular distance (Gromov et al.).
-- LinearPatch (arXiv 2505.24680) on that block: a factor for each channel of the stream, in a Hadamard basis (blocks of
-  the largest power of two that divides the hidden size).
-- ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares, or by cosine
-  distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens a batch).
-- attention alone: of as many layers, which frees as much KV cache; those whose attention each costs least, measured one
-  by one on a quarter of the tokens. Nothing is repaired; or, healed, by `hf_lnscale.heal` on that text.
-- prune: `hf_lnscale.prune` as it comes, given that text; and without it (`data=None`), on Python's English and code.
+- Prune&Comp (arXiv 2507.18212): Block Influence one layer at a time, measured again after each. After each cut, a
+  factor restores the magnitude (mean absolute value) that the residual stream had at that point.
+- SLEB (arXiv 2402.09025): one layer at a time, always the one whose removal gives the lowest loss, on a quarter of the
+  tokens.
+- angular block: the contiguous block with the smallest angular distance (Gromov et al.).
+- LinearPatch (arXiv 2505.24680) on that block: a factor for each channel of the residual stream, in a Hadamard basis
+  (with blocks of the largest power of two that divides the hidden size).
+- ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares or by cosine
+  distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens per batch).
+- attention alone: removes the attention, but not the MLP, of the same number of layers, which saves as much KV cache.
+  These are the layers whose attention costs least on its own, measured on a quarter of the tokens. Without repair or,
+  "healed", repaired by `hf_lnscale.heal` on that text.
+- prune: `hf_lnscale.prune` with its defaults, on that text; and without it (`data=None`), on Python's English and code.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Row:
-    """One cut; equal ones are not made again."""
+    """One cut; equal cuts are not made again."""
 
     model: str
     rule: str
@@ -66,13 +68,13 @@ class Row:
 
 
 class Data:
-    """What every rule is given.
+    """The data that every rule gets.
 
     Attributes:
-        text: the documents to choose and to repair by.
-        batches: the same as token ids; `quarter`: the start of it.
-        windows: their sizes.
-        most: layers that will go at most.
+        text: the documents for choosing layers and repairing the cut.
+        batches: the same as token ids; `quarter` is the first quarter of them.
+        windows: the sizes of the windows.
+        most: the largest number of layers that will be dropped.
     """
 
     def __init__(self, path: Path, tokenizer: Any, tokens: int, seq_len: int, most: int) -> None:
@@ -91,7 +93,7 @@ def cut(model: nn.Module, gone: Iterable[int]) -> nn.Module:
 
 @torch.no_grad()
 def inputs_of(modules: dict[str, nn.Module], model: Any, batches: TokenBatches, use: Callable[[dict], None]) -> None:
-    """Runs a model and calls `use` for each batch with the inputs of modules, in double precision, shape (N, D)."""
+    """Runs a model and calls `use` on the module inputs of each batch, in double precision, shape (N, D)."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -125,7 +127,7 @@ def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
 def block(model: Any, data: Data, count: int) -> list[int]:
     gone = score_layers(model, data.batches, "angular").lowest(count)
     if not gone[0]:
-        raise ValueError("the angular block begins with the first layer, and none before it could be repaired")
+        raise ValueError("the angular block begins with the first layer, so that there is no layer before it to repair")
     return gone
 
 
@@ -144,7 +146,7 @@ def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
                 sizes[index][1] += y_ND.abs().mean(-1).sum().item()
 
         inputs_of(modules, model, data.batches, add)
-        # What comes before the first layer has no output of a layer to be made larger.
+        # The first layer is kept, since there is no layer before it whose output could be rescaled.
         gone = max(layers[1:], key=cosines.__getitem__)
         factor = sizes[gone][1] / sizes[gone][0]
         apply_to_output(model.model.layers[gone - 1], lambda x, factor=factor: x * factor)
@@ -153,7 +155,7 @@ def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """An orthogonal matrix: blocks of Sylvester's, of the largest power of two that divides the size."""
+    """An orthogonal matrix with Sylvester blocks of the largest power of two that divides the size."""
     part = torch.ones(1, 1, dtype=torch.float64)
     while size % (2 * len(part)) == 0:
         part = torch.cat([torch.cat([part, part], 1), torch.cat([part, -part], 1)])
@@ -179,7 +181,7 @@ def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
     def repaired(model: Any, data: Data, count: int) -> nn.Module:
         gone = block(model, data, count)
         before = model.model.layers[gone[0] - 1]
-        # A norm on the branch's output, as in Gemma, belongs to it.
+        # A norm on the output of the branch, as in Gemma, is part of the branch.
         name = "post_feedforward_layernorm" if hasattr(before, "post_feedforward_layernorm") else "mlp"
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
@@ -275,7 +277,7 @@ RULES: dict[str, Rule] = {
 
 @torch.no_grad()
 def losses(model: Any, judged: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Of each window, in nats a token."""
+    """The loss of each window, in nats per token."""
     return {
         name: [model(input_ids=one[None].to(DEVICE), labels=one[None].to(DEVICE)).loss.item() for one in windows]
         for name, windows in judged.items()
@@ -283,14 +285,14 @@ def losses(model: Any, judged: dict[str, torch.Tensor]) -> dict[str, list[float]
 
 
 def difference(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> tuple[float, float]:
-    """Of the logarithm of the geometric mean of perplexities, and its standard error over windows."""
+    """The difference in the logarithm of the geometric mean of perplexities, and its standard error over windows."""
     differences = [[a - b for a, b in zip(found[kind], whole[kind], strict=True)] for kind in kinds]
     mean = statistics.fmean(statistics.fmean(one) for one in differences)
     return mean, math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
 
 
 def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> str:
-    """Of the geometric mean of perplexities, with its standard error."""
+    """The increase in the geometric mean of perplexities, with its standard error."""
     mean, error = difference(found, whole, kinds)
     if mean > math.log(11):
         return f"x {math.exp(mean):,.0f}"
@@ -300,15 +302,15 @@ def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a whole model, Llama-like")
-    parser.add_argument("--gguf", help="name of a GGUF file in the folder")
+    parser.add_argument("--gguf", help="name of a GGUF file in the folder of the model")
     parser.add_argument("--given", type=Path, required=True, help="a text file; the last fifth is judged")
-    parser.add_argument("--never", type=Path, nargs="+", required=True, help="text files of other kinds")
+    parser.add_argument("--never", type=Path, nargs="+", required=True, help="text files of other kinds, to judge on")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
-    parser.add_argument("--tokens", type=int, default=16_384, help="to choose and to repair by")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens for choosing layers and repairing cuts")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--judged", type=int, default=16, help="windows of each kind")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument("--judged", type=int, default=16, help="windows of each kind of text to judge on")
+    parser.add_argument("--dtype", default="bfloat16", help="data type of the weights")
     parser.add_argument("--out", type=Path, default=Path("build/pruning_quality.jsonl"))
     parser.add_argument("--only-tables", action="store_true")
     args = parser.parse_args()
@@ -364,7 +366,7 @@ def main() -> None:
             healed, bare = found[row]["losses"], found[row]["not_healed"]
             cells = [increase(healed, bare, one) for one in (*([kind] for kind in base), kinds)]
             table.append([row.rule, str(row.layers), ", ".join(map(str, found[row]["dropped"])), *cells])
-    print("\nhealed, against the same cut not healed:\n")
+    print("\nhealed, compared with the same cut not healed:\n")
     print(markdown(["rule", "layers", "dropped", *base, "never given"], table))
 
 

@@ -1,13 +1,13 @@
-"""What a cut costs for what it saves: whole layers beside attention alone, both healed; a table and a picture.
+"""What a cut costs and what it saves: whole layers compared with attention alone, both healed, as a table and a plot.
 
     python benchmarks/pruning_quality.py MODEL --given wiki.txt --never licences.txt cpp.txt \\
         --rules prune "attention alone, healed"
     python benchmarks/pruning_savings.py MODEL --given wiki.txt --plot savings.png
 
-Several models make a row of plots each. The cost is read from what `pruning_quality.py` wrote: the increase of
-perplexity on kinds of text never given, with its standard error. The savings are measured here: parameters, the KV
-cache of 4,096 tokens, and the time to decode a token after a prompt, of checkpoints that are written for it and timed
-in turn (median, and range over the runs).
+With several models, each is a row of plots. The cost is read from the output of `pruning_quality.py`: the increase in
+perplexity on kinds of text that were never given, with its standard error. The savings are measured here: parameters,
+the KV cache of 4,096 tokens, and the time to decode a token after a prompt. For the last, a checkpoint of each cut is
+written, and all checkpoints are timed in turn (median, and range over the runs).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SAVED = {"parameters": "parameters", "cache": f"KV cache, {CACHE_TOKENS:,} token
 
 @dataclass
 class Cut:
-    """One cut.
+    """One cut: its cost and its savings.
 
     Attributes:
-        model, what, count: the model, and how many layers or attentions are gone.
-        cost, error: increase of perplexity as a fraction, and its standard error.
-        saved: by a key of `SAVED` the fraction saved: median, lowest, highest.
+        model, what, count: the model, what was removed, and from how many layers.
+        cost, error: the increase in perplexity as a fraction, and its standard error.
+        saved: for each key of `SAVED`, the fraction saved: median, lowest, highest.
     """
 
     model: str
@@ -97,7 +97,7 @@ def draw(cuts: list[Cut], path: Path) -> None:
     models = list(dict.fromkeys(cut.model for cut in cuts))
     figure = Figure(figsize=(10, 2.9 * len(models)), layout="constrained")
     for row, model in zip(figure.subplots(len(models), len(SAVED), squeeze=False, sharey="row"), models, strict=True):
-        row[0].set_ylabel(f"{model}\nincrease of perplexity")
+        row[0].set_ylabel(f"{model}\nincrease in perplexity")
         for axes, (key, name) in zip(row, SAVED.items(), strict=True):
             for what, marker in (("layers", "s"), ("attention alone", "o")):
                 some = [cut for cut in cuts if (cut.model, cut.what) == (model, what)]
@@ -118,11 +118,11 @@ def draw(cuts: list[Cut], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="folders of whole models")
-    parser.add_argument("--given", type=Path, required=True, help="the text that was given to pruning_quality.py")
-    parser.add_argument("--rows", type=Path, default=Path("build/pruning_quality.jsonl"), help="what it wrote")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens before the ones that are timed")
+    parser.add_argument("--given", type=Path, required=True, help="the text given to pruning_quality.py")
+    parser.add_argument("--rows", type=Path, default=Path("build/pruning_quality.jsonl"), help="its output")
+    parser.add_argument("--prompt", type=int, default=1024, help="prompt tokens before the timed ones")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", type=Path, help="file to draw to")
+    parser.add_argument("--plot", type=Path, help="file to save the plot to")
     args = parser.parse_args()
     cuts = [cut for folder in args.models for cut in cuts_of(folder, args)]
     table = []

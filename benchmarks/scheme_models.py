@@ -1,8 +1,8 @@
-"""Other ways to keep a deep Llama trainable, beside LayerNorm Scaling: other places for norms, scaled branches.
+"""Alternatives to LayerNorm Scaling that keep a deep Llama trainable: norms in other places and scaled branches.
 
 Every scheme starts from the same random Llama, drawn with the same seed, and changes only what its formula says. In the
-formulas x is the residual stream, F attention or MLP, N the norm that belongs to it, l = 1 ... L the layer counted from
-the first, and N without a subscript carries a learned weight as Llama's does. The norm in front of the head stays.
+formulas, x is the residual stream, F is attention or the MLP, N is its norm, and l = 1 ... L is the number of the
+layer. N without a subscript has a learned weight, as in Llama. All schemes keep the norm before the head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OUTPUT = ("o_proj", "down_proj")
 
 
 class PreLN(LlamaDecoderLayer):
-    """x + F(N(x)): Llama's own layer, in a form whose `branch` the others replace.
+    """x + F(N(x)): the layer of Llama, with a `branch` that the other schemes override.
 
     Attributes:
         depth: l, from 1.
@@ -34,10 +34,10 @@ class PreLN(LlamaDecoderLayer):
     layers: int
 
     def setup(self, config: LlamaConfig) -> None:
-        """Adds what the scheme needs beside a Llama layer's own parameters."""
+        """Adds the parameters of the scheme to those of a Llama layer."""
 
     def branch(self, x: torch.Tensor, which: int, function: Function, norm: nn.Module) -> torch.Tensor:
-        """The stream behind a sub-layer; `which` is 0 for attention, 1 for the MLP."""
+        """The residual stream after a sub-layer; `which` is 0 for attention, 1 for the MLP."""
         return x + function(norm(x))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -56,14 +56,14 @@ class PostLN(PreLN):
 
 
 class DeepNorm(PreLN):
-    """N(a x + F(x)) with a = (2 L)^(1/4): Wang et al., arXiv 2203.00555, figure 2, of a decoder alone."""
+    """N(a x + F(x)) with a = (2 L)^(1/4): Wang et al., arXiv 2203.00555, figure 2, for a decoder only."""
 
     def branch(self, x: torch.Tensor, which: int, function: Function, norm: nn.Module) -> torch.Tensor:
         return norm((2 * self.layers) ** 0.25 * x + function(x))
 
 
 class MixLN(PreLN):
-    """Post-LN in the first quarter of the layers, Pre-LN in the others: Li et al., arXiv 2412.13795, alpha 0.25."""
+    """Post-LN in the first quarter of the layers, Pre-LN in the rest: Li et al., arXiv 2412.13795, alpha 0.25."""
 
     def branch(self, x: torch.Tensor, which: int, function: Function, norm: nn.Module) -> torch.Tensor:
         if self.depth <= math.floor(self.layers * 0.25):
@@ -72,7 +72,7 @@ class MixLN(PreLN):
 
 
 class Sandwich(PreLN):
-    """x + N_2(F(N(x))): Peri-LN, Kim et al., arXiv 2502.02732, without a norm behind the embedding."""
+    """x + N_2(F(N(x))): Peri-LN, Kim et al., arXiv 2502.02732, without a norm after the embedding."""
 
     def setup(self, config: LlamaConfig) -> None:
         norms = [LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)]
@@ -83,7 +83,7 @@ class Sandwich(PreLN):
 
 
 class LayerScale(PreLN):
-    """x + g * F(N(x)), g learned for each channel: Touvron et al., arXiv 2103.17239, with its initial values."""
+    """x + g * F(N(x)), with a learned g per channel: Touvron et al., arXiv 2103.17239, with its initial values."""
 
     def setup(self, config: LlamaConfig) -> None:
         first = 0.1 if self.layers <= 18 else 1e-5 if self.layers <= 24 else 1e-6
@@ -94,14 +94,14 @@ class LayerScale(PreLN):
 
 
 class SkipInit(LayerScale):
-    """x + g F(N(x)), g one learned number that is 0 at first: De and Smith, arXiv 2002.10444; theirs has no norms."""
+    """x + g F(N(x)) with a learned scalar g, initially 0: De and Smith, arXiv 2002.10444, who use no norms."""
 
     def setup(self, config: LlamaConfig) -> None:
         self.gains = nn.ParameterList([torch.zeros(()) for _ in range(2)])
 
 
 class ResidualScaling(PreLN):
-    """x + F(N(x)) / sqrt(2 L), on every pass and not only in the first weights."""
+    """x + F(N(x)) / sqrt(2 L), in every pass rather than only in the initial weights."""
 
     def branch(self, x: torch.Tensor, which: int, function: Function, norm: nn.Module) -> torch.Tensor:
         return x + function(norm(x)) / math.sqrt(2 * self.layers)
@@ -110,11 +110,11 @@ class ResidualScaling(PreLN):
 class ProRes(PreLN):
     """x + a(l, t) F(N(x)) with a(l, t) = min(t / (T l), 1) at step t: Chen et al., arXiv 2603.05369, "linear".
 
-    T is 1 % of the steps, as in the authors' run of 130M parameters: T = 1,000 of 100,000.
+    T is 1 % of the steps, as in the authors' run with 130M parameters (T = 1,000 of 100,000 steps).
     """
 
     SHARE: ClassVar[float] = 0.01
-    progress: float = 1.0  # t over all steps; 1 once trained
+    progress: float = 1.0  # t divided by the number of steps; 1 after training
 
     def branch(self, x: torch.Tensor, which: int, function: Function, norm: nn.Module) -> torch.Tensor:
         return x + min(self.progress / (self.SHARE * self.depth), 1.0) * function(norm(x))
@@ -136,10 +136,10 @@ def scale_by_depth(model: LlamaForCausalLM) -> None:
 
 
 def xavier(model: LlamaForCausalLM) -> None:
-    """DeepNorm's: Xavier normal with gain (8 L)^(-1/4) for W_V, W_O and the MLP, with gain 1 for W_Q and W_K.
+    """The initialization of DeepNorm: Xavier normal, gain (8 L)^(-1/4) for W_V, W_O and the MLP, 1 for W_Q and W_K.
 
-    The MLP's two matrices there are W_up and W_down; the gate, which it has not, keeps gain 1, so that the product of
-    the gains in a branch is theirs.
+    The MLP of DeepNorm has only W_up and W_down. The gate, which it lacks, gets gain 1, so that the product of the
+    gains in a branch is the same as in DeepNorm.
     """
     gain = (8 * len(model.model.layers)) ** -0.25
     for layer in model.model.layers:
@@ -148,18 +148,18 @@ def xavier(model: LlamaForCausalLM) -> None:
 
 
 def _matrices(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The last part of a linear layer's name, and its weight without a graph."""
+    """The last part of the name of each linear layer, and its weight, detached."""
     linear = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     return [(name.rpartition(".")[2], module.weight.data) for name, module in linear]
 
 
 class Scheme(NamedTuple):
-    """How a scheme differs from the plain Llama.
+    """How a scheme differs from a plain Llama.
 
     Attributes:
-        title: for tables.
-        layer: class of its layers; None leaves them Llama's.
-        initialize: changes the weights that were drawn.
+        title: the name in tables.
+        layer: the class of the layers, or None for that of Llama.
+        initialize: a function that changes the random weights.
         ln_scaling: whether hf_lnscale scales its norms.
     """
 
@@ -187,12 +187,12 @@ SCHEMES = {
 
 
 def build(scheme: str, config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A random Llama of a scheme; with one seed, all of them start from the same draws.
+    """A random Llama of a scheme; with the same seed, all schemes start from the same draws.
 
     Args:
         scheme: a key of `SCHEMES`.
-        config: of the plain Llama.
-        seed: of its weights.
+        config: the configuration of the plain Llama.
+        seed: the seed of the weights.
     """
     how = SCHEMES[scheme]
     torch.manual_seed(seed)
@@ -208,7 +208,7 @@ def build(scheme: str, config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 
 
 def set_progress(model: LlamaForCausalLM, progress: float) -> None:
-    """Tells the layers that depend on it how much of the training is done, from 0 to 1."""
+    """Sets the fraction of training that is done, from 0 to 1, in the layers that depend on it."""
     for layer in model.model.layers:
         if isinstance(layer, ProRes):
             layer.progress = progress

@@ -1,29 +1,31 @@
-"""Does scaling pay? The same Llama trained under LayerNorm Scaling and twelve other schemes, each at its learning rate.
+"""Does scaling pay? Compares LayerNorm Scaling with twelve other schemes on one Llama, each at its best learning rate.
 
-    python benchmarks/schemes.py                          # two CPU cores: about an hour, and it resumes
-    python benchmarks/schemes.py --part settings          # the question that decides, alone
-    python benchmarks/schemes.py --part schemes --steps 200  # the others, in short
-    python benchmarks/schemes.py --size medium --data FOLDER --jobs 8  # on a GPU: runs beside one another fill it
+    python benchmarks/schemes.py                          # on two CPU cores: about an hour; resumes
+    python benchmarks/schemes.py --part settings          # only the question that decides
+    python benchmarks/schemes.py --part schemes --steps 200  # the other schemes, in short runs
+    python benchmarks/schemes.py --size medium --data FOLDER --jobs 8  # on a GPU: parallel runs fill it
     python benchmarks/schemes.py --size 130M --data c4.txt
-    python benchmarks/schemes.py --only-tables            # what has been found so far
+    python benchmarks/schemes.py --only-tables            # the results so far
 
-Runs stand in a queue. Each finished one is a line of the file --out and is never done again; what comes next is decided
-by what the file holds, the learning rates of the longer parts by those of the short ones. Parts:
+Runs are queued. Each finished run is a line of the file --out and is never repeated. The contents of the file decide
+which runs come next: the short parts find the learning rates of the longer ones. Parts:
 
-- settings: Pre-LN against LNS as the paper trains (256 tokens, no weight decay, Adam) and as it is done today (1,024
-  tokens, decay 0.1, warmup - stable - decay), with as many tokens a step. All learning rates of the grid, the best
-  with three seeds.
-- shallow: the pair with a quarter of the layers, at the learning rates found: whether depth is of use at all.
-- schemes: all of them as the paper trains, all learning rates; the pair and the two best others with three seeds.
-- decay: the pair as today, with a decay that does as much in a short run as 0.1 does in a long one; three seeds.
+- settings: Pre-LN against LNS as trained in the paper (256 tokens, no weight decay, Adam) and as is common today (1,024
+  tokens, decay 0.1, warmup - stable - decay), with the same number of tokens per step. All learning rates of the grid,
+  the best one with three seeds.
+- shallow: the same pair with a quarter of the layers, at the learning rates found, to see whether depth helps at all.
+- schemes: all schemes as trained in the paper, at all learning rates; the pair and the two best others with three
+  seeds.
+- decay: the pair as trained today, with a weight decay that does as much in a short run as 0.1 does in a long one;
+  three seeds.
 - depth: the pair with two and four times the layers, at the learning rates found.
-- promising: the two best others as today, all learning rates, the best with three seeds.
+- promising: the two best others as trained today, at all learning rates, the best one with three seeds.
 
-Pre-LN and LNS models of seed 0 are then looked at: what removing layers costs, angular distances, gradients.
+The Pre-LN and LNS models of seed 0 are then examined: the cost of removing layers, angular distances, gradients.
 
-The text is Python's own: the language reference's topics and the source of the standard library, so that it differs
-from one Python to the next; documents are held out whole. --data takes text files, or folders of Python files, in its
-place.
+The text comes with Python: the topics of the language reference and the source of the standard library. It therefore
+differs between versions of Python. Whole documents are held out. --data replaces it with text files or folders of
+Python files.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from hf_lnscale.measuring.sample import documents, train_tokenizer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
-# The seed whose Pre-LN and LNS models are looked at, and of the deeper ones.
+# The seed whose Pre-LN and LNS models are examined, and that of the deeper models.
 LOOKED_AT = SEEDS[0]
 PARTS = ("settings", "shallow", "schemes", "decay", "depth", "promising")
 
@@ -67,9 +69,9 @@ class Size(NamedTuple):
     """A Llama, and how long it is trained.
 
     Attributes:
-        tokens: in a step.
-        micro: tokens in one forward pass.
-        rates: the grid of learning rates, in the order in which they are tried.
+        tokens: tokens per step.
+        micro: tokens per forward pass.
+        rates: the grid of learning rates, in the order they are tried.
     """
 
     hidden: int
@@ -86,7 +88,7 @@ class Size(NamedTuple):
 SIZES = {
     "small": Size(64, 176, 2, 8, 1024, 1024, 1024, 500, (3e-3, 1e-3, 1e-2)),
     "medium": Size(256, 688, 4, 12, 8192, 16_384, 16_384, 3000, (1e-3, 5e-4, 2e-3)),
-    # The shape and the steps of the paper's smallest; 2.2 B tokens.
+    # The shape and steps of the smallest model in the paper; 2.2 B tokens.
     "130M": Size(768, 2048, 12, 12, 32_000, 131_072, 32_768, 16_785, (1e-3, 5e-4, 2e-3)),
 }
 
@@ -95,9 +97,9 @@ class Setting(NamedTuple):
     """How a model is trained; gradients are clipped at norm 1 in all of them.
 
     Attributes:
-        length: tokens in a sequence.
-        warmup: part of the steps.
-        decay: whether the rate stays at its peak and goes linearly to 0 in the last fifth; else cosine to a tenth.
+        length: tokens per sequence.
+        warmup: fraction of the steps.
+        decay: True for a constant rate with a linear decay to 0 in the last fifth, False for a cosine decay to a tenth.
     """
 
     length: int
@@ -119,17 +121,17 @@ class Setting(NamedTuple):
 SETTINGS = {
     "paper": Setting(256, 0.0, (0.9, 0.999), 0.1, False),
     "modern": Setting(1024, 0.1, (0.9, 0.95), 0.05, True),
-    # What decay does to the weights goes by peak learning rate x decay x steps: with decay 0.1, 1.7 over the paper's
-    # 16,785 steps at 1e-3, but 0.15 over 500 at 3e-3. Decay 1 makes it 1.5.
+    # The effect of weight decay grows with peak learning rate x decay x steps. With decay 0.1, this is 1.7 for the
+    # 16,785 steps of the paper at 1e-3, but 0.15 for 500 steps at 3e-3. With decay 1, it is 1.5 for the latter.
     "strong_decay": Setting(1024, 1.0, (0.9, 0.95), 0.05, True),
 }
-# At the learning rates of another setting.
+# Settings that use the learning rates of another setting.
 TUNED_AS = {"strong_decay": "modern"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; equal ones are not repeated. `text` is a hash of the training and held-out tokens."""
+    """One training run; equal runs are not repeated. `text` is a hash of the training and held-out tokens."""
 
     size: str
     setting: str
@@ -145,7 +147,7 @@ Records = dict[Run, dict[str, Any]]
 
 
 class Text(NamedTuple):
-    """Token ids of documents joined by an end-of-text token, and of others that are held out."""
+    """Token ids of the training and held-out documents, each ending with an end-of-text token."""
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -153,12 +155,12 @@ class Text(NamedTuple):
 
 
 def read_text(data: Sequence[Path], vocabulary: int) -> Text:
-    """Python's own text or the given files' as tokens, of a tokenizer that is trained on the part to train on.
+    """Tokenizes the text of Python, or the given files, with a tokenizer trained on the training part.
 
     Args:
-        data: text files, a document between blank lines, or folders, a document a Python file; empty for the text that
-            comes with Python.
-        vocabulary: tokens.
+        data: text files, with documents separated by blank lines, or folders of Python files, each of which is a
+            document; empty for the text that comes with Python.
+        vocabulary: the number of tokens in the vocabulary.
     """
     if data:
         found = []
@@ -185,7 +187,7 @@ def read_text(data: Sequence[Path], vocabulary: int) -> Text:
 
 
 def windows(ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Token ids cut into sequences, (N, length); a remainder is left out."""
+    """Token ids as sequences, shape (N, length), without the remainder."""
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -197,7 +199,7 @@ def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> float:
-    """Nats a token; batches of equal size."""
+    """In nats per token; the batches must be of equal size."""
     model.eval()
     loss = statistics.fmean(loss_of(model, batch).item() for batch in batches)
     model.train()
@@ -205,9 +207,9 @@ def held_out_loss(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> f
 
 
 def train(run: Run, text: Text) -> dict[str, Any]:
-    """Trains one model; its held-out loss at each quarter of the run, and what `look` finds of Pre-LN and LNS.
+    """Trains one model. Returns its held-out loss at each quarter of the run and, for Pre-LN and LNS, `look`'s results.
 
-    A run whose gradients stop being finite ends there; its losses from there on are infinite.
+    A run stops when its gradients are no longer finite; its losses from then on are infinite.
     """
     size, setting = SIZES[run.size], SETTINGS[run.setting]
     config = LlamaConfig(
@@ -252,7 +254,7 @@ def train(run: Run, text: Text) -> dict[str, Any]:
 
 
 def trained(runs: Sequence[Run], text: Text, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Each run with what was found, as it ends; `jobs` at once, in a process each. An error waits for the others."""
+    """Yields each run and its results as it ends, `jobs` at once in separate processes; errors are raised last."""
     if jobs == 1:
         yield from ((run, train(run, text)) for run in runs)
         return
@@ -269,7 +271,7 @@ def trained(runs: Sequence[Run], text: Text, jobs: int) -> Iterator[tuple[Run, d
 
 
 def gradient_norms(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> list[float]:
-    """The norm of the gradient of the loss with respect to each layer's weights, mean over batches."""
+    """The norm of the gradient of the loss with respect to the weights of each layer, averaged over batches."""
     found = torch.zeros(len(model.model.layers), dtype=torch.float64)
     for ids in batches:
         model.zero_grad()
@@ -281,9 +283,9 @@ def gradient_norms(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> 
 
 
 def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """What each layer of a trained model does, and the held-out loss without layers.
+    """Measures what each layer of a trained model does, and the held-out loss without layers.
 
-    Layers go in the order of what each costs alone; `without[k]` is the loss without the first k of them.
+    `order` starts with the layer that costs least on its own; `without[k]` is the loss without the first k of them.
     """
     few = held_out[: max(1, len(held_out) // 2)]
     diagnosis = hf_lnscale.diagnose(model, few, jacobian=False, progress=False)
@@ -302,12 +304,12 @@ def look(model: LlamaForCausalLM, held_out: Sequence[torch.Tensor]) -> dict[str,
 
 
 class Queue:
-    """What to run next, by what has been found.
+    """Decides what to run next, based on the results so far.
 
     Args:
         size: a key of `SIZES`.
         text: the hash of the text.
-        records: what has been found so far; the caller adds each run before it asks for the next.
+        records: the results so far; the caller adds each run before asking for the next.
     """
 
     def __init__(self, size: str, text: str, records: Records) -> None:
@@ -318,21 +320,21 @@ class Queue:
         return Run(self.size, setting, scheme, layers or size.layers, rate, seed, size.steps, self.text)
 
     def loss(self, run: Run) -> float:
-        """Of a run that has not been, NaN."""
+        """The held-out loss of a run, or NaN if it has not been run."""
         return self.records[run]["loss"] if run in self.records else math.nan
 
     def best(self, setting: str, scheme: str) -> float:
-        """The learning rate with the lowest loss of seed 0, of those that have been run."""
+        """The learning rate with the lowest loss at seed 0, among those that have been run."""
         setting = TUNED_AS.get(setting, setting)
         rates = [rate for rate in SIZES[self.size].rates if self.run(setting, scheme, rate) in self.records]
         return min(rates, key=lambda rate: self.loss(self.run(setting, scheme, rate)), default=math.nan)
 
     def losses(self, setting: str, scheme: str) -> list[float]:
-        """Of the seeds, at the best learning rate; NaN where it has not been run."""
+        """The loss of each seed at the best learning rate; NaN if it has not been run."""
         return [self.loss(self.run(setting, scheme, self.best(setting, scheme), seed)) for seed in SEEDS]
 
     def promising(self) -> list[str]:
-        """The two best of the other schemes as the paper trains."""
+        """The two best other schemes in the setting of the paper."""
         others = [scheme for scheme in SCHEMES if scheme not in PAIR and not math.isnan(self.best("paper", scheme))]
         return sorted(others, key=lambda scheme: self.losses("paper", scheme)[0])[:2]
 
@@ -345,7 +347,7 @@ class Queue:
         return [self.run(*one, self.best(*one), seed) for seed in seeds for one in pairs]
 
     def part(self, name: str) -> Iterator[list[Run]]:
-        """The runs of a part in stages; what a stage holds is decided by the results of those before it."""
+        """The runs of a part in stages; each stage depends on the results of those before it."""
         both = ("paper", "modern")
         if name == "settings":
             yield self.grid(both, PAIR)
@@ -366,13 +368,13 @@ class Queue:
             yield self.repeat(("modern",), self.promising())
 
     def pair(self, setting: str, factor: float = 1) -> list[Run]:
-        """Pre-LN and LNS with `factor` times the layers, at their learning rates, of the seed that is looked at."""
+        """Pre-LN and LNS with `factor` times the layers, at their best learning rates, with the seed to examine."""
         layers = int(factor * SIZES[self.size].layers)
         return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
 
 
 def spread(values: Sequence[float], signed: bool = False) -> str:
-    """Mean of those that are there, and the least and the greatest."""
+    """The mean of the values that are not NaN, with their range."""
     found = [value for value in values if not math.isnan(value)]
     if not found:
         return ""
@@ -386,7 +388,7 @@ def tables(queue: Queue) -> Iterator[Table]:
     about = f"Llama of {depth} layers, {size.hidden} channels, {size.steps} steps of {size.tokens} tokens"
 
     table = Table("setting", "Pre-LN at rate", "Pre-LN", "LNS at rate", "LNS", "LNS - Pre-LN, same seed", "seeds",
-                  title=f"{about}: held-out loss in nats a token, mean (range) of seeds")  # fmt: skip
+                  title=f"{about}: held-out loss in nats per token, mean (range) of seeds")  # fmt: skip
     for name in SETTINGS:
         plain, scaled = (queue.losses(name, scheme) for scheme in PAIR)
         differences = [b - a for a, b in zip(plain, scaled, strict=True)]
@@ -426,39 +428,40 @@ def tables(queue: Queue) -> Iterator[Table]:
 
 
 def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> Iterator[Table]:
-    """Two models side by side: layer by layer, and with layers removed."""
+    """Compares two models layer by layer, and with layers removed."""
     table = Table("layer", title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")
-    for title in ("variance behind", "loss added without", "angular distance", "gradient norm"):
+    for title in ("variance after", "loss added without", "angular distance", "gradient norm"):
         table.add_column(title)
     for index in range(len(plain["order"])):
         cells = [(one["variance"][index + 1], one["loss_added"][index], one["angular"][index],
                   one["gradient_norm"][index]) for one in (plain, scaled)]  # fmt: skip
         table.add_row(str(index), *(f"{a:.3g} / {b:.3g}" for a, b in zip(*cells, strict=True)))
     yield table
-    table = Table("removed", "Pre-LN", "LNS", title="Held-out loss without layers, the cheapest first")
+    table = Table("removed", "Pre-LN", "LNS", title="Held-out loss without layers, removing the cheapest first")
     for count, (a, b) in enumerate(zip(plain["without"], scaled["without"], strict=True)):
         table.add_row(str(count), f"{a:.3f}", f"{b:.3f}")
     as_good = max((count for count, loss in enumerate(scaled["without"]) if loss <= plain["without"][0]), default=None)
-    table.caption = f"LNS is no worse than the whole Pre-LN model without {'no' if as_good is None else as_good} layers"
+    shown = "none, as it is worse even whole" if as_good is None else as_good
+    table.caption = f"Layers that LNS can lose and still be no worse than the whole Pre-LN model: {shown}"
     yield table
 
 
 def main(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
-    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; more than once for more.")] = [*PARTS],  # noqa: B006
+    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; repeatable.")] = [*PARTS],  # noqa: B006
     data: Annotated[
-        list[Path], typer.Option(help="A text file, or a folder of Python files; more than once for more.", exists=True)
+        list[Path], typer.Option(help="A text file, or a folder of Python files; repeatable.", exists=True)
     ] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="A JSON line for each finished run.")] = Path("build/schemes.jsonl"),
-    steps: Annotated[int | None, typer.Option(help="In place of the size's.", min=4)] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.", min=1)] = 1,
-    only_tables: Annotated[bool, typer.Option("--only-tables", help="Train nothing.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Overrides the steps of the size.", min=4)] = None,
+    jobs: Annotated[int, typer.Option(help="Number of parallel runs, each in its own process.", min=1)] = 1,
+    only_tables: Annotated[bool, typer.Option("--only-tables", help="Print the tables without training.")] = False,
 ) -> None:
     if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
     for one in part:
         if one not in PARTS:
-            raise typer.BadParameter(f"{one!r} is none of {', '.join(PARTS)}", param_hint="--part")
+            raise typer.BadParameter(f"{one!r} is not one of {', '.join(PARTS)}", param_hint="--part")
     if steps is not None:
         SIZES[size] = SIZES[size]._replace(steps=steps)
     text = read_text(data, SIZES[size].vocabulary)

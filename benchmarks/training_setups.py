@@ -1,12 +1,12 @@
-"""What LayerNorm Scaling costs where models are trained: DDP and FSDP2 on every GPU, QLoRA on one.
+"""What LayerNorm Scaling costs in common training setups: DDP and FSDP2 on every GPU, QLoRA on one.
 
     python benchmarks/training_setups.py --size 130M --batch 16 --length 512   # on two CPU processes without a GPU
     python benchmarks/training_setups.py --setup QLoRA --size 1B
 
-Prints one table. Training steps with the scale and without it are timed in turn; the median of the ratios of the pairs
-and their quartiles are printed, and the peak memory of one process, with both models in it. "loss" is the largest
-difference between the scaled model's first loss and a reference: that of one process on the whole batch for DDP and
-FSDP2, that of the folded checkpoint, whose norms need no scale, for QLoRA.
+Prints one table. Training steps with and without the scale alternate. The table shows the median and quartiles of the
+ratio over all pairs, and the peak memory of one process, which holds both models. "loss" is the largest difference
+between the first loss of the scaled model and a reference: for DDP and FSDP2, one process on the whole batch; for
+QLoRA, the folded checkpoint, whose norms need no scale.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parallel(setup: str, size: str, shape: tuple[int, int], count: int) -> tuple
 
 
 def four_bit(model: Any) -> nn.Module:
-    """The model in 4 bits, from its checkpoint, with LoRA on every linear layer."""
+    """The model loaded in 4 bits from its checkpoint, with LoRA on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=model.dtype)
@@ -103,16 +103,16 @@ SETUPS = [*PARALLEL, "QLoRA"]
 
 
 def main(
-    setup: Annotated[list[str], typer.Option(help=f"One of {', '.join(SETUPS)}; more than once for more.")] = SETUPS,
+    setup: Annotated[list[str], typer.Option(help=f"One of {', '.join(SETUPS)}; repeatable.")] = SETUPS,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
-    count: Annotated[int, typer.Option(help="Pairs to time.")] = 20,
-    batch: Annotated[int, typer.Option(help=f"Sequences in a batch, of all {WORLD} processes.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    count: Annotated[int, typer.Option(help="Number of pairs to time.")] = 20,
+    batch: Annotated[int, typer.Option(help=f"Sequences per batch, over all {WORLD} processes.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
     if unknown := [one for one in setup if one not in SETUPS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(SETUPS)}", param_hint="--setup")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SETUPS)}", param_hint="--setup")
     if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
     if batch % WORLD:
         raise typer.BadParameter(f"{batch} is not a multiple of the {WORLD} processes", param_hint="--batch")
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
