@@ -209,11 +209,11 @@ def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path
 
 
 def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    # Read again from its dict: as it will be loaded, and without an implementation that this machine may not have.
+    # Read again from what is saved: as it will be loaded, and without an implementation that this machine may not have.
     plain = copy.deepcopy(text)
     write(plain, Record())
     with torch.device("meta"):
-        model = model_class(type(text).from_dict(plain.to_dict()))
+        model = model_class(type(text).from_dict(plain.to_diff_dict()))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
