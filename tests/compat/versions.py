@@ -20,16 +20,25 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "compat"
 CONSTRAINTS = ROOT / "constraints.txt"
 COMPARED = ("transformers", "trl", "peft", "accelerate")
 
+
+def floors() -> dict[str, str]:
+    """The oldest releases that pyproject.toml allows, to users and for the recipes."""
+    given = map(Requirement, metadata.requires("hf-lnscale") or [])
+    wanted = [one for one in given if one.marker is None or one.marker.evaluate({"extra": "train"})]
+    return {one.name: bound.version for one in wanted for bound in one.specifier if bound.operator == ">="}
+
+
 # What is not pinned is the newest release that goes with the pins. "newest" pins COMPARED to the newest releases of the
 # day, and "pinned" everything to constraints.txt.
 SETS: dict[str, dict[str, str]] = {
-    # transformers 5.16.1 puts adapters on a model itself with PEFT 0.19.1 or newer alone.
-    "oldest": {"torch": "2.6.0", "transformers": "5.16.1", "trl": "1.9.0", "peft": "0.19.1", "accelerate": "1.13.0"},
+    "oldest": floors(),
     "axolotl": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.20.0", "accelerate": "1.13.0"},
     "sglang": {"transformers": "5.19.0"},
     "vllm": {"transformers": "5.20.*"},
