@@ -59,7 +59,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "decoder_config": _BLT | {"hidden_size_global": 64},
         "global_config": _BLT | {"hidden_size": 64},
     },
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE | {"mrope_section": [1, 1, 2]})
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},

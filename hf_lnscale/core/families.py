@@ -140,7 +140,8 @@ FAMILIES: dict[str, Family] = {
     **_rows("cwm gpt_oss granitemoehybrid kolibri1 lara_mini ministral", "layer_types"),
     **_rows("dots3_note_text inkling_text kimi_linear mellum mimo_v2_flash", "layer_types mlp_layer_types"),
     **_rows("qwen2 qwen2_5_vl_text qwen2_vl_text qwen3", "layer_types max_window_layers"),
-    **_rows("axk1 glm4_moe_lite hy_v3", "mlp_layer_types"),
+    **_rows("axk1", "mlp_layer_types first_k_dense_replace"),  # the second before transformers 5.20
+    **_rows("glm4_moe_lite hy_v3", "mlp_layer_types"),
     **_rows("bailing_hybrid deepseek_v32 exaone_moe", "layer_types mlp_layer_types first_k_dense_replace"),
     **_rows("deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe", "first_k_dense_replace"),
     **_rows("gemma2 gemma3_text vaultgemma", "layer_types", norms=GEMMA, one_plus_weight=True),

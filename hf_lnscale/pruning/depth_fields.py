@@ -212,7 +212,7 @@ def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[
     plain = copy.deepcopy(text)
     write(plain, Record())
     with torch.device("meta"):
-        model = model_class(type(text).from_dict(plain.to_dict()))
+        model = model_class(type(text).from_dict(plain.to_diff_dict()))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

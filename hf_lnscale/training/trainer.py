@@ -15,7 +15,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
@@ -70,6 +70,7 @@ class RecipeTrainer(SFTTrainer):
 
     def __init__(self, other_dataset: Dataset | None = None, **kwargs: Any) -> None:
         texts = {"eval": kwargs.pop("eval_dataset")} | ({"other": other_dataset} if other_dataset else {})
+        set_seed(kwargs["args"].seed)  # older TRL draws an adapter before it does so
         super().__init__(**kwargs, eval_dataset=texts)
         prepared: Any = self.eval_dataset
         self.eval_dataset, self.other_dataset = prepared["eval"], prepared.get("other")
