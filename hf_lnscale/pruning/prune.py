@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
+from ..checkpoints.names import Placement, load_tokenizer, read_config, require_weights, size_on_disk
 from ..core.errors import ArgumentError, require_integers
 from ..core.families import family_of, text_config
 from ..core.stack import text_stack
@@ -156,6 +156,11 @@ def prune(
         tokenizer = own_tokenizer  # not for `abilities` only: it would add English and code to token ids
     text = _split(data, held_out, tokenizer, windows, config, inner)
     if checkpoint is not None:
+        require_weights(checkpoint)
+        if not cache_tokens and getattr(config, "quantization_config", None) is None:  # else it takes the model
+            with torch.device("meta"):
+                dtype = None if placement.dtype == "auto" else placement.dtype
+                search_target(AutoModelForCausalLM.from_config(config, dtype=dtype), goal, cache_tokens, cache_batch)
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
@@ -171,8 +176,6 @@ def prune(
     if not plan.units:
         if record is not None:
             record.unlink(missing_ok=True)
-        if goal[0] != "max_perplexity_increase":
-            raise ArgumentError(*goal, problem="is already met by the unchanged model. Nothing was written.")
         raise ValueError(
             f"no {'layer' if units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises perplexity "
             f"from {plan.perplexity['before']:.2f} by more than {max_perplexity_increase:.0%} on held-out data. "
@@ -383,7 +386,10 @@ def _split(
     if held_out is None:
         calibration, judged = whole.split(0.25)
     else:
-        calibration, judged = whole, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        try:
+            calibration, judged = whole, token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        except (ValueError, FileNotFoundError) as error:  # which speak of `data`
+            raise type(error)(str(error).replace("data", "held_out", 1)) from None
     cautions = []
     for given, batches in (("data", whole), *(() if held_out is None else (("held_out", judged),))):
         if batches.source != TOKEN_IDS and batches is not given:

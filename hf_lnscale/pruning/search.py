@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name, write_atomically
-from ..core.display import brief
+from ..core.display import brief, with_error
 from ..core.errors import ArgumentError, require_integers
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS
@@ -45,6 +45,7 @@ HEALED = 6
 _APART = 1.5
 # How many larger numbers of layers to try after one that exceeds the budget.
 _LOOK_FURTHER = 2
+_MET = "is already met by the unchanged model. Nothing was written."
 
 
 # --- how far to go --------------------------------------------------------------------------------------------------
@@ -156,11 +157,15 @@ def search_target(model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0
 
     if name == "drop":
         given = normalize_layers(value, total, name)
+        if not given:
+            raise ArgumentError(name, value, problem=_MET)
         return Target({name: given}, lambda dropped: len(dropped) == len(given), sizes, saves, least=len(given))
     if name == "num_layers":
         return Target({name: value}, lambda dropped: len(dropped) == value, sizes, saves, least=value)
     if name == "max_perplexity_increase":
         return Target({name: value}, one_left, sizes, saves, budget=value)
+    if size(()) <= value:
+        raise ArgumentError(name, value, problem=_MET)
     cache_of = {"cache_tokens": cache_tokens, "cache_batch": cache_batch} if name == "target_memory" else {}
     by_size = sorted(range(total), key=lambda layer: -size((layer,)), reverse=True)  # largest layer first
     if value < (smallest := size(tuple(by_size[:most]))):
@@ -289,7 +294,9 @@ def search_layers(
             bar.update(len(step["layers"]) - len(chosen["layers"]))
             chosen, outside = step, 0
             fit = healer.fit if healer else None  # trying larger sets replaces it
-            bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(step["layers"]))
+            bar.set_postfix(
+                perplexity=with_error(step["perplexity"], step["perplexity_error"]), layers=len(step["layers"])
+            )
 
     layers, dropped = tuple(sorted(chosen["layers"])), units_of(chosen)
     if target.budget is None and not target.reached(dropped):
