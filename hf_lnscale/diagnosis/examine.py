@@ -38,8 +38,9 @@ from .measure import (
 # In forward passes: all layers forward, again one by one, and backward (with respect to inputs and weights).
 _GRADIENT_PASSES = 4.0
 _OPTIONAL = (
-    "loss_added", "loss_added_error", "perplexity_without", "gradient_norm", "gradient_norm_error",
-    "state_gradient_norm", "jacobian_distance", "jacobian_distance_error",
+    "loss_added", "loss_added_error", "perplexity_without", "perplexity_without_error", "gradient_norm",
+    "gradient_norm_error", "state_gradient_norm", "state_gradient_norm_error", "jacobian_distance",
+    "jacobian_distance_error",
 )  # fmt: skip
 _PARTS = {
     "stream": "the stream",
@@ -130,12 +131,18 @@ def diagnose(
             columns["perplexity_without"] = [
                 math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
             ]
+            # Delta method, in pairs of sequences: beside the perplexity of the whole model.
+            columns["perplexity_without_error"] = [
+                perplexity and error and perplexity * error
+                for perplexity, error in zip(columns["perplexity_without"], columns["loss_added_error"], strict=True)
+            ]
             with bar.part("cuts"):
                 order = sorted(without, key=added.__getitem__)
                 cuts = _nested_cuts(model, batches, full, without[order[0]], order, bar)
         if gradients:
             with bar.part("gradients") as advance, _noting("gradients", notes):
-                weights_NL, columns["state_gradient_norm"] = gradient_norms(model, batches, advance)
+                found = gradient_norms(model, batches, advance)
+                weights_NL, columns["state_gradient_norm"], columns["state_gradient_norm_error"] = found
                 columns["gradient_norm"], columns["gradient_norm_error"] = _mean_and_error(weights_NL)
                 if not weights_have_gradients(stack):
                     notes.append("gradient_norm: the weights are quantized or offloaded and have no gradients")
@@ -286,7 +293,10 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     return _rows({
         "place": range(len(rest)),
         "variance": [one.variance for one in whole],
+        # Of the mean square, which the variance is but for the square of the mean.
+        "variance_error": errors["square"][:, 0],
         "variance_without_first": [one.variance for one in rest],
+        "variance_without_first_error": errors["square"][:, 1],
         "typical": typical_P,
         # Delta method: d exp(x) = exp(x) dx.
         "typical_error": typical_P * errors["typical"],
@@ -305,7 +315,7 @@ def _columns(streamed: Streamed) -> dict[str, Any]:
         columns[f"{name}_ratio"], columns[f"{name}_ratio_error"] = means[name][:, 1], errors[name][:, 1]
         columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
     columns["block_influence"], columns["block_influence_error"] = means["influence"][:, 0], errors["influence"][:, 0]
-    columns["angular_distance"] = streamed.angles_LL[:, 0]
+    columns["angular_distance"], columns["angular_distance_error"] = streamed.angles_LL[:, 0], errors["angle"]
     return columns | dict.fromkeys(_OPTIONAL, [None] * len(streamed.angles_LL))
 
 

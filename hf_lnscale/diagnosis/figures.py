@@ -47,8 +47,8 @@ FIGURES = (
         "variance",
         "How the residual stream grows",
         "The typical token is the geometric mean over tokens of the mean square, by which the norm before a layer "
-        "divides, with its standard error. Where the other curves deviate from it, a few tokens or channels carry "
-        "massive activations; these curves are single measurements on this text, without a standard error.",
+        "divides. Where the other curves deviate from it, a few tokens or channels carry massive activations. All with "
+        "standard errors except the largest channel, which is a single measurement on this text.",
         "variance after the layer",
         (
             Line("residual.typical", "typical token", "accent solid dots"),
@@ -113,8 +113,8 @@ FIGURES = (
     Figure(
         "state_gradient",
         "The gradient that flows back through the stream",
-        "Norm of the gradient of a sequence's loss with respect to a token's state before the layer: a single "
-        "measurement on this text.",
+        "Norm of the gradient of a sequence's loss with respect to a token's state before the layer, mean over tokens "
+        "with its standard error.",
         "gradient norm of a state",
         (Line("state_gradient_norm", "gradient norm", "accent solid dots"),),
     ),

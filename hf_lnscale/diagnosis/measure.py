@@ -48,7 +48,8 @@ class Streamed:
             the layer's input and output).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
         errors: standard errors over sequences of the `means`, and of the logarithm, shape (P,), of "typical" and of
-            "growth" (relative to the place after the first layer); NaN for one sequence.
+            "growth" (relative to the place after the first layer); of the mean "square" |x|^2 / D of all tokens and of
+            the rest, shape (P, 2); of the "angle" of each layer, shape (L,). NaN for one sequence.
     """
 
     first: list[Moments]
@@ -77,7 +78,8 @@ def stream(model: nn.Module, batches: TokenBatches, advance: Callable[[float], o
     counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
     sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
     logs_PS, rest_S = sums.pop("log")[:, 1], counts_2S[1]
-    means, errors = {}, {}
+    squares_P2S = parts.T @ sums.pop("square")
+    means, errors = {}, {"square": _errors(squares_P2S, counts_2S), "angle": pass_.angles.errors()}
     for name, split_L2S in sums.items():
         sums_L2S = parts.T @ split_L2S
         means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
@@ -113,7 +115,9 @@ class _Pass:
         self.first, self.rest = ([Moments(channels) for _ in range(layers + 1)] for _ in range(2))
         # Numbers of first and other tokens by sequence, one tensor per batch.
         self.counts_S: list[torch.Tensor] = []
-        self.sums: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "influence": [], "log": []}
+        self.sums: dict[str, list[torch.Tensor]] = {
+            "attention": [], "mlp": [], "influence": [], "log": [], "square": [],
+        }  # fmt: skip
         self.angles = BlockAngles(layers)
 
     def start(self, batch: Batch) -> None:
@@ -136,7 +140,9 @@ class _Pass:
             self._sum("mlp", torch.linalg.vector_norm(x_BTD - m_BTD, dim=-1) / m_norm_BT)
             self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
-        self._sum("log", (norm_BT.square() / x_BTD.shape[-1]).log())
+        square_BT = norm_BT.square() / x_BTD.shape[-1]
+        self._sum("log", square_BT.log())
+        self._sum("square", square_BT)
         first_BT, rest_BT = self._masks(x_BTD.device)
         # Without padding these are views, otherwise copies.
         parts = (x_BTD[first_BT], x_BTD[rest_BT]) if self.padded else (x_BTD[:, 0], x_BTD[:, 1:])
@@ -239,7 +245,7 @@ def weights_have_gradients(stack: Stack) -> bool:
 
 def gradient_norms(
     model: nn.Module, batches: TokenBatches, advance: Callable[[float], object]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Norms of the gradient of the loss, the mean next-token cross-entropy.
 
     From the last layer to the first, each layer is rerun on its recorded input, so only the graph and gradients of one
@@ -250,6 +256,7 @@ def gradient_norms(
             for weights without gradients (quantized, offloaded).
         states_L: norm of the gradient of a sequence's summed loss with respect to a token's state before the layer;
             mean over tokens, excluding the first of each sequence.
+        errors_L: the standard error of the latter over sequences; NaN for one.
 
     Raises:
         NotDifferentiableError: if a layer is not differentiable.
@@ -258,8 +265,8 @@ def gradient_norms(
     layers = split_model.stack.layers
     readable = weights_have_gradients(split_model.stack)
     weights: list[torch.Tensor] = []
-    states_L = torch.zeros(len(layers), dtype=torch.float64)
-    rest = 0
+    states: list[torch.Tensor] = []  # sums for each layer and sequence
+    counts: list[torch.Tensor] = []
     with eval_mode(model):
         for batch in batches:
             picked_BT, targets_N = predictions(batch)
@@ -273,17 +280,20 @@ def gradient_norms(
                 (g_BTD,) = torch.autograd.grad(x_ND, y_BTD, loss_gradient(split_model, x_ND, targets_N))
             rest_BT = batch.attention_mask & ~first_tokens(batch)
             found: list[float] = []
+            states_LB = torch.zeros(len(layers), len(rest_BT), dtype=torch.float64)
             while calls:
                 g_BTD, squares = _through(calls.pop(), g_BTD, readable)
                 norm_BT = torch.linalg.vector_norm(upcast(g_BTD), dim=-1)
-                states_L[len(calls)] += norm_BT[rest_BT.to(norm_BT.device)].double().sum().item()
+                states_LB[len(calls)] = torch.where(rest_BT.to(norm_BT.device), norm_BT.double(), 0.0).sum(-1)
                 found.append(squares)
                 advance(1 / len(batches) / len(layers))
             weights.append(torch.tensor(found[::-1], dtype=torch.float64).sqrt() / len(targets_N))
-            rest += int(rest_BT.sum())
+            states.append(states_LB)
+            counts.append(rest_BT.sum(-1))
     if not weights:
         raise ArgumentError("data", problem="contains no token to predict; sequences must have at least two tokens")
-    return torch.stack(weights), states_L / rest
+    states_LS, counts_S = torch.cat(states, dim=-1), torch.cat(counts)
+    return torch.stack(weights), states_LS.sum(-1) / counts_S.sum(), _errors(states_LS, counts_S)
 
 
 def _through(call: _Call, g_BTD: torch.Tensor, weights: bool) -> tuple[torch.Tensor, float]:

@@ -79,8 +79,8 @@ def rows_of(
     judged = (("held out", "after"), ("healed", "healed"))
     found = [_perplexity_row(plan, *one) for one in judged if one[1] in plan.perplexity]
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
-        # An estimate without a standard error, so no relative change is shown.
-        found.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
+        before, after = (with_error(never[one], never.get(f"{one}_error")) for one in ("full", "after"))
+        found.append(("never fitted, healed", before, after, ""))  # an estimate, so no relative change is shown
     rows[3:3] = found
     for ability, one in plan.notes.get("abilities", {}).items():
         value, error = one["change"]
@@ -145,7 +145,8 @@ def card_of(
         timing = costs["after"]["decode_tokens_per_second"]
         note += (
             f" Speed and memory: batch size 1, on the machine used to prune; median of {timing['runs']} runs (lowest "
-            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
+            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}. Peak memory is a single "
+            "measurement."
         )
     if "abilities" in plan.notes:
         note += f" {about_abilities('whole')}"

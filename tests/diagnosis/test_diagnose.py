@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from transformers.utils import logging
 import hf_lnscale
 import tiny
 from hf_lnscale import Diagnosis, diagnose
+from hf_lnscale.core.display import compact
 from hf_lnscale.diagnosis import figures, png, verdict
 from hf_lnscale.diagnosis.measure import gradient_norms, jacobian_distances
 from hf_lnscale.measuring.text import token_batches
@@ -75,6 +77,9 @@ def test_the_stream_is_the_papers(family, ids):
     root = len(ids) ** 0.5
     errors = [value * one.std() / root for value, one in zip(typical, logs, strict=True)]
     assert [place["typical_error"] for place in places] == near(errors)
+    for name, skipped in (("variance", 0), ("variance_without_first", 1)):  # of a variance, that of the mean square
+        squares = [x[:, skipped:].square().mean((1, 2)) for x in stream]
+        assert [place[f"{name}_error"] for place in places] == near(one.std() / root for one in squares)
     growth = [(one - logs[1]).mean().exp() * (one - logs[1]).std() / root for one in logs]
     assert [place["growth_error"] for place in places] == near(growth)
     assert found.verdict["growth"]["factor_error"] == pytest.approx(growth[-1].item())
@@ -96,6 +101,9 @@ def test_the_stream_is_the_papers(family, ids):
             else:
                 assert value == pytest.approx(angular_distance(stream, start, size), rel=1e-9)
     assert of(found, "angular_distance") == [row[0] for row in found.angular]
+    last = [x[:, -1] for x in stream]
+    angles = [nn.functional.cosine_similarity(*pair, dim=-1).acos() / math.pi for pair in itertools.pairwise(last)]
+    assert of(found, "angular_distance_error") == near((one.std() / root for one in angles), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", SUBLAYERS)
@@ -195,7 +203,7 @@ def test_memory_does_not_grow_with_the_batches(parts, ids):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "granite"])
 def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
     model = tiny.loud(family)
-    norms, states = [], torch.zeros(LAYERS, dtype=torch.float64)
+    norms, states, by_sequence = [], torch.zeros(LAYERS, dtype=torch.float64), []
     for batch in tiny.two_batches(ids):
         reference, kept = copy.deepcopy(model), []
 
@@ -217,12 +225,15 @@ def test_gradients_are_those_of_a_whole_backward_pass(family, ids):
             ]
         )
         states += torch.stack([x.grad[:, 1:].norm(dim=-1).sum() for x in kept])
+        by_sequence.append(torch.stack([x.grad[:, 1:].norm(dim=-1).mean(1) for x in kept], dim=1))
     norms = torch.tensor(norms, dtype=torch.float64)
     found = diagnose(model, tiny.two_batches(ids), **CHEAP | {"gradients": True})
     # The norms compute in single precision whatever the model's.
     assert of(found, "gradient_norm") == near(norms.mean(0), rel=1e-6)
     assert of(found, "gradient_norm_error") == near(norms.std(0) / 2**0.5, rel=1e-5)
     assert of(found, "state_gradient_norm") == near(states / ids[:, 1:].numel(), rel=1e-6)
+    spread = torch.cat(by_sequence).std(0) / len(ids) ** 0.5  # all sequences are of one length
+    assert of(found, "state_gradient_norm_error") == near(spread, rel=1e-5)
     assert min(of(found, "gradient_norm")) > 0
 
 
@@ -291,6 +302,8 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
     assert of(found, "loss_added_error") == pytest.approx(errors, rel=1e-5)
     assert of(found, "loss_added") == pytest.approx([loss([i]) - loss([]) for i in range(LAYERS)], rel=1e-6)
     assert of(found, "perplexity_without") == near(math.exp(loss([i])) for i in range(LAYERS))
+    spread = [math.exp(loss([i])) * error for i, error in enumerate(of(found, "loss_added_error"))]
+    assert of(found, "perplexity_without_error") == near(spread)
     order = sorted(range(LAYERS), key=of(found, "loss_added").__getitem__)
     assert [cut["layers"] for cut in found.cuts] == [order[: i + 1] for i in range(len(found.cuts))]
     assert [cut["perplexity"] for cut in found.cuts] == near(math.exp(loss(cut["layers"])) for cut in found.cuts)
@@ -644,9 +657,9 @@ def test_a_stream_that_overflows_is_refused(ids):
 
 def test_gradients_that_overflow_are_left_out_with_a_note(ids, monkeypatch):
     def overflown(*told):
-        weights_NL, states_L = gradient_norms(*told)
+        weights_NL, states_L, errors_L = gradient_norms(*told)
         weights_NL[0, 2] = states_L[1] = math.inf
-        return weights_NL, states_L
+        return weights_NL, states_L, errors_L
 
     monkeypatch.setattr("hf_lnscale.diagnosis.examine.gradient_norms", overflown)
     found = diagnose(tiny.loud(dtype=torch.float16), ids, jacobian=False, progress=False)
@@ -686,7 +699,7 @@ def test_weights_that_are_not_finite_are_named(ids):
     model = tiny.loud(dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
-    message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not$"
+    message = r"after layer 1 is not finite in float32; the weight layers\.1\.mlp\.up_proj\.weight is not finite$"
     with pytest.raises(ValueError, match=message):
         diagnose(model, ids, progress=False)
 
@@ -793,9 +806,10 @@ def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5"]
     for row, layer in zip(rows, small.layers, strict=True):
-        assert row[6] == verdict.with_error(layer["loss_added"], layer["loss_added_error"])
-        assert " ± " in row[6]
-        assert row[8] == verdict.number(layer["jacobian_distance"])
+        assert row[5] == compact(layer["loss_added"], layer["loss_added_error"])
+        assert all("(" in cell for cell in (*row[1:6], row[7]))  # all but the gradient, of a single batch
+        assert row[7] == compact(layer["jacobian_distance"], layer["jacobian_distance_error"])
+    assert "0.27(1): 0.27 with a standard error of 0.01" in text
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -839,10 +853,16 @@ def test_both_backends_draw_every_figure(small, tmp_path):
             assert all(line.label in labels for line in figure.lines if figure.kind == "lines")
     with_errors = [axis.get_ylabel() for axis in pictures["layers"].axes if axis.collections]
     # There is one batch, so that gradients have none.
-    assert with_errors == ["output norm / stream norm", "distance from the identity", "Block Influence"]
+    with_them = [
+        "output norm / stream norm",
+        "distance from the identity",
+        "Block Influence",
+        "gradient norm of a state",
+    ]
+    assert with_errors == with_them
     assert len(pictures["loss_added"].axes[0].collections) == 1
-    # Typical token, attention, MLP, influence, loss added, Jacobian.
-    assert page.count('class="error"') == 6 * len(small.layers)
+    # Typical token, two variances, attention, MLP, influence, loss added, Jacobian, gradient of a state.
+    assert page.count('class="error"') == 9 * len(small.layers)
     png.save_all([small], tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"{one}.{kind}" for one in pictures for kind in ("png", "svg")}
