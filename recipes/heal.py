@@ -69,8 +69,8 @@ def main(
     whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
     require_pruned(checkpoint, training)
-    if whole and whole != teacher.teacher:
-        require_same_tokenizer("whole", whole, tokenizer)
+    if whole:
+        require_same_tokenizer("teacher" if whole == teacher.teacher else "whole", whole, tokenizer)
     train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
     prepare_chat(training, tokenizer, train)
     training.packing &= train.column_names == [training.dataset_text_field]  # keeps answers with their questions

@@ -107,6 +107,7 @@ def copy_checkpoint(
     source, target = Path(name), Path(out).resolve()
     require_free(target, (source,), str(out), force)
     if not source.is_dir():
+        read_config(src)  # whose error names it
         source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
     config = read_config(source)
     found, scales = record(config), []

@@ -62,8 +62,7 @@ def require_free(
         force: whether to allow replacing a folder that contains the file `mark`, which identifies a `what`, and only
             files that this package writes.
     """
-    if len(os.fsencode(target.name)) > _LONGEST_NAME:
-        raise ArgumentError("out", shown, problem=f"has a name longer than {_LONGEST_NAME} bytes")
+    require_place(target, shown)
     for one in read_from:
         if isinstance(one, (str, os.PathLike)) and str(one) and Path(one).exists():
             read = Path(one).resolve()
@@ -83,6 +82,17 @@ def require_free(
         problem = f"contains {foreign!r}, which is not part of a {what}, so it is not replaced"
     if problem:
         raise PathExistsError("out", shown, problem=problem, hint=hint)
+
+
+def require_place(path: Path, shown: str, argument: str = "out") -> None:
+    """Refuses a file or folder to write that could not be made."""
+    above = next(one for one in path.absolute().parents if one.exists())
+    if not above.is_dir():
+        raise ArgumentError(argument, shown, problem=f"cannot be made: {str(above)!r} is a file")
+    if not os.access(above, os.W_OK):
+        raise ArgumentError(argument, shown, problem=f"cannot be made: {str(above)!r} may not be written to")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise ArgumentError(argument, shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
 
 
 def _is_free(target: Path) -> bool:

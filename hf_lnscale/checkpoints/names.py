@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -63,13 +64,32 @@ def read_config(model: str | os.PathLike[str]) -> Any:
         raise CheckpointError(" ".join(f"cannot read {str(model)!r}: {error}".split()), hint) from error
 
 
+def require_weights(model: str | os.PathLike[str]) -> None:
+    """Refuses a folder whose weight files are missing or cut off; opens them and reads no weight.
+
+    A file of safetensors says in its header how long it is.
+    """
+    name, where = locate(model)
+    if where or not Path(name).is_dir():
+        return
+    files = {file for pattern in _WEIGHTS for file in Path(name).glob(pattern)}
+    if not files:
+        raise CheckpointError(f"the folder {str(model)!r} has no weights: no model.safetensors or the like")
+    for file in sorted(one for one in files if one.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {str(file)!r}: {error}") from None
+
+
 def is_causal_lm(config: PreTrainedConfig) -> bool:
     """Whether `AutoModelForCausalLM` supports this configuration."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def load_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of a model found by `locate`."""
+def load_tokenizer(model: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Loads the tokenizer of a model found by `locate`, with keywords of `from_pretrained`."""
     name, where = locate(model)
     files = Path(name).glob("*") if Path(name).is_dir() and not where else None
     # Without any of these files, transformers may return an empty tokenizer.
@@ -79,7 +99,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
             f"save the model's own tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained({str(model)!r})",
         )
     try:
-        return AutoTokenizer.from_pretrained(name, **where)
+        return AutoTokenizer.from_pretrained(name, **where, **kwargs)
     except Exception as error:  # transformers raises many types
         raise CheckpointError(f"cannot read the tokenizer of {str(model)!r}: {error}") from error
 

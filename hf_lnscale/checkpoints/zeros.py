@@ -20,7 +20,7 @@ from ..core.stack import own_stack, pretrained_modules, text_stack
 from ..core.sublayers import put
 from .export import copy_companions
 from .folders import atomic_directory, require_free
-from .names import load, locate
+from .names import load, locate, read_config
 
 
 def fill_with_zeros(model: nn.Module) -> nn.Module:
@@ -61,11 +61,11 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
     name, _ = locate(src)
     target = Path(out).resolve()
     require_free(target, (name,), str(out), force)
-    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
-    model = _load_with_head(source)
-    found = record(text_stack(model).model.config)
+    found = record(read_config(src))
     if not found.sublayers:
         raise ValueError(f"{str(src)!r} needs no zeros: all its layers have attention and MLP")
+    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
+    model = _load_with_head(source)
     fill_with_zeros(fold_ln_scaling(model) if found.active else model)
     with atomic_directory(target, force) as partial:
         copy_companions(source, partial)

@@ -58,8 +58,9 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs the acts, prints the results, and writes results.json, demo.png and the models to `out`."""
-        from ..checkpoints.folders import require_free
+        from ..checkpoints.folders import require_free, require_place
 
+        require_place(self.out / "results.json", str(self.out))
         for name in ("lns-model-folded", "pruned-model"):  # written in acts 3 and 4
             require_free((self.out / name).resolve(), (), str(self.out / name), force=True)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,9 @@ class Demo:
         parts: dict[str, Any] = dict.fromkeys(("loss", "jacobian", "progress"), False)
         found = diagnose(load(folder), self.held_out_texts, windows=Windows(512 if self.fast else 2048, 256), **parts)
         self.console.print(str(found), markup=False)
-        variances = {key: [place[key] for place in found.residual] for key in ("variance", "variance_without_first")}
+        shown = ("variance", "variance_without_first")
+        names = (*shown, *(f"{name}_error" for name in shown))
+        variances = {key: [place[key] for place in found.residual] for key in names}
         return {"skipped": False, "checkpoint": str(folder), **variances}
 
     def cure(self) -> dict[str, Any]:
@@ -128,16 +131,17 @@ class Demo:
             losses = self.train(model, train, held_out)
             found = diagnose(model, held_out, jacobian=False, progress=False)
             loss_error = (found.baseline or {}).get("loss_error")
-            variances = [place["variance"] for place in found.residual]
+            variances, spread = ([place[key] for place in found.residual] for key in ("variance", "variance_error"))
             added, errors = found.values("loss_added"), found.values("loss_added_error")
             figures[name] = {
                 "evaluation_losses": losses, "residual_variance": variances, "evaluation_loss_error": loss_error,
+                "residual_variance_error": spread,
                 "loss_added": added, "loss_added_error": errors,
             }  # fmt: skip
             columns.append({
                 "evaluation loss, nats per token": with_error(losses[-1], loss_error),
-                "residual variance after layer 0": f"{variances[1]:.3g}",
-                f"residual variance after layer {len(added) - 1}": f"{variances[-1]:.3g}",
+                "residual variance after layer 0": with_error(variances[1], spread[1]),
+                f"residual variance after layer {len(added) - 1}": with_error(variances[-1], spread[-1]),
                 **{f"loss added without layer {i}": with_error(*pair, sign="+")
                    for i, pair in enumerate(zip(added, errors, strict=True))},
             })  # fmt: skip
@@ -216,20 +220,30 @@ class Demo:
         from matplotlib.figure import Figure
 
         curse, cure = self.results["curse"], self.results["cure"]
+        real = {name: (curse[name], curse[f"{name}_error"]) for name in ("variance", "variance_without_first")}
         panels = {
-            "SmolLM2-135M: residual variance before layer": {n: one for n, one in curse.items() if "variance" in n},
-            "From scratch: residual variance before layer": {n: one["residual_variance"] for n, one in cure.items()},
-            "From scratch: evaluation loss over the run": {n: one["evaluation_losses"] for n, one in cure.items()},
-            "From scratch: loss added by removing a layer": {n: one["loss_added"] for n, one in cure.items()},
+            "SmolLM2-135M: residual variance before layer": {} if curse["skipped"] else real,
+            "From scratch: residual variance before layer": {
+                name: (one["residual_variance"], one["residual_variance_error"]) for name, one in cure.items()
+            },
+            "From scratch: evaluation loss over the run": {
+                name: (one["evaluation_losses"], [one["evaluation_loss_error"]] * len(one["evaluation_losses"]))
+                for name, one in cure.items()
+            },
+            "From scratch: loss added by removing a layer": {
+                name: (one["loss_added"], one["loss_added_error"]) for name, one in cure.items()
+            },
         }
         figure = Figure(figsize=(11, 7.5), layout="constrained")
         for axis, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            for label, values in lines.items():
-                axis.plot(values, "o-", ms=4, label=label.replace("variance_without_first", "without the first token"))
+            for label, (values, errors) in lines.items():
+                shown = label.replace("variance_without_first", "without the first token")
+                axis.errorbar(range(len(values)), values, errors, marker="o", ms=4, label=shown)
             axis.set_title(title, loc="left")
             axis.locator_params(axis="x", integer=True)
-            axis.set_yscale("log" if "variance" in title else "linear")
-            axis.legend(handles=axis.lines, frameon=False)
+            axis.set_yscale("log" if "before layer" in title else "linear")
+            if lines:
+                axis.legend(frameon=False)
         figure.savefig(path, dpi=150)
 
 

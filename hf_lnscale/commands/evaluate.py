@@ -33,7 +33,9 @@ def evaluate(
         bool, Option("--abilities", help="Sums, copying, MMLU questions, agreement with the first model.")
     ] = False,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Measure speed and memory.")] = True,
-    prompt_tokens: Annotated[int, Option(help="Prompt length for measuring speed.")] = 512,
+    prompt_tokens: Annotated[
+        int | None, Option(help="Prompt length for measuring speed. Default: 512, or the models' positions if fewer.")
+    ] = None,
     new_tokens: Annotated[int, Option(help="Tokens to decode after the prompt.")] = 32,
     repeats: Annotated[int, Option(help="Number of timed runs; the median is shown.")] = 5,
     dtype: Dtype = "auto",

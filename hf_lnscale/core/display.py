@@ -53,6 +53,16 @@ def with_error(value: float | None, error: float | None = None, sign: str = "") 
     return f"{value:{sign},.{decimals}f} ± {error:,.{decimals}f}"
 
 
+def compact(value: float | None, error: float | None = None) -> str:
+    """The same with one digit of the error, which is in brackets and counts in the last digit: "0.27(1)"."""
+    if not value or not error or not math.isfinite(error):
+        return number(value)
+    power = 0 if 0.001 <= abs(value) < 1e7 else math.floor(math.log10(abs(value)))
+    value, error = value / 10.0**power, error / 10.0**power
+    decimals = max(0, -math.floor(math.log10(float(f"{error:.0e}"))))  # of the rounded one
+    return f"{value:.{decimals}f}({error * 10**decimals:.0f})" + (f"e{power:+03d}" if power else "")
+
+
 def one_line(text: object) -> str:
     """Text with line breaks and control characters replaced by Python escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -326,6 +327,17 @@ def trained_without(config: PreTrainedConfig) -> str | None:
     if scales[0] == scales[1]:
         return None
     return "off" if found.active is None else "on" if found.on_disk is None else "other"
+
+
+def scaled_alike(config: PreTrainedConfig, trained: LNScalingConfig | None) -> bool:
+    """Whether a model is scaled as the one that weights were trained in; a warmup may stand at another step."""
+    both = [record(config).active, trained]
+    ends = [scaling and replace(scaling, step=scaling.warmup_steps) for scaling in both]
+    if any(scaling and scaling.warming_up for scaling in both) and ends[0] != ends[1]:
+        return False
+    at_the_end = copy.deepcopy(config)
+    write(at_the_end, replace(record(config), active=ends[0], on_disk=ends[1]))
+    return trained_without(at_the_end) is None
 
 
 def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | None:

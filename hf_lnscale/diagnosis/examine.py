@@ -29,7 +29,10 @@ from . import verdict
 from .diagnosis import Diagnosis
 from .measure import NotDifferentiableError, jacobian_distances
 
-_OPTIONAL = ("loss_added", "loss_added_error", "perplexity_without", "jacobian_distance", "jacobian_distance_error")
+_OPTIONAL = (
+    "loss_added", "loss_added_error", "perplexity_without", "perplexity_without_error", "jacobian_distance",
+    "jacobian_distance_error",
+)  # fmt: skip
 _PARTS = {
     "stream": "the stream",
     "loss": "the loss without each layer",
@@ -142,6 +145,11 @@ def _add_losses(
     columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
     columns["perplexity_without"] = [
         math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
+    ]
+    # Delta method, in pairs of sequences: beside the perplexity of the whole model.
+    columns["perplexity_without_error"] = [
+        perplexity and error and perplexity * error
+        for perplexity, error in zip(columns["perplexity_without"], columns["loss_added_error"], strict=True)
     ]
     with bar.part("cuts"):
         order = sorted(without, key=added.__getitem__)
@@ -280,7 +288,10 @@ def _residual(streamed: Streamed) -> list[dict[str, Any]]:
     return _rows({
         "place": range(len(rest)),
         "variance": [one.variance for one in whole],
+        # Of the mean square, which the variance is but for the square of the mean.
+        "variance_error": errors["square"][:, 0],
         "variance_without_first": [one.variance for one in rest],
+        "variance_without_first_error": errors["square"][:, 1],
         "typical": typical_P,
         # Delta method: d exp(x) = exp(x) dx.
         "typical_error": typical_P * errors["typical"],
@@ -299,7 +310,7 @@ def _columns(streamed: Streamed) -> dict[str, Any]:
         columns[f"{name}_ratio"], columns[f"{name}_ratio_error"] = means[name][:, 1], errors[name][:, 1]
         columns[f"{name}_ratio_all_tokens"] = means[name][:, 0]
     columns["block_influence"], columns["block_influence_error"] = means["influence"][:, 0], errors["influence"][:, 0]
-    columns["angular_distance"] = streamed.angles_LL[:, 0]
+    columns["angular_distance"], columns["angular_distance_error"] = streamed.angles_LL[:, 0], errors["angle"]
     return columns | dict.fromkeys(_OPTIONAL, [None] * len(streamed.angles_LL))
 
 

@@ -47,8 +47,8 @@ FIGURES = (
         "variance",
         "How the residual stream grows",
         "The typical token is the geometric mean over tokens of the mean square, by which the norm before a layer "
-        "divides, with its standard error. Where the other curves deviate from it, a few tokens or channels carry "
-        "massive activations; these curves are single measurements on this text, without a standard error.",
+        "divides. Where the other curves deviate from it, a few tokens or channels carry massive activations. All with "
+        "standard errors except the largest channel, which is a single measurement on this text.",
         "variance after the layer",
         (
             Line("residual.typical", "typical token", "accent solid dots"),

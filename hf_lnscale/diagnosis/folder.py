@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, read_config
+from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, read_config, require_weights
 from ..core.errors import ArgumentError, CheckpointError, require_packages
 from ..core.families import family_of
 from ..measuring.split_model import require_known_ids
@@ -64,6 +64,8 @@ def diagnose_checkpoints(
         if not is_causal_lm(config):
             problem = "is not a causal language model; diagnose it from Python with hf_lnscale.diagnose"
             raise ArgumentError(argument, name, problem=problem)
+    for name in names:
+        require_weights(name)
     windows = replace(windows, seq_len=window_length(windows.seq_len, configs))  # the same length for both
     tokenizers = [_tokenizer(*pair, data, windows) for pair in zip(names, configs, strict=True)]
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from ..core.display import as_text, one_line, rich_text, with_error
+from ..core.display import as_text, compact, one_line, rich_text, with_error
 from ..core.json_file import read_object
 
 if TYPE_CHECKING:
@@ -33,9 +34,13 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("layer", "Layer, counted from 0", "layer", "layer"),
     Column("typical", "Mean square of a typical token after the layer", "residual.typical", "typical"),
-    Column("variance", "Variance of the residual stream after the layer, all tokens", "residual.variance", "variance"),
+    Column("variance", "Variance of the residual stream after the layer, all tokens", "residual.variance"),
     Column("without first", "The same without the first token of each sequence", "residual.variance_without_first"),
-    Column("largest channel", "The largest variance of a single channel", "residual.largest_channel_variance"),
+    Column(
+        "largest channel",
+        "The largest variance of a single channel, a single measurement",
+        "residual.largest_channel_variance",
+    ),
     Column("attention", "Norm of attention's output over the norm of the stream", "attention_ratio", "attn"),
     Column("MLP", "Norm of the MLP's output over the norm of the stream", "mlp_ratio", "MLP"),
     Column("influence", "Block Influence: 1 - mean cosine of input and output", "block_influence", "influence"),
@@ -92,12 +97,11 @@ class DiagnosisData:
         """Whether any layer has a value."""
         return any(value is not None for value in self.values(field))
 
-    def cells(self, field: str, errors: bool = True) -> list[str]:
-        """A field of each layer as text, with its standard error, if there is one, unless `errors` is False."""
+    def cells(self, field: str, show: Callable[[Any, Any], str] = with_error) -> list[str]:
+        """A field of each layer as text, with its standard error if it has one."""
         if field == "layer":
             return [str(layer) for layer in self.values(field)]
-        found = self.values(f"{field}_error" if errors else "")
-        return [with_error(*pair) for pair in zip(self.values(field), found, strict=True)]
+        return [show(*pair) for pair in zip(self.values(field), self.values(f"{field}_error"), strict=True)]
 
     def to_json(self) -> str:
         """The content of diagnosis.json."""
@@ -139,7 +143,6 @@ class DiagnosisData:
         ]
         shown = [column for column in COLUMNS if column.short and self.measured(column.field)]
         table = Table(*(column.short for column in shown), padding=(0, 1) if Console().width >= 100 else 0)
-        # Only the errors of the losses, since more do not fit in 80 columns.
-        for row in zip(*(self.cells(one.field, errors=one.field == "loss_added") for one in shown), strict=True):
+        for row in zip(*(self.cells(one.field, compact) for one in shown), strict=True):
             table.add_row(*row)
-        return as_text(*words, table, width=None) + "\n"
+        return as_text(*words, table, rich_text("0.27(1): 0.27 with a standard error of 0.01"), width=None) + "\n"

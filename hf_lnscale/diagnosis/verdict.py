@@ -26,15 +26,14 @@ _HALVES = {
     "near_identity": (
         "jacobian_distance",
         0.0,
-        "Distance of a layer's Jacobian from the identity: median {deeper_half:.2f} in the deeper half of the layers, "
-        "{first_half:.2f} in the other half.",
+        "Distance of a layer's Jacobian from the identity: median {deeper_half} in the deeper half of the layers, "
+        "{first_half} in the other half.",
         "distance of the Jacobian from the identity",
     ),
     "deep_layers_worth_little": (
         "loss_added",
         math.log1p(IDLE),
-        "Loss added by removing a layer: median {deeper_half:.3f} nats in the deeper half, {first_half:.3f} in the "
-        "other half.",
+        "Loss added by removing a layer: median {deeper_half} nats in the deeper half, {first_half} in the other half.",
         "loss added by removing a layer, nats",
     ),
 }
@@ -108,7 +107,7 @@ def judge(
         "sentences": [
             _on_growth(grown),
             *_on_massive(spikes),
-            *(text.format(**found) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
+            *(text.format(**_medians(found)) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
             *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
@@ -123,7 +122,18 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, 
     middle = len(values) // 2
     first, deep = median(values[:middle]), median(values[middle:])
     present = first > least and deep < SHARE * first
-    return {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
+    found = {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
+    errors = [error for one in layers if (error := one.get(f"{name}_error")) is not None]
+    if len(errors) == len(values):
+        # That of the layers, which another text moves together: of a median no smaller.
+        halves = {"first_half": errors[:middle], "deeper_half": errors[middle:]}
+        found |= {f"{half}_error": median(some) for half, some in halves.items()}
+    return found
+
+
+def _medians(found: dict[str, Any]) -> dict[str, str]:
+    """The medians of both halves as text."""
+    return {half: with_error(found[half], found.get(f"{half}_error")) for half in ("first_half", "deeper_half")}
 
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def _on_growth(grown: dict[str, Any]) -> str:
         text += f" (standard error {number(error)})"
     if factor > 1.5 and "fastest" in grown:
         first, last = grown["fastest"]["layers"]
-        text += f"; fastest in layers {first} to {last}, {times(grown['fastest']['factor'])}"
+        text += f"; fastest in layers {first} to {last}"
     return text + "."
 
 
@@ -163,15 +173,17 @@ def _on_massive(spikes: dict[str, Any] | None) -> list[str]:
         text += ", and all of that is the first token of each sequence"
     elif spikes["factor_without_first"] < spikes["factor"] / 2:
         text += f"; {times(spikes['factor_without_first'])} without the first token of each sequence"
-    return [text + ". This is not growth of the stream."]
+    return [text + ". These are single measurements. This is not growth of the stream."]
 
 
 def _on_layers(idle: list[int], layers: list[dict[str, Any]], baseline: dict[str, Any]) -> list[str]:
     if idle:
         does, it = ("does", "it") if len(idle) == 1 else ("do", "them")
+        largest = max(one.get("loss_added_error") or 0.0 for one in layers if one["layer"] in idle)
+        errors = f" (standard errors up to {100 * largest:.1f} %)" if largest else ""
         return [
             f"{_layers(idle).capitalize()} {does} almost nothing: without {it}, one at a time, perplexity rises by "
-            f"less than {100 * IDLE:.0f} %."
+            f"less than {100 * IDLE:.0f} %{errors}."
         ]
     least = min(layers, key=lambda one: float(one["loss_added"]))
     rise = f"{100 * math.expm1(least['loss_added']):+.1f} %"
@@ -238,7 +250,7 @@ def _figures(one: Any) -> dict[str, str | None]:
     for half in ("first_half", "deeper_half"):
         for sign, (_, _, _, name) in _HALVES.items():
             values = judged["signs"][sign]
-            found[f"{name}, median of the {half.replace('_', ' ')}"] = number(values[half]) if values else None
+            found[f"{name}, median of the {half.replace('_', ' ')}"] = _medians(values)[half] if values else None
     idle, removable = judged["idle_layers"], judged["removable"]
     found["layers that do almost nothing"] = None if idle is None else str(len(idle))
     for budget in BUDGETS:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import keyword
-import math
 import random
 import re
 import statistics
@@ -22,7 +21,7 @@ from ..measuring.sample import own_text
 from ..measuring.split_model import SplitModel
 from ..measuring.stream import eval_mode, upcast
 from ..measuring.text import Batch
-from .tasks import TaskResult
+from .tasks import TaskResult, error_of_mean
 
 QUESTIONS = {"addition": 200, "copying": 50}
 LETTERS = "ABCD"
@@ -171,8 +170,5 @@ def _logits(model: Any, rows: Sequence[tuple[list[int], int]], batch_size: int) 
 
 
 def _result(name: str, metric: str, scores: list[float], better_high: bool = True) -> TaskResult:
-    count = len(scores)
-    error = statistics.stdev(scores) / math.sqrt(count) if count > 1 else None
-    return TaskResult(
-        name, metric, "none", statistics.fmean(scores), error, count, better_high, 1, None, dict(enumerate(scores))
-    )
+    mean, error = statistics.fmean(scores), error_of_mean(scores)
+    return TaskResult(name, metric, "none", mean, error, len(scores), better_high, 1, None, dict(enumerate(scores)))

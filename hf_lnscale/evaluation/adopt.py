@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from ..checkpoints.export import copy_companions
 from ..checkpoints.folders import COMPANIONS, atomic_directory, require_free
-from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, locate, read_config
+from ..checkpoints.names import Placement, is_causal_lm, load_tokenizer, locate, read_config, require_weights
 from ..core.apply import apply_ln_scaling
 from ..core.display import with_error
 from ..core.errors import ArgumentError
@@ -90,6 +90,7 @@ def adopt(
     target = Path(out).resolve()
     require_free(target, (name, data), str(out), force)
     config = read_config(model)
+    require_weights(model)
     if gguf or not is_causal_lm(config):
         problem = f"is {'a GGUF file' if gguf else 'not a causal language model'}"
         hint = "load it and mark it in memory: apply_ln_scaling(model).save_pretrained(...)"

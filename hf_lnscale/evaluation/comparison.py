@@ -19,17 +19,26 @@ import transformers
 from rich.table import Table
 
 from .._version import __version__
-from ..checkpoints.folders import EVALUATION_FILE, public_name, write_atomically
-from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
+from ..checkpoints.folders import EVALUATION_FILE, public_name, require_place, write_atomically
+from ..checkpoints.names import Placement, load_tokenizer, read_config, require_weights, size_on_disk
 from ..core.display import markdown, markdown_text, show_bytes, terminal, with_error
-from ..core.errors import ArgumentError
+from ..core.errors import ArgumentError, require_integers
 from ..core.json_file import to_json
 from ..measuring.sample import first_token
 from ..measuring.text import documents, window_length
 from .abilities import Continuations, ability_results, about_abilities
-from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity
+from .perplexity import (
+    BLOCK_SIZE,
+    SEQ_LEN,
+    Estimate,
+    Perplexity,
+    check_windows,
+    first_bytes,
+    perplexity,
+    require_token,
+)
 from .speed import LEAST_RUNS, Speed, measure, relative_change
-from .tasks import TaskResult, run_tasks, task_manager
+from .tasks import TaskResult, load_tasks, run_tasks, task_manager
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +149,7 @@ class Evaluation:
             relative("prefill, tokens/s", "speed.prefill_tokens_per_second")
             relative("decode, tokens/s", "speed.decode_tokens_per_second")
             relative("first token, ms", "speed.first_token_seconds", lambda value: str(value.times(1000)))
-            relative("peak memory", "speed.peak_bytes", show_bytes)
+            add("peak memory", [show_bytes(one.speed.peak_bytes if one.speed else None) for one in self.models])
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
             results = [one.tasks.get(name) for one in self.models]
             cells = ["-" if one is None else with_error(one.value, one.stderr) for one in results]
@@ -205,6 +214,7 @@ def report_path(out: str | os.PathLike[str]) -> Path:
         ArgumentError: if `out` is neither a .json or .md file nor a folder.
     """
     path = Path(out) / EVALUATION_FILE if Path(out).is_dir() else Path(out)
+    require_place(path, str(out))
     if path.suffix not in (".json", ".md"):
         raise ArgumentError("out", str(out), "a file that ends in .json or .md, or an existing folder")
     return path
@@ -224,7 +234,7 @@ def evaluate(
     batch_size: int = 4,
     abilities: bool = False,
     speed: bool = True,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
     placement: Placement = Placement(),
@@ -249,7 +259,8 @@ def evaluate(
         abilities: whether to measure addition, copying, the MMLU questions packaged with lm-evaluation-harness, and
             agreement with the first model on text that it generates. Nothing is downloaded.
         speed: whether to measure speed and memory.
-        prompt_tokens, new_tokens, repeats: see `measure`.
+        prompt_tokens, new_tokens, repeats: see `measure`. The default of the first is 512, or the smallest number of
+            positions of any of the models.
         placement: device and dtype of the models.
         progress: whether to show progress bars.
 
@@ -263,9 +274,17 @@ def evaluate(
         raise ValueError("models: give at least one")
     if data is None and not tasks and not abilities and not speed:
         raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
+    require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
+    require_integers(1, **({} if limit is None else {"limit": limit}))
+    require_integers(0, **({} if num_fewshot is None else {"num_fewshot": num_fewshot}))
     configs = [read_config(name) for name in names]
+    prompt_tokens = window_length(prompt_tokens, configs, argument="prompt_tokens")
+    for name in names:
+        require_weights(name)
     tokenizers = [load_tokenizer(name) if data is not None or tasks or abilities else None for name in names]
     manager = task_manager(tasks, include_path) if tasks else None
+    if manager is not None:  # so that data that cannot be had is known before anything is measured
+        load_tasks(tasks, manager)
     if abilities and len(names) > 1:
         first_token(tokenizers[0])
     texts, text_settings = None, None
@@ -274,6 +293,8 @@ def evaluate(
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
         texts, source = _read_text(data, tokenizers[0], max_bytes)
+        for tokenizer in tokenizers:
+            require_token(texts, tokenizer)
         text_settings = {"source": source, "seq_len": seq_len, "stride": stride}
 
     labels = _labels(names)

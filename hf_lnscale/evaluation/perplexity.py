@@ -44,6 +44,7 @@ from ..measuring.uncertainty import ratio_residuals, standard_error
 
 BLOCK_SIZE = 2048  # characters
 SEQ_LEN = 1024
+_NO_TOKEN = "there is no token to predict in the text"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def perplexity(
         reverse=True,
     )
     if not windows:
-        raise ValueError("data: the text has no token to predict")
+        raise ArgumentError("data", problem=_NO_TOKEN)
     nats = [torch.zeros(max(0, len(one.ids) - 1), dtype=torch.float64) for one in encoded]
     bar = logging.tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, leave=False)
     with eval_mode(model), bar:
@@ -208,6 +209,13 @@ def check_windows(config: Any, seq_len: int, stride: int | None, batch_size: int
         raise ValueError(f"stride must be at most seq_len ({seq_len}), or tokens would be skipped, got {stride}")
     window_length(seq_len, [config])  # refuses windows that are too long
     return stride
+
+
+def require_token(texts: Sequence[str], tokenizer: Any) -> None:
+    """Refuses text without a token to predict, which none before it says."""
+    prefix, _ = _beginning(tokenizer)
+    if not any(len(_encode(text[:BLOCK_SIZE], tokenizer, prefix).ids) > 1 for text in texts if text):
+        raise ArgumentError("data", problem=_NO_TOKEN)
 
 
 def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -57,14 +58,24 @@ class TaskResult:
         ours, theirs = self.samples, reference.samples
         if ours is not None and theirs is not None and ours.keys() == theirs.keys():
             pairs = [ours[number] - theirs[number] for number in ours]
-            count = len(pairs)
-            if count < 2:
-                return Estimate(difference, None), True
-            variance = math.fsum((pair - difference) ** 2 for pair in pairs) / (count - 1)
-            return Estimate(difference, math.sqrt(variance / count)), True
+            return Estimate(difference, error_of_mean(pairs)), True
         if self.stderr is None or reference.stderr is None:
             return Estimate(difference, None), False
         return Estimate(difference, math.hypot(self.stderr, reference.stderr)), False
+
+
+def error_of_mean(samples: Sequence[float]) -> float | None:
+    """The standard error of a mean of scores from 0 to 1, or of their differences; None for a single one.
+
+    Of scores that are all the same it is not 0: as if one of two more were another (Agresti and Coull 1998).
+    """
+    count = len(samples)
+    if count < 2:
+        return None
+    if len(set(samples)) == 1:
+        share = 1 / (count + 2)
+        return math.sqrt(share * (1 - share) / count)
+    return statistics.stdev(samples) / math.sqrt(count)
 
 
 def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> Any:
@@ -91,6 +102,12 @@ def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | No
             hint = f"; did you mean {', '.join(close)}?" if close else "; 'lm_eval ls tasks' lists them"
             raise ValueError(f"tasks: {task!r} is neither a task of lm-evaluation-harness nor a task file{hint}")
     return manager
+
+
+def load_tasks(tasks: Sequence[str], manager: Any) -> None:
+    """Loads tasks and their data, which the cache of datasets then has."""
+    with contextlib.redirect_stdout(sys.stderr):
+        manager.load(list(tasks)) if hasattr(manager, "load") else manager.load_task_or_group(list(tasks))
 
 
 def run_tasks(

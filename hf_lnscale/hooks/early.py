@@ -24,15 +24,53 @@ def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any,
     return original(model, checkpoint, *args, **kwargs)
 
 
+def save_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate's `Accelerator`: the state of a training loop, which holds no configuration of the model."""
+    handle = self.register_save_state_pre_hook(
+        lambda models, weights, folder: _state_of("note_models", models, folder) if self.is_main_process else None
+    )
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def load_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    handle = self.register_load_state_pre_hook(lambda models, folder: _state_of("require_models", models, folder))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def _state_of(function: str, models: Any, folder: Any) -> None:
+    if _models_imported():
+        from . import readers
+
+        getattr(readers, function)(models, folder)
+
+
+def create_global_plan(original: Original, /, self: Any, all_plans: Any, *args: Any, **kwargs: Any) -> Any:
+    """The plan of a save, which decides what stands in a checkpoint beside its tensors."""
+    plans, metadata = original(self, all_plans, *args, **kwargs)
+    if _models_imported():
+        from .readers import mark_state
+
+        mark_state(self, metadata)
+    return plans, metadata
+
+
 def set_up_planner(
     original: Original, /, self: Any, state_dict: Any, metadata: Any = None, *args: Any, **kwargs: Any
 ) -> None:
     """The load planner, which matches tensors to a state dict by name."""
     original(self, state_dict, metadata, *args, **kwargs)
-    if metadata is not None and _models_imported():
-        from .readers import require_all_layers
+    # Private: converts a checkpoint to another format, for no model.
+    converts = type(self).__name__ == "_EmptyStateDictLoadPlanner"
+    if metadata is not None and _models_imported() and not converts:
+        from .readers import require_own_checkpoint
 
-        require_all_layers(self.state_dict, metadata.state_dict_metadata)
+        require_own_checkpoint(self.state_dict, metadata)
 
 
 def create_model(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -138,6 +138,17 @@ HOOKS = (
         PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
         "self peft_model model_path",
     ),
+    # Several modules of PEFT import it by name; before 0.21 PEFT does not have it, with any release of transformers.
+    *(
+        Hook(
+            PEFT, f"{module}:", "set_base_model_state_dict", "readers:set_base_state", "model state_dict",
+            needed_since="99",
+        )
+        for module in ("peft", "peft.utils", "peft.utils.save_and_load")
+    ),
+    # The state of a custom training loop has no configuration.
+    Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "save_state", "early:save_state", "self output_dir"),
+    Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "load_state", "early:load_state", "self input_dir"),
     # Several modules of accelerate import the function by name.
     *(
         Hook(ACCELERATE, f"{module}:", "load_checkpoint_in_model", "early:load_checkpoint_in_model", "model checkpoint")
@@ -146,7 +157,11 @@ HOOKS = (
             "accelerate.utils.modeling",
         )
     ),
-    # Plans every load of torch.distributed.checkpoint.
+    # They plan every save and load of torch.distributed.checkpoint.
+    Hook(
+        DISTRIBUTED, f"{DISTRIBUTED}:DefaultSavePlanner", "create_global_plan", "early:create_global_plan",
+        "self all_plans",
+    ),
     Hook(
         DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "early:set_up_planner",
         "self state_dict metadata",

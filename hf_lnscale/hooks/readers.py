@@ -7,27 +7,33 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
+from ..checkpoints.folders import write_atomically
 from ..core.apply import set_ln_scaling_step
+from ..core.display import brief
 from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
-from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, record
+from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, mark, record, scaled_alike
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
 from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
+
+# Beside the weights in the state of a training loop.
+STATE_FILE = "hf_lnscale.json"
 
 
 def save_to_state_dict(
@@ -49,6 +55,16 @@ def load_from_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    require_loadable(self, state_dict, prefix, local_metadata)
+    return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+def require_loadable(self: PreTrainedModel, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+    """Refuses a state of other layers than those of a model, whose names in it begin with `prefix`.
+
+    Raises:
+        CheckpointError: if its metadata says so, or if it has more layers than a cut model.
+    """
     if MARK in local_metadata and (saved := record({DROPPED: local_metadata[MARK]}).dropped):
         if stack := own_stack(self):
             _require_own_state(self, len(stack.layers), saved)
@@ -58,7 +74,15 @@ def load_from_state_dict(
         found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
         if max(found, default=0) >= len(stack.layers):
             raise _of_another_model(self, f"the state_dict has a layer {max(found)}")
-    return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+def set_base_state(original: Original, /, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    """Checks the state before PEFT leaves out the layers that the base does not have, by which it would be noticed."""
+    metadata = getattr(state_dict, "_metadata", {})
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, PreTrainedModel):
+            require_loadable(module, state_dict, name and f"{name}.", metadata.get(name, {}))
+    return original(model, state_dict, *args, **kwargs)
 
 
 def _require_own_state(model: PreTrainedModel, num_layers: int, saved: Dropped) -> None:
@@ -125,16 +149,102 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
     )
 
 
-def require_all_layers(wanted: Iterable[str], stored: Iterable[str]) -> None:
-    """Refuses to load only some of the stored layers if any cut model in memory has that number of layers."""
-    requested, available = _highest_indices(wanted), _highest_indices(stored)
-    fewer = {prefix: index for prefix, index in requested.items() if index < available.get(prefix, 0)}
-    for model in gc.get_objects() if fewer else ():
-        cut = issubclass(type(model), PreTrainedModel) and record(getattr(model, "config", None)).dropped
-        if cut and (stack := own_stack(model)):
-            for prefix, index in fewer.items():
-                if prefix.endswith(stack.family.layers) and index == len(stack.layers) - 1:
-                    raise _of_another_model(model, f"the checkpoint has a layer {available[prefix]}")
+def note_models(models: Sequence[torch.nn.Module], folder: str) -> None:
+    """Writes beside the weights of models what they are, if one has a scale or a cut."""
+    path, marks = Path(folder, STATE_FILE), [mark(record(config)) for config in map(_config_of, models)]
+    if any(json.loads(one) for one in marks):
+        write_atomically(path, json.dumps(marks) + "\n")
+    else:
+        path.unlink(missing_ok=True)  # of an older state there
+
+
+def require_models(models: Sequence[torch.nn.Module], folder: str) -> None:
+    """Refuses models that are not what the weights in a folder were noted to be of."""
+    path = Path(folder, STATE_FILE)
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, list) or len(stored) != len(models):
+            raise ValueError(f"it must hold a string for each of {len(models)} models")
+        for model, one in zip(models, stored, strict=True):
+            _require_like(_config_of(model), [one], f"the weights in {folder!r} were", model)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{str(path)!r}: {error}") from None
+
+
+def _config_of(model: torch.nn.Module) -> PreTrainedConfig | None:
+    return next((part.config for part in pretrained_modules(model)), None)
+
+
+def mark_state(planner: Any, metadata: Any) -> None:
+    """Notes in a checkpoint of torch.distributed.checkpoint what the model is, or may be, that its layers are of."""
+    marks = sorted({mark(record(model.config)) for model in _models_of(planner.state_dict)})
+    others = {key: value for key, value in (metadata.planner_data or {}).items() if key != MARK}  # plans are cached
+    if any(json.loads(one) for one in marks):
+        metadata.planner_data = {**others, MARK: marks}
+    elif others != (metadata.planner_data or {}):
+        metadata.planner_data = others
+
+
+def require_own_checkpoint(wanted: Mapping[str, Any], metadata: Any) -> None:
+    """Refuses to read the weights of another model into a state dict, which does not say whose it is.
+
+    Raises:
+        CheckpointError: if the model in memory is not like one that the checkpoint is marked with; or, of a checkpoint
+            without a mark, if it was cut and has fewer layers.
+    """
+    models = _models_of(wanted)
+    here, there = _highest_indices(wanted), _highest_indices(metadata.state_dict_metadata)
+    for model in models:
+        for prefix in here if record(model.config).dropped else ():
+            if here[prefix] < there.get(prefix, 0) and _numbers_layers(prefix, here[prefix], model):
+                raise _of_another_model(model, f"the checkpoint has a layer {there[prefix]}")
+    stored = (metadata.planner_data or {}).get(MARK)
+    if models and stored and not any(_like(model.config, one) for model in models[1:] for one in stored):
+        _require_like(models[0].config, stored, "the checkpoint was", models[0])
+
+
+def _require_like(config: PreTrainedConfig | None, stored: Iterable[str], what: str, model: torch.nn.Module) -> None:
+    if not any(_like(config, one) for one in stored):
+        raise CheckpointError(
+            f"{what} saved by a model with {brief(', '.join(stored))}, but this {type(model).__name__} has "
+            f"{mark(record(config))}. Build the model with the same ln_scaling, drop_layers, drop_attention and "
+            "drop_mlp to load it"
+        )
+
+
+def _like(config: PreTrainedConfig | None, stored: str) -> bool:
+    """Whether a model is like the one of a mark, but for the step of a warmup, which moves on."""
+    own, other = record(config), record(json.loads(stored))
+    same = (own.folded, own.dropped) == (other.folded, other.dropped)
+    return same and (other.active is None if config is None else scaled_alike(config, other.active))
+
+
+def _models_of(state: Mapping[str, Any]) -> list[PreTrainedModel]:
+    """The decoders in memory with the layers that a state dict names; those that hold its very tensors, if any do."""
+    numbers = _highest_indices(state)
+    objects = gc.get_objects() if numbers else []
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, PreTrainedModel)}
+    found = [
+        model
+        for model in objects
+        if type(model) in kinds and any(_numbers_layers(prefix, number, model) for prefix, number in numbers.items())
+    ]
+    held = {_address(tensor) for tensor in state.values()} - {0} if len(found) > 1 else set()
+    return [model for model in found if held & set(map(_address, model.parameters()))] or found
+
+
+def _numbers_layers(prefix: str, number: int, model: PreTrainedModel) -> bool:
+    """Whether names with this prefix and highest number are those of the layers of a model."""
+    stack = own_stack(model) if hasattr(model, "config") else None
+    return stack is not None and number == len(stack.layers) - 1 and f".{prefix}".endswith(f".{stack.family.layers}")
+
+
+def _address(value: Any) -> int:
+    """Where the values of a tensor are in memory, of a sharded one those of this process; 0 if nowhere."""
+    local = value.to_local() if hasattr(value, "to_local") else value
+    return local.data_ptr() if isinstance(local, torch.Tensor) else 0
 
 
 def _highest_indices(names: Iterable[str]) -> dict[str, int]:

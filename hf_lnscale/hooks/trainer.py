@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, trained_without, write
+from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, scaled_alike
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
@@ -98,15 +96,10 @@ def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:
                 "drop_layers, drop_attention and drop_mlp to resume"
             )
     own, trained = record(config).active, record(saved).active
-    resumed = copy.deepcopy(config)
-    write(resumed, dataclasses.replace(record(config), on_disk=trained))
-    if own and trained and trained.warmup_steps and own == dataclasses.replace(trained, step=own.step):
-        return trained.step
-    warming_up = any(one and one.warming_up for one in (own, trained))
-    if warming_up or trained_without(resumed) is not None:
+    if not scaled_alike(config, trained):
         raise ValueError(
             f"resume_from_checkpoint={folder!r} was trained with "
             f"ln_scaling={trained and trained.to_dict()}, but the model has "
             f"ln_scaling={get_ln_scaling(config)}; build the model with the same ln_scaling to resume"
         )
-    return None
+    return trained.step if own and trained and own.warmup_steps == trained.warmup_steps > 0 else None

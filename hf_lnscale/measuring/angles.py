@@ -42,14 +42,16 @@ class BlockAngles:
 
     def __init__(self, layers: int) -> None:
         self.layers, self.count = layers, 0
-        self._sums_PP = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+        self._sums_PP, self._squares_PP = torch.zeros(2, layers + 1, layers + 1, dtype=torch.float64)
 
     def add(self, states: Sequence[torch.Tensor]) -> None:
         """Adds tokens: their states at each of the P places, shape (N, D)."""
         for at in range(0, len(states[0]), 512):
             x_NPD = torch.stack([x_ND[at : at + 512].cpu().double() for x_ND in states], dim=1)
             x_NPD = F.normalize(x_NPD, dim=-1)
-            self._sums_PP += (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_().sum(0) / math.pi
+            angles_NPP = (x_NPD @ x_NPD.transpose(1, 2)).clamp_(-1, 1).acos_() / math.pi
+            self._sums_PP += angles_NPP.sum(0)
+            self._squares_PP += angles_NPP.square().sum(0)
             self.count += len(x_NPD)
 
     def mean(self) -> torch.Tensor:
@@ -58,3 +60,9 @@ class BlockAngles:
         for n in range(1, self.layers + 1):
             means_LL[: self.layers - n + 1, n - 1] = self._sums_PP.diagonal(n) / self.count
         return means_LL
+
+    def errors(self) -> torch.Tensor:
+        """Standard errors of the means of single layers, shape (L,), with each token independent; NaN for one token."""
+        mean_L = self._sums_PP.diagonal(1) / self.count
+        variance_L = (self._squares_PP.diagonal(1) / self.count - mean_L.square()).clamp_min(0)
+        return (variance_L / (self.count - 1)).sqrt() if self.count > 1 else torch.full_like(mean_L, math.nan)

@@ -14,6 +14,7 @@ least a tenth of those that could have been found.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -50,8 +51,15 @@ def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:
 
 def sketch(batches: TokenBatches) -> KnownText:
     """A sample of hashes of a text's passages."""
-    kept = passages(sequences_of(batches))[:KEPT]
-    return KnownText(batches.source, tuple(kept.tolist()))
+    return sketch_of(sequences_of(batches), batches.source)
+
+
+def sketch_of(sequences: Iterable[torch.Tensor], source: str) -> KnownText:
+    """The same for any sequences of token ids; only a thousand are in memory at once."""
+    kept, left = torch.zeros(0, dtype=torch.long), iter(sequences)
+    while part := list(itertools.islice(left, 1000)):
+        kept = torch.cat([kept, passages(part)]).unique()[:KEPT]
+    return KnownText(source, tuple(kept.tolist()))
 
 
 def share_known(text: KnownText, sequences: Iterable[torch.Tensor]) -> float:

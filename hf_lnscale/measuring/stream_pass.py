@@ -35,7 +35,8 @@ class Streamed:
             the layer's input and output).
         angles_LL: angular distances of blocks of layers, see `BlockAngles.mean`.
         errors: standard errors over sequences of the `means`, and of the logarithm, shape (P,), of "typical" and of
-            "growth" (relative to the place after the first layer); NaN for one sequence.
+            "growth" (relative to the place after the first layer); of the mean "square" |x|^2 / D of all tokens and of
+            the rest, shape (P, 2); of the "angle" of each layer, shape (L,). NaN for one sequence.
     """
 
     first: list[Moments]
@@ -69,7 +70,8 @@ def measure_stream(
     counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
     sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
     logs_PS, rest_S = sums.pop("log")[:, 1], counts_2S[1]
-    means, errors = {}, {}
+    squares_P2S = parts.T @ sums.pop("square")
+    means, errors = {}, {"square": _errors(squares_P2S, counts_2S), "angle": pass_.angles.errors()}
     for name, split_L2S in sums.items():
         sums_L2S = parts.T @ split_L2S
         means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
@@ -107,7 +109,7 @@ class _Pass:
         self.first, self.rest = ([Moments(channels) for _ in range(places)] for _ in range(2))
         # Numbers of first and other tokens by sequence, one tensor per batch.
         self.counts_S: list[torch.Tensor] = []
-        names = ("influence", "log") if rotation_only else ("influence", "log", "attention", "mlp")
+        names = ("influence", "log", "square", *(() if rotation_only else ("attention", "mlp")))
         self.sums: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         self.angles = BlockAngles(layers)
 
@@ -130,7 +132,9 @@ class _Pass:
             y_BTD, y_norm_BT = (one.to(x_BTD.device) for one in self.before)
             self._sum("influence", cosine_distance(x_BTD, y_BTD, norm_BT, y_norm_BT))
         self.before = (x_BTD, norm_BT)
-        self._sum("log", (norm_BT.square() / x_BTD.shape[-1]).log())
+        square_BT = norm_BT.square() / x_BTD.shape[-1]
+        self._sum("log", square_BT.log())
+        self._sum("square", square_BT)
         if self.rotation_only:
             return
         if place:

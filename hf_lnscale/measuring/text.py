@@ -306,7 +306,7 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
     return sources
 
 
-def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512) -> int:
+def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 512, argument: str = "seq_len") -> int:
     """The window length for models with these configurations: `seq_len`, or the default limited by their positions.
 
     A `seq_len` beyond a model's number of positions is refused, since its results there would be meaningless.
@@ -316,7 +316,7 @@ def window_length(seq_len: int | None, configs: Iterable[Any], default: int = 51
         most: int = getattr(config.get_text_config(), "max_position_embeddings", None) or length
         if seq_len is not None and seq_len > most:
             raise ValueError(
-                f"seq_len must be at most {most}, the number of positions of {config.name_or_path!r}, got {seq_len}"
+                f"{argument} must be at most {most}, the number of positions of {config.name_or_path!r}, got {seq_len}"
             )
         length = min(length, most)
     return length

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -242,11 +243,16 @@ def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[
 
 
 def _matchers(pattern: str) -> list[Callable[[str], Any]]:
-    """All ways in which libraries may interpret a pattern."""
+    """All ways in which libraries may interpret a pattern: part of a name, tensor in a module, glob or expression."""
+    matchers: list[Callable[[str], Any]] = [
+        lambda name: pattern in name,
+        lambda name: f"{name}." in pattern,
+        re.compile(fnmatch.translate(pattern)).match,
+    ]
     with suppress(re.error):
         expression = re.compile(pattern)
-        return [lambda name: pattern in name, expression.search, expression.match, expression.fullmatch]
-    return [lambda name: pattern in name]
+        matchers += [expression.search, expression.match, expression.fullmatch]
+    return matchers
 
 
 def _strings(value: Any) -> Iterable[str]:

@@ -295,6 +295,10 @@ class Healer:
             perplexity_after=perplexity_of(losses.mean),
             sources={name: self._source(name, whole, before, losses, left_out.get(name)) for name in before.of},
             data={"calibration": self.fitted.describe(), "held_out": self.judged.describe()},
+            errors={
+                name: perplexity_of(loss.mean) * loss.error()
+                for name, loss in {"full": self._losses_full, "before": before, "after": losses}.items()
+            },
             _originals=originals,
             _config=stack.model.config,
         )
@@ -320,6 +324,11 @@ class Healer:
             change=after.of[name].mean - before.of[name].mean,
             change_error=after.of[name].error(before.of[name]),
             perplexity_left_out=unseen,
+            errors={
+                which: perplexity_of(loss.mean) * error
+                for which, loss in {"full": full.of[name], "before": before.of[name], "after": after.of[name]}.items()
+                if (error := loss.error()) is not None
+            },
         )
 
 

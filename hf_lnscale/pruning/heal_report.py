@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.display import as_text, terminal
+from ..core.display import as_text, terminal, with_error
 from ..core.record import SUBLAYERS, KnownText, named_parts, remember_source, write_known_text
 from ..core.sublayers import Unit
 from ..measuring.losses import perplexity_of
@@ -71,6 +71,12 @@ class HealedSource:
     change: float  # of the loss by healing, in nats per token; never above 0
     change_error: float | None  # its standard error over sequences; None for a single sequence
     perplexity_left_out: float | None = None
+    # Of the three perplexities, by "full", "before" and "after"; empty for a single sequence.
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def relative_error(self, which: str) -> float:
+        """The standard error of one of the perplexities as a fraction of it; 0 if it is not known."""
+        return self.errors.get(which, 0.0) / float(getattr(self, f"perplexity_{which}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,7 @@ class HealReport:
         perplexity_after: perplexity after healing; never above `perplexity_before`.
         sources: the same for each source of text, by name.
         data: `calibration` and `held_out`, as returned by `TokenBatches.describe`.
+        errors: standard errors of the three perplexities, by "full", "before" and "after".
         text_before: the calibration text recorded before healing, if it was replaced; used by `undo`.
     """
 
@@ -100,6 +107,7 @@ class HealReport:
     perplexity_after: float
     sources: dict[str, HealedSource]
     data: dict[str, Any]
+    errors: dict[str, float] = field(default_factory=dict)
     _originals: list[Copy] = field(default_factory=list, repr=False)
     _config: Any = field(default=None, repr=False)
     text_before: list[KnownText | None] = field(default_factory=list, repr=False)
@@ -108,11 +116,17 @@ class HealReport:
     def never_fitted(self) -> dict[str, float]:
         """Expected `full`, `before` and `after` perplexity on text that was never fitted.
 
-        Geometric means over the sources that have a `perplexity_left_out`; empty if none does.
+        Geometric means over the sources that have a `perplexity_left_out`, with standard errors as `full_error` and so
+        on; empty if none does. `after_error` is the error of the measured loss.
         """
         known = [source for source in self.sources.values() if source.perplexity_left_out is not None]
         names = {"full": "perplexity_full", "before": "perplexity_before", "after": "perplexity_left_out"}
-        return {to: geometric_mean(getattr(source, name) for source in known) for to, name in names.items() if known}
+        means = {to: geometric_mean(getattr(source, name) for source in known) for to, name in names.items() if known}
+        errors = {
+            f"{name}_error": mean / len(known) * math.hypot(*(source.relative_error(name) for source in known))
+            for name, mean in means.items()
+        }
+        return means | errors
 
     @property
     def kept(self) -> bool:
@@ -160,6 +174,7 @@ class HealReport:
                 "before": self.perplexity_before,
                 "after": self.perplexity_after,
             },
+            "errors": self.errors,
             "never_fitted": self.never_fitted,
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "steps": steps,
@@ -168,8 +183,8 @@ class HealReport:
 
     def __str__(self) -> str:
         title = (
-            f"Healing without {_named(self.dropped)}: perplexity {self.perplexity_before:.2f} to "
-            f"{self.perplexity_after:.2f} (all layers {self.perplexity_full:.2f})"
+            f"Healing without {_named(self.dropped)}: perplexity {_shown(self, 'before')} to {_shown(self, 'after')} "
+            f"(all layers {_shown(self, 'full')}). Of single layers, without standard errors:"
         )
         steps, sources = [], []
         for step in self.steps:
@@ -184,19 +199,23 @@ class HealReport:
                 done if step.kept else f"no: {step.reason}",
             ])  # fmt: skip
         for name, source in self.sources.items():
-            error = "" if source.change_error is None else f" +- {source.change_error:.1%}"
+            error = "" if source.change_error is None else f" ± {source.change_error:.1%}"
             sources.append([
                 name,
                 f"{source.weight:g}" if source.weight else "evaluated only",
-                f"{source.perplexity_full:.2f}",
-                f"{source.perplexity_before:.2f}",
-                f"{source.perplexity_after:.2f} ({math.expm1(source.change):+.1%}{error})",
-                "-" if source.perplexity_left_out is None else f"{source.perplexity_left_out:.2f}",
+                _shown(source, "full"),
+                _shown(source, "before"),
+                f"{_shown(source, 'after')} ({math.expm1(source.change):+.1%}{error})",
+                with_error(source.perplexity_left_out, source.errors.get("after")),
             ])  # fmt: skip
         return as_text(
             terminal(["layer", "compensates", "method", "ridge", "error", "perplexity", "kept"], steps, title),
             terminal(["source", "weight", "all layers", "without", "healed", "never fitted"], sources, "Perplexity"),
         )
+
+
+def _shown(one: HealReport | HealedSource, which: str) -> str:
+    return with_error(getattr(one, f"perplexity_{which}"), one.errors.get(which))
 
 
 def _named(units: Iterable[Unit]) -> str:

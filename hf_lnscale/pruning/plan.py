@@ -178,7 +178,8 @@ class PruningPlan:
         )
         result = f"perplexity {figures}" if figures else ""
         if "healed" in self.perplexity and (never := (self.heal or {}).get("never_fitted")):
-            result += f"; on text that was never fitted: before {never['full']:.2f}, healed {never['after']:.2f}"
+            before, after = (with_error(never[one], never.get(f"{one}_error")) for one in ("full", "after"))
+            result += f"; on text that was never fitted: before {before}, healed {after}"
         what = f"drop {len(self.layers)} of {self.model.get('num_hidden_layers')} layers: {list(self.layers)}"
         what += "".join(f", {kind} of {list(getattr(self, kind))}" for kind in SUBLAYERS if getattr(self, kind))
         return what + (f" ({result})" if result else "")

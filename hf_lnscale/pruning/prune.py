@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.folders import atomic_directory, require_free
-from ..checkpoints.names import Placement, load_tokenizer, read_config, size_on_disk
+from ..checkpoints.names import Placement, load_tokenizer, read_config, require_weights, size_on_disk
 from ..core.errors import ArgumentError, require_integers
 from ..core.families import family_of, text_config
 from ..core.stack import text_stack
@@ -151,6 +151,11 @@ def prune(
     # Not for `abilities` only: it would add English and code to token ids.
     text = _split(data, held_out, own_tokenizer if writes else tokenizer, windows, config, decoder)
     if checkpoint is not None:
+        require_weights(checkpoint)
+        if not cache_tokens and getattr(config, "quantization_config", None) is None:  # else it takes the model
+            with torch.device("meta"):
+                dtype = None if placement.dtype == "auto" else placement.dtype
+                Target(AutoModelForCausalLM.from_config(config, dtype=dtype), goal, cache_tokens, cache_batch)
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
@@ -310,8 +315,6 @@ def _drop(model: nn.Module, plan: PruningPlan, report: HealReport | None) -> Non
 
 
 def _nothing_dropped(plan: PruningPlan, request: Request) -> ValueError:
-    if request.goal[0] != "max_perplexity_increase":
-        return ArgumentError(*request.goal, problem="is already met by the unchanged model. Nothing was written.")
     return ValueError(
         f"no {'layer' if request.units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises "
         f"perplexity from {plan.perplexity['before']:.2f} by more than {request.goal[1]:.0%} on held-out data. "
@@ -395,7 +398,10 @@ def _split(
     if held_out is None:
         calibration, judged = given["data"].split(0.25)
     else:
-        given["held_out"] = token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        try:
+            given["held_out"] = token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
+        except (ValueError, FileNotFoundError) as error:  # which name `data`
+            raise type(error)(str(error).replace("data", "held_out", 1)) from None
         calibration, judged = given.values()
     cautions = []
     for argument, batches in given.items():

@@ -79,8 +79,8 @@ def rows_of(
     judged = (("held out", "after"), ("healed", "healed"))
     perplexities = [_perplexity_row(plan, name, which) for name, which in judged if which in plan.perplexity]
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
-        # An estimate without a standard error, so no relative change is shown.
-        perplexities.append(("never fitted, healed", f"{never['full']:.2f}", f"{never['after']:.2f}", ""))
+        before, after = (with_error(never[which], never.get(f"{which}_error")) for which in ("full", "after"))
+        perplexities.append(("never fitted, healed", before, after, ""))  # an estimate, so no relative change is shown
     rows[3:3] = perplexities
     for ability, results in plan.notes.get("abilities", {}).items():
         value, error = results["change"]
@@ -146,7 +146,8 @@ def card_of(
         timing = costs["after"]["decode_tokens_per_second"]
         note += (
             f" Speed and memory: batch size 1, on the machine used to prune; median of {timing['runs']} runs (lowest "
-            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}."
+            f"to highest){' in turn' if timing['in_turn'] else ', one model after the other'}. Peak memory is a single "
+            "measurement."
         )
     if "abilities" in plan.notes:
         note += f" {about_abilities('whole')}"

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.folders import public_name, write_atomically
-from ..core.display import brief
+from ..core.display import brief, with_error
 from ..core.errors import ArgumentError
 from ..core.json_file import are_layers, is_positive, read_object
 from ..core.record import SUBLAYERS
@@ -152,7 +152,8 @@ class _Search:
                         break
                     continue
                 bar.update(len(step["layers"]) - len(chosen["layers"]))
-                bar.set_postfix(perplexity=f"{step['perplexity']:.2f}", layers=len(step["layers"]))
+                shown = with_error(step["perplexity"], step.get("perplexity_error"))
+                bar.set_postfix(perplexity=shown, layers=len(step["layers"]))
                 chosen, outside = step, 0
                 fit = self.healer.fit if self.healer else None
         if self.healer:

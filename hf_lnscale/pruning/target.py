@@ -86,10 +86,12 @@ class Target:
     def _least(self) -> int:
         if self.budget is not None:
             return 1
-        if self.name == "drop":
-            return len(self.value)
         if self.name == "num_layers":
             return int(self.value)
+        if not self.value if self.name == "drop" else self._left(()) <= self.value:
+            raise ArgumentError(self.name, self.value, problem="is already met by the unchanged model")
+        if self.name == "drop":
+            return len(self.value)
         most = len(self.stack.layers) - 1
         by_size = sorted(range(most + 1), key=lambda layer: self._left((layer,)))  # largest layer first
         if self.value < (smallest := self._left(by_size[:most])):

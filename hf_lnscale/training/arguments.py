@@ -202,6 +202,11 @@ class RecipeConfig(SFTConfig):
         self.use_cpu |= not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        least = {"max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        least |= {"gradient_accumulation_steps": 1, "learning_rate": 0}
+        for name, lowest in least.items():
+            if (value := getattr(self, name)) is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
         if self.early_stopping_patience:
             if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience requires --eval_strategy steps or epoch")

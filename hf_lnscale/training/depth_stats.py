@@ -300,7 +300,7 @@ def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> A
         grid[0, column].set_title(name, loc="left")
         grid[-1, column].set_xlabel("layer")
         grid[-1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(color, ax=grid, label="step", shrink=0.5)
+    figure.colorbar(color, ax=grid, label="step; a batch each, without standard errors", shrink=0.5)
     if path is not None:
         figure.savefig(path)
     return figure

@@ -11,7 +11,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 from trl import get_quantization_config
 
-from ..checkpoints.names import locate
+from ..checkpoints import names
+from ..checkpoints.names import locate, read_config, require_weights
 from ..core.errors import CheckpointError
 from ..core.families import family_of
 from ..core.record import get_ln_scaling, record
@@ -27,7 +28,8 @@ def load_tokenizer(checkpoint: CheckpointArguments, training: RecipeConfig) -> A
     _require_folder("model_name_or_path", name)
     locate(name)  # refuses adapters
     family_of(_config(checkpoint, training))
-    return AutoTokenizer.from_pretrained(name, **_source(checkpoint, training))
+    require_weights(name)
+    return names.load_tokenizer(name, **_source(checkpoint, training))
 
 
 def load_model(
@@ -68,6 +70,11 @@ def load_teacher(name: str, dtype: str, tokenizer: Any) -> PreTrainedModel:
 def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
     """Refuses a model that does not exist or has a different tokenizer from the student."""
     _require_folder(argument, name)
+    try:
+        read_config(name)
+        require_weights(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{argument}: {error}") from None
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):  # a folder without a tokenizer

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from jinja2 import TemplateError
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from ..checkpoints.folders import public_command, write_atomically
+from ..checkpoints.folders import public_command, public_name, require_place, write_atomically
 from ..core.config import is_integer
 from ..core.display import brief
 from ..core.json_file import read_object
@@ -30,11 +30,12 @@ from ..core.processes import leaving_on_sigterm
 from ..core.record import record
 from ..core.stack import text_stack
 from ..core.warnings import warn
-from ..measuring.known_text import caution
+from ..measuring.known_text import caution, sketch_of
+from ..pruning.layers import note_text
 from .arguments import RecipeConfig, RecipeParser
 from .control import Control
 from .depth_stats import DepthStatsCallback
-from .run_report import write_report
+from .run_report import data_names, write_report
 from .samples import SamplesCallback
 from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
@@ -93,6 +94,7 @@ class Run(TrainerCallback):
     def __init__(self, recipe: str, training: RecipeConfig, *given: Any) -> None:
         self.recipe, self.training = recipe, training
         self.folder = Path(training.output_dir or "")
+        require_place(self.folder / RUN_FILE, str(self.folder), "output_dir")
         words = {key: value for part in given for key, value in dataclasses.asdict(part).items()}
         words |= {key: getattr(training, key, None) for key in _IDENTITY}
         words["batch"] = (
@@ -189,6 +191,10 @@ class Run(TrainerCallback):
         known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))
         if known and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
+        rows: Any = trainer.train_dataset
+        if self.recipe == "heal" and hasattr(rows, "__len__"):  # not of a stream, which would be read twice
+            sequences = (torch.as_tensor(row["input_ids"]) for row in rows)
+            note_text(model, sketch_of(sequences, ", ".join(map(public_name, data_names(self.identity))) or "Python's"))
         resumed = self.checkpoint
         before = _read(Path(resumed) / "trainer_state.json") if resumed else {}
         # A run killed between its last step and its report has no steps left.

@@ -134,6 +134,11 @@ def _losses(history: list[dict[str, float]], found: dict[str, float]) -> dict[st
     }
 
 
+def data_names(given: dict[str, Any]) -> list[str]:
+    """The data that a run is trained on, by the arguments of its recipe."""
+    return [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]]
+
+
 def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments for the card, with the actual values in place of defaults."""
     arguments: Any = trainer.args
@@ -146,7 +151,7 @@ def _settings(trainer: RecipeTrainer, model: Any, given: dict[str, Any]) -> dict
         "completion_only_loss": trainer.completion_only_loss,
         "eos_token": arguments.eos_token,  # omitted by `to_dict`, which mistakes it for a secret
         "dtype": str(model.dtype).removeprefix("torch."),
-        "datasets": [given["dataset_name"]] if given["dataset_name"] else [part["path"] for part in given["datasets"]],
+        "datasets": data_names(given),
         "fractions": [part["fraction"] for part in given["datasets"] if part["fraction"]],
     }
     if adapters := getattr(model, "peft_config", None):
@@ -171,6 +176,7 @@ def _rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"{value:,}" if isinstance(value, int) else value
     if metrics["eval_loss_stderr"] is not None:
         yield "±", "standard error over the evaluated rows"
+    yield "single measurements", "tokens per second, wall seconds, peak memory"
     if metrics["resumed_from"]:
         yield "measured", "speed and time since then"
 

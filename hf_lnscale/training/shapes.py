@@ -42,6 +42,9 @@ def new_config(
     `sizes` override any of `SIZES` unless they are None.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if config_name is not None:
         config: PreTrainedConfig = AutoConfig.from_pretrained(config_name, **given)
         family_of(config)

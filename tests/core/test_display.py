@@ -5,7 +5,37 @@ import io
 import pytest
 from rich.console import Console
 
-from hf_lnscale.core.display import markdown, markdown_code, markdown_text, one_line, rich_text, show_bytes, terminal
+from hf_lnscale.core.display import (
+    compact,
+    markdown,
+    markdown_code,
+    markdown_text,
+    one_line,
+    rich_text,
+    show_bytes,
+    terminal,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.26712, 0.0123, "0.27(1)"),
+        (0.26712, 0.00097, "0.267(1)"),
+        (-0.00512, 0.00086, "-0.0051(9)"),
+        (1623.4, 34.0, "1623(34)"),
+        (4.0123e-4, 1.4e-6, "4.01(1)e-04"),
+        (2.5e8, 3e6, "2.50(3)e+08"),
+        (0.26712, None, "0.267"),
+        (0.26712, 0.0, "0.267"),
+        (0.26712, float("nan"), "0.267"),
+        (0.0, 0.1, "0"),
+        (None, None, "-"),
+    ],
+)
+def test_an_error_in_brackets(value, error, shown):
+    assert compact(value, error) == shown
+
 
 NAMES = [
     "[/x]",

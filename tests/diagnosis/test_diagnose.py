@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from transformers.utils import logging
 import hf_lnscale
 import tiny
 from hf_lnscale import Diagnosis, diagnose
+from hf_lnscale.core.display import compact
 from hf_lnscale.diagnosis import figures, png, verdict
 from hf_lnscale.diagnosis.measure import jacobian_distances
 from hf_lnscale.measuring.text import token_batches
@@ -75,6 +77,9 @@ def test_the_stream_is_the_papers(family, ids):
     root = len(ids) ** 0.5
     errors = [value * one.std() / root for value, one in zip(typical, logs, strict=True)]
     assert [place["typical_error"] for place in places] == near(errors)
+    for name, skipped in (("variance", 0), ("variance_without_first", 1)):  # of a variance, that of the mean square
+        squares = [x[:, skipped:].square().mean((1, 2)) for x in stream]
+        assert [place[f"{name}_error"] for place in places] == near(one.std() / root for one in squares)
     growth = [(one - logs[1]).mean().exp() * (one - logs[1]).std() / root for one in logs]
     assert [place["growth_error"] for place in places] == near(growth)
     assert found.verdict["growth"]["factor_error"] == pytest.approx(growth[-1].item())
@@ -96,6 +101,9 @@ def test_the_stream_is_the_papers(family, ids):
             else:
                 assert value == pytest.approx(angular_distance(stream, start, size), rel=1e-9)
     assert of(found, "angular_distance") == [row[0] for row in found.angular]
+    last = [x[:, -1] for x in stream]
+    angles = [nn.functional.cosine_similarity(*pair, dim=-1).acos() / math.pi for pair in itertools.pairwise(last)]
+    assert of(found, "angular_distance_error") == near((one.std() / root for one in angles), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", SUBLAYERS)
@@ -249,6 +257,8 @@ def test_losses_and_cuts_are_those_of_deleted_layers(ids):
     assert of(found, "loss_added_error") == pytest.approx(errors, rel=1e-5)
     assert of(found, "loss_added") == pytest.approx([loss([i]) - loss([]) for i in range(LAYERS)], rel=1e-6)
     assert of(found, "perplexity_without") == near(math.exp(loss([i])) for i in range(LAYERS))
+    spread = [math.exp(loss([i])) * error for i, error in enumerate(of(found, "loss_added_error"))]
+    assert of(found, "perplexity_without_error") == near(spread)
     order = sorted(range(LAYERS), key=of(found, "loss_added").__getitem__)
     assert [cut["layers"] for cut in found.cuts] == [order[: i + 1] for i in range(len(found.cuts))]
     assert [cut["perplexity"] for cut in found.cuts] == near(math.exp(loss(cut["layers"])) for cut in found.cuts)
@@ -719,9 +729,10 @@ def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5"]
     for row, layer in zip(rows, small.layers, strict=True):
-        assert row[6] == verdict.with_error(layer["loss_added"], layer["loss_added_error"])
-        assert " ± " in row[6]
-        assert row[7] == verdict.number(layer["jacobian_distance"])
+        assert row[6] == compact(layer["loss_added"], layer["loss_added_error"])
+        assert all("(" in cell for cell in row[1:8])
+        assert row[7] == compact(layer["jacobian_distance"], layer["jacobian_distance_error"])
+    assert "0.27(1): 0.27 with a standard error of 0.01" in text
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -766,8 +777,8 @@ def test_both_backends_draw_every_figure(small, tmp_path):
     with_errors = [axis.get_ylabel() for axis in pictures["layers"].axes if axis.collections]
     assert with_errors == ["output norm / stream norm", "distance from the identity", "Block Influence"]
     assert len(pictures["loss_added"].axes[0].collections) == 1
-    # Typical token, attention, MLP, influence, loss added, Jacobian.
-    assert page.count('class="error"') == 6 * len(small.layers)
+    # Typical token, two variances, attention, MLP, influence, loss added, Jacobian, gradient of a state.
+    assert page.count('class="error"') == 9 * len(small.layers)
     png.save_all([small], tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"{one}.{kind}" for one in pictures for kind in ("png", "svg")}

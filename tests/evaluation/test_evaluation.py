@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_lnscale import LNScalingConfig
 from hf_lnscale.checkpoints.names import load, locate
 from hf_lnscale.evaluation import Estimate, Perplexity, evaluate, perplexity
 from hf_lnscale.evaluation.perplexity import BLOCK_SIZE, block_cuts
-from hf_lnscale.evaluation.tasks import TaskResult
+from hf_lnscale.evaluation.tasks import TaskResult, error_of_mean
 
 TEXT = "hé llo wörld, this is a text. " * 3 + "日本語 and 🙂 end"
 
@@ -420,6 +421,10 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate(plain, tasks=["hellaswa"])
     with pytest.raises(FileNotFoundError, match="include_path: there is no folder"):
         evaluate(plain, tasks=["local_choice"], include_path=tmp_path / "none")
+    local = (folder / "choice.yaml").read_text()
+    (tmp_path / "gone.yaml").write_text(re.sub(r"[^ ]*\.jsonl?", str(tmp_path / "gone.jsonl"), local))
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        evaluate(plain, tasks=[str(tmp_path / "gone.yaml")])
     with pytest.raises(ValueError, match="nothing to measure"):
         evaluate(plain, speed=False)
     with pytest.raises(ValueError, match="give at least one"):
@@ -437,6 +442,13 @@ def test_what_is_wrong_is_found_before_anything_is_measured(folder, tmp_path, mo
         evaluate([plain, tmp_path / "bare"], folder / "text.txt")
     with pytest.raises(ValueError, match="bare' has no tokenizer"):
         evaluate([plain, tmp_path / "bare"], tasks=[str(folder / "choice.yaml")])
+
+
+def test_scores_that_are_all_the_same_are_not_certain():
+    """As if one of two more were another; any others by the formula."""
+    assert error_of_mean([0.0] * 200) == error_of_mean([1.0] * 200) == pytest.approx((201 / 202**2 / 200) ** 0.5)
+    assert error_of_mean([1.0, 0.0, 0.0]) == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert error_of_mean([1.0]) is None
 
 
 def test_a_mean_of_other_things_is_not_paired():

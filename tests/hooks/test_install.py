@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoConfig,
@@ -57,6 +57,7 @@ HOOKED = {
     (PreTrainedModel, "_load_from_state_dict"),
     (AveragedModel, "update_parameters"),
     (DefaultLoadPlanner, "set_up_planner"),
+    (DefaultSavePlanner, "create_global_plan"),
     (PeftAdapterMixin, "load_adapter"),
     (Trainer, "train"),
     (Trainer, "save_model"),
@@ -86,6 +87,12 @@ IN_ACCELERATE = {
         accelerate.utils.modeling,
     )
 }
+HOOKED |= {(accelerate.Accelerator, "save_state"), (accelerate.Accelerator, "load_state")}
+HOOKED_IN_PEFT |= {
+    (module, "set_base_model_state_dict")
+    for module in (peft, peft.utils, peft.utils.save_and_load)
+    if hasattr(module, "set_base_model_state_dict")
+}
 
 
 @pytest.fixture
@@ -108,13 +115,14 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     from peft.auto import _BaseAutoPeftModel
     from peft.config import PeftConfigMixin
     from peft.utils.loftq_utils import _SafetensorLoader
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
     from torch.optim.swa_utils import AveragedModel
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils
     from transformers.integrations.peft import PeftAdapterMixin
     classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer, modeling_utils)
     classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin, PeftMixedModel, _SafetensorLoader, AveragedModel)
-    classes += (DefaultLoadPlanner,)
+    classes += (DefaultLoadPlanner, DefaultSavePlanner, accelerate.Accelerator)
+    classes += (peft, peft.utils, peft.utils.save_and_load)
     classes += (peft.utils.hotswap, peft.tuners.xlora.model, peft.tuners.lora.model)
     classes += (accelerate, accelerate.big_modeling, accelerate.utils, accelerate.utils.bnb, accelerate.utils.modeling)
     before = [dict(vars(cls)) for cls in classes]
@@ -225,6 +233,9 @@ SIGNATURES = {
     (peft.PeftModel, "save_pretrained"): ["self", "save_directory"],
     (peft.PeftModel, "from_pretrained"): ["cls", "model", "model_id"],
     (DefaultLoadPlanner, "set_up_planner"): ["self", "state_dict", "metadata"],
+    (DefaultSavePlanner, "create_global_plan"): ["self", "all_plans"],
+    (accelerate.Accelerator, "save_state"): ["self", "output_dir"],
+    (accelerate.Accelerator, "load_state"): ["self", "input_dir"],
     (peft.PeftModel, "load_adapter"): ["self", "model_id", "adapter_name"],
     (peft.auto._BaseAutoPeftModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path"],
     (peft.PeftMixedModel, "from_pretrained"): ["cls", "model", "model_id"],

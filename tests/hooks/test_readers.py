@@ -4,6 +4,7 @@ Each is run as its users do; the oracle is a model whose layers are deleted by h
 """
 
 import copy
+import gc
 import pickle
 
 import accelerate
@@ -16,6 +17,8 @@ from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from safetensors.torch import load_model
 from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.trainer_utils import load_sharded_checkpoint
@@ -129,6 +132,61 @@ def test_every_wrapper_and_every_part_of_the_state(wrap, whole):
         with pytest.raises(ValueError, match=CUT):
             model.load_state_dict(state, strict=False)
     model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(peft, "set_base_model_state_dict"), reason="an older PEFT")
+@pytest.mark.parametrize("module", [peft, peft.utils, peft.utils.save_and_load], ids=lambda module: module.__name__)
+def test_the_state_of_a_base_that_peft_translates(module, whole):
+    """With strict=False; PEFT has left out the layer that the cut model lacks before it loads the state."""
+    model = get_peft_model(cut(whole), LoraConfig(target_modules=["q_proj"]))
+    before = weights(model)
+    for keep_metadata in (True, False):
+        state = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+        with pytest.raises(ValueError, match=CUT):
+            module.set_base_model_state_dict(model, state if keep_metadata else dict(state), strict=False)
+    other = AutoModelForCausalLM.from_pretrained(whole, drop_layers=[2])
+    with pytest.raises(ValueError, match="belongs to a model of 4 layers without layers 2"):
+        module.set_base_model_state_dict(model, other.state_dict())
+    assert equal(weights(model), before)
+    own = AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1])
+    module.set_base_model_state_dict(model, own.state_dict())
+    assert torch.equal(model(tiny.tokens()).logits, own(tiny.tokens()).logits)
+
+
+def accelerated(folder, *models, load=False):
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.prepare(*models)
+    (accelerator.load_state if load else accelerator.save_state)(str(folder))
+    accelerator.free_memory()
+
+
+@pytest.mark.parametrize("case", ["scaled", "another step of the warmup", "cut", "without attention", "plain"])
+def test_the_state_of_a_loop_of_accelerate(case, tmp_path):
+    there, here = RIGHT[case]
+    saved, model = build(0, **there), build(1, **here)
+    accelerated(tmp_path, saved)
+    accelerated(tmp_path, model, load=True)
+    assert equal(weights(model), weights(saved))
+    assert (tmp_path / "hf_lnscale.json").exists() == (case != "plain")
+
+
+@pytest.mark.parametrize(
+    "case", ["a scale, into a plain model", "another exponent", "another layer", "another attention"]
+)
+def test_the_state_of_a_loop_of_accelerate_for_another_model_is_refused(case, tmp_path):
+    there, here = WRONG[case]
+    accelerated(tmp_path, build(2), build(0, **there))
+    models = build(2), build(1, **here)
+    before = weights(models[1])
+    with pytest.raises(ValueError, match=r"the weights in .* were saved by a model with .*but this"):
+        accelerated(tmp_path, *models, load=True)
+    assert equal(weights(models[1]), before)
+    for text in ("[", "[1]", "{}", "[1, 2]", '["[]", 3]'):
+        (tmp_path / "hf_lnscale.json").write_text(text)
+        with pytest.raises(ValueError, match=r"hf_lnscale\.json"):
+            accelerated(tmp_path, *models, load=True)
+    accelerated(tmp_path, build(3), build(4))  # plain ones over it
+    accelerated(tmp_path, build(5), build(6), load=True)
 
 
 OTHER_STATES = {
@@ -256,6 +314,111 @@ def test_a_plain_model_reads_the_first_layers_of_a_distributed_checkpoint(whole,
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, num_hidden_layers=2))
     distributed.load(model.state_dict(), checkpoint_id=tmp_path / "stored")
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, original.model.layers[1].mlp.up_proj.weight)
+
+
+IN_WARMUP = {"warmup_steps": 4, "step": 1}
+# What is saved and what then reads it; right are those that do the same with the same weights.
+RIGHT = {
+    "plain": ({}, {}),
+    "scaled": ({"ln_scaling": True}, {"ln_scaling": True}),
+    "another step of the warmup": ({"ln_scaling": IN_WARMUP}, {"ln_scaling": {**IN_WARMUP, "step": 3}}),
+    "after the warmup": ({"ln_scaling": {"warmup_steps": 4, "step": 4}}, {"ln_scaling": True}),
+    "cut": ({"drop_layers": [1]}, {"drop_layers": [1]}),
+    "without attention": ({"drop_attention": [1]}, {"drop_attention": [1]}),
+}
+WRONG = {
+    "a scale, into a plain model": ({"ln_scaling": True}, {}),
+    "another exponent": ({"ln_scaling": True}, {"ln_scaling": {"exponent": 0.3}}),
+    "other depths": ({"ln_scaling": True}, {"ln_scaling": {"depths": [1, 1, 2, 2]}}),
+    "in a warmup, into one without": ({"ln_scaling": IN_WARMUP}, {"ln_scaling": True}),
+    "another warmup": ({"ln_scaling": IN_WARMUP}, {"ln_scaling": {"warmup_steps": 9, "step": 1}}),
+    "another layer": ({"drop_layers": [1]}, {"drop_layers": [2]}),
+    "a layer, into a plain model": ({"drop_layers": [1]}, {"num_hidden_layers": 3}),
+    "another attention": ({"drop_attention": [1]}, {"drop_attention": [2]}),
+    "scaled, of other layers": (
+        {"ln_scaling": True, "drop_layers": [1]},
+        {"ln_scaling": True, "drop_layers": [2]},
+    ),
+}
+# How a state is taken: the model's own tensors, or copies of them (as accelerate's SHARDED_STATE_DICT takes it).
+STATES = {
+    "state_dict": lambda model: model.state_dict(),
+    "nested": lambda model: {"model": model.state_dict(), "step": 3},
+    "get_model_state_dict": lambda model: {"model": get_model_state_dict(model)},
+    "copies": lambda model: {"model": get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))},
+    "full": lambda model: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)),
+    "the decoder": lambda model: model.model.state_dict(),
+}
+
+
+@pytest.fixture
+def nothing_else_in_memory():
+    """Models of other tests are hidden from the collector, which is asked for the models in memory."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def build(seed, num_hidden_layers=4, **flags):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny.config(num_hidden_layers=num_hidden_layers), **flags)
+
+
+@pytest.mark.parametrize(
+    ("case", "state"), [*((case, "nested") for case in RIGHT), *(("scaled", state) for state in STATES)]
+)
+def test_a_distributed_checkpoint_of_a_model_of_the_same_kind(case, state, tmp_path, nothing_else_in_memory):
+    there, here = RIGHT[case]
+    saved = build(0, **there)
+    distributed.save(STATES[state](saved), checkpoint_id=tmp_path / "stored")
+    model = build(1, **here)
+    read = STATES[state](model)
+    distributed.load(read, checkpoint_id=tmp_path / "stored")
+    read = read.get("model", read)
+    expected = saved.model.state_dict() if state == "the decoder" else saved.state_dict()
+    assert equal(dict(read), dict(expected))
+
+
+@pytest.mark.parametrize(
+    ("case", "state"), [*((case, "nested") for case in WRONG), *(("another exponent", state) for state in STATES)]
+)
+def test_a_distributed_checkpoint_of_another_kind_of_model_is_refused(case, state, tmp_path, nothing_else_in_memory):
+    there, here = WRONG[case]
+    saved = build(0, **there)
+    distributed.save(STATES[state](saved), checkpoint_id=tmp_path / "stored")
+    del saved
+    gc.collect()
+    model = build(1, **here)
+    before = weights(model)
+    with pytest.raises(distributed.CheckpointException, match=r"the checkpoint was saved by a model with .*but this"):
+        distributed.load(STATES[state](model), checkpoint_id=tmp_path / "stored")
+    assert equal(weights(model), before)
+
+
+def test_a_plain_model_beside_a_scaled_one(tmp_path):
+    """A checkpoint belongs to the model whose tensors are given, whatever else is in memory."""
+    scaled, plain = build(0, ln_scaling=True), build(1)
+    distributed.save(scaled.state_dict(), checkpoint_id=tmp_path / "scaled")
+    distributed.save(plain.state_dict(), checkpoint_id=tmp_path / "plain")
+    distributed.load(scaled.state_dict(), checkpoint_id=tmp_path / "scaled")
+    distributed.load(plain.state_dict(), checkpoint_id=tmp_path / "plain")
+    with pytest.raises(distributed.CheckpointException, match="saved by a model with"):
+        distributed.load(plain.state_dict(), checkpoint_id=tmp_path / "scaled")
+
+
+def test_the_distributed_checkpoint_of_a_plain_model_is_as_without_the_plugin(tmp_path, nothing_else_in_memory):
+    """Promise 1; and one of a scaled model is read without the plugin, and converted by torch with it."""
+    plain, scaled = build(0), build(0, ln_scaling=True)
+    for name, model in (("plain", plain), ("scaled", scaled)):
+        distributed.save({"model": model.state_dict()}, checkpoint_id=tmp_path / name)
+    files = [distributed.FileSystemReader(tmp_path / name).read_metadata() for name in ("plain", "scaled")]
+    assert files[1].planner_data.pop("hf_lnscale")
+    assert files[0].planner_data == files[1].planner_data
+    assert "hf_lnscale" not in files[0].planner_data
+    del scaled
+    gc.collect()
+    dcp_to_torch_save(tmp_path / "scaled", tmp_path / "converted.pt")
+    assert equal(torch.load(tmp_path / "converted.pt")["model"], weights(plain))
 
 
 # --- lm-eval ---------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ def test_block_angles_over_many_tokens():
     assert found[:, 0].tolist() == pytest.approx(means.tolist())
     assert found[0, 1].item() == pytest.approx(means.sum().item())
     assert found[1, 1].isnan()
+    assert blocks.errors().tolist() == pytest.approx((turns.std(0) / math.pi / 1100**0.5).tolist())
 
 
 def test_a_sweep_of_no_token_is_refused_before_a_pass():

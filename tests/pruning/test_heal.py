@@ -23,6 +23,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 import oracles
 import tiny
 from hf_lnscale import PruningPlan, draft_model, plan_pruning, prune
+from hf_lnscale.core.display import with_error
 from hf_lnscale.core.families import UnsupportedArchitectureError
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.measuring import sample
@@ -482,7 +483,11 @@ def test_the_report_says_it_all():
     assert stored["perplexity"]["after"] == report.perplexity_after
     assert [(step["layer"], step["dropped"]) for step in stored["steps"]] == [(1, [0, 2])]
     text = str(report)
-    assert f"{report.perplexity_before:.2f} to {report.perplexity_after:.2f}" in text
+    before, after = (
+        with_error(getattr(report, f"perplexity_{which}"), report.errors[which]) for which in ("before", "after")
+    )
+    assert " ± " in before
+    assert f"{before} to {after}" in text
     assert "layers 0, 2" in text
 
 

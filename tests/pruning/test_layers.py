@@ -524,6 +524,11 @@ NAMING_LAYERS = [
     {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["7.mlp"]},
     {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["model.layers.[2-3]"]},
     {"quant_method": "torchao", "modules_to_not_convert": [r"re:model\.layers\.[0-3]\..*"]},
+    {"quant_method": "aqlm", "linear_weights_not_to_quantize": ["model.layers.3.self_attn.q_proj.weight"]},
+    {"quant_method": "spqr", "shapes": {"model.layers.3.self_attn.q_proj.dense_weights.shape": 5}},
+    {"quant_method": "quark", "exclude": ["*layers.3.*"]},
+    {"quant_method": "quark", "layer_quant_config": {"*layers.[13].*": {}}},
+    {"quant_method": "modelopt", "ignore": ["lm_head", "model.layers.1?.*"]},
     {"quant_method": "auto-round", "extra_config": {"model.layers.15.self_attn.q_proj": {"bits": 16}}},
 ]
 

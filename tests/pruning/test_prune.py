@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import hf_lnscale
 import tiny
 from hf_lnscale import PruningPlan, diagnose, drop_layers, plan_pruning, prune
+from hf_lnscale.core.display import with_error
 from hf_lnscale.evaluation import evaluate
 from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.pruning import heal_fit, search
@@ -160,11 +161,15 @@ def test_prune_tells_what_text_can_expect_that_was_never_fitted(checkpoint, text
     assert heal["never_fitted"]["after"] == pytest.approx(expected)
     card = (tmp_path / "a/README.md").read_text()
     line = next(line for line in card.splitlines() if "never fitted, healed" in line)
-    assert f"{expected:.2f}" in line
-    assert "%" not in line  # it has no standard error
-    assert f"never fitted: before {heal['never_fitted']['full']:.2f}, healed {expected:.2f}" in str(
-        PruningPlan.load(tmp_path / "a")
-    )
+    relative = [one["errors"]["after"] / one["perplexity_after"] for one in heal["sources"].values()]
+    error = expected * math.hypot(*relative) / 3  # of the mean of three logarithms
+    assert heal["never_fitted"]["after_error"] == pytest.approx(error)
+    assert with_error(expected, error) in line
+    assert "%" not in line  # an estimate
+    never = [
+        with_error(*(heal["never_fitted"][one] for one in (which, f"{which}_error"))) for which in ("full", "after")
+    ]
+    assert f"never fitted: before {never[0]}, healed {never[1]}" in str(PruningPlan.load(tmp_path / "a"))
 
     run(checkpoint, "--drop", 2, "--seq-len", 16, "--tokens", 3200, "--out", tmp_path / "b")  # English and Python
     heal = PruningPlan.load(tmp_path / "b").heal

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
 from hf_lnscale.commands.train import start
-from hf_lnscale.core.record import add_known_text
-from hf_lnscale.measuring.known_text import sketch
+from hf_lnscale.core.record import add_known_text, known_text
+from hf_lnscale.measuring.known_text import caution, share_known, sketch
 from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.training.scripts import import_recipe
 from recipe import SMALL
@@ -62,6 +62,21 @@ def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here)
     more = ("--model_name_or_path", tmp_path / "model", "--max_length", 64, "--max_steps", 1)
     with pytest.warns(UserWarning, match=r"evaluation data: About 1?\d\d? % .* healed on \(text.jsonl\)"):
         assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
+
+
+def test_a_healed_model_knows_the_text_that_it_was_healed_on(tmp_path, here):
+    more = ("--drop_layers", 1, "--packing", "false")
+    assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0
+    model, tokenizer = (one.from_pretrained(tmp_path / "out") for one in (AutoModelForCausalLM, AutoTokenizer))
+    rows = [torch.tensor(tokenizer(row["text"]).input_ids[:32]) for row in recipe.text_rows()]  # --max_length
+    held_out = recipe.metrics(tmp_path / "out")["eval_rows"]
+    assert "heal the model's layers (text.jsonl)" in caution(model.config, rows)
+    text = known_text(model.config)
+    share = share_known(text, rows)
+    assert 1 - 3 * held_out / len(rows) < share <= 1  # the rows held out are not known
+    recipe.run("continue_pretrain", *words(here, tmp_path / "trained"))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert known_text(trained.config) is None
 
 
 def test_a_run_of_epochs_that_is_finished(tmp_path, here, capsys):

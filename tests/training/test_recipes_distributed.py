@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from torch.distributed import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import processes
@@ -118,6 +119,19 @@ def test_a_sharded_checkpoint_of_another_scale_or_other_layers_is_refused(flags,
     trainer = Trainer(AutoModelForCausalLM.from_config(config, **flags), TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match=r"fsdp2/checkpoint-3' was trained with"):
         trainer.train(resume_from_checkpoint=str(folder / "fsdp2" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("flags", [{}, {"ln_scaling": {"exponent": 0.3}}])
+def test_a_sharded_checkpoint_is_refused_by_itself(flags, launched):
+    """Without a configuration beside it, by whoever reads it with torch.distributed.checkpoint."""
+    folder, _ = launched
+    stored = folder / "fsdp2" / "checkpoint-3" / "pytorch_model_fsdp_0"
+    config = AutoConfig.from_pretrained(folder / "scaled", ln_scaling=False)
+    model = AutoModelForCausalLM.from_config(config, **flags)
+    with pytest.raises(checkpoint.CheckpointException, match="the checkpoint was saved by a model with"):
+        checkpoint.load({"model": model.state_dict()}, checkpoint_id=stored)
+    right = AutoModelForCausalLM.from_config(config, ln_scaling=True)
+    checkpoint.load({"model": right.state_dict()}, checkpoint_id=stored)
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(launched):
