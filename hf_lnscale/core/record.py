@@ -28,6 +28,7 @@ SUBLAYERS = ("attention", "mlp")
 _MOST_LAYERS = 1_000_000  # bounds the size of lists of layers
 # Not part of `Record`, since it does not affect outputs. At most `KEPT` hashes of a text's passages are stored.
 KNOWN_TEXT, KEPT = "calibration_text", 128
+_used = False
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
 
@@ -194,12 +195,25 @@ def record(config: object) -> Record:
     )
 
 
+def note_use() -> None:
+    """Notes that this process has, or had, a model with a scale or a cut."""
+    global _used
+    _used = True
+
+
+def is_used() -> bool:
+    """Whether a model in this process may have a scale or a cut, so that it is worth looking for one."""
+    return _used
+
+
 def write(config: PreTrainedConfig, new: Record) -> None:
     """Writes what `record` reads. Stores new objects, since other configurations may share the old ones."""
     values = vars(text_config(config))
     for key in (ACTIVE, FOLDED, DROPPED, ON_DISK):
         values.pop(key, None)
     values |= new.to_dict()
+    if new != Record():
+        note_use()
     if new.active is not None:
         values[ACTIVE] = Stored(values[ACTIVE])
     if new.on_disk is not None:

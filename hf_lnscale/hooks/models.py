@@ -18,7 +18,7 @@ from transformers.modeling_utils import load_state_dict
 from ..core.apply import apply_from_config, require_consistent
 from ..core.errors import ArgumentError, CheckpointError, UnsupportedTransformersError
 from ..core.norm import ScaledNorm
-from ..core.record import SourceName, is_flagged, record, remember_source, trained_without, write
+from ..core.record import SourceName, is_flagged, note_use, record, remember_source, trained_without, write
 from ..core.warnings import warn
 from ..pruning import checkpoint_layers
 from . import adapter_note as adapters
@@ -35,6 +35,7 @@ def init(original: Original, /, self: PreTrainedModel, *args: Any, **kwargs: Any
     original(self, *args, **kwargs)
     if is_flagged(self.config):
         require_supported()
+        note_use()
         # If a model does not call `post_init`, it must not run unscaled.
         vars(self)[_UNAPPLIED] = self.register_forward_pre_hook(lambda model, _: require_applied(model))
 

@@ -24,7 +24,7 @@ from ..core.apply import set_ln_scaling_step
 from ..core.display import brief
 from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
-from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, mark, record, scaled_alike
+from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, is_used, mark, record, scaled_alike
 from ..core.stack import own_stack, pretrained_modules
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
@@ -179,6 +179,8 @@ def _config_of(model: torch.nn.Module) -> PreTrainedConfig | None:
 
 def mark_state(planner: Any, metadata: Any) -> None:
     """Notes in a checkpoint of torch.distributed.checkpoint what the model is, or may be, that its layers are of."""
+    if not is_used():
+        return  # to look for models takes a part of a second
     marks = sorted({mark(record(model.config)) for model in _models_of(planner.state_dict)})
     others = {key: value for key, value in (metadata.planner_data or {}).items() if key != MARK}  # plans are cached
     if any(json.loads(one) for one in marks):
@@ -194,13 +196,15 @@ def require_own_checkpoint(wanted: Mapping[str, Any], metadata: Any) -> None:
         CheckpointError: if the model in memory is not like one that the checkpoint is marked with; or, of a checkpoint
             without a mark, if it was cut and has fewer layers.
     """
+    stored = (metadata.planner_data or {}).get(MARK)
+    if not stored and not is_used():
+        return
     models = _models_of(wanted)
     here, there = _highest_indices(wanted), _highest_indices(metadata.state_dict_metadata)
     for model in models:
         for prefix in here if record(model.config).dropped else ():
             if here[prefix] < there.get(prefix, 0) and _numbers_layers(prefix, here[prefix], model):
                 raise _of_another_model(model, f"the checkpoint has a layer {there[prefix]}")
-    stored = (metadata.planner_data or {}).get(MARK)
     if models and stored and not any(_like(model.config, one) for model in models[1:] for one in stored):
         _require_like(models[0].config, stored, "the checkpoint was", models[0])
 
