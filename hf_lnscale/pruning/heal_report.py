@@ -44,7 +44,8 @@ class HealedLayer:
         method: method of the fit; "linear" if "refit" is not possible for a mixture of experts.
         ridge: the chosen penalty, relative to the median second moment of the features; infinity if the layer was not
             changed.
-        blend: fraction of the fitted change applied; below 1 if the full change made a source of text worse.
+        blend: fraction of the fitted change applied; below 1 if the full change made a source of text worse, or if no
+            data was given and less of it did better on sources left out.
         error_before: relative error of the layer's output on held-out tokens before the fit: the root of the mean over
             tokens of |state - full model's state|^2 / |full model's state|^2.
         error_after: the same after the fit.

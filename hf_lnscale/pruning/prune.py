@@ -378,8 +378,8 @@ def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
 ) -> tuple[TokenBatches, TokenBatches, list[str]]:
     """Calibration text, held-out text, and cautions about them, which are also issued as warnings."""
-    data = default_sources() if data is None else data
-    whole = token_batches(data, model, tokenizer=tokenizer, windows=windows)
+    whole = token_batches(default_sources() if data is None else data, model, tokenizer=tokenizer, windows=windows)
+    whole.given &= data is not None
     if held_out is None:
         calibration, judged = whole.split(0.25)
     else:
