@@ -3,7 +3,9 @@
 Each row heals the same cut on other sources, with the same total number of tokens. The first half of `--given` and of
 each default source is used to fit and to choose the penalty, the second half is measured; of `--never`, the start is
 measured. The tables show perplexities, with the change against the cut without healing and its standard error over
-windows. "as told" is the change that the report of healing estimates for text that was not fitted on.
+windows. "as told" is the change that the report of healing estimates for text that was not fitted on. "default" is
+what happens without data; "default, whole step" is the same as if the default sources had been given, and "default and
+own" adds text that the model writes itself as a third source.
 
     python benchmarks/healing_texts.py MODEL --given wiki.txt --never legal.txt c.txt --layers 12 13 14 15 [--gguf FILE]
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lnscale.core.display import markdown
 from hf_lnscale.measuring.losses import SourceLosses, losses_by_source
-from hf_lnscale.measuring.sample import default_sources
+from hf_lnscale.measuring.sample import default_sources, own_text
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.heal import Healer
 
@@ -44,7 +46,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8_192, help="tokens for fitting and for choosing the penalty")
     parser.add_argument("--judged", type=int, default=12, help="windows of each kind of text to measure")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rows", nargs="+", default=["alone", "guarded", "mixed", "default"])
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=["alone", "guarded", "mixed", "default"],
+        help="among them: 'default, whole step', 'default and own'",
+    )
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
     model = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf, dtype=torch.float32).eval()
@@ -62,9 +69,25 @@ def main() -> None:
     windows = Windows(args.tokens, args.seq_len)
     given = {name: kinds[name][0]}
     default = {one: texts[0] for one, texts in kinds.items() if one != name}
-    alone = token_batches(given, tokenizer=tokenizer, windows=windows)
-    alone.tokenizer = None  # so that no other text is used to judge the fit
-    rows: dict[str, Any] = {"alone": alone, "guarded": given, "mixed": given | default, "default": default}
+
+    def alone() -> TokenBatches:
+        batches = token_batches(given, tokenizer=tokenizer, windows=windows)
+        batches.tokenizer = None  # judged on nothing else
+        return batches
+
+    def stand_in() -> TokenBatches:
+        batches = token_batches(default, tokenizer=tokenizer, windows=windows)
+        batches.given = False
+        return batches
+
+    rows: dict[str, Callable[[], Any]] = {
+        "alone": alone,
+        "guarded": lambda: given,
+        "mixed": lambda: given | default,
+        "default": stand_in,
+        "default, whole step": lambda: default,
+        "default and own": lambda: default | {"own": own_text(model, tokenizer, args.tokens // 3, args.seq_len)},
+    }
 
     whole = losses_by_source(model, judged)
     cuts = {tuple(layers): losses_by_source(model, judged, layers) for layers in args.layers}
@@ -74,7 +97,7 @@ def main() -> None:
     }
     never = [Path(one).stem for one in args.never]
     for row in args.rows:
-        healer = Healer(model, rows[row], tokenizer=None if row == "alone" else tokenizer, windows=windows)
+        healer = Healer(model, rows[row](), tokenizer=None if row == "alone" else tokenizer, windows=windows)
         for layers, cut in cuts.items():
             started = time.process_time()
             with healer.healed(layers, progress=False) as report:

@@ -83,11 +83,18 @@ class TokenBatches:
         weights: name of each source -> its weight in a fit, independent of its number of tokens; 0 for text that is
             only used for evaluation. Data without named sources is one source, named `source`.
         tokenizer: the tokenizer of the text or token ids; None if unknown.
+        given: whether the text is the user's; False if it stands in for text that nobody gave.
     """
 
     def __init__(
-        self, batches: list[Batch], source: str, weights: Mapping[str, float] | None = None, tokenizer: Any = None
+        self,
+        batches: list[Batch],
+        source: str,
+        weights: Mapping[str, float] | None = None,
+        tokenizer: Any = None,
+        given: bool = True,
     ) -> None:
+        self.given = given
         self.tokenizer = tokenizer
         self.batches = batches if weights else [replace(batch, name=source) for batch in batches]
         self.source = source
@@ -108,7 +115,7 @@ class TokenBatches:
         """The batches of some sources."""
         weights = {name: self.weights[name] for name in names}
         batches = [batch for batch in self.batches if batch.name in weights]
-        return TokenBatches(batches, self.source, weights, self.tokenizer)
+        return TokenBatches(batches, self.source, weights, self.tokenizer, self.given)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -171,8 +178,8 @@ class TokenBatches:
                         part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows], name))
         kept = {name: weight for name, weight in self.weights.items() if name not in whole}
         return (
-            TokenBatches(parts[0], self.source, kept, self.tokenizer),
-            TokenBatches(parts[1], f"{self.source}, held out", self.weights, self.tokenizer),
+            TokenBatches(parts[0], self.source, kept, self.tokenizer, self.given),
+            TokenBatches(parts[1], f"{self.source}, held out", self.weights, self.tokenizer, self.given),
         )
 
 

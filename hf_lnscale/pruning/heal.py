@@ -101,7 +101,8 @@ def heal(
         attention, mlp: positions of layers that lose only their attention or MLP, as in `drop_layers`.
         data: calibration data accepted by `token_batches`: one source of text or several, with weights. A source of
             weight 0 is evaluated but not fitted. None uses English and Python code, see
-            `measuring.sample.default_sources`.
+            `measuring.sample.default_sources`; t then starts at the value that does best on each of these by a fit to
+            the other.
         method: one of `METHODS`.
         held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
             the sequences of each source, and all sequences of sources of weight 0. In either case, if there is a
@@ -109,7 +110,8 @@ def heal(
             `measuring.sample.with_default_sources`.
         tokenizer, windows: see `token_batches`. With token ids, the tokenizer is used to evaluate on other text.
         cross_validate: whether to also fit without each source in turn, at the chosen penalty, to estimate the
-            perplexity on text that was never fitted. Takes about as long as one more penalty.
+            perplexity on text that was never fitted, and to choose t without data. Takes about as long as one more
+            penalty.
         progress: whether to show a progress bar.
 
     Returns:
@@ -163,8 +165,9 @@ class Healer:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.model, self.method, self.cross_validate = model, method, cross_validate
         self.stack = text_stack(model)
-        data = default_sources() if data is None else data
+        given, data = data is not None, default_sources() if data is None else data
         batches = token_batches(data, self.stack.model, tokenizer=tokenizer, windows=windows)
+        batches.given &= given
         fitted = [name for name, weight in batches.weights.items() if weight > 0]
         if held_out is None:
             self.fitted, self.judged = batches.split(0.25, whole=batches.weights.keys() - set(fitted))
@@ -280,7 +283,7 @@ class Healer:
         for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
             pruned = [stream.at(layer) for stream in pruned]
             targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
-            repair = Repair(stack, layer, self.method, self.fitted.weights, targets, pruned)
+            repair = Repair(stack, layer, self.method, targets, pruned)
             step, losses, changes = repair.heal(parts, losses, originals, self.cross_validate and not quick, quick)
             for name, change in changes.items():
                 left_out[name] = left_out.get(name, 0.0) + change

@@ -267,7 +267,6 @@ class Repair:
         stack: Stack,
         position: int,
         method: str,
-        weights: dict[str, float],
         full: list[Stream],
         pruned: list[Stream],
     ) -> None:
@@ -282,8 +281,10 @@ class Repair:
             self.old_norm = copies([self.norm.get_parameter("weight")])
             self.gain_D = _double(self.old_norm[0][0]) + float(stack.family.one_plus_weight)
         self.fitted, self.judged = zip(full, pruned, strict=True)
+        batches = self.fitted[1].batches
+        weights, self.careful = batches.weights, not batches.given
         # Token weights that give each source its weight, independent of its number of tokens.
-        counts = {name: self.fitted[1].batches.only(name).num_tokens for name in weights}
+        counts = {name: batches.only(name).num_tokens for name in weights}
         scale = sum(counts.values()) / sum(weights.values())
         self.token_weights = {name: scale * weight / counts[name] for name, weight in weights.items()}
 
@@ -305,12 +306,16 @@ class Repair:
         moments = self._moments()
         fit, after, lowest = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
         blend, reason = 1.0, "the loss on held-out data would not be lower"
+        names = self.token_weights.keys() & before.of.keys() if cross_validate and len(self.token_weights) > 1 else ()
+        changes: dict[str, dict[float, float]] = {}
         if lowest < before.mean:
-            blend, after, reason = self._blended(fit, after, before)
-        changes = {}
-        if cross_validate and len(self.token_weights) > 1:
-            for name in self.token_weights.keys() & before.of.keys():
-                changes[name] = 0.0 if reason else self._left_out(name, moments, fit.ridge, blend, before)
+            if self.careful:
+                changes = {name: self._left_out(name, moments, fit.ridge, _BLENDS, before) for name in names}
+                blend = min(_BLENDS, key=lambda fraction: sum(change[fraction] for change in changes.values()))
+            blend, after, reason = self._blended(fit, blend, after, before)
+            if not (reason or changes):
+                changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
+        left_out = {name: 0.0 if reason else changes[name][blend] for name in names}
         if reason:
             self.restore()
             del originals[len(originals) - len(self.old + self.old_norm) :]
@@ -330,7 +335,7 @@ class Repair:
             kept=not reason,
             reason=reason,
         )
-        return step, after, changes
+        return step, after, left_out
 
     def _chosen(self, moments: _Moments, ridges: Iterable[float]) -> tuple[_Fit, SourceLosses, float]:
         """The fit of the largest penalty within a standard error of the best, its losses, and the lowest mean loss."""
@@ -346,10 +351,12 @@ class Repair:
         )
         return fit, after, best.mean
 
-    def _blended(self, fit: _Fit, after: SourceLosses, before: SourceLosses) -> tuple[float, SourceLosses, str]:
-        """The largest blend that makes no source worse, and its losses; otherwise the reason for not healing."""
+    def _blended(
+        self, fit: _Fit, most: float, after: SourceLosses, before: SourceLosses
+    ) -> tuple[float, SourceLosses, str]:
+        """The largest blend up to `most` that makes no source worse, and its losses; otherwise why not to heal."""
         worse: list[str] = []
-        for blend in _BLENDS:
+        for blend in _BLENDS[_BLENDS.index(most) :]:
             if blend < 1.0:
                 self._write(fit, blend)
                 after = self.judged[1].losses()
@@ -359,8 +366,10 @@ class Repair:
         of = f" of {', '.join(worse)}" if len(before.of) > 1 else ""
         return 1.0, before, f"the loss on held-out data{of} would not be lower"
 
-    def _left_out(self, name: str, moments: _Moments, ridge: float, blend: float, before: SourceLosses) -> float:
-        """The change of a source's loss by a fit to the other sources."""
+    def _left_out(
+        self, name: str, moments: _Moments, ridge: float, blends: Iterable[float], before: SourceLosses
+    ) -> dict[float, float]:
+        """The change of a source's loss by each of some blends of a fit to the other sources."""
         self.restore()
         others = self.token_weights.keys() - {name}
         tokens = {source: self.fitted[1].batches.only(source).num_tokens for source in self.token_weights}
@@ -370,8 +379,11 @@ class Repair:
         else:  # takes no longer, and avoids the cancellation of large numbers
             part = moments.zeros()
             self._add_moments(part, others)
-        self._write(self._fit(part.solve_in_place(ridge), ridge, others), blend)
-        return self.judged[1].losses(only=name).mean - before.of[name].mean
+        fit, changes = self._fit(part.solve_in_place(ridge), ridge, others), {}
+        for blend in blends:
+            self._write(fit, blend)
+            changes[blend] = self.judged[1].losses(only=name).mean - before.of[name].mean
+        return changes
 
     def _moments(self) -> _Moments:
         self.probe = next(self._tokens(self.fitted))

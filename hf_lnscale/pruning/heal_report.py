@@ -46,7 +46,9 @@ class HealedLayer:
     dropped: tuple[Unit, ...]  # what it compensates for: positions of layers, and pairs such as ("attention", 3)
     method: str  # "linear" if "refit" is not possible for a mixture of experts
     ridge: float  # penalty, relative to the median second moment of the features; infinity if nothing was changed
-    blend: float  # fraction of the fitted change applied; below 1 if the full change made a source of text worse
+    # Fraction of the fitted change applied; below 1 if the full change made a source of text worse, or if no data was
+    # given and less of it did better on sources left out.
+    blend: float
     error_before: float
     error_after: float
     loss_before: float

@@ -393,8 +393,9 @@ def _split(
     data: Any, held_out: Any, tokenizer: Any, windows: Windows, config: PreTrainedConfig, model: Any = None
 ) -> Text:
     """Calibration text, held-out text, and cautions about them, which are also issued as warnings."""
-    data = default_sources() if data is None else data
-    given = {"data": token_batches(data, model, tokenizer=tokenizer, windows=windows)}
+    whole = token_batches(default_sources() if data is None else data, model, tokenizer=tokenizer, windows=windows)
+    whole.given &= data is not None
+    given = {"data": whole}
     if held_out is None:
         calibration, judged = given["data"].split(0.25)
     else:

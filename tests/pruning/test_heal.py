@@ -30,6 +30,7 @@ from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
 from hf_lnscale.pruning import heal_fit
+from hf_lnscale.pruning import prune as prune_module
 from hf_lnscale.pruning.heal import Healer, HealReport, heal
 from hf_lnscale.pruning.layers import drop_layers
 from hf_lnscale.pruning.target import cache_bytes
@@ -631,6 +632,62 @@ def test_a_fit_that_makes_a_source_worse_is_moved_back():
     (target, _), (out, u) = states(third, ids, 2), states(third, ids, 0, removed)
     change = ridge_regression(u, target - out, step.ridge).T @ old
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight.data, old + step.blend * change)
+
+
+def test_the_step_for_text_that_nobody_gave_is_the_best_on_each_source_left_out(monkeypatch):
+    model, removed = speaker(), [1, 2]
+    ids = text_of(model, 24)
+    moved, plain = copy.deepcopy(model), copy.deepcopy(model)
+    quietly(moved, removed, ids, held_out=ids)
+    # What the model writes when it is moved some of the way, so little of it that fits to it differ.
+    down, new = (m.model.layers[0].mlp.down_proj.weight.data for m in (model, moved))
+    old, text, found = down.clone(), {}, {}
+    down.copy_(old + 0.6 * (new - old))
+    for seed, name in enumerate("abc", start=10):
+        text[name] = text_of(model, 12, removed=removed, seed=seed)
+    down.copy_(old)
+    monkeypatch.setattr(heal_module, "default_sources", lambda: text)
+    for data in (text, None):
+        with Healer(model, data, method="linear").healed(removed, progress=False) as report:
+            (step,), written, sources = report.steps, down.clone(), report.sources
+            found[data is None] = step.blend
+    rows = {}
+    for name, one in text.items():
+        (target, _), (out, u) = states(plain, one[:9], 2), states(plain, one[:9], 0, removed)
+        rows[name] = u, target - out
+
+    def fit(names):
+        x, z = (torch.cat([rows[name][i] for name in names]) for i in (0, 1))
+        return ridge_regression(x, z, step.ridge)
+
+    blends, losses = (1.0, 0.5, 0.25, 0.125), {}
+    for name in text:
+        others = fit(text.keys() - {name})
+        for blend in blends:
+            losses[name, blend] = math.log(perplexity(with_map(plain, 0, blend * others), text[name][9:], removed))
+    best = min(blends, key=lambda blend: sum(losses[name, blend] for name in text))
+    # Text that is given counts as it is.
+    assert found == {False: 1.0, True: best}
+    assert best < 1
+    torch.testing.assert_close(written, old + best * fit(text).T @ old)
+    for name in text:
+        assert sources[name].perplexity_left_out == pytest.approx(math.exp(losses[name, best]))
+
+
+def test_prune_without_a_text_takes_that_step_too(monkeypatch):
+    text, tried = {"a": text_of(speaker(), 24), "b": text_of(speaker(), 24, seed=1)}, []
+    left_out = heal_fit.Repair._left_out
+
+    def noted(self, name, moments, ridge, blends, before):
+        tried.append(len(blends))
+        return left_out(self, name, moments, ridge, blends, before)
+
+    monkeypatch.setattr(heal_fit.Repair, "_left_out", noted)
+    monkeypatch.setattr(prune_module, "default_sources", lambda: text)
+    for data, count in ((None, 4), (text, 1)):
+        assert prune(speaker(), data, drop=[1, 2], progress=False).plan.heal["steps"][0]["kept"]
+        assert tried == [count, count]
+        tried.clear()
 
 
 def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, caplog):
