@@ -44,7 +44,9 @@ MODELS = {
 # it cannot be scaled.
 E2B = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 E2B |= {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1024}
-CHANGES = {tf.Gemma4TextConfig: E2B}
+# These have as many heads of keys as of queries; PEFT would believe the field.
+SAME_HEADS = {"num_key_value_heads": 4, "head_dim": 8}
+CHANGES = dict.fromkeys((tf.OPTConfig, tf.GPT2Config, tf.GPTJConfig), SAME_HEADS) | {tf.Gemma4TextConfig: E2B}
 
 # Letters alone, as bytes: the tokenizer that every family's own class reads.
 letters = {letter: i for i, letter in enumerate([f"w{i}" for i in range(768)] + pre_tokenizers.ByteLevel.alphabet())}
@@ -57,7 +59,7 @@ for name, config_class in MODELS.items():
     (folder / "refs" / "main").write_text("0" * 40)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config_class(**(SIZES | CHANGES.get(config_class, {}))))
-    if SCALING and not FAMILIES[model.config.model_type].no_scaling and config_class not in CHANGES:
+    if SCALING and not FAMILIES[model.config.model_type].no_scaling and config_class is not tf.Gemma4TextConfig:
         hf_lnscale.apply_ln_scaling(model, SCALING)
     model.save_pretrained(folder / "snapshots" / ("0" * 40))
     tokenizer.save_pretrained(folder / "snapshots" / ("0" * 40))
