@@ -274,9 +274,11 @@ def evaluate(
         raise ValueError("models: give at least one")
     if data is None and not tasks and not abilities and not speed:
         raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
-    require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-    require_integers(1, **({} if limit is None else {"limit": limit}))
-    require_integers(0, **({} if num_fewshot is None else {"num_fewshot": num_fewshot}))
+    for least, given in (
+        (1, {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "limit": limit}),
+        (0, {"num_fewshot": num_fewshot}),
+    ):
+        require_integers(least, **{name: value for name, value in given.items() if value is not None})
     configs = [read_config(name) for name in names]
     prompt_tokens = window_length(prompt_tokens, configs, argument="prompt_tokens")
     for name in names:
