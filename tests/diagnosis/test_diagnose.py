@@ -729,9 +729,9 @@ def test_printed_with_verdict_and_a_row_for_each_layer(width, small, monkeypatch
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5"]
     for row, layer in zip(rows, small.layers, strict=True):
-        assert row[6] == compact(layer["loss_added"], layer["loss_added_error"])
-        assert all("(" in cell for cell in row[1:8])
-        assert row[7] == compact(layer["jacobian_distance"], layer["jacobian_distance_error"])
+        assert row[5] == compact(layer["loss_added"], layer["loss_added_error"])
+        assert all("(" in cell for cell in row[1:])
+        assert row[6] == compact(layer["jacobian_distance"], layer["jacobian_distance_error"])
     assert "0.27(1): 0.27 with a standard error of 0.01" in text
     assert max(map(len, text.splitlines())) <= width
 
@@ -777,8 +777,8 @@ def test_both_backends_draw_every_figure(small, tmp_path):
     with_errors = [axis.get_ylabel() for axis in pictures["layers"].axes if axis.collections]
     assert with_errors == ["output norm / stream norm", "distance from the identity", "Block Influence"]
     assert len(pictures["loss_added"].axes[0].collections) == 1
-    # Typical token, two variances, attention, MLP, influence, loss added, Jacobian, gradient of a state.
-    assert page.count('class="error"') == 9 * len(small.layers)
+    # Typical token, two variances, attention, MLP, influence, loss added, Jacobian.
+    assert page.count('class="error"') == 8 * len(small.layers)
     png.save_all([small], tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"{one}.{kind}" for one in pictures for kind in ("png", "svg")}

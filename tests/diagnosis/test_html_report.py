@@ -205,12 +205,12 @@ def test_everything_has_a_name_and_words(show, diagnoses):
         """return [...document.querySelectorAll("svg.chart")].map((svg) => [svg.getAttribute("role"),
         svg.getAttribute("aria-label"), document.getElementById(svg.getAttribute("aria-describedby")).textContent])"""
     )
-    assert len(charts) == 16
+    assert len(charts) == 12
     for role, name, words in charts:
         assert role == "img"
         assert name.endswith((": Pre-LN", ": <LNS> & co"))
         assert re.search(r"\d", words), name
-    assert len({name for _, name, _ in charts}) == 16
+    assert len({name for _, name, _ in charts}) == 12
     worst = max(diagnoses[0].layers, key=lambda one: one["loss_added"])
     words = next(words for _, name, words in charts if name == "What each layer is worth: Pre-LN")
     assert words.endswith(f"at layer {worst['layer']}")
@@ -361,7 +361,7 @@ def test_the_table_sorts_by_every_column(show, diagnoses):
     columns = browser.find_elements("css selector", ".sortable thead button")
     titles = [button.text for button in columns]
     assert titles[:2] == ["layer", "typical"]
-    assert len(titles) == 14
+    assert len(titles) == 12
 
     def order():
         return browser.execute_script(
@@ -387,7 +387,7 @@ def test_the_table_sorts_by_every_column(show, diagnoses):
         assert head.get_attribute("aria-sort") == "descending"
         assert len(browser.find_elements("css selector", "th[aria-sort]")) == 1
     cells = [cell.text for cell in browser.find_elements("css selector", ".sortable tbody tr:first-child > *")]
-    assert len(cells) == 14
+    assert len(cells) == 12
 
 
 @pytest.mark.browser
@@ -421,7 +421,7 @@ def test_whole_without_its_script(show, browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         show("one")
-        assert len(browser.find_elements("css selector", "svg.chart")) == 8
+        assert len(browser.find_elements("css selector", "svg.chart")) == 6
         assert len(browser.find_elements("css selector", ".sortable tbody tr")) == 12
         assert not browser.find_element("id", "theme").is_displayed()
     finally:
@@ -436,7 +436,7 @@ def test_in_a_notebook(show, diagnoses):
     browser.switch_to.frame(frame)
     try:
         assert browser.find_element("css selector", ".headline").text == diagnoses[0].verdict["headline"]
-        assert len(browser.find_elements("css selector", "svg.chart")) == 8
+        assert len(browser.find_elements("css selector", "svg.chart")) == 6
         browser.find_element("css selector", ".sortable thead button").click()
     finally:
         browser.switch_to.default_content()
