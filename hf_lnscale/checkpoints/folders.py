@@ -92,7 +92,7 @@ def require_place(path: Path, shown: str, argument: str = "out") -> None:
     if not os.access(above, os.W_OK):
         raise ArgumentError(argument, shown, problem=f"cannot be made: {str(above)!r} may not be written to")
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        raise ArgumentError(argument, shown, problem=f"has a name of more than {_LONGEST_NAME} bytes")
+        raise ArgumentError(argument, shown, problem=f"has a name longer than {_LONGEST_NAME} bytes")
 
 
 def _is_free(target: Path) -> bool:
