@@ -45,9 +45,9 @@ TRAIN = "--model_name_or_path model --dataset_name rows.jsonl --max_steps 1 --us
 REFUSED = {
     "evaluate model weightless --data text.txt --seq-len 32": WEIGHTLESS,
     "evaluate model torn --data text.txt --seq-len 32": TORN,
-    f"{EVALUATE} --limit 0": "--limit must be at least 1, got 0",
-    f"{EVALUATE} --num-fewshot -1": "--num-fewshot must be at least 0, got -1",
-    f"{EVALUATE} --prompt-tokens 0": "--prompt-tokens must be at least 1, got 0",
+    f"{EVALUATE} --limit 0": "--limit must be an integer >= 1, got 0",
+    f"{EVALUATE} --num-fewshot -1": "--num-fewshot must be an integer >= 0, got -1",
+    f"{EVALUATE} --prompt-tokens 0": "--prompt-tokens must be an integer >= 1, got 0",
     f"{EVALUATE} --prompt-tokens 65": "--prompt-tokens must be at most 64, the number of positions of 'model', got 65",
     f"{EVALUATE} --out file/x.json": f"--out {IN_A_FILE}",
     "diagnose torn --data text.txt --seq-len 32 --out new": TORN,

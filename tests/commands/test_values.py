@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import recipe
 import tiny
@@ -72,8 +73,8 @@ def test_models(which, verb, tmp_path, monkeypatch, cli):
 
 
 TEXTS = {
-    "half of a surrogate pair": ('{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2 of rows.jsonl"),
-    "nested deeply": ('{"text": "a"}\n' + "[" * 100_000, "line 2 of rows.jsonl"),
+    "half of a surrogate pair": ('{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2 of 'rows.jsonl'"),
+    "nested deeply": ('{"text": "a"}\n' + "[" * 100_000, "line 2 of 'rows.jsonl'"),
     "numbers in place of text": ('{"text": 1}', "column 'text' must hold strings"),
     "no column of a known name": ('{"words": "a"}', "column 'text' or 'messages'"),
     "chats of another form": ('{"messages": 3}', "messages"),
@@ -87,7 +88,7 @@ def test_texts(which, verb, tmp_path, monkeypatch, cli):
     text, message = TEXTS[which]
     monkeypatch.chdir(tmp_path)
     recipe.save_model(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"is not read")
+    save_file({}, tmp_path / "model" / "model.safetensors")  # no weight is read
     (tmp_path / "rows.jsonl").write_text(text)
     refused(cli(verb, "model", "--data", "rows.jsonl", "--seq-len", 32, *VERBS[verb]), message)
     assert sorted(os.listdir()) == ["model", "rows.jsonl"]
