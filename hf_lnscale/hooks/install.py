@@ -334,7 +334,7 @@ def _install(group: str) -> None:
     # Import nothing while holding the lock: another thread could hold the import lock and wait for this one.
     with _lock:
         for (owner, name), hook in made.items():
-            _installed[owner, name] = _Installed(owner.__dict__.get(name, _MISSING), hook)
+            _installed[owner, name] = _Installed(_unhooked(owner.__dict__.get(name, _MISSING)), hook)
             setattr(owner, name, hook)
 
 
@@ -361,7 +361,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         if factory.endswith("_property"):
             made[owner, hook.name] = replacement(hook.name)
             continue
-        original = inspect.getattr_static(owner, hook.name, None)
+        original = _unhooked(inspect.getattr_static(owner, hook.name, None))
         if original is None:
             release = sys.modules["transformers"].__version__
             if not hook.needed_since or _numbers(release) >= _numbers(hook.needed_since):
@@ -377,6 +377,11 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         wrapper = _wrapper(function, replacement)
         made[owner, hook.name] = kind(wrapper) if kind else wrapper
     return made, found
+
+
+def _unhooked(value: Any) -> Any:
+    """The original of a function that was hooked in one module before another imported it by name."""
+    return next((installed.original for installed in _installed.values() if installed.hook is value), value)
 
 
 def _wrapper(original: Original, replacement: Callable[..., Any]) -> Callable[..., Any]:

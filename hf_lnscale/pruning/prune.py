@@ -155,9 +155,11 @@ def prune(
         if not cache_tokens and getattr(config, "quantization_config", None) is None:  # else it takes the model
             with torch.device("meta"):
                 dtype = None if placement.dtype == "auto" else placement.dtype
-                Target(AutoModelForCausalLM.from_config(config, dtype=dtype), goal, cache_tokens, cache_batch)
+                meta: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                Target(meta, goal, cache_tokens, cache_batch).require_not_met()
         model = placement.load(checkpoint)
     require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
+    Target(model, goal, cache_tokens, cache_batch).require_not_met()
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
 
     plan, report = _choose_and_heal(model, request, text, resume, progress, search_file)

@@ -86,18 +86,21 @@ class Target:
     def _least(self) -> int:
         if self.budget is not None:
             return 1
-        if self.name == "num_layers":
-            return int(self.value)
-        if not self.value if self.name == "drop" else self._left(()) <= self.value:
-            raise ArgumentError(self.name, self.value, problem="is already met by the unchanged model")
         if self.name == "drop":
             return len(self.value)
+        if self.name == "num_layers":
+            return int(self.value)
         most = len(self.stack.layers) - 1
         by_size = sorted(range(most + 1), key=lambda layer: self._left((layer,)))  # largest layer first
         if self.value < (smallest := self._left(by_size[:most])):
             problem = f"at least {smallest}, the size of this model with one layer left"
             raise ArgumentError(self.name, self.value, problem)
         return next((n for n in range(1, most) if self._left(by_size[:n]) <= self.value), most)
+
+    def require_not_met(self) -> None:
+        """Refuses a target for which nothing has to be dropped."""
+        if self.budget is None and self.reached(()):
+            raise ArgumentError(self.name, self.value, problem="is already met by the unchanged model")
 
     def reached(self, dropped: Sequence[Unit]) -> bool:
         """Whether dropping these units is enough."""

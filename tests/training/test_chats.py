@@ -8,6 +8,7 @@ import re
 import datasets
 import pytest
 import transformers
+from safetensors.torch import save_file
 
 import recipe
 from hf_lnscale.training.arguments import DataArguments, RecipeConfig
@@ -280,7 +281,7 @@ def test_a_line_that_holds_no_text_is_named(text, tmp_path, capsys):
 
 def test_the_chat_template_is_refused_before_the_model_is_loaded(tmp_path, capsys):
     recipe.save_model(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()  # it could not be
+    save_file({}, tmp_path / "model" / "model.safetensors")  # without weights it could not be
     path = recipe.write_rows(tmp_path / "rows.jsonl", [GOOD] * 12)
     words = ["--model_name_or_path", tmp_path / "model", "--dataset_name", path, "--output_dir", tmp_path / "out"]
     assert recipe.run("sft", *words) == 1

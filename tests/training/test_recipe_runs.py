@@ -60,7 +60,7 @@ def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here)
     for one in (model, tokenizer):
         one.save_pretrained(tmp_path / "model")
     more = ("--model_name_or_path", tmp_path / "model", "--max_length", 64, "--max_steps", 1)
-    with pytest.warns(UserWarning, match=r"evaluation data: About 1?\d\d? % .* healed on \(text.jsonl\)"):
+    with pytest.warns(UserWarning, match=r"evaluation data: About 1?\d\d? % .* heal the model's layers \(text.jsonl\)"):
         assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
 
 
@@ -178,7 +178,7 @@ def test_the_card_of_a_model_without_sublayers(tmp_path, here):
     more = ["--model_name_or_path", tmp_path / "cut", "--max_steps", 1]
     assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Attention of layers 1; MLPs of layers 2 (counted from 0) of 4 were dropped." in card
+    assert "Attention of layers 1; MLPs of layers 2 (counted from 0) of the original 4 were dropped." in card
     assert "or write a plain checkpoint with `hf-lnscale export --format zeros`" in card
 
 
