@@ -121,8 +121,8 @@ def test_library_and_command_line_work_without_the_extras(bare_environment, tmp_
     assert not installed & EXTRAS
     command = bare_environment / "bin" / "hf-lnscale"
     assert "demo" in run(command, "--help", cwd=tmp_path)
-    assert "pip install 'hf-lnscale[demo]'" in run(command, "demo", cwd=tmp_path, fails=True)
-    assert "pip install 'hf-lnscale[train]'" in run(command, "train", "sft", cwd=tmp_path, fails=True)
+    assert "install the extra hf-lnscale[demo]" in run(command, "demo", cwd=tmp_path, fails=True)
+    assert "install the extra hf-lnscale[train]" in run(command, "train", "sft", cwd=tmp_path, fails=True)
     folder = run(command, "train", cwd=tmp_path).splitlines()[-1]
     assert (Path(folder) / "sft.py").is_file()
 

@@ -32,7 +32,7 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         state = f"LayerNorm Scaling, exponent {scaling.exponent_now:g}{warmup if scaling.warming_up else ''}, {where}"
     family = found.family if found.family == found.model_type else f"{found.family} in {found.model_type}"
     print(one_line(found.path))
-    print(f"  family   {one_line(family)}{'' if found.supported else ' (not supported)'}")
+    print(f"  family   {one_line(family)}{'' if found.supported else ' (cannot be scaled)'}")
     print(f"  layers   {found.num_layers or 'not in its configuration'}")
     if found.dropped:
         dropped = "; ".join(

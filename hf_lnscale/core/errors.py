@@ -106,7 +106,7 @@ def require_packages(purpose: str, extra: str, *packages: str) -> None:
     """Raises `MissingPackageError` if any of `packages`, which `purpose` ("the demo") needs, is not installed."""
     for package in packages:
         if find_spec(package) is None:
-            raise MissingPackageError(f"{purpose} needs {package}: pip install 'hf-lnscale[{extra}]'")
+            raise MissingPackageError(f"{purpose} needs {package}: install the extra hf-lnscale[{extra}]")
 
 
 def _replace_references(text: str, named: Callable[[str, str | None], str]) -> str:

@@ -92,7 +92,7 @@ def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | No
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ImportError("tasks need lm-evaluation-harness: pip install 'hf-lnscale[eval]'") from None
+        raise ImportError("tasks need lm-evaluation-harness: install the extra hf-lnscale[eval]") from None
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"include_path: there is no folder {str(include_path)!r}")
     manager = TaskManager(include_path=include_path)

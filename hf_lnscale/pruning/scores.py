@@ -169,7 +169,7 @@ class LayerScores:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator
         except ImportError:
-            raise ImportError("plotting needs matplotlib: pip install 'hf-lnscale[plot]'") from None
+            raise ImportError("plotting needs matplotlib: install the extra hf-lnscale[plot]") from None
         figure = Figure(figsize=(8, 6 if self.method == "angular" else 3.5), layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"{self.method} {Path(self.model).name}".strip(), loc="left")

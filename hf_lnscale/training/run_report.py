@@ -222,7 +222,7 @@ def _card(
 def _plot(history: list[dict[str, float]], folder: Path, learned: str) -> list[str]:
     """Plots losses and depth statistics; returns the file names, none if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        print("no plots: pip install 'hf-lnscale[plot]'")
+        print("no plots: install the extra hf-lnscale[plot]")
         return []
     from matplotlib.figure import Figure
 

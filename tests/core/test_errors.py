@@ -74,5 +74,5 @@ def test_errors_are_caught_as_the_builtin_ones(ours, builtin):
 
 def test_require_packages():
     errors.require_packages("a test", "test", "json", "pytest")
-    with pytest.raises(ImportError, match=r"^a test needs nowhere_to_be: pip install 'hf-lnscale\[test\]'$"):
+    with pytest.raises(ImportError, match=r"^a test needs nowhere_to_be: install the extra hf-lnscale\[test\]$"):
         errors.require_packages("a test", "test", "json", "nowhere_to_be")
