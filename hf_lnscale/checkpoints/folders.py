@@ -85,12 +85,12 @@ def require_free(
 
 
 def require_place(path: Path, shown: str, argument: str = "out") -> None:
-    """Refuses a file or folder to write that could not be made."""
+    """Refuses an output path that cannot be created."""
     above = next(one for one in path.absolute().parents if one.exists())
     if not above.is_dir():
-        raise ArgumentError(argument, shown, problem=f"cannot be made: {str(above)!r} is a file")
+        raise ArgumentError(argument, shown, problem=f"cannot be created: {str(above)!r} is a file")
     if not os.access(above, os.W_OK):
-        raise ArgumentError(argument, shown, problem=f"cannot be made: {str(above)!r} may not be written to")
+        raise ArgumentError(argument, shown, problem=f"cannot be created: {str(above)!r} is not writable")
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
         raise ArgumentError(argument, shown, problem=f"has a name longer than {_LONGEST_NAME} bytes")
 

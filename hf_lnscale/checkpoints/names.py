@@ -65,10 +65,7 @@ def read_config(model: str | os.PathLike[str]) -> Any:
 
 
 def require_weights(model: str | os.PathLike[str]) -> None:
-    """Refuses a folder whose weight files are missing or cut off; opens them and reads no weight.
-
-    A file of safetensors says in its header how long it is.
-    """
+    """Refuses a folder whose weight files are missing or, by their safetensors headers, truncated."""
     name, where = locate(model)
     if where or not Path(name).is_dir():
         return

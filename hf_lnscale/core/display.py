@@ -54,7 +54,7 @@ def with_error(value: float | None, error: float | None = None, sign: str = "") 
 
 
 def compact(value: float | None, error: float | None = None) -> str:
-    """The same with one digit of the error, which is in brackets and counts in the last digit: "0.27(1)"."""
+    """As `with_error`, with one digit of the error in parentheses, in units of the last digit: "0.27(1)"."""
     if not value or not error or not math.isfinite(error):
         return number(value)
     power = 0 if 0.001 <= abs(value) < 1e7 else math.floor(math.log10(abs(value)))

@@ -344,7 +344,7 @@ def trained_without(config: PreTrainedConfig) -> str | None:
 
 
 def scaled_alike(config: PreTrainedConfig, trained: LNScalingConfig | None) -> bool:
-    """Whether a model is scaled as the one that weights were trained in; a warmup may stand at another step."""
+    """Whether a model has the scale that weights were trained with; the steps of a warmup may differ."""
     both = [record(config).active, trained]
     ends = [scaling and replace(scaling, step=scaling.warmup_steps) for scaling in both]
     if any(scaling and scaling.warming_up for scaling in both) and ends[0] != ends[1]:

@@ -25,7 +25,7 @@ def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any,
 
 
 def save_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """accelerate's `Accelerator`: the state of a training loop, which holds no configuration of the model."""
+    """accelerate's `Accelerator`: saves the state of a training loop, without the model's configuration."""
     handle = self.register_save_state_pre_hook(
         lambda models, weights, folder: _state_of("note_models", models, folder) if self.is_main_process else None
     )
@@ -51,7 +51,7 @@ def _state_of(function: str, models: Any, folder: Any) -> None:
 
 
 def create_global_plan(original: Original, /, self: Any, all_plans: Any, *args: Any, **kwargs: Any) -> Any:
-    """The plan of a save, which decides what stands in a checkpoint beside its tensors."""
+    """The global plan of a save, which also creates the metadata of the checkpoint."""
     plans, metadata = original(self, all_plans, *args, **kwargs)
     if _models_imported():
         from .readers import mark_state
@@ -65,7 +65,7 @@ def set_up_planner(
 ) -> None:
     """The load planner, which matches tensors to a state dict by name."""
     original(self, state_dict, metadata, *args, **kwargs)
-    # Private: converts a checkpoint to another format, for no model.
+    # Private: converts a checkpoint to another format, without a model.
     converts = type(self).__name__ == "_EmptyStateDictLoadPlanner"
     if metadata is not None and _models_imported() and not converts:
         from .readers import require_own_checkpoint

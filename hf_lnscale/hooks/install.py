@@ -51,6 +51,7 @@ class Hook:
     parameters: str = ""
     # The first release of transformers in which the hook is needed; in earlier ones the function may be missing.
     needed_since: str = ""
+    optional: bool = False  # supported releases of another library may lack the function
 
 
 _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedModel"
@@ -138,11 +139,11 @@ HOOKS = (
         PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
         "self peft_model model_path",
     ),
-    # Several modules of PEFT import it by name; before 0.21 PEFT does not have it, with any release of transformers.
+    # Several modules of PEFT import it by name. New in PEFT 0.21.
     *(
         Hook(
             PEFT, f"{module}:", "set_base_model_state_dict", "readers:set_base_state", "model state_dict",
-            needed_since="99",
+            optional=True,
         )
         for module in ("peft", "peft.utils", "peft.utils.save_and_load")
     ),
@@ -157,7 +158,7 @@ HOOKS = (
             "accelerate.utils.modeling",
         )
     ),
-    # They plan every save and load of torch.distributed.checkpoint.
+    # Plan every save and load of torch.distributed.checkpoint.
     Hook(
         DISTRIBUTED, f"{DISTRIBUTED}:DefaultSavePlanner", "create_global_plan", "early:create_global_plan",
         "self all_plans",
@@ -364,7 +365,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         original = _unhooked(inspect.getattr_static(owner, hook.name, None))
         if original is None:
             release = sys.modules["transformers"].__version__
-            if not hook.needed_since or _numbers(release) >= _numbers(hook.needed_since):
+            if not hook.optional and _numbers(release) >= _numbers(hook.needed_since):
                 found.append(f"{cls}.{hook.name} is missing")
             continue
         kind = type(original) if isinstance(original, (classmethod, staticmethod)) else None

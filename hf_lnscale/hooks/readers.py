@@ -32,7 +32,7 @@ from .install import Original
 from .models import note_what_is_on_disk, warn_if_cold
 from .saving import require_same_checkpoint
 
-# Beside the weights in the state of a training loop.
+# Stored beside the weights in the state of a training loop.
 STATE_FILE = "hf_lnscale.json"
 
 
@@ -60,7 +60,7 @@ def load_from_state_dict(
 
 
 def require_loadable(self: PreTrainedModel, state_dict: Any, prefix: str, local_metadata: Any) -> None:
-    """Refuses a state of other layers than those of a model, whose names in it begin with `prefix`.
+    """Refuses a state with different layers than the model, whose names in the state begin with `prefix`.
 
     Raises:
         CheckpointError: if its metadata says so, or if it has more layers than a cut model.
@@ -77,7 +77,7 @@ def require_loadable(self: PreTrainedModel, state_dict: Any, prefix: str, local_
 
 
 def set_base_state(original: Original, /, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """Checks the state before PEFT leaves out the layers that the base does not have, by which it would be noticed."""
+    """Checks the state before PEFT removes layers that the base lacks, which would hide the mismatch."""
     metadata = getattr(state_dict, "_metadata", {})
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, PreTrainedModel):
@@ -150,16 +150,16 @@ def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
 
 
 def note_models(models: Sequence[torch.nn.Module], folder: str) -> None:
-    """Writes beside the weights of models what they are, if one has a scale or a cut."""
+    """Records the scales and cuts of models beside their saved weights, if any model has one."""
     path, marks = Path(folder, STATE_FILE), [mark(record(config)) for config in map(_config_of, models)]
     if any(json.loads(one) for one in marks):
         write_atomically(path, json.dumps(marks) + "\n")
     else:
-        path.unlink(missing_ok=True)  # of an older state there
+        path.unlink(missing_ok=True)  # left by an earlier state
 
 
 def require_models(models: Sequence[torch.nn.Module], folder: str) -> None:
-    """Refuses models that are not what the weights in a folder were noted to be of."""
+    """Refuses models whose scales or cuts differ from those recorded beside the weights in a folder."""
     path = Path(folder, STATE_FILE)
     if not path.is_file():
         return
@@ -178,9 +178,9 @@ def _config_of(model: torch.nn.Module) -> PreTrainedConfig | None:
 
 
 def mark_state(planner: Any, metadata: Any) -> None:
-    """Notes in a checkpoint of torch.distributed.checkpoint what the model is, or may be, that its layers are of."""
+    """Marks a torch.distributed.checkpoint with the scales and cuts of the models that its layers may belong to."""
     if not is_used():
-        return  # to look for models takes a part of a second
+        return  # searching memory for models takes a fraction of a second
     marks = sorted({mark(record(model.config)) for model in _models_of(planner.state_dict)})
     others = {key: value for key, value in (metadata.planner_data or {}).items() if key != MARK}  # plans are cached
     if any(json.loads(one) for one in marks):
@@ -190,11 +190,11 @@ def mark_state(planner: Any, metadata: Any) -> None:
 
 
 def require_own_checkpoint(wanted: Mapping[str, Any], metadata: Any) -> None:
-    """Refuses to read the weights of another model into a state dict, which does not say whose it is.
+    """Refuses to load the weights of another model into a state dict, which does not name its model.
 
     Raises:
-        CheckpointError: if the model in memory is not like one that the checkpoint is marked with; or, of a checkpoint
-            without a mark, if it was cut and has fewer layers.
+        CheckpointError: if the model in memory matches none of the checkpoint's marks, or, for a checkpoint without
+            marks, if the model was cut and has fewer layers.
     """
     stored = (metadata.planner_data or {}).get(MARK)
     if not stored and not is_used():
@@ -219,14 +219,14 @@ def _require_like(config: PreTrainedConfig | None, stored: Iterable[str], what: 
 
 
 def _like(config: PreTrainedConfig | None, stored: str) -> bool:
-    """Whether a model is like the one of a mark, but for the step of a warmup, which moves on."""
+    """Whether a model matches a mark, ignoring the step of a warmup, which advances."""
     own, other = record(config), record(json.loads(stored))
     same = (own.folded, own.dropped) == (other.folded, other.dropped)
     return same and (other.active is None if config is None else scaled_alike(config, other.active))
 
 
 def _models_of(state: Mapping[str, Any]) -> list[PreTrainedModel]:
-    """The decoders in memory with the layers that a state dict names; those that hold its very tensors, if any do."""
+    """The decoders in memory whose layers a state dict names; if any hold its very tensors, only those."""
     numbers = _highest_indices(state)
     objects = gc.get_objects() if numbers else []
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, PreTrainedModel)}
@@ -240,13 +240,13 @@ def _models_of(state: Mapping[str, Any]) -> list[PreTrainedModel]:
 
 
 def _numbers_layers(prefix: str, number: int, model: PreTrainedModel) -> bool:
-    """Whether names with this prefix and highest number are those of the layers of a model."""
+    """Whether a prefix and the highest index after it are those of a model's layers."""
     stack = own_stack(model) if hasattr(model, "config") else None
     return stack is not None and number == len(stack.layers) - 1 and f".{prefix}".endswith(f".{stack.family.layers}")
 
 
 def _address(value: Any) -> int:
-    """Where the values of a tensor are in memory, of a sharded one those of this process; 0 if nowhere."""
+    """The address of a tensor's values, or of this process's shard; 0 if it has none."""
     local = value.to_local() if hasattr(value, "to_local") else value
     return local.data_ptr() if isinstance(local, torch.Tensor) else 0
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 WEIGHTLESS, TORN = "the folder 'weightless' has no weights", "cannot read 'torn/model.safetensors': .*"
-IN_A_FILE = "'file/.*' cannot be made: '.*file' is a file"
+IN_A_FILE = "'file/.*' cannot be created: '.*file' is a file"
 MUTE = "the folder 'mute' has no tokenizer"
 EVALUATE = "evaluate model --data text.txt --seq-len 32"
 DIAGNOSE = "diagnose model --data text.txt --seq-len 32 --out new"
@@ -66,7 +66,7 @@ REFUSED = {
     "export model --format zeros --out new": "'model' needs no zeros",
     f"{ADOPT} --out file/x": f"--out {IN_A_FILE}",
     "adopt torn --data text.txt --seq-len 32 --out new": TORN,
-    "demo --fast --out file": "--out 'file' cannot be made: '.*file' is a file",
+    "demo --fast --out file": "--out 'file' cannot be created: '.*file' is a file",
     **{
         f"train {verb} {TRAIN} {wrong}": f"{name}: {message}"
         for verb, name in {"continue": "continue_pretrain", "heal --drop_layers 1": "heal"}.items()
