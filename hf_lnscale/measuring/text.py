@@ -378,7 +378,8 @@ def require_file(data: Any) -> None:
     # Not Path.is_file(), which raises on overlong names, such as a text passed by mistake.
     if isinstance(data, (str, os.PathLike)) and not os.path.isfile(data):
         name = brief(os.fspath(data))
-        raise FileNotFoundError(f"data: there is no file {name} (to pass a text, put it in a list: data=['...'])")
+        hint = " (a text itself must be in a list)" if any(map(str.isspace, name)) else ""
+        raise FileNotFoundError(f"data: there is no file {name}{hint}")
 
 
 def _file_rows(path: Path) -> Iterator[Any]:

@@ -298,7 +298,7 @@ def test_sources_on_a_command_line(tmp_path, monkeypatch):
 
 def test_a_text_in_place_of_a_path_is_refused_in_a_line():
     """Whose name is longer than a file's can be."""
-    with pytest.raises(FileNotFoundError, match=r"^data: there is no file 'a text .*put it in a list"):
+    with pytest.raises(FileNotFoundError, match=r"^data: there is no file 'a text .*must be in a list"):
         token_batches("a text " * 1000)
     with pytest.raises(FileNotFoundError) as refused:
         token_batches({"wiki": "a text " * 1000})
