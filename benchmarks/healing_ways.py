@@ -43,6 +43,8 @@ from hf_lnscale.measuring.text import Windows, token_batches
 from hf_lnscale.training.self_data import continue_prompts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Texts that the whole model writes at once.
+WRITTEN_AT_ONCE = 128 if DEVICE == "cuda" else 16
 STARTS = ("closed form", "bare cut")
 FULL, LORA, HEAD = (1e-4, 3e-4), (1e-3, 3e-3), (3e-4, 1e-3)
 
@@ -162,7 +164,7 @@ class Bench:
         given = windows(self.train_text, count)
         self.train = {"given": (given, given)}  # tokens and labels
         prompts = given[:, : seq_len // 8].tolist()
-        self.written("own", lambda: [torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len))] * 2)
+        self.written("own", lambda: self.own(count))
         self.written("continued", lambda: self.continued(prompts))
         self.starts = {"whole": self.whole}
         bare = copy.deepcopy(self.whole)
@@ -183,12 +185,18 @@ class Bench:
             ids, labels = torch.load(path)
             self.train[kind] = ids.to(DEVICE), labels.to(DEVICE)
 
+    def own(self, count: int) -> list[torch.Tensor]:
+        """Text that the whole model writes without a prompt."""
+        seq_len = self.args.seq_len
+        ids = torch.cat(own_text(self.whole, self.tokenizer, count * seq_len, seq_len, batch_size=WRITTEN_AT_ONCE))
+        return [ids, ids]
+
     def continued(self, prompts: list[list[int]]) -> list[torch.Tensor]:
         """The prompts, continued by the whole model, as one stream cut into windows, like in the recipe."""
         ids: list[int] = []
         labels: list[int] = []
-        for first in range(0, len(prompts), 16):
-            some = prompts[first : first + 16]
+        for first in range(0, len(prompts), WRITTEN_AT_ONCE):
+            some = prompts[first : first + WRITTEN_AT_ONCE]
             longest = self.args.seq_len - len(some[0])
             written = continue_prompts(self.whole, self.tokenizer, some, longest, seed=first)
             for prompt, continuation in zip(some, written, strict=True):

@@ -337,7 +337,11 @@ def main() -> None:
             if row in found:
                 continue
             started = time.process_time()
-            smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
+            try:
+                smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
+            except ValueError as error:  # the rule does not apply to this model
+                print(f"{row.rule} {row.layers}: {error}")
+                continue
             seconds = time.process_time() - started
             found[row] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
             if row.rule in PRUNE:

@@ -277,7 +277,9 @@ def gradient_norms(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> 
         model.zero_grad()
         loss_of(model, ids).backward()
         for index, layer in enumerate(model.model.layers):
-            found[index] += torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm() / len(batches)
+            found[index] += torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm().item() / len(
+                batches
+            )
     model.zero_grad()
     return found.tolist()
 
