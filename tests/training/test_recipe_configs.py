@@ -141,3 +141,14 @@ def test_shapes_are_the_paper_s(shape, hidden, mlp, heads, layers):
         model = LlamaForCausalLM(config)
     embeddings = 2 * config.vocab_size * hidden
     assert model.num_parameters() == embeddings + layers * (4 * hidden**2 + 3 * hidden * mlp + 2 * hidden) + hidden
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "heal" and path.stem != "small"])
+def test_healing_learns_from_the_whole_model_by_adapters(path, monkeypatch):
+    _, teacher, checkpoint, *_ = parsed(monkeypatch, "heal", "--config", str(path))
+    assert teacher.teacher == checkpoint.model_name_or_path and checkpoint.use_peft
+    # What the header says of training in full.
+    training, _, checkpoint, *_ = parsed(
+        monkeypatch, "heal", "--config", str(path), "--use_peft", "false", "--learning_rate", "1e-4"
+    )
+    assert (checkpoint.use_peft, training.learning_rate) == (False, 1e-4)

@@ -175,8 +175,10 @@ def test_heal_by_distillation_and_by_lora(tmp_path, here):
     # The divergence from the teacher is what falls.
     assert recipe.losses(tmp_path / "full")[-1] < recipe.losses(tmp_path / "full")[0]
 
-    assert recipe.run("heal", *common, "--use_peft", "--output_dir", tmp_path / "lora") == 0
+    words = [*common, "--learning_rate", 1e-2, "--teacher", here / "scaled", "--use_peft"]
+    assert recipe.run("heal", *words, "--output_dir", tmp_path / "lora") == 0
     complete(tmp_path / "lora")
+    assert recipe.losses(tmp_path / "lora")[-1] < recipe.losses(tmp_path / "lora")[0]
     base = AutoModelForCausalLM.from_pretrained(here / "scaled", drop_layers=[1])
     adapted = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert ln_scales(adapted) == pytest.approx([1, 3**-0.5, 0.5])
