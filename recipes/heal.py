@@ -1,16 +1,15 @@
 r"""Heals a pruned model by training, with LoRA or in full, on text or by distillation from the unpruned model.
 
-    python recipes/heal.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --drop_layers 12 14 \
-        --teacher HuggingFaceTB/SmolLM2-135M --output_dir runs/healed
+    python recipes/heal.py --config smollm2-135m --drop_layers 12 14 --output_dir runs/healed
     hf-lnscale prune Qwen/Qwen3-0.6B-Base --data text.jsonl --layers 4 --out pruned
-    python recipes/heal.py --model_name_or_path pruned --teacher Qwen/Qwen3-0.6B-Base --dataset_name text.jsonl \
+    python recipes/heal.py --config qwen3-0.6b --model_name_or_path pruned --dataset_name text.jsonl \
         --output_dir runs/healed
 
 With LoRA on text, without a teacher, as in Gromov et al. (arXiv 2403.17887), and on eight GPUs:
 
     python recipes/heal.py --config recipes/configs/heal/llama-3.2-1b.yaml --model_name_or_path pruned \
-        --teacher none --use_peft --learning_rate 3e-4 --output_dir runs/healed
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/heal.py \
+        --teacher none --learning_rate 3e-4 --output_dir runs/healed
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/heal.py \
         --config recipes/configs/heal/llama-3.1-8b.yaml --model_name_or_path pruned --output_dir runs/healed
 
 On text that the unpruned model generates: continuations of the beginnings of 2,000 rows, or answers if they are chats:
@@ -30,6 +29,7 @@ from functools import partial
 
 from trl import get_peft_config
 
+from hf_lnscale.core.warnings import warn
 from hf_lnscale.training.arguments import (
     TEXT,
     CheckpointArguments,
@@ -66,6 +66,11 @@ def main(
     training: RecipeConfig,
 ) -> None:
     run = Run("heal", training, teacher, checkpoint, data)
+    if not (teacher.teacher or teacher.self_data):
+        warn(
+            "teacher: without one the model learns your text, and other text can get worse (docs/recipes.md); name the "
+            "unpruned model with --teacher"
+        )
     whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
     require_pruned(checkpoint, training)

@@ -146,7 +146,8 @@ def test_shapes_are_the_paper_s(shape, hidden, mlp, heads, layers):
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "heal" and path.stem != "small"])
 def test_healing_learns_from_the_whole_model_by_adapters(path, monkeypatch):
     _, teacher, checkpoint, *_ = parsed(monkeypatch, "heal", "--config", str(path))
-    assert teacher.teacher == checkpoint.model_name_or_path and checkpoint.use_peft
+    assert teacher.teacher == checkpoint.model_name_or_path
+    assert checkpoint.use_peft
     # What the header says of training in full.
     training, _, checkpoint, *_ = parsed(
         monkeypatch, "heal", "--config", str(path), "--use_peft", "false", "--learning_rate", "1e-4"

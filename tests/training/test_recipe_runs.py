@@ -66,7 +66,8 @@ def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here)
 
 def test_a_healed_model_knows_the_text_that_it_was_healed_on(tmp_path, here):
     more = ("--drop_layers", 1, "--packing", "false")
-    assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0
+    with pytest.warns(UserWarning, match="name the unpruned model with --teacher"):
+        assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0
     model, tokenizer = (one.from_pretrained(tmp_path / "out") for one in (AutoModelForCausalLM, AutoTokenizer))
     rows = [torch.tensor(tokenizer(row["text"]).input_ids[:32]) for row in recipe.text_rows()]  # --max_length
     held_out = recipe.metrics(tmp_path / "out")["eval_rows"]

@@ -209,6 +209,7 @@ WAYS = {
     "full, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--gradient_accumulation_steps", "1"]),
     "lora, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--use_peft"]),
     "distillation": ("heal", ["--drop_layers", "1", "--teacher", "scaled"]),
+    "distillation, lora": ("heal", ["--drop_layers", "1", "--teacher", "scaled", "--use_peft"]),
     "streaming": ("continue_pretrain", ["--dataset_streaming", "--eval_samples", "1"]),
     "warmup half-way": ("continue_pretrain", ["--ln_scaling", "--ln_scaling_warmup_steps", "5"]),
 }
