@@ -63,9 +63,11 @@ class Control(TrainerCallback):
         arguments = copy.copy(trainer.args)
         arguments.eval_on_start, arguments.load_best_model_at_end, arguments.report_to = False, False, []
         arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+        # A copy, since PEFT writes the name of its base into it, and the adapter of the cut model shares it.
+        adapter = copy.deepcopy(options["peft_config"]) if train else None
         with tempfile.TemporaryDirectory() as folder:
             arguments.output_dir = folder
-            whole = RecipeTrainer(model=load(), **{**options, "args": arguments})
+            whole = RecipeTrainer(model=load(), **{**options, "args": arguments, "peft_config": adapter})
             if train:
                 whole.train()
             else:  # unsharded, since accelerate does not shard a model without its optimizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 import recipe
@@ -182,6 +182,23 @@ def test_heal_by_distillation_and_by_lora(tmp_path, here):
     base = AutoModelForCausalLM.from_pretrained(here / "scaled", drop_layers=[1])
     adapted = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert ln_scales(adapted) == pytest.approx([1, 3**-0.5, 0.5])
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_the_adapter_of_a_healed_cut_names_the_cut_as_its_base(control, tmp_path, here):
+    """And not the whole model, which gets an adapter too if it is trained as a control."""
+    cut = AutoModelForCausalLM.from_pretrained(here / "scaled", drop_layers=[1])
+    with torch.no_grad():  # as if healed: dropping the layer again would not give these weights
+        cut.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1.5)
+    for one in (cut, AutoTokenizer.from_pretrained(here / "scaled")):
+        one.save_pretrained(tmp_path / "cut")
+    words = ["--model_name_or_path", tmp_path / "cut", "--dataset_name", here / "text.jsonl", *SMALL, "--use_peft"]
+    words += ["--whole", here / "scaled", "--control"] if control else ["--teacher", here / "scaled"]
+    assert recipe.run("heal", *words, "--output_dir", tmp_path / "out") == 0
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "cut")
+    base = adapted.unload()
+    assert all(torch.equal(part, base.get_parameter(name)) for name, part in cut.named_parameters())
 
 
 def test_streaming(tmp_path, here):
