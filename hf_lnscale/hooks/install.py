@@ -73,7 +73,7 @@ HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", "self json_file_path use_diff"),
     # Private: reads every config.json, before `model_type` is looked up.
     Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", "cls json_file"),
-    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self", needed_since="5.23"),
+    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self"),
     Hook(MODELS, _MODEL, "__init__", "models:init", "self config"),
     Hook(MODELS, _MODEL, "post_init", "models:post_init", "self"),
     Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", "self save_directory"),
