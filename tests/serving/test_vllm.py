@@ -1,6 +1,9 @@
 """What vLLM is given. That it serves the same tokens is seen by `make serve-test`, which installs it."""
 
+import dataclasses
+import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import AutoConfig
 
 import tiny
 from hf_lnscale import apply_ln_scaling, fold_ln_scaling
+from hf_lnscale.core.families import FAMILIES, RENAMED
 from hf_lnscale.serving.vllm import register, scaled
 
 
@@ -33,6 +37,20 @@ def test_a_layer_behind_the_last_one_is_left_alone():
     model = apply_ln_scaling(tiny.model("deepseek_v3"))
     weights = [(f"model.layers.{layer}.input_layernorm.weight", torch.ones(4)) for layer in (3, 4)]
     assert [float(weight[0]) for _, weight in scaled(weights, model.config)] == [0.5, 1.0]
+
+
+def test_what_is_registered(monkeypatch):
+    """Families of the table that vLLM has, but for those whose norms it would not find in a checkpoint."""
+    seen = []
+    registry = SimpleNamespace(
+        get_supported_archs=lambda: ["LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM", "Unknown"],
+        register_model=lambda name, where: seen.append((name, where)),
+    )
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setitem(FAMILIES, "mistral", dataclasses.replace(FAMILIES["mistral"], no_dropping=RENAMED))
+    register()
+    names = ["LNSLlamaForCausalLM", "LNSQwen2ForCausalLM"]
+    assert sorted(seen) == [(name, f"hf_lnscale.serving.vllm:{name}") for name in names]
 
 
 def test_the_entry_point():
