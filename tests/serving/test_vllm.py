@@ -130,3 +130,35 @@ def test_another_vllm_gets_no_scaled_checkpoint(tmp_path, run_python):
     assert "and vllm 9.9: HFConfigParser.parse has the parameters self, source" in refused
     tiny.model().save_pretrained(tmp_path / "plain")
     assert "llama LlamaForCausalLM" in run_python(CODE, tmp_path, tmp_path / "plain", plugin=True)
+
+
+SGLANG = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sglang.srt.utils.hf_transformers.config import get_config
+for path in sys.argv[2:]:
+    try:
+        print(*get_config(path, trust_remote_code=False).architectures)
+    except (ValueError, RuntimeError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_sglang_in_the_same_process_is_refused_what_it_would_lose(tmp_path, run_python):
+    package = tmp_path / "sglang" / "srt" / "utils" / "hf_transformers"
+    package.mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").write_text("__version__ = '9.9'")
+    models = {"plain": {}, "scaled": {"ln_scaling": True}, "partial": {"drop_mlp": [1]}}
+    for name, flags in models.items():
+        tiny.model(**flags).save_pretrained(tmp_path / name)
+    folders = [tmp_path / name for name in models]
+    body = "(model, trust_remote_code, **kwargs):\n    return AutoConfig.from_pretrained(model)"
+    answers = {"get_config": "serve what hf-lnscale export writes", "another": "config.get_config is missing"}
+    for function, expected in answers.items():
+        (package / "config.py").write_text(f"from transformers import AutoConfig\ndef {function}{body}")
+        code = SGLANG.replace("import get_config", f"import {function} as get_config")
+        plain, *refused = run_python(code, tmp_path, *folders, plugin=True).splitlines()
+        assert plain == "LlamaForCausalLM"
+        assert len(refused) == 2
+        assert all(expected in line for line in refused), refused
