@@ -1,10 +1,11 @@
 """A tiny configuration of every kind of causal language model that transformers registers.
 
-PYTHONPATH=tests python tests/kinds.py    # prints the table of docs/families.md
+PYTHONPATH=tests python tests/kinds.py    # prints the tables of docs/families.md and docs/compatibility.md
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import transformers as tf
@@ -183,5 +184,14 @@ def table() -> str:
     return "\n".join(["| what works | kinds |", "| --- | --- |", *lines])
 
 
+def counts() -> str:
+    """How many of the kinds that transformers registers can be scaled and cut, for docs/compatibility.md."""
+    rows = [FAMILIES.get(text) for kind, text in text_kinds().items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    found = Counter((bool(row and not row.no_scaling), bool(row and not row.no_dropping)) for row in rows)
+    names = {(True, True): "scale; drop", (True, False): "scale", (False, True): "drop", (False, False): "neither"}
+    lines = [f"| {name} | {found[key]} |" for key, name in names.items()]
+    return "\n".join(["| what works | kinds |", "| --- | ---: |", *lines])
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), counts(), sep="\n\n")
