@@ -138,10 +138,10 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     config = config_class(**(values | changes))
     if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):
         # How half a head is divided among the axes of a picture; the default fits the heads of a large model.
-        for rope in (config.rope_parameters, *config.rope_parameters.values()):
-            if isinstance(rope, dict) and "rope_type" in rope:
-                half = int(8 * rope.get("partial_rotary_factor", 1)) // 2
-                rope["mrope_section"] = [half - half // 4 * 2, half // 4, half // 4]
+        rope = config.rope_parameters
+        for part in [one for one in rope.values() if isinstance(one, dict)] or [rope]:  # for each kind of layer
+            half = int(8 * part.get("partial_rotary_factor", 1)) // 2
+            part["mrope_section"] = [half - half // 4 * 2, half // 4, half // 4]
     return config
 
 
