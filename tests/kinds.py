@@ -1,17 +1,18 @@
 """A tiny configuration of every kind of causal language model that transformers registers.
 
-PYTHONPATH=tests python tests/kinds.py    # prints the table of docs/families.md
+PYTHONPATH=tests python tests/kinds.py    # prints the tables of docs/families.md and docs/compatibility.md
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED
+from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED, NO_DROPPING
 from hf_lnscale.pruning.probe import tiny_config
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -120,6 +121,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": _SHARED | {"mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
+# transformers has a causal language model of mistral4, but does not register it.
+CLASSES = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4": "Mistral4ForCausalLM"}
 # The text decoders of kinds whose configuration leaves them open.
 _OPEN = {
     "fuyu": "persimmon",
@@ -142,9 +145,9 @@ def _text_class(kind: str) -> type[PreTrainedConfig]:
 
 
 def text_kinds() -> dict[str, str]:
-    """Each kind that `AutoModelForCausalLM` knows, with the `model_type` of its text decoder."""
+    """Each kind of causal language model, with the `model_type` of its text decoder."""
     found = {}
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for kind in CLASSES:
         found[kind] = _OPEN.get(kind) or _text_class(kind).model_type
     return found
 
@@ -156,7 +159,7 @@ def config(kind: str, **changes: Any) -> PreTrainedConfig:
 
 
 def model_class(kind: str) -> type[PreTrainedModel]:
-    found: type[PreTrainedModel] = getattr(tf, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    found: type[PreTrainedModel] = getattr(tf, CLASSES[kind])
     return found
 
 
@@ -164,7 +167,9 @@ def table() -> str:
     """Kinds by what works, or by the reason, for docs/families.md."""
     groups: dict[str, list[str]] = {}
     for kind, text in sorted(text_kinds().items()):
-        if (row := FAMILIES.get(text)) is None:
+        if text in NO_DROPPING:
+            works = f"neither; not scale: {KNOWN_UNSUPPORTED[text]}; not drop: {NO_DROPPING[text]}"
+        elif (row := FAMILIES.get(text)) is None:
             works = f"neither: {KNOWN_UNSUPPORTED.get(text, 'not known; see `propose_family`')}"
         elif row.no_scaling:
             works = f"drop; not scale: {row.no_scaling}"
@@ -179,5 +184,14 @@ def table() -> str:
     return "\n".join(["| what works | kinds |", "| --- | --- |", *lines])
 
 
+def counts() -> str:
+    """How many of the kinds that transformers registers can be scaled and cut, for docs/compatibility.md."""
+    rows = [FAMILIES.get(text) for kind, text in text_kinds().items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    found = Counter((bool(row and not row.no_scaling), bool(row and not row.no_dropping)) for row in rows)
+    names = {(True, True): "scale; drop", (True, False): "scale", (False, True): "drop", (False, False): "neither"}
+    lines = [f"| {name} | {found[key]} |" for key, name in names.items()]
+    return "\n".join(["| what works | kinds |", "| --- | ---: |", *lines])
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), counts(), sep="\n\n")

@@ -79,3 +79,18 @@ def test_every_family_is_documented():
     text = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     for family in tiny.FAMILIES:
         assert re.search(rf"\b{family}\b", text), family
+
+
+def test_families_are_counted_as_they_are_listed():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "docs/families.md").read_text(encoding="utf-8").splitlines()
+        if re.match(r"\| (scale|drop|neither)", line)
+    ]
+    listed = dict.fromkeys(("scale; drop", "scale", "drop", "neither"), 0)
+    for works, kinds in rows:
+        parts = re.sub(r" \(with [^)]*\)", "", works).split(":")[0].split("; ")
+        what = "; ".join(part for part in parts if not part.startswith("not "))
+        listed[what] += len(set(kinds.split(", ")) - {"mistral4"})  # which transformers does not register
+    counted = re.findall(r"^\| ([a-z; ]+) \| (\d+) \|$", (ROOT / "docs/compatibility.md").read_text(), re.MULTILINE)
+    assert {what: int(number) for what, number in counted if what in listed} == listed

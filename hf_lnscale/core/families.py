@@ -103,7 +103,7 @@ POST_NORM = "it normalizes the output of attention and MLP and has no pre-norm w
 POST_LN = "it is a Post-LN model: its residual stream is normalized in every layer, so its variance does not grow"
 PARALLEL = "attention and MLP of a layer run in parallel, a case that LayerNorm Scaling was not studied on"
 NO_WEIGHT = "its norms have no weight that could carry the scale"
-ENCODER_DECODER = "it is the decoder of an encoder-decoder model, which LayerNorm Scaling was not studied on"
+ENCODER_DECODER = "it is the decoder of an encoder-decoder model, whose layers also attend to an encoder's output"
 HYPER = "it has no plain residual stream: several streams are mixed in every layer (hyper-connections or similar)"
 NO_STACK = "it has no single list of layers in which each takes the output of the previous one"
 MULTIPLIED = "it has no plain residual stream: each layer multiplies the stream"
@@ -112,9 +112,10 @@ MORE_NORMS = "a layer has more pre-norms than one for attention and one for the 
 ONE_SUBLAYER = "a layer is a single sub-layer with one norm, so depth is not counted in pairs of attention and MLP"
 UNEQUAL = "its layers do not all have the same pre-norms"
 NOT_LINEAR = "the output of its pre-norms is not linear in their weight, so it cannot be scaled through the weight"
-NO_CHECK = "its tiny model gives different outputs with and without a cache, so a cut could not be checked"
+NO_CHECK = "its tiny model does not give the same outputs with a cache as without, so a cut could not be checked"
 RENAMED = "its checkpoints name the pre-norms differently from its model, so layers in files are not recognized"
 SHARED = "its layers share the weights of one Transformer block, so a layer is not a separate part"
+NUMBERED = "its attention computes with the number of its layer"
 
 
 GEMMA = "input_layernorm pre_feedforward_layernorm"
@@ -143,7 +144,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("axk1", "mlp_layer_types first_k_dense_replace"),  # the second before transformers 5.20
     **_rows("glm4_moe_lite hy_v3", "mlp_layer_types"),
     **_rows("bailing_hybrid deepseek_v32 exaone_moe", "layer_types mlp_layer_types first_k_dense_replace"),
-    **_rows("deepseek_v2 deepseek_v3 glm4_moe sarvam_mla sarvam_moe", "first_k_dense_replace"),
+    **_rows("deepseek_v2 deepseek_v3 glm4_moe mistral4 sarvam_mla sarvam_moe", "first_k_dense_replace"),
     **_rows("gemma2 gemma3_text vaultgemma", "layer_types", norms=GEMMA, one_plus_weight=True),
     **_rows("biogpt musicgen_melody_decoder xglm", norms="self_attn_layer_norm final_layer_norm"),
     **_rows("gemma nemotron", one_plus_weight=True),
@@ -163,7 +164,7 @@ FAMILIES: dict[str, Family] = {
     ),
     **_rows("ctrl", layers="h", norms="layernorm1 layernorm2"),
     **_rows("dbrx", layers="blocks", norms="norm_attn_norm.norm_1 norm_attn_norm.norm_2"),
-    **_rows("diffllama", no_dropping="its attention computes with the number of its layer"),
+    **_rows("diffllama", no_dropping=NUMBERED),
     **_rows("dots1", "layer_types first_k_dense_replace max_window_layers"),
     **_rows("ernie4_5_moe", "moe_layer_start_index moe_layer_end_index moe_layer_interval"),
     **_rows("falcon_h1", norms="input_layernorm pre_ff_layernorm"),
@@ -263,6 +264,15 @@ _UNSUPPORTED = {
     SHARED: "zamba zamba2",
 }
 KNOWN_UNSUPPORTED = {name: reason for reason, names in _UNSUPPORTED.items() for name in names.split()}
+# Why layers of some of these cannot be dropped, where that has another reason.
+NO_DROPPING = {
+    "beam": "its layers weight what they add to the residual stream by their number",
+    "inkling2_text": "its layers also read the outputs of layers before the previous one",
+    "longcat_flash": "its configuration counts sub-layers as layers",
+    "minimax": NUMBERED,
+    "rwkv": NO_CHECK,
+    "zaya": "its layers hand on a state of the router besides the residual stream",
+}
 
 
 def register_family(
@@ -361,7 +371,8 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
         if not reason:
             return family
     else:
-        reason = KNOWN_UNSUPPORTED.get(model_type, "")
+        reason = NO_DROPPING.get(model_type, "") if argument == "drop_layers" else ""
+        reason = reason or KNOWN_UNSUPPORTED.get(model_type, "")
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}: {reason or 'its pre-norms are not known'}. If it "
         "does have a norm before attention and one before the MLP, add it with hf_lnscale.register_family(model_type, "

@@ -26,9 +26,9 @@ SUPPORTED = "5.16.1 to 5.24"
 
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
-VLLM = "vllm.transformers_utils.config"
+VLLM, SGLANG = "vllm.transformers_utils.config", "sglang.srt.utils.hf_transformers.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
-GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, DISTRIBUTED, LM_EVAL)
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, SGLANG, DISTRIBUTED, LM_EVAL)
 
 # The function that a hook replaces.
 Original = Callable[..., Any]
@@ -73,7 +73,7 @@ HOOKS = (
     Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", "self json_file_path use_diff"),
     # Private: reads every config.json, before `model_type` is looked up.
     Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", "cls json_file"),
-    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self", needed_since="5.23"),
+    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self"),
     Hook(MODELS, _MODEL, "__init__", "models:init", "self config"),
     Hook(MODELS, _MODEL, "post_init", "models:post_init", "self"),
     Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", "self save_directory"),
@@ -171,6 +171,8 @@ HOOKS = (
     Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "early:create_model"),
     # vLLM selects a model class by `architectures`, from which the hooks above remove serving/vllm.py's prefix.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", "self model"),
+    # SGLang reads the weights itself.
+    Hook(SGLANG, f"{SGLANG}:", "get_config", "guard:refuse_to_serve", "model"),
 )  # fmt: skip
 
 # Installed instead of a group that differs from the table, to refuse flags. The properties refuse them on their own.
@@ -184,6 +186,7 @@ GUARDS = (
     Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
     Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "guard:refuse"),
     Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
+    Hook(SGLANG, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
 )
 
 _MISSING = object()
@@ -366,14 +369,14 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         if original is None:
             release = sys.modules["transformers"].__version__
             if not hook.optional and _numbers(release) >= _numbers(hook.needed_since):
-                found.append(f"{cls}.{hook.name} is missing")
+                found.append(f"{cls or module}.{hook.name} is missing")
             continue
         kind = type(original) if isinstance(original, (classmethod, staticmethod)) else None
         function: Callable[..., Any] = original.__func__ if kind else original
         given, known = list(inspect.signature(function).parameters), hook.parameters.split()
         private = hook.name.startswith("_") and not hook.name.startswith("__")
         if known and (given if private else given[: len(known)]) != known:
-            found.append(f"{cls}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(known)}")
+            found.append(f"{cls or module}.{hook.name} has the parameters {', '.join(given)}, not {', '.join(known)}")
             continue
         wrapper = _wrapper(function, replacement)
         made[owner, hook.name] = kind(wrapper) if kind else wrapper
@@ -409,9 +412,8 @@ def require_supported(*groups: str) -> None:
         return
     from ..core.errors import UnsupportedTransformersError
 
-    versions = [
-        f"{name} {sys.modules[name].__version__}" for name in ("transformers", "peft", "vllm") if name in sys.modules
-    ]
+    packages = ("transformers", "peft", "vllm", "sglang")
+    versions = [f"{name} {sys.modules[name].__version__}" for name in packages if name in sys.modules]
     raise UnsupportedTransformersError(
         f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported releases "
         f"of transformers: {SUPPORTED}. Models that use neither are not affected."

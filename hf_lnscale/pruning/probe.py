@@ -77,7 +77,8 @@ class Proposal:
 
     def __str__(self) -> str:
         if self.no_scaling or self.family is None:
-            return f"{self.model_type}: no row: {self.no_scaling}; {self.no_dropping or 'layers can be dropped'}"
+            reasons = dict.fromkeys([self.no_scaling, self.no_dropping or "layers can be dropped"])
+            return f"{self.model_type}: no row: {'; '.join(reasons)}"
         values = {name: value for name, value in vars(self.family).items() if value != getattr(Family(), name)}
         arguments = "".join(f", {name}={value!r}" for name, value in values.items())
         note = f"  # layers cannot be dropped: {self.no_dropping}" if self.no_dropping else ""
@@ -134,7 +135,14 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     values: dict[str, Any] = {name: value for value, names in _SIZES.items() for name in names.split() if name in known}
     if known & {"kv_lora_rank", "linear_num_heads"}:  # latent attention has equally many of both
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
-    return config_class(**(values | changes))
+    config = config_class(**(values | changes))
+    if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):
+        # How half a head is divided among the axes of a picture; the default fits the heads of a large model.
+        rope = config.rope_parameters
+        for part in [one for one in rope.values() if isinstance(one, dict)] or [rope]:  # for each kind of layer
+            half = int(8 * part.get("partial_rotary_factor", 1)) // 2
+            part["mrope_section"] = [half - half // 4 * 2, half // 4, half // 4]
+    return config
 
 
 def tiny_model(

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..core.families import FAMILIES, family_of, text_config
+from ..core.families import FAMILIES, RENAMED, family_of, text_config
 from ..core.norm import scale_parameter
 from ..core.record import ARCHITECTURE_PREFIX, record
 
 
 def register() -> None:
-    """Registers the protected names of all architectures that both vLLM and the table of families support."""
+    """Registers the protected names of all architectures that both vLLM and the table of families support.
+
+    Not those whose pre-norms have other names in checkpoints, where `scaled` would not find them.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
     from vllm import ModelRegistry
 
-    for name in {names[family] for family in FAMILIES if family in names} & set(ModelRegistry.get_supported_archs()):
+    known = {names[family] for family, row in FAMILIES.items() if family in names and row.no_dropping != RENAMED}
+    for name in known & set(ModelRegistry.get_supported_archs()):
         protected = ARCHITECTURE_PREFIX + name
         ModelRegistry.register_model(protected, f"{__name__}:{protected}")
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_lnscale import fold_ln_scaling, ln_scales
-from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED
+from hf_lnscale.core.families import FAMILIES, KNOWN_UNSUPPORTED, NO_DROPPING
 from hf_lnscale.pruning.probe import propose_from, tiny_model
 
 TEXT = kinds.text_kinds()
@@ -61,6 +61,8 @@ def test_the_table_is_what_the_probe_finds(text):
     found = propose_from(kinds.model_class(KINDS[text]), config)
     if text not in FAMILIES:
         assert found.no_scaling == KNOWN_UNSUPPORTED[text]
+        assert found.no_dropping
+        assert (found.no_dropping == found.no_scaling) == (text not in NO_DROPPING)
         return
     row = FAMILIES[text]
     assert found.family is not None

@@ -131,7 +131,7 @@ def test_changed(change, run_python, tmp_path):
 
 @pytest.mark.slow
 def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
-    """`_load_and_finalize_distributed_pretrained_model` came with 5.20."""
+    """`_load_and_finalize_distributed_pretrained_model` came with 5.20; all others are in the oldest release."""
     code = """
     import sys, transformers
     from transformers.distributed import mixin
@@ -139,6 +139,7 @@ def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
         if isinstance(cls, type) and "_load_and_finalize_distributed_pretrained_model" in vars(cls):
             del cls._load_and_finalize_distributed_pretrained_model
     transformers.__version__ = RELEASE
+    MORE
     import hf_lnscale, tiny
     try:
         print(hf_lnscale.ln_scales(tiny.model(ln_scaling=True))[3])
@@ -146,6 +147,11 @@ def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
         print(error)
     del sys.modules["hf_lnscale"]
     """
-    assert run_python(code.replace("RELEASE", "'5.16.1'"), plugin=False).strip() == "0.5"
-    refused = run_python(code.replace("RELEASE", "'5.23.0'"), plugin=False)
-    assert "PreTrainedModel._load_and_finalize_distributed_pretrained_model is missing" in refused
+
+    def run(release, more=""):
+        return run_python(code.replace("RELEASE", repr(release)).replace("MORE", more), plugin=False).strip()
+
+    assert run("5.16.1") == "0.5"
+    assert "PreTrainedModel._load_and_finalize_distributed_pretrained_model is missing" in run("5.23.0")
+    refused = run("5.16.1", "del transformers.PreTrainedConfig.get_mtp_config")
+    assert "PreTrainedConfig.get_mtp_config is missing" in refused

@@ -105,6 +105,10 @@ def test_propose_family_gives_the_row_or_the_reason():
     found = propose_family(tf.Olmo2ForCausalLM(tf.Olmo2Config(**tiny._BASE)))
     assert "normalizes the output of attention and MLP" in found.no_scaling
     assert str(found).endswith("layers can be dropped")
+    with torch.device("meta"):
+        t5, glm4v = tf.T5Model(tf.T5Config()), tf.Glm4vTextModel(tf.Glm4vTextConfig())
+    assert str(propose_family(t5)) == f"t5: no row: {families.ENCODER_DECODER}"
+    assert str(propose_family(glm4v)) == "hf_lnscale.register_family('glm4v_text', depth_fields=())"
     with pytest.raises(UnsupportedArchitectureError, match="Linear contains no transformers model"):
         propose_family(torch.nn.Linear(2, 2))
     with torch.device("meta"):

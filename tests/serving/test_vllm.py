@@ -1,6 +1,9 @@
 """What vLLM is given. That it serves the same tokens is seen by `make serve-test`, which installs it."""
 
+import dataclasses
+import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import AutoConfig
 
 import tiny
 from hf_lnscale import apply_ln_scaling, fold_ln_scaling
+from hf_lnscale.core.families import FAMILIES, RENAMED
 from hf_lnscale.serving.vllm import register, scaled
 
 
@@ -33,6 +37,20 @@ def test_a_layer_behind_the_last_one_is_left_alone():
     model = apply_ln_scaling(tiny.model("deepseek_v3"))
     weights = [(f"model.layers.{layer}.input_layernorm.weight", torch.ones(4)) for layer in (3, 4)]
     assert [float(weight[0]) for _, weight in scaled(weights, model.config)] == [0.5, 1.0]
+
+
+def test_what_is_registered(monkeypatch):
+    """Families of the table that vLLM has, but for those whose norms it would not find in a checkpoint."""
+    seen = []
+    registry = SimpleNamespace(
+        get_supported_archs=lambda: ["LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM", "Unknown"],
+        register_model=lambda name, where: seen.append((name, where)),
+    )
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setitem(FAMILIES, "mistral", dataclasses.replace(FAMILIES["mistral"], no_dropping=RENAMED))
+    register()
+    names = ["LNSLlamaForCausalLM", "LNSQwen2ForCausalLM"]
+    assert sorted(seen) == [(name, f"hf_lnscale.serving.vllm:{name}") for name in names]
 
 
 def test_the_entry_point():
@@ -112,3 +130,35 @@ def test_another_vllm_gets_no_scaled_checkpoint(tmp_path, run_python):
     assert "and vllm 9.9: HFConfigParser.parse has the parameters self, source" in refused
     tiny.model().save_pretrained(tmp_path / "plain")
     assert "llama LlamaForCausalLM" in run_python(CODE, tmp_path, tmp_path / "plain", plugin=True)
+
+
+SGLANG = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sglang.srt.utils.hf_transformers.config import get_config
+for path in sys.argv[2:]:
+    try:
+        print(*get_config(path, trust_remote_code=False).architectures)
+    except (ValueError, RuntimeError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_sglang_in_the_same_process_is_refused_what_it_would_lose(tmp_path, run_python):
+    package = tmp_path / "sglang" / "srt" / "utils" / "hf_transformers"
+    package.mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").write_text("__version__ = '9.9'")
+    models = {"plain": {}, "scaled": {"ln_scaling": True}, "partial": {"drop_mlp": [1]}}
+    for name, flags in models.items():
+        tiny.model(**flags).save_pretrained(tmp_path / name)
+    folders = [tmp_path / name for name in models]
+    body = "(model, trust_remote_code, **kwargs):\n    return AutoConfig.from_pretrained(model)"
+    answers = {"get_config": "serve what hf-lnscale export writes", "another": "config.get_config is missing"}
+    for function, expected in answers.items():
+        (package / "config.py").write_text(f"from transformers import AutoConfig\ndef {function}{body}")
+        code = SGLANG.replace("import get_config", f"import {function} as get_config")
+        plain, *refused = run_python(code, tmp_path, *folders, plugin=True).splitlines()
+        assert plain == "LlamaForCausalLM"
+        assert len(refused) == 2
+        assert all(expected in line for line in refused), refused
