@@ -41,12 +41,15 @@ def command_of(function: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-# Runs a script that exits when its standard input closes, that is, when the parent process ends.
+# Runs a script that exits when its standard input closes, that is, when the parent process ends. What it imports, even
+# from the standard library, must not come from the current folder.
 _FOLLOW = """
-import os, runpy, sys, threading
+import sys
+sys.path[:] = filter(None, sys.path)
+import os, runpy, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 sys.argv = sys.argv[1:]
-sys.path[:] = [os.path.dirname(sys.argv[0]), *filter(None, sys.path)]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

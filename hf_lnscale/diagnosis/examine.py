@@ -21,7 +21,7 @@ from ..core.errors import ArgumentError
 from ..core.record import DROPPED, get_ln_scaling, record
 from ..core.stack import Stack, text_stack
 from ..measuring.known_text import caution, sequences_of
-from ..measuring.losses import MOST_NATS, MeanLoss, sweep
+from ..measuring.losses import MOST_NATS, MeanLoss, sweep, why_not_finite
 from ..measuring.split_model import SplitModel
 from ..measuring.stream_pass import Streamed, measure_stream
 from ..measuring.text import TOKEN_IDS, Batch, TokenBatches, Windows, token_batches
@@ -184,20 +184,12 @@ def _require_sound(stack: Stack, streamed: Streamed) -> None:
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
-            raise ArgumentError("model", problem=f"{where} is not finite in {_dtype(stack)}; {_remedy(stack)}")
+            raise ArgumentError(
+                "model", problem=f"{where} is not finite in {_dtype(stack)}; {why_not_finite(stack.model)}"
+            )
         if place and not typical:
             problem = f"{where} is zero for a token; check that the model is trained"
             raise ArgumentError("model", problem=problem)
-
-
-def _remedy(stack: Stack) -> str:
-    """Advice for values that are not finite."""
-    for name, weight in stack.model.named_parameters():
-        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
-            return f"the weight {name} is not finite"
-    if stack.model.dtype == torch.float16:
-        return "load the model in bfloat16 or float32"
-    return "its activations overflow"
 
 
 def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
@@ -322,7 +314,7 @@ def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]
         if not bad:
             continue
         # In some models the embedding of the padding token is zero.
-        reason = "a token's state before it is zero" if "ratio" in name else _remedy(stack)
+        reason = "a token's state before it is zero" if "ratio" in name else why_not_finite(stack.model)
         notes.append(f"{name}: not finite in layers {', '.join(str(one['layer']) for one in bad)}; {reason}")
         for one in bad:
             one[name] = None

@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from ..core.errors import ArgumentError
 from ..measuring.known_text import caution
-from ..measuring.losses import MOST_NATS, token_losses
+from ..measuring.losses import MOST_NATS, token_losses, why_not_finite
 from ..measuring.split_model import require_known_ids
 from ..measuring.stream import eval_mode
 from ..measuring.text import added_beginning, documents, window_length
@@ -303,7 +303,7 @@ def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere:
         targets_N = encoded[window.document].ids[window.first : window.end + 1]
         values = token_losses(logits_NV, targets_N).double().cpu()
         if not values.isfinite().all():
-            problem = f"the outputs of {model.config.name_or_path!r} are not finite; another dtype may help"
+            problem = f"the outputs of {model.config.name_or_path!r} are not finite; {why_not_finite(model)}"
             raise ArgumentError("model", problem=problem)
         yield values
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..core.display import brief
 from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
 from ..pruning import checkpoint_layers
@@ -65,8 +66,17 @@ def add_note(path: Path, base: PreTrainedConfig) -> None:
 
 
 def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Restores the original `peft_type` in the dict of an adapter_config.json, in place."""
-    if isinstance(kind := adapter.get("peft_type"), str):
+    """Restores the original `peft_type` in the dict of an adapter_config.json, in place.
+
+    Raises:
+        ValueError: if the note that belongs to it is missing.
+    """
+    if isinstance(kind := adapter.get("peft_type"), str) and kind.endswith(TRIPWIRE):
+        if note(adapter) is None:
+            raise ValueError(
+                f"auto_mapping[{NOTE!r}], which describes the adapter's base, is missing in its adapter_config.json: "
+                f"auto_mapping is {brief(adapter.get('auto_mapping'))}"
+            )
         adapter["peft_type"] = kind.removesuffix(TRIPWIRE)
     return adapter
 

@@ -88,6 +88,8 @@ HOOKS = (
     ),
     # A module-level function: the only one that writes a model's safetensors files and their metadata.
     Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", "tensors filename"),
+    # torch.distributed.checkpoint imports it for each safetensors file: `save_pretrained(distributed_checkpoint=True)`.
+    Hook(MODELS, "safetensors.torch:", "save", "saving:save_file", "tensors metadata"),
     # Private: loads torch.distributed.checkpoint checkpoints by tensor name, bypassing `_load_pretrained_model`. Before
     # 5.20, from_pretrained does not support such checkpoints.
     Hook(

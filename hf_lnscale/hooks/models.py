@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -234,8 +235,9 @@ def load_pretrained_model(original: Original, /, *args: Any, **kwargs: Any) -> A
 
 
 def load_distributed(original: Original, /, self: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> Any:
-    config = self.config
-    if record(config).dropped and checkpoint_layers.positions_on_disk(config, saved_config(config, folder)) is not None:
+    config, saved = self.config, functools.cache(lambda: saved_config(self.config, folder))
+    require_same_checkpoint(map(str, sorted(Path(folder).glob("*.safetensors"))), saved)
+    if record(config).dropped and checkpoint_layers.positions_on_disk(config, saved()) is not None:
         raise ValueError(
             f"drop_layers: layers cannot be dropped while loading the distributed checkpoint {str(folder)!r}; "
             "load the whole model and use hf_lnscale.drop_layers(model, layers)"

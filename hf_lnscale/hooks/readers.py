@@ -24,8 +24,10 @@ from ..core.apply import set_ln_scaling_step
 from ..core.display import brief
 from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
-from ..core.record import DROPPED, MARK, SUBLAYERS, Dropped, is_flagged, is_used, mark, record, scaled_alike
+from ..core.norm import ScaledNorm
+from ..core.record import MARK, SUBLAYERS, Dropped, Record, is_flagged, is_used, mark, record, scaled_alike
 from ..core.stack import own_stack, pretrained_modules
+from ..core.warnings import warn
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
@@ -39,10 +41,10 @@ STATE_FILE = "hf_lnscale.json"
 def save_to_state_dict(
     original: Original, /, self: PreTrainedModel, destination: Any, prefix: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Stores what the model lacks in the metadata that torch keeps in a state dict, next to its keys."""
+    """Stores a model's scale and cut in the metadata that torch keeps in a state dict, next to its keys."""
     original(self, destination, prefix, *args, **kwargs)
-    if (dropped := record(self.config).dropped) and hasattr(destination, "_metadata"):
-        destination._metadata[prefix[:-1]][MARK] = dropped.to_dict()
+    if (found := record(self.config).to_dict()) and hasattr(destination, "_metadata"):
+        destination._metadata[prefix[:-1]][MARK] = found
 
 
 def load_from_state_dict(
@@ -62,18 +64,24 @@ def load_from_state_dict(
 def require_loadable(self: PreTrainedModel, state_dict: Any, prefix: str, local_metadata: Any) -> None:
     """Refuses a state with different layers than the model, whose names in the state begin with `prefix`.
 
+    A different scale is only warned of: weights that were never trained have none of their own.
+
     Raises:
         CheckpointError: if its metadata says so, or if it has more layers than a cut model.
     """
-    if MARK in local_metadata and (saved := record({DROPPED: local_metadata[MARK]}).dropped):
-        if stack := own_stack(self):
-            _require_own_state(self, len(stack.layers), saved)
-    elif record(self.config).dropped and (stack := own_stack(self)):
-        # This state dict has no record; if it has more layers than the model, it belongs to another one.
+    saved, stack = record(local_metadata.get(MARK)), own_stack(self)
+    if stack is None:
+        return
+    if saved.dropped:
+        _require_own_state(self, len(stack.layers), saved.dropped)
+    elif record(self.config).dropped:
+        # This state dict has no record of layers; if it has more than the model, it belongs to another one.
         layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
         found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
         if max(found, default=0) >= len(stack.layers):
             raise _of_another_model(self, f"the state_dict has a layer {max(found)}")
+    if saved != Record() and not _scaled_like(self.config, saved):
+        _warn_of_other_scale("the state_dict", mark(saved), self)
 
 
 def set_base_state(original: Original, /, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,6 +170,8 @@ def require_models(models: Sequence[torch.nn.Module], folder: str) -> None:
     """Refuses models whose scales or cuts differ from those recorded beside the weights in a folder."""
     path = Path(folder, STATE_FILE)
     if not path.is_file():
+        for model in models:
+            _warn_if_unmarked(f"the state in {folder!r}", [model])
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -207,6 +217,8 @@ def require_own_checkpoint(wanted: Mapping[str, Any], metadata: Any) -> None:
                 raise _of_another_model(model, f"the checkpoint has a layer {there[prefix]}")
     if models and stored and not any(_like(model.config, one) for model in models[1:] for one in stored):
         _require_like(models[0].config, stored, "the checkpoint was", models[0])
+    elif not stored and metadata.planner_data is not None:  # None if the storage does not keep it
+        _warn_if_unmarked("the checkpoint", models)
 
 
 def _require_like(config: PreTrainedConfig | None, stored: Iterable[str], what: str, model: torch.nn.Module) -> None:
@@ -220,9 +232,32 @@ def _require_like(config: PreTrainedConfig | None, stored: Iterable[str], what: 
 
 def _like(config: PreTrainedConfig | None, stored: str) -> bool:
     """Whether a model matches a mark, ignoring the step of a warmup, which advances."""
-    own, other = record(config), record(json.loads(stored))
-    same = (own.folded, own.dropped) == (other.folded, other.dropped)
+    other = record(json.loads(stored))
+    return record(config).dropped == other.dropped and _scaled_like(config, other)
+
+
+def _scaled_like(config: PreTrainedConfig | None, other: Record) -> bool:
+    same = record(config).folded == other.folded
     return same and (other.active is None if config is None else scaled_alike(config, other.active))
+
+
+def _warn_if_unmarked(what: str, models: Sequence[torch.nn.Module]) -> None:
+    """Warns if weights without a mark, such as those of plain models, are about to be loaded into scaled models."""
+    if models and all(record(_config_of(model)).folded or _is_scaled(model) for model in models):
+        _warn_of_other_scale(what, "no recorded scale", models[0])
+
+
+def _is_scaled(model: torch.nn.Module) -> bool:
+    """Whether a scale has an effect; at the start of a warmup it has none yet."""
+    return any(isinstance(part, ScaledNorm) and float(part.ln_scale) != 1 for part in model.modules())
+
+
+def _warn_of_other_scale(what: str, saved: str, model: torch.nn.Module) -> None:
+    warn(
+        f"{what} was saved by a model with {saved}, but this {type(model).__name__} has "
+        f"{mark(record(_config_of(model)))}. If its weights are trained, their layers expect the scale that they were "
+        "trained with: build the model with the same ln_scaling"
+    )
 
 
 def _models_of(state: Mapping[str, Any]) -> list[PreTrainedModel]:

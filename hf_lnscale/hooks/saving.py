@@ -62,7 +62,7 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
 
 
 def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-    """Wraps `save_file` of safetensors to mark the weights of a model with a scale or a cut."""
+    """Wraps `save_file` and `save` of safetensors to mark the weights of a model with a scale or a cut."""
     if (own := _mark.get()) is not None:
         kwargs["metadata"] = {**(kwargs.get("metadata") or {}), MARK: own}
     return original(*args, **kwargs)

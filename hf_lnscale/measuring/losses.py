@@ -36,6 +36,16 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < MOST_NATS else math.inf
 
 
+def why_not_finite(model: nn.Module) -> str:
+    """The reason why values computed by a model are not finite, or what to do about it."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            return f"the weight {name} is not finite"
+    if any(weight.dtype == torch.float16 for weight in model.parameters()):
+        return "load the model in bfloat16 or float32"
+    return "its activations overflow"
+
+
 def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token in nats, shape (N,), computed in at least float32."""
     size = max(1, _UPCAST_LOGITS // logits_NV.shape[1] if logits_NV.device.type == "cpu" else len(logits_NV))

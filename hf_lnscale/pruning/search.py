@@ -24,7 +24,7 @@ from ..core.record import SUBLAYERS
 from ..core.stack import text_stack
 from ..core.sublayers import Unit
 from ..measuring.known_text import sketch
-from ..measuring.losses import layer_of, losses_by_source, losses_of_sets, perplexity_of, sweep
+from ..measuring.losses import layer_of, losses_by_source, losses_of_sets, perplexity_of, sweep, why_not_finite
 from ..measuring.text import TokenBatches
 from .cut import counting_layers, droppable_units
 from .heal import Healer, HealReport
@@ -125,6 +125,8 @@ class _Search:
         self.before = perplexity_of(self.baseline.mean)
         if not math.isfinite(self.before):
             problem = f"its perplexity on the held-out data is {self.before}, so nothing can be compared with it"
+            if not math.isfinite(self.baseline.mean):
+                problem += f"; {why_not_finite(model)}"
             raise ArgumentError("model", problem=problem)
         if not math.isclose(self.log.values.setdefault("before", self.before), self.before, rel_tol=1e-3):
             raise OtherSearchError("resume", resume, problem="belongs to another model, with a different perplexity")

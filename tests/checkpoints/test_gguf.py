@@ -53,6 +53,16 @@ def saved(tmp_path_factory):
     return folder
 
 
+def test_no_code_of_the_current_folder_is_run(saved, converter, tmp_path, monkeypatch):
+    """Neither by what starts the converter, nor by the converter, which finds the modules beside it."""
+    for name in ("json", "runpy", "threading", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the current folder was run')")
+    (converter / "conversion.py").touch()
+    (converter / "convert_hf_to_gguf.py").write_text(CONVERTER + "import conversion, runpy, threading")
+    monkeypatch.chdir(tmp_path)
+    assert export_gguf(saved / "plain", tmp_path / "model.gguf", converter=converter, progress=False).is_file()
+
+
 @pytest.mark.parametrize(("name", "content"), [("plain", "plain"), ("folded", "folded"), ("scaled", "folded")])
 def test_the_converter_gets_a_plain_checkpoint(name, content, saved, converter, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment_with_flags()["PYTHONPATH"])  # as under hf-lnscale run

@@ -299,6 +299,18 @@ def test_an_empty_text_is_said_before_anything_is_measured(cli, folder, tmp_path
     assert err.splitlines()[0].startswith("hf-lnscale: --data 'empty.txt' contains no text")
 
 
+@pytest.mark.slow
+def test_tables_fit_into_80_columns(cli, folder, tmp_path, monkeypatch):
+    for name in ("COLUMNS", "TERMINAL_WIDTH"):
+        monkeypatch.setenv(name, "80")
+    given = (folder / "plain", "--data", folder / "text.txt", "--seq-len", 32)
+    monkeypatch.chdir(tmp_path)
+    out, _ = cli("diagnose", *given, "--compare", folder / "plain", "--no-plots", "--out", "out")
+    out += cli("evaluate", folder / "plain", *given, "--no-speed")[0]
+    assert "│" in out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+
+
 def test_evaluate_the_current_folder(cli, folder, monkeypatch):
     monkeypatch.chdir(folder / "plain")
     found = json.loads(cli("evaluate", ".", "--data", folder / "text.txt", "--no-speed", "--seq-len", 32, "--json")[0])

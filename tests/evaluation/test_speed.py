@@ -37,6 +37,7 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     """With a `typer.py` in the current folder, which must not be run."""
     (tmp_path / "typer.py").write_text("raise SystemExit('code of the current folder was run')")
     (tmp_path / "json.py").write_text("raise SystemExit('code of the current folder was run')")
+    (tmp_path / "statistics.py").write_text("raise SystemExit('code of the current folder was run')")
     monkeypatch.chdir(tmp_path)
     tiny.model(max_position_embeddings=64, drop_layers=[1]).save_pretrained(tmp_path / "cut")
     started, turns = speed._started, []

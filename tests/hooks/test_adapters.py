@@ -132,6 +132,17 @@ def test_an_adapter_on_another_base_is_refused(which, tmp_path):
         assert [name for name, _ in others.named_modules()] == names
 
 
+@pytest.mark.parametrize("mapping", [3, "x", [1], None, {}, {"other": 1}, {"hf_lnscale": None}])
+def test_a_note_that_is_lost(mapping, tmp_path):
+    """What is left in `peft_type` says that there was one."""
+    adapter_of(tmp_path, "both by keyword")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": mapping}))
+    for load in (*LOADERS.values(), lambda path: PeftModel.from_pretrained(base(tmp_path, "both by keyword"), path)):
+        with pytest.raises(ValueError, match=r"auto_mapping\['hf_lnscale'\].* is missing in its adapter_config\.json"):
+            load(tmp_path / "adapter")
+
+
 def dropped(model):
     return {**(getattr(model.config, "dropped_layers", None) or {}), "base": ""}
 

@@ -12,6 +12,7 @@ import peft.tuners.xlora.model
 import peft.utils.hotswap
 import peft.utils.loftq_utils
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from packaging.version import Version
@@ -53,6 +54,7 @@ HOOKED = {
     (PreTrainedModel, "_load_pretrained_model"),
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"),
     (modeling_utils, "safe_save_file"),
+    (safetensors.torch, "save"),
     (PreTrainedModel, "_save_to_state_dict"),
     (PreTrainedModel, "_load_from_state_dict"),
     (AveragedModel, "update_parameters"),
@@ -108,6 +110,7 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     import sys
     import accelerate
     import accelerate.utils.bnb
+    import safetensors.torch
     import peft.tuners.lora.model
     import peft.tuners.xlora.model
     import peft.utils.hotswap
@@ -121,7 +124,7 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     from transformers.integrations.peft import PeftAdapterMixin
     classes = (PreTrainedConfig, PreTrainedModel, PeftAdapterMixin, Trainer, modeling_utils)
     classes += (PeftModel, _BaseAutoPeftModel, PeftConfigMixin, PeftMixedModel, _SafetensorLoader, AveragedModel)
-    classes += (DefaultLoadPlanner, DefaultSavePlanner, accelerate.Accelerator)
+    classes += (DefaultLoadPlanner, DefaultSavePlanner, accelerate.Accelerator, safetensors.torch)
     classes += (peft, peft.utils, peft.utils.save_and_load)
     classes += (peft.utils.hotswap, peft.tuners.xlora.model, peft.tuners.lora.model)
     classes += (accelerate, accelerate.big_modeling, accelerate.utils, accelerate.utils.bnb, accelerate.utils.modeling)
@@ -224,6 +227,7 @@ SIGNATURES = {
     (PreTrainedModel, "_load_and_finalize_distributed_pretrained_model"): ["self", "distributed_checkpoint_dir"],
     (PreTrainedModel, "_save_to_state_dict"): ["self", "destination", "prefix", "keep_vars"],
     (PreTrainedModel, "_load_from_state_dict"): ["self", "state_dict", "prefix"],
+    (safetensors.torch, "save"): ["tensors", "metadata"],
     (AveragedModel, "update_parameters"): ["self", "model"],
     (PeftAdapterMixin, "load_adapter"): ["self", "peft_model_id", "adapter_name"],
     (Trainer, "train"): ["self", "resume_from_checkpoint"],

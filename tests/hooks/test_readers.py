@@ -421,6 +421,74 @@ def test_the_distributed_checkpoint_of_a_plain_model_is_as_without_the_plugin(tm
     assert equal(torch.load(tmp_path / "converted.pt")["model"], weights(plain))
 
 
+# What reads weights that say no scale, as those of a plain model do, and whether they may have been trained without it.
+UNMARKED = {
+    "scaled": ({"ln_scaling": True}, True),
+    "in a warmup": ({"ln_scaling": IN_WARMUP}, True),
+    "folded": ({"ln_scaling": True}, True),
+    "at the start of a warmup": ({"ln_scaling": {"warmup_steps": 4}}, False),
+    "plain": ({}, False),
+}
+
+
+@pytest.mark.parametrize("case", UNMARKED)
+@pytest.mark.parametrize("how", ["torch", "accelerate"])
+def test_weights_of_a_plain_model_are_warned_of_by_a_scaled_one(how, case, tmp_path, recwarn, nothing_else_in_memory):
+    """As from_pretrained(..., ln_scaling=True) does of a plain checkpoint: it loads, and is a cold switch."""
+    flags, warned = UNMARKED[case]
+    plain = build(0)
+    if how == "torch":
+        distributed.save(plain.state_dict(), checkpoint_id=tmp_path)
+    else:
+        accelerated(tmp_path, plain)
+    expected = weights(plain)
+    del plain
+    gc.collect()
+    model = build(1, **flags)
+    if case == "folded":
+        hf_lnscale.fold_ln_scaling(model)
+    if how == "torch":
+        distributed.load(model.state_dict(), checkpoint_id=tmp_path)
+    else:
+        accelerated(tmp_path, model, load=True)
+    assert equal(weights(model), expected)
+    said = [warning for warning in recwarn if "saved by a model with no recorded scale" in str(warning.message)]
+    assert [warning.filename for warning in said] == [__file__] * warned
+
+
+# A scale in the metadata of a state_dict, and whether the model that reads it does the same with trained weights.
+OTHER_SCALES = {
+    "the same": ({"ln_scaling": True}, {"ln_scaling": True}, False),
+    "another step of the warmup": (*RIGHT["another step of the warmup"], False),
+    "another exponent": (*WRONG["another exponent"], True),
+    "into a plain model": ({"ln_scaling": True}, {}, True),
+    "a plain model's, which has no metadata": ({}, {"ln_scaling": True}, False),
+    "scaled and cut": ({"ln_scaling": True, "drop_layers": [1]}, {"drop_layers": [1]}, True),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCALES)
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_a_state_of_another_scale_is_warned_of(case, through_a_file, tmp_path, recwarn):
+    """And loaded: models that are compared may start from the same weights, which were never trained."""
+    there, here, warned = OTHER_SCALES[case]
+    saved, model = build(0, **there), build(1, **here)
+    state = saved.state_dict()
+    if through_a_file:
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    get_peft_model(model, LoraConfig()).base_model.model.load_state_dict(state, strict=False)
+    said = [warning for warning in recwarn if "the state_dict was saved by a model with {" in str(warning.message)]
+    assert [warning.filename for warning in said] == [__file__] * warned
+
+
+def test_the_state_of_a_model_before_it_was_folded_is_warned_of(recwarn):
+    model = build(0, ln_scaling=True)
+    before = copy.deepcopy(model.state_dict())
+    hf_lnscale.fold_ln_scaling(model).load_state_dict(before)
+    assert sum('ln_scaling_folded": {"depths": [1, 2, 3, 4]' in str(warning.message) for warning in recwarn) == 1
+
+
 # --- lm-eval ---------------------------------------------------------------------------------------------------------
 
 

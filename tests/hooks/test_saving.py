@@ -1,6 +1,7 @@
 """Weights and configuration belong together: after kills, when files are mixed, when a model is loaded by its name."""
 
 import copy
+import inspect
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_lnscale
+import processes
 import tiny
 
 KILLS = int(os.environ.get("KILLS", "8"))
@@ -142,6 +144,42 @@ def test_a_save_that_fails_at_once_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def save_shards(rank, port, folder):
+    """Each of two processes writes its shard: the model that is there, then the same with its scale folded."""
+    from transformers.distributed import DistributedConfig
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(folder / "one file", distributed_config=DistributedConfig(fsdp_size=2))
+    for name in ("old", "new"):
+        model.save_pretrained(folder / name, distributed_checkpoint=True, is_main_process=rank == 0)
+        if name == "old":
+            hf_lnscale.fold_ln_scaling(model)
+    torch.distributed.destroy_process_group()
+    processes.leave()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "distributed_checkpoint" not in inspect.signature(LlamaForCausalLM.save_pretrained).parameters,
+    reason="transformers has it from 5.20 on",
+)
+@pytest.mark.filterwarnings("error:the checkpoint was saved by a model with")
+def test_shards_of_two_processes_know_their_model(tmp_path):
+    model = scaled()
+    model.save_pretrained(tmp_path / "one file")
+    torch.multiprocessing.spawn(save_shards, (processes.free_port(), tmp_path), nprocs=2)
+    for name, scale in (("old", [1.0, 2**-0.5, 3**-0.5, 0.5]), ("new", [1.0] * 4)):
+        assert len(list((tmp_path / name).glob("shard-*.safetensors"))) == 2
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert hf_lnscale.ln_scales(again) == pytest.approx(scale)
+        torch.testing.assert_close(logits(again), logits(model))
+    shutil.copy(tmp_path / "old/config.json", tmp_path / "new")
+    with pytest.raises(ValueError, match=r"shard-.* was saved by a model with .*ln_scaling_folded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "new")
 
 
 # --- loaded again by name ---------------------------------------------------------------------------------------------

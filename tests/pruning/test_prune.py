@@ -110,9 +110,10 @@ def test_the_method_that_heals_writes_what_it_says(checkpoint, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_prune_is_not_in_the_way(checkpoint, text, tmp_path):
+@pytest.mark.parametrize("content", ["", '{"key": {"method": {"search": "greedy"}}, "steps": []}'])
+def test_an_interrupted_prune_is_not_in_the_way(content, checkpoint, text, tmp_path):
     record = tmp_path / ".out.search.json"
-    record.write_text(json.dumps({"key": {"method": {"search": "greedy"}}, "steps": []}))
+    record.write_text(content)
     run(checkpoint, "--data", text, "--layers", 1, "--seq-len", 16, "--out", tmp_path / "out")
     assert not record.exists()
 
