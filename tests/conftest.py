@@ -35,6 +35,7 @@ THEIRS = [
         "transformers does not find gguf's release",
     ),
     (r"test_hf_finds_the_command", "huggingface-hub<1.6", "hf runs extensions that are one script"),
+    (r"test_trl_sft", "trl<1.15", "trl's scripts drop model_init_kwargs"),
     (r"the_probe_finds\[git\]", "transformers<5.17", "a cache gives a random GIT other outputs"),
     (r"own_beyond_a_sliding_window", "transformers<5.18", "the end of assisted generation"),
     (r"test_an_adapter_that_transformers_holds", "transformers>=5.24 peft<0.22", "add_adapter asks for PEFT 0.22"),

@@ -164,9 +164,9 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> Any:
         kwargs["dtype"] = dtype_name(kwargs["dtype"])
     name, where = locate(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
-    if where:
+    if where and (quantizer := getattr(loaded, "hf_quantizer", None)):  # none in transformers 5.16
         # The weights are dequantized, but transformers still treats the model as quantized and refuses to save it.
-        loaded.hf_quantizer.remove_quantization_config(loaded)
+        quantizer.remove_quantization_config(loaded)
     return loaded.eval()
 
 

@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from packaging.version import Version
 from typer import Argument, Option
 
 from ..core.processes import environment_with_flags
+from ..core.warnings import warn
 
 # Programs (first part of their names) that read the configuration with transformers but the weights themselves, and
 # would silently lose the scale of a scaled checkpoint.
@@ -38,6 +42,10 @@ def command_line(program: str, arguments: Sequence[str] = (), *, module: bool = 
             f"{named!r} reads weights itself and would silently lose the scale of a checkpoint; write a plain one with "
             f"hf-lnscale export, and run {name} on that without hf-lnscale run"
         )
+    if name == "trl":
+        with suppress(PackageNotFoundError):
+            if Version(release := version("trl")) < Version("1.15"):
+                warn(f"the scripts of trl {release} ignore model_init_kwargs, and with it the flags; trl 1.15 does not")
     if module:
         return [sys.executable, "-m", program, *arguments]
     if program.endswith(".py"):

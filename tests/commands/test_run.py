@@ -105,6 +105,14 @@ def test_lm_eval(work, expected):
             )
 
 
+@pytest.mark.parametrize(("release", "told"), [("1.14.2", True), ("1.15.0", False)])
+def test_the_flags_that_trl_s_scripts_would_drop(release, told, monkeypatch, recwarn):
+    """Without an error: `model_init_kwargs` of the YAML is replaced, as test_trl_sft sees with such a release."""
+    monkeypatch.setattr("hf_lnscale.commands.run.version", lambda name: release)
+    command_line("trl", ["sft"], module=True)
+    assert any(f"trl {release} ignore model_init_kwargs" in str(one.message) for one in recwarn) == told
+
+
 @pytest.mark.slow
 def test_trl_sft(work, expected):
     """`trl` starts accelerate, which starts the script."""
