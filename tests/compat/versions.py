@@ -84,7 +84,8 @@ def install(name: str, interpreter: str, torch: str) -> tuple[Path, Path]:
     steps = (
         # Without dependencies, as in the Makefile: the build for a CPU, or for this machine's CUDA, is chosen once.
         [*pip, "--no-deps", f"torch=={torch}"],
-        [*pip, *constraints, f"torch=={torch}", *wanted],
+        # A new environment comes with an old setuptools, which torch 2.6 does not ask to be newer.
+        [*pip, "--upgrade", *constraints, f"torch=={torch}", *wanted],
         [*pip, "--no-deps", "--editable", ROOT],
     )
     for step in steps:
