@@ -57,6 +57,10 @@ from hf_lnscale.pruning.scores import score_layers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class NotApplicableError(Exception):
+    """A rule cannot make a cut of a model; its cell stays empty."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One cut; equal cuts are not made again."""
@@ -127,7 +131,9 @@ def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
 def block(model: Any, data: Data, count: int) -> list[int]:
     gone = score_layers(model, data.batches, "angular").lowest(count)
     if not gone[0]:
-        raise ValueError("the angular block begins with the first layer, so that there is no layer before it to repair")
+        raise NotApplicableError(
+            "the angular block begins with the first layer, so that there is no layer before it to repair"
+        )
     return gone
 
 
@@ -339,7 +345,7 @@ def main() -> None:
             started = time.process_time()
             try:
                 smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
-            except ValueError as error:  # the rule does not apply to this model
+            except NotApplicableError as error:
                 print(f"{row.rule} {row.layers}: {error}")
                 continue
             seconds = time.process_time() - started

@@ -277,9 +277,8 @@ def gradient_norms(model: LlamaForCausalLM, batches: Sequence[torch.Tensor]) -> 
         model.zero_grad()
         loss_of(model, ids).backward()
         for index, layer in enumerate(model.model.layers):
-            found[index] += torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm().item() / len(
-                batches
-            )
+            norm = torch.stack([weight.grad.norm() for weight in layer.parameters()]).norm()
+            found[index] += norm.item() / len(batches)
     model.zero_grad()
     return found.tolist()
 
