@@ -8,6 +8,17 @@ transformers:
     model = AutoModelForCausalLM.from_pretrained(name, drop_layers=[12, 14, 17])
 """
 
+import sys
+
+# `python -m hf_lnscale` puts the current folder first on the path, where a file such as typing.py would shadow the
+# library; isolated mode and `python -P` (Python 3.11) do not.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)] in ("hf_lnscale", "-mhf_lnscale")
+    and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
+):
+    del sys.path[0]
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

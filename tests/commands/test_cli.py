@@ -140,6 +140,30 @@ def test_help_and_completion_import_nothing_heavy(arguments, environment, tmp_pa
 # --- errors and exit codes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("module", [["-m", "hf_lnscale"], ["-mhf_lnscale"], ["-I", "-m", "hf_lnscale"]])
+def test_no_code_of_the_current_folder_is_run_as_a_module(module, folder, tmp_path):
+    """Before the interpreter has imported the package, only the modules that it starts with can be shadowed."""
+    for name in {*sys.stdlib_module_names, "huggingface_hub", "rich", "torch", "transformers", "typer", "yaml"}:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the current folder was run')")
+    done = subprocess.run(
+        [sys.executable, *module, "info", str(folder / "plain")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layers" in done.stdout
+
+
+def test_the_current_folder_stays_on_the_path_of_other_modules(tmp_path):
+    (tmp_path / "mine.py").write_text("import hf_lnscale, sys; print(sys.path[0])")
+    done = subprocess.run(
+        [sys.executable, "-m", "mine", "hf_lnscale"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == str(tmp_path)
+
+
 def test_an_error_is_a_line_and_a_hint(cli, tmp_path):
     out, err = cli("info", tmp_path / "nowhere", code=1)
     assert out == ""
