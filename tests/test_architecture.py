@@ -65,6 +65,7 @@ def shown(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
+@pytest.mark.slow
 def test_imports_run_downward():
     wrong = []
     for path in FILES:
@@ -98,6 +99,7 @@ def test_no_circle():
         visit(module)
 
 
+@pytest.mark.slow
 def test_no_private_name_crosses_a_file():
     wrong = [
         f"{shown(path)}: {'.'.join(module)}.{name}"

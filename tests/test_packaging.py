@@ -153,6 +153,7 @@ def test_make_names_a_python_that_is_too_old(fresh_checkout):
     assert not (fresh_checkout / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_make_names_what_could_not_be_installed(fresh_checkout):
     nothing = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
     said = run("make", "test", f"PYTHON={sys.executable}", cwd=fresh_checkout, fails=True, **nothing)

@@ -151,6 +151,7 @@ def write_config(folder, **keys):
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @examples(400)
 @given(value=scalings, key=st.sampled_from(["ln_scaling", "ln_scaling_folded"]))
 @example(value={"depths": [10**400] * LAYERS, "exponent": 0}, key="ln_scaling")
@@ -169,6 +170,7 @@ def test_scaling_in_a_config(folder, value, key):
     assert expected is None, "refused"
 
 
+@pytest.mark.slow
 @examples(400)
 @given(value=cuts)
 @example(value={"layers": [], "num_hidden_layers": 10**12})
@@ -186,6 +188,7 @@ def test_dropped_layers_in_a_config(folder, value):
     assert expected is None or value["num_hidden_layers"] > 10**6, "refused"
 
 
+@pytest.mark.slow
 @examples(100)
 @given(keys=nearly(ln_scaling=scalings, ln_scaling_folded=scalings, dropped_layers=cuts, _ln_scaling_on_disk=anything))
 def test_a_model_with_any_keys_is_right_or_refused(folder, keys):
@@ -215,6 +218,7 @@ def test_a_config_nested_deeply(key, depth, brackets, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @examples(100)
 @given(said=st.text(max_size=20) | nearly(ln_scaling=scalings, dropped_layers=cuts).map(json.dumps))
 @example(said="[" * DEEP)
@@ -249,6 +253,7 @@ fields = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @examples(400)
 @given(value=nearly(**fields) | st.fixed_dictionaries(dict.fromkeys(fields, st.nothing()) | fields))
 @example(value={"format": 1, "layers": [1], "model": PRINT, "perplexity": None})
@@ -295,6 +300,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @examples(60)
 @given(changes=nearly(key=anything, steps=STEPS, before=st.just(3.0)) | anything)
 def test_the_record_of_a_search(searched, changes):
@@ -313,6 +319,7 @@ def test_the_record_of_a_search(searched, changes):
 # --- adapters, diagnoses, evaluations, runs ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @examples(300)
 @given(
     mapping=anything
@@ -339,6 +346,7 @@ def diagnosis():
     return diagnose(tiny.model(), tiny.tokens(6, 12), progress=False)
 
 
+@pytest.mark.slow
 @examples(100)
 @given(data=st.data())
 def test_a_diagnosis(diagnosis, tmp_path_factory, data):
@@ -351,6 +359,7 @@ def test_a_diagnosis(diagnosis, tmp_path_factory, data):
         Diagnosis.load(file)
 
 
+@pytest.mark.slow
 @examples(100)
 @given(content=anything | nearly(markdown=st.text(), settings=nearly(versions=nearly(torch=st.just("2")))))
 def test_an_evaluation(folder, content):
@@ -361,6 +370,7 @@ def test_an_evaluation(folder, content):
     (folder / "evaluation.json").unlink()
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     content=anything
@@ -374,6 +384,7 @@ def test_scores(tmp_path_factory, content):
         LayerScores.load(file)
 
 
+@pytest.mark.slow
 @examples(200)
 @given(content=anything | nearly(weight_map=st.dictionaries(st.text(), st.text() | anything, max_size=3)))
 @example(content={"weight_map": {"a": "../plan.json"}})
@@ -415,6 +426,7 @@ def test_the_files_of_a_run(tmp_path_factory, name, content, raw):
         assert name == "metrics.json" or content["identity"] == one.identity
 
 
+@pytest.mark.slow
 @examples(200)
 @given(state=nearly(Callback=nearly(attributes=nearly(ln_scaling=scalings), args=anything)) | anything)
 def test_the_state_of_a_warmup(folder, state):
@@ -493,6 +505,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 @examples(30)
 @given(name=names)
 @example(name="</script><script>alert(1)</script>")

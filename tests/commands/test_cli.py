@@ -236,6 +236,7 @@ def test_an_error_of_this_package_needs_no_traceback(cli, folder, tmp_path):
     assert len(err.splitlines()) == 1, err
 
 
+@pytest.mark.slow
 def test_one_source_with_a_weight(cli, folder, tmp_path):
     (folder / "plain.gguf").mkdir(exist_ok=True)  # no file of weights
     text = f"{folder / 'text.txt'}:0.5"

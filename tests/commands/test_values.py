@@ -55,6 +55,7 @@ MODELS = {  # what is changed in the configuration and in the weights, what is s
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("which", MODELS)
 def test_models(which, verb, tmp_path, monkeypatch, cli):

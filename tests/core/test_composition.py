@@ -218,6 +218,7 @@ def kernel_forward(self, hidden_states):
 KERNELS = [(binding, order) for binding in ("attribute", "__dict__") for order in ("scale first", "kernel first")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("binding", "order"), [*KERNELS, ("compiled", "scale first")])
 def test_a_kernel_bound_to_the_norms(family, order, binding):

@@ -94,6 +94,7 @@ def test_scaled_equals_hooks_on_the_norms(text):
     assert torch.equal(logits(fold_ln_scaling(scaled)), got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", CUT)
 def test_dropped_equals_the_model_without_the_layers(text, tmp_path):
     whole = build(text)
@@ -130,6 +131,7 @@ def adds_nothing(_module, _args, output):
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "kind"),
     [(text, kind) for text in CUT for kind in ("attention", "mlp") if FAMILIES[text].sublayer(kind)[0]],

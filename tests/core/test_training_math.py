@@ -105,6 +105,7 @@ def rebound(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [False, True], ids=["", "forward rebound"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_that_of_the_scaled_function(setting, kernels, tmp_path):
@@ -179,6 +180,7 @@ def lora_run(tmp_path, folder, which, stop=None, resume=None):
     return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ln_scaling was")
 @pytest.mark.parametrize("which", BASES)
 def test_resumed_it_is_the_run_that_was_not_stopped(which, tmp_path):

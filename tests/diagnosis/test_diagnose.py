@@ -200,6 +200,7 @@ def test_memory_does_not_grow_with_the_batches(parts, ids):
 # --- with gradients, and without layers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_jacobians_are_near_the_exact_ones(family):
     ids = tiny.tokens(3, 5)

@@ -53,6 +53,7 @@ def test_an_exact_answer_is_what_greedy_decoding_gives(folder, monkeypatch):
     assert (found.value, found.stderr) == (0.5, pytest.approx(math.sqrt(0.3 / 6)))
 
 
+@pytest.mark.slow
 def test_copying_is_the_share_of_tokens_and_mmlu_the_likeliest_letter(folder):
     model, tokenizer = load(folder / "first")
     found = {one.task.split(",")[0]: one for one in abilities.ability_results(model, tokenizer, batch_size=8)}
@@ -126,6 +127,7 @@ def test_a_tokenizer_that_begins_no_text_is_refused_before_a_model_is_loaded(fol
         evaluate([tmp_path, folder / "second"], abilities=True, speed=False)
 
 
+@pytest.mark.slow
 def test_evaluate_compares_them(folder):
     found = evaluate([folder / "first", folder / "second"], abilities=True, speed=False, progress=False)
     table = found.markdown()
@@ -137,6 +139,7 @@ def test_evaluate_compares_them(folder):
     assert second["differences"]["tasks"]["copying tokens"]["paired"]
 
 
+@pytest.mark.slow
 def test_prune_says_what_evaluate_says(folder, tmp_path):
     """Of the whole model before the cut, and of the one that it writes; evaluate reads both from disk."""
     model, tokenizer = load(folder / "first")

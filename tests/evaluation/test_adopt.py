@@ -54,6 +54,7 @@ def trained(tmp_path_factory):
     return root, models
 
 
+@pytest.mark.slow
 def test_what_was_trained_with_it_is_marked(trained, tmp_path):
     root, models = trained
     (root / "lns/README.md").write_text("a card")
@@ -89,6 +90,7 @@ def test_what_was_trained_without_it_is_refused_with_both_figures(trained, tmp_p
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_no_difference_is_refused(trained, tmp_path):
     root, _ = trained
     with pytest.raises(ArgumentError, match="the difference may be chance"):

@@ -335,6 +335,7 @@ def test_tasks_against_the_models_themselves(folder, found):
     assert difference.stderr == pytest.approx(pairs.std().item() / math.sqrt(len(rows)))
 
 
+@pytest.mark.slow
 def test_the_scaled_checkpoint_is_measured_scaled(folder, found):
     scaled = tf.AutoModelForCausalLM.from_pretrained(folder / "scaled")
     expected = perplexity(scaled, folder / "text.txt", byte_tokenizer(), seq_len=64, progress=False)
@@ -354,6 +355,7 @@ def test_figures(folder, found):
     assert one.speed.peak_bytes >= one.speed.load_peak_bytes > 10**8
 
 
+@pytest.mark.slow
 def test_json_and_markdown(found, tmp_path):
     content = json.loads(found.save(tmp_path / "new" / "found.json").read_text())
     assert content["reference"].endswith("plain")

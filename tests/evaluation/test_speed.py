@@ -65,6 +65,7 @@ def test_two_checkpoints_in_turn(checkpoint, tmp_path, monkeypatch):
     assert turns == ["cut", "whole", "whole", "cut"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="compares with /proc/self/statm")
 def test_peak_memory_is_in_bytes(run_python):
     """What is in use at the moment is counted by the kernel in pages; the peak is no less, and here little more."""

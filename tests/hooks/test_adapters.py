@@ -103,6 +103,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", BASES)
 def test_an_adapter_comes_back_on_its_base(which, tmp_path):
     expected = adapter_of(tmp_path, which)
@@ -115,6 +116,7 @@ def test_an_adapter_comes_back_on_its_base(which, tmp_path):
     assert torch.equal(logits(given), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", BASES)
 def test_an_adapter_on_another_base_is_refused(which, tmp_path):
     """Every other base than its own, by PEFT and by transformers; the base stays as it was."""

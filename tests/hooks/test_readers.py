@@ -94,6 +94,7 @@ def test_the_whole_models_weights_are_refused_by_a_cut_one(how, whole):
         LOADERS[how](model, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", LOADERS)
 def test_a_cut_models_own_weights_are_loaded(how, whole, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1])
@@ -160,6 +161,7 @@ def accelerated(folder, *models, load=False):
     accelerator.free_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["scaled", "another step of the warmup", "cut", "without attention", "plain"])
 def test_the_state_of_a_loop_of_accelerate(case, tmp_path):
     there, here = RIGHT[case]
@@ -170,6 +172,7 @@ def test_the_state_of_a_loop_of_accelerate(case, tmp_path):
     assert (tmp_path / "hf_lnscale.json").exists() == (case != "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["a scale, into a plain model", "another exponent", "another layer", "another attention"]
 )

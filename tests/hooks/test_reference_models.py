@@ -65,6 +65,7 @@ def settings(cls, tmp_path, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("policy", MAKE, indirect=True)
 def test_the_first_loss_of_dpo_is_ln_2(policy, peft, tokenizer, tmp_path):

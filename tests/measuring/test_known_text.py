@@ -41,6 +41,7 @@ def test_hashes_are_those_of_distinct_passages(english):
     assert passages(english).max() < 1 << 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_estimate_is_the_exact_share(part, seed, english):

@@ -25,6 +25,7 @@ RUNS = [(method, heal, 1) for method in (*SEARCH_METHODS, "sublayers") for heal 
 
 
 # Beside the default sources twice as much is fitted and judged.
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "heal", "more"), [*RUNS, ("best_of", "linear", 2)])
 def test_the_work_of_a_search(method, heal, more):
     """Tokens through decoder layers and through the head, counted by hooks."""

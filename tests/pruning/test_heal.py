@@ -127,6 +127,7 @@ def quietly(model: nn.Module, layers, data=None, **options) -> HealReport:
     return heal(model, layers, data, progress=False, **({"method": "linear"} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LINEAR)
 def test_healed_weights_are_the_fitted_map_in_every_family(family):
     # One whose multiplier is 1 by default would not show whether it is heeded.
@@ -419,6 +420,7 @@ def test_what_is_missing_inside_layers_is_made_up_for_by_the_mlp_before_its_end(
         assert report.perplexity_after == pytest.approx(perplexity(expected, ids, [6]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite", "qwen2_moe", "phi3"])
 def test_healed_without_sublayers_it_is_as_good_as_said_and_no_source_is_worse(family):
     model = speaker(family)
@@ -456,6 +458,7 @@ def test_at_both_ends_of_the_model(layers, mlp, changed):
     assert perplexity(model, ids) == pytest.approx(report.perplexity_after)
 
 
+@pytest.mark.slow
 def test_healed_without_sublayers_saved_and_read_in_another_process(tmp_path, run_python):
     model, ids = speaker(), tiny.tokens(2, 8)
     text = text_of(model)

@@ -62,6 +62,7 @@ def assert_same_model(got, expected):
     assert torch.equal(got.generate(tiny.tokens(2, 6), **settings), expected.generate(tiny.tokens(2, 6), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_equals_deletion(variant, tmp_path):
     """Loaded without the layers, dropped in memory, saved and loaded again: the model with the modules deleted."""

@@ -314,6 +314,7 @@ def test_a_target_that_the_model_meets_already_is_refused(goal):
         hf_lnscale.prune(model(), tiny.tokens(8, 16), progress=False, **goal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goal", [{"num_layers": 2}, {"max_perplexity_increase": 0.5}])
 def test_no_set_is_healed_twice_in_the_same_way(goal, monkeypatch):
     """Proposals are healed quickly, and in full the set that won, in place."""
@@ -446,6 +447,7 @@ def test_in_memory():
     assert math.exp(losses[0]) == pytest.approx(said, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_memory_by_size_and_by_name():
     total = sum(p.numel() for p in model().parameters())
     layer = sum(p.numel() for p in model().model.layers[0].parameters())

@@ -145,6 +145,7 @@ def test_layers_that_do_nothing_have_distance_zero(ids):
     assert score_layers(model, ids, progress=False).scores.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("method", "tokens"),
@@ -283,6 +284,7 @@ def loss_without(model, batches, removed=()):
     return losses_by_source(model, token_batches(batches), removed).mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sweeps_are_as_deleted(family, ids):
     # Not to the last bit: some routers of experts are in single precision.
@@ -306,6 +308,7 @@ def test_sweeps_are_as_deleted(family, ids):
     assert min(found.values()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sweeps_are_bit_for_bit_as_deleted(family, ids):
     """In the precision that models run in: the decoder's output, for in the head the parts may differ by rounding."""

@@ -109,6 +109,7 @@ def test_what_is_far_worse_before_healing_is_not_healed():
     assert [one["layers"] for one in step["tried"]] == [[2, 3, 4, 5], [1, 2, 3, 4]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SEARCH_METHODS)
 def test_every_method_gives_the_same_plan_again(method, tmp_path):
     first, second = (plan(num_layers=2, method=method) for _ in range(2))
@@ -125,6 +126,7 @@ def test_a_part_is_held_out_of_the_data():
     assert found.perplexity == plan(num_layers=1).perplexity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", [None, "linear"])
 def test_a_budget_is_kept_on_held_out_data(heal):
     full = model()
@@ -262,6 +264,7 @@ def test_cache_is_estimated_in_any_mode(setting):
     assert full.training == (setting == "gradient checkpointing")
 
 
+@pytest.mark.slow
 def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
     """Of layers 1 and 4, without which the others cannot generate, the search leaves one; or says why it cannot."""
     types = ["full_attention" if layer in (1, 4) else "linear_attention" for layer in range(6)]
@@ -287,6 +290,7 @@ def test_a_hybrid_keeps_a_layer_that_counts_tokens(monkeypatch):
         plan(full, num_layers=2, method="block_influence")
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     whole = plan(num_layers=3)
     sweeps = []

@@ -60,6 +60,7 @@ def logits(model, tokens=None):
 # --- the draft ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_draft_is_the_model_without_the_layers(family):
     model = tiny.model(family, ln_scaling=True)
@@ -72,6 +73,7 @@ def test_a_draft_is_the_model_without_the_layers(family):
     assert torch.equal(draft.generate(tiny.tokens(2, 5), **GREEDY)[:, :12], written_by(oracle, tiny.tokens(2, 5), 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in STATEFUL])
 def test_the_text_is_the_models_own(family):
     model = tiny.model(family, ln_scaling=True)
@@ -81,6 +83,7 @@ def test_the_text_is_the_models_own(family):
     assert torch.equal(model.generate(prompt, **GREEDY), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "ministral"])
 def test_the_text_is_the_models_own_beyond_a_sliding_window(family):
     model = tiny.model(family, sliding_window=6)
@@ -184,6 +187,7 @@ def test_hidden_states_are_the_drafts():
     assert len(model(tiny.tokens(), output_hidden_states=True).hidden_states) == 5
 
 
+@pytest.mark.slow
 def test_lora():
     model = tiny.model(ln_scaling=True)
     lora = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
@@ -242,6 +246,7 @@ def test_methods_bound_to_modules_are_bound_to_the_drafts():
     assert torch.equal(logits(draft), logits(skipping(model, [0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_model_that_accelerate_dispatched(place, tmp_path):
     tiny.model(ln_scaling=True).save_pretrained(tmp_path / "model")
@@ -275,6 +280,7 @@ def test_sampling():
     assert not torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.slow
 def test_sampling_keeps_the_models_distribution():
     """The first two tokens over a vocabulary of four, after a draft that is often wrong."""
     model = tiny.model(vocab_size=4, pad_token_id=0, bos_token_id=1, eos_token_id=None)

@@ -100,6 +100,7 @@ def assert_adds_nothing(cut, zero):
         assert torch.equal(generated(cut, **settings), generated(zero, **settings)), settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_equals_the_model_whose_sublayer_adds_nothing(variant, tmp_path):
     family, changes = tiny.VARIANTS[variant]
@@ -123,6 +124,7 @@ def test_equals_the_model_whose_sublayer_adds_nothing(variant, tmp_path):
     assert again.config.get_text_config().dropped_layers == cut.config.get_text_config().dropped_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next", "mixtral"])
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_every_layer_may_lose_it_at_once_or_in_steps(family, kind, tmp_path):
@@ -171,6 +173,7 @@ def test_sliding_windows_beyond_their_size():
     assert_adds_nothing(cut, zero)
 
 
+@pytest.mark.slow
 def test_with_dropped_layers_all_three_count_the_model_that_is_loaded(tmp_path):
     full = tiny.model(num_hidden_layers=6)
     full.save_pretrained(tmp_path / "full")
@@ -209,6 +212,7 @@ def test_flags_given_at_once_mean_the_same_in_any_order(order, how):
     assert config.num_hidden_layers == 3
 
 
+@pytest.mark.slow
 def test_a_layer_that_loses_both_is_dropped(tmp_path):
     full = tiny.model()
     full.save_pretrained(tmp_path / "full")
@@ -408,6 +412,7 @@ def test_an_optimizer_that_holds_the_sublayer_is_refused():
     assert drop_layers(model, mlp=[1]) is model
 
 
+@pytest.mark.slow
 def test_resuming_with_other_sublayers_is_refused(tmp_path):
     def trainer(**drop):
         arguments = TrainingArguments(
@@ -440,6 +445,7 @@ def test_what_other_commands_say(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", config=tiny.config(), drop_mlp=[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "olmo2"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_filled_with_zeros_it_is_a_plain_checkpoint_with_the_same_outputs(family, scaled, tmp_path):
@@ -500,6 +506,7 @@ def test_folded_on_disk_its_scale_is_gone_and_its_sublayers_still_are(tmp_path):
         export(tmp_path / "folded", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_what_measures_and_prunes_works_on_it():
     cut = drop_layers(tiny.model(num_hidden_layers=6), attention=[1], mlp=[3])
     ids = tiny.tokens(8, 16)
@@ -535,6 +542,7 @@ def weight(model, cache_tokens):
     return params if not cache_tokens else 4 * (params + cache_tokens * sum(held))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_tokens", [0, 4096])
 def test_chosen_one_by_one_by_loss_for_what_is_saved(cache_tokens):
     """Against models from which the parts are really taken out."""
@@ -580,6 +588,7 @@ SIZED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIZED)
 def test_the_sizes_in_a_plan_are_those_of_the_model_without_its_units(family):
     """Its cache as well, of more tokens than a window has, each layer's a whole one."""
@@ -602,6 +611,7 @@ def test_the_sizes_in_a_plan_are_those_of_the_model_without_its_units(family):
         assert sizes["cache_bytes"][1] == sum(one.numel() * one.element_size() for one in held)
 
 
+@pytest.mark.slow
 def test_a_plan_of_sublayers_is_dropped_and_saved(tmp_path):
     model, ids = tiny.loud(dtype=torch.float32), tiny.tokens(8, 16)
     goal = {"target_memory": weight(model, 4096) - 1, "cache_tokens": 4096}
@@ -651,6 +661,7 @@ def test_a_budget_that_is_never_spent_ends_at_one_layer():
     assert len(plan.layers) == 2
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_layer_is_chosen_as_a_layer():
     """Its last sub-layer cannot go alone, so that the last layer of all does not go with it."""
     model, ids = drop_layers(tiny.model(num_hidden_layers=2), attention=[0]), tiny.tokens(8, 16)

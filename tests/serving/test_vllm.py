@@ -16,6 +16,7 @@ from hf_lnscale.core.families import FAMILIES, RENAMED
 from hf_lnscale.serving.vllm import register, scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_are_those_of_a_folded_checkpoint(family, dtype, tmp_path):

@@ -128,6 +128,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_what_the_assistant_says_is_learned_and_nothing_else(name, folder):
     row, expected = ROWS[name]

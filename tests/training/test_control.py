@@ -56,6 +56,7 @@ def gap(one, other):
     return mean, (len(tokens) / (len(tokens) - 1) * residuals.square().sum()).sqrt().item()
 
 
+@pytest.mark.slow
 def test_the_gap_to_the_whole_model_before_and_after(tmp_path, here):
     assert recipe.run("heal", *words(here, tmp_path / "out", "--drop_layers", 1)) == 0
     found = recipe.metrics(tmp_path / "out")
@@ -78,6 +79,7 @@ def test_the_gap_to_the_whole_model_before_and_after(tmp_path, here):
     assert "gap other before" in card
 
 
+@pytest.mark.slow
 def test_a_control_is_trained_as_that_model_would_be_alone(tmp_path, here):
     assert recipe.run("continue_pretrain", *words(here, tmp_path / "alone", "--learning_rate", 1e-3)) == 0
     more = ("--learning_rate", 1e-3, "--drop_layers", 1, "--control")
@@ -87,6 +89,7 @@ def test_a_control_is_trained_as_that_model_would_be_alone(tmp_path, here):
     assert found["whole_model"] == "model, trained equally"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_compared_with_the_same(tmp_path, here, monkeypatch, capsys):
     out, more = tmp_path / "out", ("--drop_layers", 1, "--control", "--save_steps", 3)
     assert recipe.run("heal", *words(here, out, *more)) == 0

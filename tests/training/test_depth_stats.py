@@ -132,6 +132,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip_tokens", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_against_float64(case, skip_tokens, tmp_path):
@@ -367,6 +368,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
         DepthStatsCallback(trainer(tiny.model(), examples(), tmp_path, callback=False), **arguments)
 
 
+@pytest.mark.slow
 def test_the_plot(tmp_path):
     runs = {}
     for name, keywords in {"Pre-LN": {}, "LNS": {"ln_scaling": True}}.items():

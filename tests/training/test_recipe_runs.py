@@ -38,6 +38,7 @@ def state(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(tmp_path, here, capsys):
     out, resume = tmp_path / "out", ["--resume_from_checkpoint", "true"]
     assert recipe.run("continue_pretrain", *words(here, out, *resume)) == 0
@@ -64,6 +65,7 @@ def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here)
         assert recipe.run("continue_pretrain", *words(here, tmp_path / "out", *more)) == 0
 
 
+@pytest.mark.slow
 def test_a_healed_model_knows_the_text_that_it_was_healed_on(tmp_path, here):
     more = ("--drop_layers", 1, "--packing", "false")
     with pytest.warns(UserWarning, match="name the unpruned model with --teacher"):
@@ -80,6 +82,7 @@ def test_a_healed_model_knows_the_text_that_it_was_healed_on(tmp_path, here):
     assert known_text(trained.config) is None
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_that_is_finished(tmp_path, here, capsys):
     out = tmp_path / "out"
     more = ["--max_steps", -1, "--per_device_train_batch_size", 64, "--resume_from_checkpoint", "true"]
@@ -92,6 +95,7 @@ def test_a_run_of_epochs_that_is_finished(tmp_path, here, capsys):
     assert recipe.metrics(out)["steps"] == 2 * steps
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_trains_no_more(tmp_path, here):
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert recipe.run("continue_pretrain", *words(here, whole)) == 0
@@ -128,6 +132,7 @@ def test_early_stopping_needs_evaluations(tmp_path, here, capsys):
     assert "early_stopping_patience requires --eval_strategy" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_samples_are_what_the_model_writes(tmp_path, here):
     out = tmp_path / "out"
     more = ["--dataset_name", here / "chat.jsonl", "--chat_template_path", "chatml", "--max_length", 96]

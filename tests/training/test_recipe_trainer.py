@@ -91,6 +91,7 @@ SETTINGS = [
 CASES = [*(("llama", settings) for settings in SETTINGS), ("gemma2", SETTINGS[0]), ("gemma2", SETTINGS[3])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=str)
 def test_training_trains_the_scaled_model(settings, family, tmp_path):
     """The weights after three steps are those of a plain model whose norms' outputs are scaled by hooks."""

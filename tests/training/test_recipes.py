@@ -74,6 +74,7 @@ def eval_loss(model, reader, texts: list[str]) -> float:
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ln_scaling", [True, False])
 def test_pretrain(ln_scaling, tmp_path, here):
     held_out = recipe.text_rows(45)[40:]
@@ -126,6 +127,7 @@ def test_continue_pretrain_of_a_scaled_checkpoint_keeps_its_scale(tmp_path, here
     assert ln_scales(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))[3] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["chat", "pairs", "parquet"])
 def test_sft(data, tmp_path, here):
     words = ["--model_name_or_path", here / "scaled", "--chat_template_path", "chatml", *SMALL, "--max_length", 64]
@@ -156,6 +158,7 @@ def test_qlora(tmp_path, here):
     recipe.same_weights(tmp_path / "out", tmp_path / "evaluated")
 
 
+@pytest.mark.slow
 def test_heal_by_distillation_and_by_lora(tmp_path, here):
     common = [
         "--model_name_or_path",
@@ -184,6 +187,7 @@ def test_heal_by_distillation_and_by_lora(tmp_path, here):
     assert ln_scales(adapted) == pytest.approx([1, 3**-0.5, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", [False, True])
 def test_the_adapter_of_a_healed_cut_names_the_cut_as_its_base(control, tmp_path, here):
     """And not the whole model, which gets an adapter too if it is trained as a control."""
@@ -238,6 +242,7 @@ def no_plots(monkeypatch):
     monkeypatch.setattr("hf_lnscale.training.run_report._plot", lambda *told: [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path, here, monkeypatch, capsys):
@@ -268,6 +273,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path
         assert stopped[figure] == whole[figure], figure
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, monkeypatch):
     words = ["--num_hidden_layers", 2, "--vocab_size", 300, "--dataset_name", here / "text.jsonl", *SMALL]
@@ -415,6 +421,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
     assert "whose batch is 2" in refused("continue_pretrain", *words, "--gradient_accumulation_steps", 2, *resume)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_what_to_resume(tmp_path, here, capsys):
     """The last checkpoint that is complete, or one under any name; options are the same in YAML and as words."""

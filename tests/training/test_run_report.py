@@ -11,6 +11,7 @@ from recipe import SMALL
 pytestmark = pytest.mark.xdist_group("recipes")
 
 
+@pytest.mark.slow
 def test_tokens_per_second_leave_out_evaluations_and_earlier_sessions(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     recipe.save_model(tmp_path / "model")

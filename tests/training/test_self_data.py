@@ -86,6 +86,7 @@ def made(here, out, name, rows=BATCH + 4, model="model", **settings):
     return RecipeTrainer(model=load(drop_layers=[1]), **common), tokenizer, list(itertools.islice(train, rows))
 
 
+@pytest.mark.slow
 def test_the_whole_model_continues_the_texts(tmp_path, here):
     trainer, tokenizer, given = made(here, tmp_path / "out", "text")
     whole, cut = (
@@ -104,6 +105,7 @@ def test_the_whole_model_continues_the_texts(tmp_path, here):
         assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
 
 
+@pytest.mark.slow
 def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(tmp_path, here, capsys):
     count, length = len(CHATS), 320
     settings = {"model": "brief", "chat_template_path": "chatml", "max_length": length}
@@ -132,6 +134,7 @@ def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(t
     assert "First." in tokenizer.decode(asked)  # an earlier answer is part of the question
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert recipe.run("heal", *words(here, whole)) == 0
@@ -158,6 +161,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     assert said in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, here, monkeypatch, capsys):
     import hf_lnscale.training.self_data as module
 
@@ -188,6 +192,7 @@ def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, her
     recipe.same_weights(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_healing_on_chats(tmp_path, here):
     more = ("--dataset_name", here / "chat.jsonl", "--chat_template_path", "chatml", "--max_length", 320)
     more += ("--model_name_or_path", here / "brief")

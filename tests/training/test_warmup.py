@@ -380,6 +380,7 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["from the base", "from the checkpoint"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_resumed_half_way_equals_never_stopped(start, schedule, tmp_path):
@@ -488,6 +489,7 @@ def test_resumed_with_a_model_that_the_trainer_builds_anew(tmp_path):
     assert ln_scales(resumed.model) == FULL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 1])
 def test_lora_resumed(start, tmp_path):
     """An adapter's checkpoint has no config.json: the position is in that of the Trainer."""
@@ -521,6 +523,7 @@ def test_lora_resumed(start, tmp_path):
     assert isinstance(resumed.model, PeftModel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained", "resumed"),
     [
