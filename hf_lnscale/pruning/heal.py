@@ -102,7 +102,7 @@ def heal(
         data: calibration data accepted by `token_batches`: one source of text or several, with weights. A source of
             weight 0 is evaluated but not fitted. None uses English and Python code, see
             `measuring.sample.default_sources`; t then starts at the value that does best on each of these by a fit to
-            the other.
+            the other, among those that make neither worse.
         method: one of `METHODS`.
         held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
             the sequences of each source, and all sequences of sources of weight 0. In either case, if there is a

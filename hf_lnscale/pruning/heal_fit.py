@@ -311,8 +311,11 @@ class Repair:
         if lowest < before.mean:
             if self.careful:
                 changes = {name: self._left_out(name, moments, fit.ridge, _BLENDS, before) for name in names}
-                blend = min(_BLENDS, key=lambda fraction: sum(change[fraction] for change in changes.values()))
-            blend, after, reason = self._blended(fit, blend, after, before)
+            harmless = [part for part in _BLENDS if all(change[part] <= 0 for change in changes.values())]
+            reason = "the loss on text that was not fitted would be higher"
+            if harmless:
+                blend = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
+                blend, after, reason = self._blended(fit, blend, after, before)
             if not (reason or changes):
                 changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
         left_out = {name: 0.0 if reason else changes[name][blend] for name in names}

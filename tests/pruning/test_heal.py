@@ -638,7 +638,11 @@ def test_a_fit_that_makes_a_source_worse_is_moved_back():
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight.data, old + step.blend * change)
 
 
-def test_the_step_for_text_that_nobody_gave_is_the_best_on_each_source_left_out(monkeypatch):
+@pytest.mark.parametrize(
+    ("ways", "step_expected"), [((0.6, 0.6, 0.6), 0.25), ((1.0, 0.8, 0.6), 0.5), ((1.0, 1.0, 0.5), None)]
+)
+def test_the_step_for_text_that_nobody_gave_is_the_best_that_harms_no_source_left_out(ways, step_expected, monkeypatch):
+    """In the second case a larger one would be best on the mean; in the third, any harms a source."""
     model, removed = speaker(), [1, 2]
     ids = text_of(model, 24)
     moved, plain = copy.deepcopy(model), copy.deepcopy(model)
@@ -646,15 +650,18 @@ def test_the_step_for_text_that_nobody_gave_is_the_best_on_each_source_left_out(
     # What the model writes when it is moved some of the way, so little of it that fits to it differ.
     down, new = (m.model.layers[0].mlp.down_proj.weight.data for m in (model, moved))
     old, text, found = down.clone(), {}, {}
-    down.copy_(old + 0.6 * (new - old))
-    for seed, name in enumerate("abc", start=10):
+    for seed, (name, way) in enumerate(zip("abc", ways, strict=True), start=10):
+        down.copy_(old + way * (new - old))
         text[name] = text_of(model, 12, removed=removed, seed=seed)
     down.copy_(old)
     monkeypatch.setattr(heal_module, "default_sources", lambda: text)
     for data in (text, None):
         with Healer(model, data, method="linear").healed(removed, progress=False) as report:
             (step,), written, sources = report.steps, down.clone(), report.sources
-            found[data is None] = step.blend
+            found[data is None] = step.blend if step.kept else None
+    if ways[0] == 0.6:
+        assert found[False] == 1  # text that is given counts as it is
+    assert found[True] == step_expected
     rows = {}
     for name, one in text.items():
         (target, _), (out, u) = states(plain, one[:9], 2), states(plain, one[:9], 0, removed)
@@ -662,20 +669,28 @@ def test_the_step_for_text_that_nobody_gave_is_the_best_on_each_source_left_out(
 
     def fit(names):
         x, z = (torch.cat([rows[name][i] for name in names]) for i in (0, 1))
-        return ridge_regression(x, z, step.ridge)
+        return ridge_regression(x, z, 3.0)
 
-    blends, losses = (1.0, 0.5, 0.25, 0.125), {}
+    changes: dict[float, dict[str, float]] = {blend: {} for blend in (1.0, 0.5, 0.25, 0.125)}
+    unhealed = {name: math.log(perplexity(plain, text[name][9:], removed)) for name in text}
     for name in text:
         others = fit(text.keys() - {name})
-        for blend in blends:
-            losses[name, blend] = math.log(perplexity(with_map(plain, 0, blend * others), text[name][9:], removed))
-    best = min(blends, key=lambda blend: sum(losses[name, blend] for name in text))
-    # Text that is given counts as it is.
-    assert found == {False: 1.0, True: best}
-    assert best < 1
-    torch.testing.assert_close(written, old + best * fit(text).T @ old)
+        for blend, change in changes.items():
+            healed = perplexity(with_map(plain, 0, blend * others), text[name][9:], removed)
+            change[name] = math.log(healed) - unhealed[name]
+    on_the_mean = min(changes, key=lambda blend: sum(changes[blend].values()))
+    harmless = [blend for blend, change in changes.items() if max(change.values()) <= 0]
+    best = min(harmless, key=lambda blend: sum(changes[blend].values()), default=None)
+    assert best == step_expected
+    assert (best == on_the_mean) == (ways[0] == 0.6)
+    expected = old
+    if best:
+        assert step.ridge == 3.0
+        expected = old + best * fit(text).T @ old
+    torch.testing.assert_close(written, expected)
     for name in text:
-        assert sources[name].perplexity_left_out == pytest.approx(math.exp(losses[name, best]))
+        change = changes[best][name] if best else 0.0
+        assert sources[name].perplexity_left_out == pytest.approx(math.exp(unhealed[name] + change))
 
 
 def test_prune_without_a_text_takes_that_step_too(monkeypatch):
