@@ -31,10 +31,8 @@ Python files.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import random
 import statistics
@@ -49,15 +47,16 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from judging import DEVICE, Records
 from rich.console import Console
 from rich.table import Table
 from scheme_models import SCHEMES, build, set_progress
+from timing import one_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lnscale
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
 # The seed whose Pre-LN and LNS models are examined, and that of the deeper models.
@@ -141,9 +140,6 @@ class Run:
     seed: int
     steps: int
     text: str
-
-
-Records = dict[Run, dict[str, Any]]
 
 
 class Text(NamedTuple):
@@ -313,7 +309,7 @@ class Queue:
         records: the results so far; the caller adds each run before asking for the next.
     """
 
-    def __init__(self, size: str, text: str, records: Records) -> None:
+    def __init__(self, size: str, text: str, records: dict[Run, dict[str, Any]]) -> None:
         self.size, self.text, self.records = size, text, records
 
     def run(self, setting: str, scheme: str, rate: float, seed: int = 0, layers: int | None = None) -> Run:
@@ -448,8 +444,8 @@ def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> It
 
 
 def main(
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
-    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; repeatable.")] = [*PARTS],  # noqa: B006
+    size: Annotated[str, one_of(SIZES)] = "small",
+    part: Annotated[list[str], one_of(PARTS, "One of {}; repeatable.")] = [*PARTS],  # noqa: B006
     data: Annotated[
         list[Path], typer.Option(help="A text file, or a folder of Python files; repeatable.", exists=True)
     ] = [],  # noqa: B006
@@ -458,25 +454,16 @@ def main(
     jobs: Annotated[int, typer.Option(help="Number of parallel runs, each in its own process.", min=1)] = 1,
     only_tables: Annotated[bool, typer.Option("--only-tables", help="Print the tables without training.")] = False,
 ) -> None:
-    if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
-    for one in part:
-        if one not in PARTS:
-            raise typer.BadParameter(f"{one!r} is not one of {', '.join(PARTS)}", param_hint="--part")
     if steps is not None:
         SIZES[size] = SIZES[size]._replace(steps=steps)
     text = read_text(data, SIZES[size].vocabulary)
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    records = {Run(**line["run"]): line["found"] for line in lines}
+    records = Records(out, Run)
     queue = Queue(size, text.name, records)
     console = Console(width=140)
     console.print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {DEVICE}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     for stage in () if only_tables else (stage for name in part for stage in queue.part(name)):
         for run, found in trained([run for run in dict.fromkeys(stage) if run not in records], text, jobs):
-            records[run] = found
-            with out.open("a") as file:
-                file.write(json.dumps({"run": dataclasses.asdict(run), "found": found}) + "\n")
+            records.add(run, found)
             what = f"{run.setting} {run.scheme}, {run.layers} layers, rate {run.rate:g}, seed {run.seed}"
             console.print(f"{what}: {found['loss']:.4f} in {found['seconds']:.0f} s")
     for table in tables(queue):

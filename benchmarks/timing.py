@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import typer
+from judging import DEVICE
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lnscale
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Name: hidden size, MLP size, heads, layers, vocabulary; from 130M on as in the paper (arXiv 2502.05795, table 8).
 SIZES = {
     "tiny": (64, 192, 2, 4, 1024),
