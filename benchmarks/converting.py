@@ -37,6 +37,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import transformers
 import typer
+from judging import Records
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -171,38 +172,93 @@ def windows(text: Path, settings: Settings) -> list[torch.Tensor]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def run(
-    model: LlamaForCausalLM, callbacks: list[TrainerCallback], train_NT: torch.Tensor, held_out_NT: torch.Tensor,
-    steps: int, learning_rate: float, settings: Settings, seed: int, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Trains in place, as the paper does at scale, and measures.
+@dataclass(frozen=True)
+class Run:
+    """A training run of a way, or of the "base" or "base-lns" that it starts from."""
 
-    `history` holds (step, evaluation loss) at the start and then eight times.
+    way: str
+    seed: int
+
+
+class Bench:
+    """The runs of a folder.
+
+    Args:
+        out: the folder.
+        settings: those of all runs.
+        data: the first, second and held-out parts; may be empty if nothing is trained.
     """
-    start = time.perf_counter()
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), max_steps=steps, seed=seed, per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch, learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10,
-        adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, eval_strategy="steps", eval_steps=max(1, steps // 8),
-        eval_on_start=True, logging_strategy="no", save_strategy="no", report_to="none",
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, disable_tqdm=not sys.stderr.isatty(),
-    )  # fmt: skip
-    measured_NT = some_of(held_out_NT, settings)
-    data = ([{"input_ids": ids, "labels": ids} for ids in windows_NT] for windows_NT in (train_NT, measured_NT))
-    trainer = Trainer(model, arguments, None, *data, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    found = hf_lnscale.diagnose(model, measured_NT, jacobian=False, progress=False)
-    return {
-        "evaluation_loss": loss(model, held_out_NT, settings.batch),
-        "loss_on_its_own_part": loss(model, some_of(train_NT, settings), settings.batch),
-        "residual_variance": [place["variance_without_first"] for place in found.residual],
-        "loss_added_by_removing_each_layer": found.values("loss_added"),
-        "scales": hf_lnscale.ln_scales(model),
-        "history": [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
-        "seconds": time.perf_counter() - start,
-    }
+
+    def __init__(self, out: Path, settings: Settings, data: list[torch.Tensor]) -> None:
+        self.out, self.settings, self.data = out, settings, data
+        self.records = Records(out / "runs.jsonl", Run)
+
+    def convert(self, name: str, seed: int) -> None:
+        """Trains one of the ways, unless this is done."""
+        if (run := Run(name, seed)) not in self.records:
+            base = self.base(seed, "base-lns" if name == FROM_THE_START else "base")
+            model, callbacks = ways(self.settings)[name].convert(base, self.settings)
+            self.train(run, model, callbacks, self.data[1], self.settings.steps, self.settings.learning_rate)
+
+    def base(self, seed: int, name: str) -> Path:
+        """The base checkpoint, trained if it does not exist yet."""
+        path, settings = self.out / f"seed-{seed}" / name, self.settings
+        if (run := Run(name, seed)) not in self.records:
+            set_seed(seed)
+            config = LlamaConfig(
+                vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=settings.mlp,
+                num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+                max_position_embeddings=settings.window, use_cache=False, ln_scaling=name == "base-lns",
+            )  # fmt: skip
+            model = LlamaForCausalLM(config)
+            self.train(run, model, [], self.data[0], settings.base_steps, settings.base_learning_rate, path)
+        return path
+
+    def train(
+        self, run: Run, model: LlamaForCausalLM, callbacks: list[TrainerCallback], train_NT: torch.Tensor, steps: int,
+        learning_rate: float, save: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Trains in place, as the paper does at scale, measures, and adds the figures to the records.
+
+        `history` holds (step, evaluation loss) at the start and then eight times.
+        """
+        start, settings = time.perf_counter(), self.settings
+        arguments = TrainingArguments(
+            output_dir=str(self.out / "trainer"), max_steps=steps, seed=run.seed,
+            per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+            learning_rate=learning_rate, lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10, adam_beta2=0.95, weight_decay=0.0,
+            max_grad_norm=1.0, eval_strategy="steps", eval_steps=max(1, steps // 8), eval_on_start=True,
+            logging_strategy="no", save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False, disable_tqdm=not sys.stderr.isatty(),
+        )  # fmt: skip
+        held_out_NT, measured_NT = self.data[2], self.some_of(self.data[2])
+        rows = ([{"input_ids": ids, "labels": ids} for ids in windows_NT] for windows_NT in (train_NT, measured_NT))
+        trainer = Trainer(model, arguments, None, *rows, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        if save:
+            shutil.rmtree(save, ignore_errors=True)
+            model.save_pretrained(save)
+        found = hf_lnscale.diagnose(model, measured_NT, jacobian=False, progress=False)
+        figures = {
+            "evaluation_loss": loss(model, held_out_NT, settings.batch),
+            "loss_on_its_own_part": loss(model, self.some_of(train_NT), settings.batch),
+            "residual_variance": [place["variance_without_first"] for place in found.residual],
+            "loss_added_by_removing_each_layer": found.values("loss_added"),
+            "scales": hf_lnscale.ln_scales(model),
+            "history": [(entry["step"], entry["eval_loss"]) for entry in log],
+            "seconds": time.perf_counter() - start,
+        }
+        self.records.add(run, figures)
+        shown = f"loss {figures['evaluation_loss']:.4f}, {figures['seconds']:.0f} s"
+        print(time.strftime("%H:%M:%S"), f"seed {run.seed}, {run.way}: {shown}", flush=True)
+
+    def some_of(self, windows_NT: torch.Tensor) -> torch.Tensor:
+        """Some of the windows, spread evenly."""
+        count = min(self.settings.measured_windows, len(windows_NT))
+        return windows_NT[torch.linspace(0, len(windows_NT) - 1, count).long()]
 
 
 @torch.no_grad()
@@ -213,64 +269,7 @@ def loss(model: LlamaForCausalLM, windows_NT: torch.Tensor, batch: int) -> float
     return sum(losses) / len(windows_NT)
 
 
-def some_of(windows_NT: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Some of the windows, spread evenly."""
-    return windows_NT[torch.linspace(0, len(windows_NT) - 1, min(settings.measured_windows, len(windows_NT))).long()]
-
-
-def run_base(data: list[torch.Tensor], settings: Settings, seed: int, folder: Path, ln_scaling: bool) -> Path:
-    """The base checkpoint, trained if it does not exist yet."""
-    path = folder / ("base-lns" if ln_scaling else "base")
-    if path.with_suffix(".json").exists():
-        return path
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=settings.mlp,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-        max_position_embeddings=settings.window, use_cache=False, ln_scaling=ln_scaling,
-    )  # fmt: skip
-    model, rate = LlamaForCausalLM(config), settings.base_learning_rate
-    found = run(model, [], data[0], data[2], settings.base_steps, rate, settings, seed, folder)
-    shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path)
-    write(path.with_suffix(".json"), found)
-    log(f"seed {seed}, {path.name}: loss {found['evaluation_loss']:.4f}, {found['seconds']:.0f} s")
-    return path
-
-
-def run_way(name: str, way: Way, data: list[torch.Tensor], settings: Settings, seed: int, folder: Path) -> None:
-    path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-    if path.exists():
-        return
-    base = run_base(data, settings, seed, folder, ln_scaling=name == FROM_THE_START)
-    model, callbacks = way.convert(base, settings)
-    found = run(model, callbacks, data[1], data[2], settings.steps, settings.learning_rate, settings, seed, folder)
-    write(path, {"way": name, "seed": seed, **found})
-    log(f"seed {seed}, {name}: loss {found['evaluation_loss']:.4f}, {found['seconds']:.0f} s")
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-def log(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
-
-
 # --- results --------------------------------------------------------------------------------------------------------
-
-
-def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]]]:
-    """The finished runs: from the name of the way (or "base") to the seed to its figures."""
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ["base", *ways(settings)]}
-    for folder in sorted(out.glob("seed-*")):
-        seed = int(folder.name.removeprefix("seed-"))
-        for path in sorted(folder.glob("*.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
-            name = run.get("way", path.stem)
-            if name in found:
-                found[name][seed] = run
-    return {name: runs for name, runs in found.items() if runs}
 
 
 def against(runs: dict[int, dict[str, Any]], plain_runs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
@@ -281,8 +280,12 @@ def against(runs: dict[int, dict[str, Any]], plain_runs: dict[int, dict[str, Any
     return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
 
 
-def report(out: Path, settings: Settings) -> None:
-    found = collect(out, settings)
+def report(bench: Bench) -> None:
+    out, settings = bench.out, bench.settings
+    runs = sorted(bench.records.items(), key=lambda one: one[0].seed)
+    names = ["base", *ways(settings)]
+    found = {name: {run.seed: figures for run, figures in runs if run.way == name} for name in names}
+    found = {name: runs for name, runs in found.items() if runs}
     half, seeds = settings.layers // 2, sorted({seed for runs in found.values() for seed in runs})
     table = Table(
         "way", "seeds", "evaluation loss (± sd)", "against plain (± se)",
@@ -311,7 +314,8 @@ def report(out: Path, settings: Settings) -> None:
         summary[name] = {"against_plain": difference, "runs": runs}
     Console(width=150).print(table)
     versions = {module.__name__: module.__version__ for module in (hf_lnscale, transformers, torch)}
-    write(out / "results.json", {"settings": asdict(settings), "versions": versions, "ways": summary})
+    results = {"settings": asdict(settings), "versions": versions, "ways": summary}
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     plot({name: found[name] for name in ways(settings) if name in found}, settings, out / "converting.png")
     print(f"{out / 'results.json'}, {out / 'converting.png'}")
 
@@ -369,22 +373,19 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(ways(settings))}", param_hint="--way")
     saved = out / "settings.json"
     if saved.exists() and json.loads(saved.read_text(encoding="utf-8")) != asdict(settings):
-        raise typer.BadParameter(
-            f"{out} contains runs with other settings ({saved}); choose another folder", param_hint="--out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write(saved, asdict(settings))
+        problem = f"{out} contains runs with other settings ({saved}); choose another folder"
+        raise typer.BadParameter(problem, param_hint="--out")
+    write_atomically(saved, json.dumps(asdict(settings), indent=2) + "\n")
+    bench = Bench(out, settings, [] if only_print else windows(text, settings))
     if not only_print:
         logging.disable_progress_bar()  # for loading and saving
-        data = windows(text, settings)
-        log(f"tokens: {', '.join(f'{part.numel():,}' for part in data)} (first, second, held-out part)")
+        sizes = ", ".join(f"{part.numel():,}" for part in bench.data)
+        print(time.strftime("%H:%M:%S"), f"tokens: {sizes} (first, second, held-out part)", flush=True)
         for seed in range(seeds):
-            folder = out / f"seed-{seed}"
-            folder.mkdir(exist_ok=True)
-            for name, one in ways(settings).items():
+            for name in ways(settings):
                 if not way or name in way:
-                    run_way(name, one, data, settings, seed, folder)
-    report(out, settings)
+                    bench.convert(name, seed)
+    report(bench)
 
 
 if __name__ == "__main__":

@@ -161,9 +161,10 @@ def read_text(data: Sequence[Path], vocabulary: int) -> Text:
     if data:
         found = []
         for path in data:
-            files = sorted(path.rglob("*.py")) if path.is_dir() else []
-            found += [file.read_text("utf-8", "replace") for file in files]
-            found += [] if path.is_dir() else path.read_text(encoding="utf-8").split("\n\n")
+            if path.is_dir():
+                found += [file.read_text("utf-8", "replace") for file in sorted(path.rglob("*.py"))]
+            else:
+                found += path.read_text(encoding="utf-8").split("\n\n")
         found = [one for one in found if one.strip()]
     else:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -311,10 +312,10 @@ class Queue:
 
     def __init__(self, size: str, text: str, records: dict[Run, dict[str, Any]]) -> None:
         self.size, self.text, self.records = size, text, records
+        self.rates, self.layers = SIZES[size].rates, SIZES[size].layers
 
     def run(self, setting: str, scheme: str, rate: float, seed: int = 0, layers: int | None = None) -> Run:
-        size = SIZES[self.size]
-        return Run(self.size, setting, scheme, layers or size.layers, rate, seed, size.steps, self.text)
+        return Run(self.size, setting, scheme, layers or self.layers, rate, seed, SIZES[self.size].steps, self.text)
 
     def loss(self, run: Run) -> float:
         """The held-out loss of a run, or NaN if it has not been run."""
@@ -323,7 +324,7 @@ class Queue:
     def best(self, setting: str, scheme: str) -> float:
         """The learning rate with the lowest loss at seed 0, among those that have been run."""
         setting = TUNED_AS.get(setting, setting)
-        rates = [rate for rate in SIZES[self.size].rates if self.run(setting, scheme, rate) in self.records]
+        rates = [rate for rate in self.rates if self.run(setting, scheme, rate) in self.records]
         return min(rates, key=lambda rate: self.loss(self.run(setting, scheme, rate)), default=math.nan)
 
     def losses(self, setting: str, scheme: str) -> list[float]:
@@ -336,8 +337,7 @@ class Queue:
         return sorted(others, key=lambda scheme: self.losses("paper", scheme)[0])[:2]
 
     def grid(self, settings: Sequence[str], schemes: Sequence[str]) -> list[Run]:
-        rates = SIZES[self.size].rates
-        return [self.run(*one, rate) for rate in rates for one in itertools.product(settings, schemes)]
+        return [self.run(*one, rate) for rate in self.rates for one in itertools.product(settings, schemes)]
 
     def repeat(self, settings: Sequence[str], schemes: Sequence[str], seeds: Sequence[int] = SEEDS[1:]) -> list[Run]:
         pairs = list(itertools.product(settings, schemes))
@@ -366,7 +366,7 @@ class Queue:
 
     def pair(self, setting: str, factor: float = 1) -> list[Run]:
         """Pre-LN and LNS with `factor` times the layers, at their best learning rates, with the seed to examine."""
-        layers = int(factor * SIZES[self.size].layers)
+        layers = int(factor * self.layers)
         return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
 
 
@@ -380,55 +380,54 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     return mean if len(found) == 1 else f"{mean} ({min(found):{sign}.3f} to {max(found):{sign}.3f})"
 
 
+def number(values: Sequence[float]) -> str:
+    """How many values are not NaN."""
+    return str(sum(not math.isnan(value) for value in values))
+
+
 def tables(queue: Queue) -> Iterator[Table]:
-    size, depth = SIZES[queue.size], SIZES[queue.size].layers
+    size, depth = SIZES[queue.size], queue.layers
     about = f"Llama of {depth} layers, {size.hidden} channels, {size.steps} steps of {size.tokens} tokens"
 
     table = Table("setting", "Pre-LN at rate", "Pre-LN", "LNS at rate", "LNS", "LNS - Pre-LN, same seed", "seeds",
                   title=f"{about}: held-out loss in nats per token, mean (range) of seeds")  # fmt: skip
     for name in SETTINGS:
-        plain, scaled = (queue.losses(name, scheme) for scheme in PAIR)
-        differences = [b - a for a, b in zip(plain, scaled, strict=True)]
-        rates = [f"{queue.best(name, scheme):g}" for scheme in PAIR]
-        count = sum(not math.isnan(one) for one in differences)
-        table.add_row(
-            name, rates[0], spread(plain), rates[1], spread(scaled), spread(differences, signed=True), str(count)
-        )
+        losses = [queue.losses(name, scheme) for scheme in PAIR]
+        differences = [scaled - plain for plain, scaled in zip(*losses, strict=True)]
+        cells = [(f"{queue.best(name, scheme):g}", spread(one)) for scheme, one in zip(PAIR, losses, strict=True)]
+        table.add_row(name, *cells[0], *cells[1], spread(differences, signed=True), number(differences))
     yield table
 
     for setting in SETTINGS:
         table = Table("scheme", *(f"rate {rate:g}" for rate in sorted(size.rates)), "best rate, mean (range)", "seeds",
                       title=f"{setting}: seed 0 at each learning rate")  # fmt: skip
-        tried = [scheme for scheme in SCHEMES if not math.isnan(queue.losses(setting, scheme)[0])]
-        for scheme in sorted(tried, key=lambda scheme: queue.losses(setting, scheme)[0]):
+        losses = {scheme: queue.losses(setting, scheme) for scheme in SCHEMES}
+        tried = [scheme for scheme, one in losses.items() if not math.isnan(one[0])]
+        for scheme in sorted(tried, key=lambda scheme: losses[scheme][0]):
             cells = [spread([queue.loss(queue.run(setting, scheme, rate))]) for rate in sorted(size.rates)]
-            losses = queue.losses(setting, scheme)
-            count = sum(not math.isnan(one) for one in losses)
-            table.add_row(SCHEMES[scheme].title, *cells, spread(losses), str(count))
+            table.add_row(SCHEMES[scheme].title, *cells, spread(losses[scheme]), number(losses[scheme]))
         if tried:
             yield table
 
     table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN",
                   title=f"By depth, seed {LOOKED_AT}, at the learning rates of {depth} layers")  # fmt: skip
-    for factor in (0.25, 1, 2, 4):
-        for setting in ("paper", "modern"):
-            plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
-            difference = spread([scaled - plain], signed=True)
-            table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
+    factors = (0.25, 1, 2, 4)
+    for factor, setting in itertools.product(factors, ("paper", "modern")):
+        plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
+        difference = spread([scaled - plain], signed=True)
+        table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
     yield table
 
-    for setting in SETTINGS:
-        for factor in (0.25, 1, 2, 4):
-            found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
-            if all("without" in one for one in found):
-                yield from looked_at(setting, *found)
+    for setting, factor in itertools.product(SETTINGS, factors):
+        found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
+        if all("without" in one for one in found):
+            yield from looked_at(setting, *found)
 
 
 def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> Iterator[Table]:
     """Compares two models layer by layer, and with layers removed."""
-    table = Table("layer", title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")
-    for title in ("variance after", "loss added without", "angular distance", "gradient norm"):
-        table.add_column(title)
+    table = Table("layer", "variance after", "loss added without", "angular distance", "gradient norm",
+                  title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")  # fmt: skip
     for index in range(len(plain["order"])):
         cells = [(one["variance"][index + 1], one["loss_added"][index], one["angular"][index],
                   one["gradient_norm"][index]) for one in (plain, scaled)]  # fmt: skip

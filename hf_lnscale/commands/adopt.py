@@ -14,7 +14,9 @@ def adopt(
     model: Annotated[str, Argument(metavar="MODEL", help="A folder or Hub repository.")],
     out: Annotated[Path, Option(help="Folder to write.")],
     data: Annotated[Path | None, Option(help=f"{TEXT}; defaults to English text.")] = None,
-    tokenizer: Annotated[str | None, Option(help="Name or folder, if it is not in the model's folder.")] = None,
+    tokenizer: Annotated[
+        str | None, Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")
+    ] = None,
     max_bytes: Annotated[int, Option(help="Use only this many bytes of the text, from its start.")] = 65_536,
     seq_len: Annotated[int | None, Option(help="Tokens per window; defaults to 256, as in the paper.")] = None,
     batch_size: BatchSize = 4,

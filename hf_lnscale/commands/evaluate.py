@@ -17,7 +17,9 @@ from .options import TEXT, AsJson, Device, Dtype
 def evaluate(
     models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to evaluate; the first is the reference.")],
     data: Annotated[Path | None, Option(help=f"{TEXT}, for perplexity.")] = None,
-    tasks: Annotated[str | None, Option(help="Tasks of lm-evaluation-harness (hellaswag,arc_easy) or files.")] = None,
+    tasks: Annotated[
+        str | None, Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy, or task files.")
+    ] = None,
     include_path: Annotated[Path | None, Option(help="A folder with task files.")] = None,
     limit: Annotated[int | None, Option(help="Maximum number of documents per task.")] = None,
     num_fewshot: Annotated[int | None, Option(help="Number of few-shot examples in tasks.")] = None,
