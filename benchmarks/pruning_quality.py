@@ -109,12 +109,6 @@ def inputs_of(modules: dict[str, nn.Module], model: Any, batches: TokenBatches, 
         handle.remove()
 
 
-def after(model: Any, position: int) -> nn.Module:
-    """The module whose input is the residual stream after a layer."""
-    layers = model.model.layers
-    return layers[position + 1] if position + 1 < len(layers) else model.model.norm
-
-
 def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def hook(_: Any, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -124,13 +118,22 @@ def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
     module.register_forward_hook(hook)
 
 
-def block(model: Any, data: Data, count: int) -> list[int]:
+def block(model: Any, data: Data, count: int) -> tuple[list[int], dict[str, nn.Module]]:
+    """The angular block, and the modules whose inputs are the residual stream at its start and end."""
     gone = score_layers(model, data.batches, "angular").lowest(count)
     if not gone[0]:
         raise NotApplicableError(
             "the angular block begins with the first layer, so that there is no layer before it to repair"
         )
-    return gone
+    places = [*model.model.layers, model.model.norm]
+    return gone, {"start": places[gone[0]], "end": places[gone[-1] + 1]}
+
+
+def mapped(model: Any, gone: list[int], map_DD: torch.Tensor, name: str = "") -> nn.Module:
+    """The cut, with a linear map of the output of the layer before it, or of a module in that layer."""
+    found: Any = cut(model, gone)
+    apply_to_output(found.model.layers[gone[0] - 1].get_submodule(name), lambda x: x @ map_DD)
+    return found
 
 
 def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
@@ -165,23 +168,20 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def linear_patch(model: Any, data: Data, count: int) -> nn.Module:
-    gone = block(model, data, count)
+    gone, ends = block(model, data, count)
     h_DD = hadamard(model.config.hidden_size).to(model.device)
     ratios: list[torch.Tensor] = []
 
     def add(seen: dict[str, torch.Tensor]) -> None:
         ratios.append(((seen["end"] @ h_DD).abs().mean(0)) / ((seen["start"] @ h_DD).abs().mean(0)))
 
-    inputs_of({"start": model.model.layers[gone[0]], "end": after(model, gone[-1])}, model, data.batches, add)
-    map_DD = (h_DD * torch.stack(ratios).mean(0) @ h_DD.T).float()
-    found: Any = cut(model, gone)
-    apply_to_output(found.model.layers[gone[0] - 1], lambda x: x @ map_DD)
-    return found
+    inputs_of(ends, model, data.batches, add)
+    return mapped(model, gone, (h_DD * torch.stack(ratios).mean(0) @ h_DD.T).float())
 
 
 def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
     def repaired(model: Any, data: Data, count: int) -> nn.Module:
-        gone = block(model, data, count)
+        gone, ends = block(model, data, count)
         before = model.model.layers[gone[0] - 1]
         # A norm on the output of the branch, as in Gemma, is part of the branch.
         name = "post_feedforward_layernorm" if hasattr(before, "post_feedforward_layernorm") else "mlp"
@@ -190,18 +190,16 @@ def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
         handle = before.get_submodule(name).register_forward_hook(
             lambda _, __, output: outputs.append(output.double().flatten(0, 1))
         )
-        inputs_of(
-            {"start": model.model.layers[gone[0]], "end": after(model, gone[-1])},
-            model,
-            data.batches,
-            lambda seen: pairs.append(((m := outputs.pop()), seen["end"] - (seen["start"] - m))),
-        )
+
+        def add(seen: dict[str, torch.Tensor]) -> None:
+            m_ND = outputs.pop()
+            pairs.append((m_ND, seen["end"] - (seen["start"] - m_ND)))
+
+        inputs_of(ends, model, data.batches, add)
         handle.remove()
         m_ND, target_ND = (torch.cat(part) for part in zip(*pairs, strict=True))
         map_DD = torch.linalg.lstsq(m_ND, target_ND).solution if by == "least squares" else by_cosine(m_ND, target_ND)
-        found: Any = cut(model, gone)
-        apply_to_output(found.model.layers[gone[0] - 1].get_submodule(name), lambda x: x @ map_DD.float())
-        return found
+        return mapped(model, gone, map_DD.float(), name)
 
     return repaired
 

@@ -124,7 +124,7 @@ class Demo:
         )
         about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
         self.say(about + "± is the standard error over the held-out text alone.")
-        figures = {}
+        figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
             losses = self.train(model, train, held_out)
@@ -139,16 +139,18 @@ class Demo:
             }
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
-        last = len(found.layers) - 1
-        losses = [with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in figures.values()]
-        rows = [("evaluation loss, nats per token", *losses)]
-        for title, key, layer, at, sign in (
-            ("residual variance after", "residual_variance", 0, 1, ""),
-            ("residual variance after", "residual_variance", last, -1, ""),
-            *(("loss added without", "loss_added", layer, layer, "+") for layer in range(last + 1)),
-        ):
-            cells = (with_error(one[key][at], one[f"{key}_error"][at], sign) for one in figures.values())
-            rows.append((f"{title} layer {layer}", *cells))
+
+        def row(title: str, key: str, at: int, sign: str = "") -> tuple[str, ...]:
+            return title, *(with_error(one[key][at], one[f"{key}_error"][at], sign) for one in figures.values())
+
+        layers = range(len(found.layers))
+        final = [with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in figures.values()]
+        rows: list[tuple[str, ...]] = [
+            ("evaluation loss, nats per token", *final),
+            row("residual variance after layer 0", "residual_variance", 1),
+            row(f"residual variance after layer {layers[-1]}", "residual_variance", -1),
+            *(row(f"loss added without layer {layer}", "loss_added", layer, "+") for layer in layers),
+        ]
         self.console.print(terminal(("", *figures), rows))
         return figures
 
