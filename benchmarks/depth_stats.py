@@ -31,21 +31,30 @@ INTERVAL = inspect.signature(DepthStatsCallback).parameters["every_n_steps"].def
 
 
 class Clock(TrainerCallback):
-    """Records when steps begin or end: as the first callback before all others, as the last one after them."""
-
-    def __init__(self, event: str) -> None:
+    def __init__(self) -> None:
         self.times: list[float] = []
-        setattr(self, event, self.note)
 
     def note(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(now())
+
+
+class Start(Clock):
+    """Records when each step begins; added first, so that it runs before the other callbacks."""
+
+    on_step_begin = Clock.note
+
+
+class End(Clock):
+    """Records when each step ends; added last, so that it runs after the other callbacks."""
+
+    on_step_end = Clock.note
 
 
 def step_ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
     """The time of each measured step divided by that of the next one, without the first pairs (warmup)."""
     model = build(size, "LNS")
     ids = torch.randint(0, SIZES[size][4], (64, shape[1])).tolist()
-    start, end, warm = Clock("on_step_begin"), Clock("on_step_end"), 4
+    start, end, warm = Start(), End(), 4
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, per_device_train_batch_size=shape[0], max_steps=2 * (count + warm) + 1, report_to=[],
