@@ -9,24 +9,19 @@ any training.
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from judging import losses
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale  # noqa: F401
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Next-token perplexity over windows of shape (N, T)."""
-    losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
-    return math.exp(torch.stack(losses).mean().item())
 
 
 def main(
@@ -42,7 +37,8 @@ def main(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model = AutoModelForCausalLM.from_pretrained(checkpoint, ln_scaling=ln_scaling)
-        table.add_row(str(ln_scaling), f"{perplexity(model.eval(), windows):,.2f}")
+        found = losses(model.eval(), {"text": windows})["text"]
+        table.add_row(str(ln_scaling), f"{math.exp(statistics.fmean(found)):,.2f}")
     Console().print(table)
 
 

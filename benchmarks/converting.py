@@ -24,20 +24,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import transformers
 import typer
+from judging import Records
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,6 +54,7 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_lnscale
+from hf_lnscale.checkpoints.folders import write_atomically
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.training import LNScalingWarmupCallback
 
@@ -75,29 +77,42 @@ class Settings:
     measured_windows: int = 40  # from the held-out part, for the curves and the measurements over depth
 
 
-Convert = Callable[[Path, Settings], tuple[LlamaForCausalLM, list[TrainerCallback]]]
+class Way(NamedTuple):
+    """A way of converting.
 
+    Attributes:
+        name: in the table; {} stands for the number of steps in the share.
+        share: the fraction of the steps that the warmup, or the decay of the compensation, takes.
+        scaled: False to stay Pre-LN.
+        schedule: of the warmup.
+        deeper_half: whether only the deeper half of the layers is scaled.
+        compensated: whether the norm weights are multiplied by sqrt(l) to make up for the scale.
+    """
 
-def plain(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
-    return LlamaForCausalLM.from_pretrained(base), []
+    name: str
+    share: float = 0.0
+    scaled: bool = True
+    schedule: str = "linear"
+    deeper_half: bool = False
+    compensated: bool = False
 
-
-def cold(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the warning about a cold switch
-        return LlamaForCausalLM.from_pretrained(base, ln_scaling=True), []
-
-
-def ramp(share: float, schedule: str = "linear", deeper_half: bool = False) -> Convert:
-    """Ramps the exponent up over a share of the steps."""
-
-    def convert(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
-        half = settings.layers // 2
-        depths = [1] * half + list(range(half + 1, settings.layers + 1)) if deeper_half else None
-        ln_scaling = {"warmup_steps": round(share * settings.steps), "schedule": schedule, "depths": depths}
-        return LlamaForCausalLM.from_pretrained(base, ln_scaling=ln_scaling), [LNScalingWarmupCallback()]
-
-    return convert
+    def convert(self, base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
+        """The model that training continues with, and the callbacks that it needs."""
+        steps, layers = round(self.share * settings.steps), settings.layers
+        if self.compensated or not self.scaled:
+            model = LlamaForCausalLM.from_pretrained(base)
+            if self.compensated:
+                multiply_norm_weights(model, 0.5)
+                hf_lnscale.apply_ln_scaling(model)
+            return model, [DecayBack(steps)] if steps else []
+        ln_scaling: Any = True
+        if steps:
+            depths = [*[1] * (layers // 2), *range(layers // 2 + 1, layers + 1)] if self.deeper_half else None
+            ln_scaling = {"warmup_steps": steps, "schedule": self.schedule, "depths": depths}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the warning about a cold switch
+            model = LlamaForCausalLM.from_pretrained(base, ln_scaling=ln_scaling)
+        return model, [LNScalingWarmupCallback()] if steps else []
 
 
 def multiply_norm_weights(model: torch.nn.Module, exponent: float) -> None:
@@ -118,37 +133,24 @@ class DecayBack(TrainerCallback):
             multiply_norm_weights(kwargs["model"], -0.5 / self.steps)
 
 
-def compensated(decay_share: float | None = None) -> Convert:
-    def convert(base: Path, settings: Settings) -> tuple[LlamaForCausalLM, list[TrainerCallback]]:
-        model = LlamaForCausalLM.from_pretrained(base)
-        multiply_norm_weights(model, 0.5)
-        hf_lnscale.apply_ln_scaling(model)
-        return model, [DecayBack(round(decay_share * settings.steps))] if decay_share else []
-
-    return convert
-
-
-# Name ({} is replaced by the number of steps in the share), share, conversion.
-WAYS: list[tuple[str, float, Convert]] = [
-    ("plain", 0, plain),
-    ("cold", 0, cold),
-    ("ramp {}", 0.1, ramp(0.1)),
-    ("ramp {}", 0.4, ramp(0.4)),
-    ("ramp {}", 0.8, ramp(0.8)),
-    ("ramp {}, cosine", 0.4, ramp(0.4, "cosine")),
-    ("ramp {}, deeper half", 0.4, ramp(0.4, deeper_half=True)),
-    ("compensated", 0, compensated()),
-    ("compensated, decayed {}", 0.4, compensated(0.4)),
-]
+DEFAULT_OUT = Path("build/converting")
 FROM_THE_START = "LNS from the start"
+WAYS = (
+    Way("plain", scaled=False),
+    Way("cold"),
+    Way("ramp {}", 0.1),
+    Way("ramp {}", 0.4),
+    Way("ramp {}", 0.8),
+    Way("ramp {}, cosine", 0.4, schedule="cosine"),
+    Way("ramp {}, deeper half", 0.4, deeper_half=True),
+    Way("compensated", compensated=True),
+    Way("compensated, decayed {}", 0.4, compensated=True),
+    Way(FROM_THE_START, scaled=False),  # its base is scaled already
+)
 
 
-def ways(settings: Settings) -> dict[str, Convert]:
-    named = {name.format(round(share * settings.steps)): convert for name, share, convert in WAYS}
-    return {**named, FROM_THE_START: plain}
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
+def ways(settings: Settings) -> dict[str, Way]:
+    return {way.name.format(round(way.share * settings.steps)): way for way in WAYS}
 
 
 def windows(text: Path, settings: Settings) -> list[torch.Tensor]:
@@ -167,73 +169,96 @@ def windows(text: Path, settings: Settings) -> list[torch.Tensor]:
     return [torch.tensor(i[: len(i) // settings.window * settings.window]).view(-1, settings.window) for i in ids]
 
 
-def dataset(windows_NT: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": window, "labels": window} for window in windows_NT]
-
-
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def new_model(settings: Settings, seed: int, ln_scaling: bool) -> LlamaForCausalLM:
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.mlp,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=settings.window,
-        use_cache=False,
-        ln_scaling=ln_scaling,
-    )
-    return LlamaForCausalLM(config)
+@dataclass(frozen=True)
+class Run:
+    """A training run of a way, or of the "base" or "base-lns" that it starts from."""
+
+    way: str
+    seed: int
 
 
-def train(
-    model: LlamaForCausalLM,
-    train_NT: torch.Tensor,
-    measured_NT: torch.Tensor,
-    steps: int,
-    learning_rate: float,
-    settings: Settings,
-    seed: int,
-    callbacks: list[TrainerCallback],
-    folder: Path,
-) -> list[tuple[int, float]]:
-    """Trains in place, as the paper does at scale. Returns (step, evaluation loss): at the start, then eight times."""
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=steps // 10,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        eval_strategy="steps",
-        eval_steps=max(1, steps // 8),
-        eval_on_start=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        disable_tqdm=not sys.stderr.isatty(),
-        seed=seed,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset(train_NT),
-        eval_dataset=dataset(measured_NT),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+class Bench:
+    """The runs of a folder.
+
+    Args:
+        out: the folder.
+        settings: those of all runs.
+        data: the first, second and held-out parts; may be empty if nothing is trained.
+    """
+
+    def __init__(self, out: Path, settings: Settings, data: list[torch.Tensor]) -> None:
+        self.out, self.settings, self.data = out, settings, data
+        self.records = Records(out / "runs.jsonl", Run)
+
+    def convert(self, name: str, seed: int) -> None:
+        """Trains one of the ways, unless this is done."""
+        if (run := Run(name, seed)) not in self.records:
+            base = self.base(seed, "base-lns" if name == FROM_THE_START else "base")
+            model, callbacks = ways(self.settings)[name].convert(base, self.settings)
+            self.train(run, model, callbacks, self.data[1], self.settings.steps, self.settings.learning_rate)
+
+    def base(self, seed: int, name: str) -> Path:
+        """The base checkpoint, trained if it does not exist yet."""
+        path, settings = self.out / f"seed-{seed}" / name, self.settings
+        if (run := Run(name, seed)) not in self.records:
+            set_seed(seed)
+            config = LlamaConfig(
+                vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=settings.mlp,
+                num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+                max_position_embeddings=settings.window, use_cache=False, ln_scaling=name == "base-lns",
+            )  # fmt: skip
+            model = LlamaForCausalLM(config)
+            self.train(run, model, [], self.data[0], settings.base_steps, settings.base_learning_rate, path)
+        return path
+
+    def train(
+        self, run: Run, model: LlamaForCausalLM, callbacks: list[TrainerCallback], train_NT: torch.Tensor, steps: int,
+        learning_rate: float, save: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Trains in place, as the paper does at scale, measures, and adds the figures to the records.
+
+        `history` holds (step, evaluation loss) at the start and then eight times.
+        """
+        start, settings = time.perf_counter(), self.settings
+        arguments = TrainingArguments(
+            output_dir=str(self.out / "trainer"), max_steps=steps, seed=run.seed,
+            per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+            learning_rate=learning_rate, lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10, adam_beta2=0.95, weight_decay=0.0,
+            max_grad_norm=1.0, eval_strategy="steps", eval_steps=max(1, steps // 8), eval_on_start=True,
+            logging_strategy="no", save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False, disable_tqdm=not sys.stderr.isatty(),
+        )  # fmt: skip
+        held_out_NT, measured_NT = self.data[2], self.some_of(self.data[2])
+        rows = ([{"input_ids": ids, "labels": ids} for ids in windows_NT] for windows_NT in (train_NT, measured_NT))
+        trainer = Trainer(model, arguments, None, *rows, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        if save:
+            shutil.rmtree(save, ignore_errors=True)
+            model.save_pretrained(save)
+        found = hf_lnscale.diagnose(model, measured_NT, jacobian=False, progress=False)
+        figures = {
+            "evaluation_loss": loss(model, held_out_NT, settings.batch),
+            "loss_on_its_own_part": loss(model, self.some_of(train_NT), settings.batch),
+            "residual_variance": [place["variance_without_first"] for place in found.residual],
+            "loss_added_by_removing_each_layer": found.values("loss_added"),
+            "scales": hf_lnscale.ln_scales(model),
+            "history": [(entry["step"], entry["eval_loss"]) for entry in log],
+            "seconds": time.perf_counter() - start,
+        }
+        self.records.add(run, figures)
+        shown = f"loss {figures['evaluation_loss']:.4f}, {figures['seconds']:.0f} s"
+        print(time.strftime("%H:%M:%S"), f"seed {run.seed}, {run.way}: {shown}", flush=True)
+
+    def some_of(self, windows_NT: torch.Tensor) -> torch.Tensor:
+        """Some of the windows, spread evenly."""
+        count = min(self.settings.measured_windows, len(windows_NT))
+        return windows_NT[torch.linspace(0, len(windows_NT) - 1, count).long()]
 
 
 @torch.no_grad()
@@ -244,102 +269,7 @@ def loss(model: LlamaForCausalLM, windows_NT: torch.Tensor, batch: int) -> float
     return sum(losses) / len(windows_NT)
 
 
-def figures(model: LlamaForCausalLM, held_out_NT: torch.Tensor, settings: Settings) -> dict[str, Any]:
-    measured = measured_windows(held_out_NT, settings)
-    found = hf_lnscale.diagnose(model, measured, jacobian=False, progress=False)
-    return {
-        "evaluation_loss": loss(model, held_out_NT, settings.batch),
-        "residual_variance": [place["variance_without_first"] for place in found.residual],
-        "loss_added_by_removing_each_layer": found.values("loss_added"),
-        "scales": hf_lnscale.ln_scales(model),
-    }
-
-
-def measured_windows(held_out_NT: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Some of the held-out windows, spread evenly."""
-    return held_out_NT[torch.linspace(0, len(held_out_NT) - 1, min(settings.measured_windows, len(held_out_NT))).long()]
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes atomically, so that an existing file is always complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def run_base(data: list[torch.Tensor], settings: Settings, seed: int, folder: Path, ln_scaling: bool) -> Path:
-    """The base checkpoint, trained if it does not exist yet."""
-    name = "base-lns" if ln_scaling else "base"
-    if (folder / f"{name}.json").exists():
-        return folder / name
-    start = time.perf_counter()
-    base_NT, _, held_out_NT = data
-    model = new_model(settings, seed, ln_scaling)
-    measured = measured_windows(held_out_NT, settings)
-    history = train(
-        model, base_NT, measured, settings.base_steps, settings.base_learning_rate, settings, seed, [], folder
-    )
-    shutil.rmtree(folder / name, ignore_errors=True)
-    model.save_pretrained(folder / name)
-    found = figures(model, held_out_NT, settings)
-    found["loss_on_its_own_part"] = loss(model, measured_windows(base_NT, settings), settings.batch)
-    write(folder / f"{name}.json", {**found, "history": history, "seconds": time.perf_counter() - start})
-    log(f"seed {seed}, {name}: loss {found['evaluation_loss']:.4f}, {time.perf_counter() - start:.0f} s")
-    return folder / name
-
-
-def run_way(name: str, convert: Convert, data: list[torch.Tensor], settings: Settings, seed: int, folder: Path) -> None:
-    path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-    if path.exists():
-        return
-    base = run_base(data, settings, seed, folder, ln_scaling=name == FROM_THE_START)
-    start = time.perf_counter()
-    _, new_NT, held_out_NT = data
-    model, callbacks = convert(base, settings)
-    history = train(
-        model,
-        new_NT,
-        measured_windows(held_out_NT, settings),
-        settings.steps,
-        settings.learning_rate,
-        settings,
-        seed,
-        callbacks,
-        folder,
-    )
-    found = figures(model, held_out_NT, settings)
-    seconds = time.perf_counter() - start
-    write(path, {"way": name, "seed": seed, **found, "history": history, "seconds": seconds})
-    log(f"seed {seed}, {name}: loss {found['evaluation_loss']:.4f}, {seconds:.0f} s")
-
-
-def log(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
-
-
 # --- results --------------------------------------------------------------------------------------------------------
-
-
-def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]]]:
-    """The finished runs: from the name of the way (or "base") to the seed to its figures."""
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ["base", *ways(settings)]}
-    for folder in sorted(out.glob("seed-*")):
-        seed = int(folder.name.removeprefix("seed-"))
-        for path in sorted(folder.glob("*.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
-            name = run.get("way", path.stem)
-            if name in found:
-                found[name][seed] = run
-    return {name: runs for name, runs in found.items() if runs}
-
-
-def deeper_half(values: list[float]) -> float:
-    return statistics.mean(values[len(values) // 2 :])
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def against(runs: dict[int, dict[str, Any]], plain_runs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
@@ -350,109 +280,86 @@ def against(runs: dict[int, dict[str, Any]], plain_runs: dict[int, dict[str, Any
     return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
 
 
-def report(out: Path, settings: Settings) -> None:
-    found = collect(out, settings)
-    seeds = sorted({seed for runs in found.values() for seed in runs})
+def report(bench: Bench) -> None:
+    out, settings = bench.out, bench.settings
+    runs = sorted(bench.records.items(), key=lambda one: one[0].seed)
+    names = ["base", *ways(settings)]
+    found = {name: {run.seed: figures for run, figures in runs if run.way == name} for name in names}
+    found = {name: runs for name, runs in found.items() if runs}
+    half, seeds = settings.layers // 2, sorted({seed for runs in found.values() for seed in runs})
     table = Table(
-        "way",
-        "seeds",
-        "evaluation loss (± sd)",
-        "against plain (± se)",
+        "way", "seeds", "evaluation loss (± sd)", "against plain (± se)",
         f"residual variance, after layer 1 / {settings.layers}",
         "loss added by removing a layer: shallower / deeper half",
         title=f"Llama, {settings.layers} layers of {settings.hidden}; {settings.base_steps} steps of "
         f"{settings.batch * settings.window:,} tokens on the first part, {settings.steps} on the second; seeds {seeds}",
-    )
+    )  # fmt: skip
     summary = {}
     for name, runs in found.items():
         difference = against(runs, found.get("plain", {})) if name not in ("base", "plain") else None
-        variances = [[run["residual_variance"][place] for run in runs.values()] for place in (1, -1)]
-        added = [run["loss_added_by_removing_each_layer"] for run in runs.values()]
-        half = settings.layers // 2
+        losses, variances, added = (
+            [run[key] for run in runs.values()]
+            for key in ("evaluation_loss", "residual_variance", "loss_added_by_removing_each_layer")
+        )
+        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        halves = (slice(0, half), slice(half, None))
         table.add_row(
             "before (Pre-LN)" if name == "base" else name,
             str(len(runs)),
-            mean_and_spread([run["evaluation_loss"] for run in runs.values()]),
+            f"{statistics.mean(losses):.3f}{spread}",
             f"{difference[0]:+.4f} ± {difference[1]:.4f}" if difference else "",
-            " / ".join(f"{statistics.mean(values):.3g}" for values in variances),
-            " / ".join(
-                f"{statistics.mean(statistics.mean(values[part]) for values in added):.4f}"
-                for part in (slice(0, half), slice(half, None))
-            ),
+            " / ".join(f"{statistics.mean(one[place] for one in variances):.3g}" for place in (1, -1)),
+            " / ".join(f"{statistics.mean(statistics.mean(one[part]) for one in added):.4f}" for part in halves),
         )
         summary[name] = {"against_plain": difference, "runs": runs}
     Console(width=150).print(table)
-    write(out / "results.json", {"settings": asdict(settings), "versions": versions(), "ways": summary})
-    plot(found, settings, out / "converting.png")
+    versions = {module.__name__: module.__version__ for module in (hf_lnscale, transformers, torch)}
+    results = {"settings": asdict(settings), "versions": versions, "ways": summary}
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    plot({name: found[name] for name in ways(settings) if name in found}, settings, out / "converting.png")
     print(f"{out / 'results.json'}, {out / 'converting.png'}")
 
 
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {"hf_lnscale": hf_lnscale.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-
-
 def plot(found: dict[str, dict[int, dict[str, Any]]], settings: Settings, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    def over_seeds(name: str, key: str) -> list[float]:
-        return [statistics.mean(values) for values in zip(*(run[key] for run in found[name].values()), strict=True)]
-
-    colors = plt.get_cmap("tab10").colors
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "grid.alpha": 0.25,
-        "font.size": 9.5,
-    }
-    with plt.rc_context(style):
-        figure, (curves, end, growth, worth) = plt.subplots(1, 4, figsize=(18, 4.6), layout="constrained")
-        curves.set(title="Evaluation loss", xlabel="step on the second part", ylabel="nats per token")
-        end.set(title="Final loss minus plain", xlabel="nats per token, mean and standard error")
-        growth.set(title="Residual stream", xlabel="after layer", ylabel="variance", yscale="log")
-        worth.set(title="What each layer does", xlabel="layer removed", ylabel="loss added, nats per token")
-        names = [name for name in ways(settings) if name in found]
-        top = 0.0
-        for number, name in enumerate(names):
-            color, dashes = colors[number % 10], ":" if name == FROM_THE_START else "-"
-            runs = list(found[name].values())
-            steps = [step for step, _ in runs[0]["history"]]
-            losses = [statistics.mean(run["history"][i][1] for run in runs) for i in range(len(steps))]
-            curves.plot(steps, losses, dashes, color=color, label=name)
-            top = max(top, losses[0] if name == "plain" else 0)
-            difference = against(found[name], found.get("plain", {})) if name != "plain" else None
-            if difference:
-                end.errorbar(difference[0], number, xerr=difference[1], fmt="o", color=color, capsize=3)
-            growth.plot(over_seeds(name, "residual_variance"), dashes, color=color)
-            worth.plot(
-                range(1, settings.layers + 1),
-                over_seeds(name, "loss_added_by_removing_each_layer"),
-                dashes,
-                color=color,
+    figure = Figure(figsize=(18, 4.6), layout="constrained")
+    curves, end, growth, worth = figure.subplots(1, 4)
+    curves.set(title="Evaluation loss", xlabel="step on the second part", ylabel="nats per token")
+    end.set(title="Final loss minus plain", xlabel="nats per token, mean and standard error")
+    growth.set(title="Residual stream", xlabel="after layer", ylabel="variance", yscale="log")
+    worth.set(title="What each layer does", xlabel="layer removed", ylabel="loss added, nats per token")
+    for number, (name, runs) in enumerate(found.items()):
+        histories = [zip(*run["history"], strict=True) for run in runs.values()]  # steps and losses
+        (steps, *_), each = zip(*histories, strict=True)
+        losses, variance, added = (
+            [statistics.mean(values) for values in zip(*lists, strict=True)]
+            for lists in (
+                each,
+                [run["residual_variance"] for run in runs.values()],
+                [run["loss_added_by_removing_each_layer"] for run in runs.values()],
             )
-        end.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        end.axvline(0, color="gray", lw=1)
-        curves.set_ylim(top=top + 0.4)  # a cold switch starts far above this
-        worth.set_yscale("symlog", linthresh=1e-2)
-        curves.legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        )
+        line: dict[str, Any] = {"color": f"C{number % 10}", "ls": ":" if name == FROM_THE_START else "-"}
+        curves.plot(steps, losses, label=name, **line)
+        if name == "plain":
+            curves.set_ylim(top=losses[0] + 0.4)  # a cold switch starts far above this
+        elif difference := against(runs, found.get("plain", {})):
+            end.errorbar(difference[0], number, xerr=difference[1], fmt="o", color=line["color"], capsize=3)
+        growth.plot(variance, **line)
+        worth.plot(range(1, settings.layers + 1), added, **line)
+    end.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    end.axvline(0, color="gray", lw=1)
+    worth.set_yscale("symlog", linthresh=1e-2)
+    curves.legend(frameon=False, fontsize=8)
+    for axis in (curves, end, growth, worth):
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
 
 
 def main(
     text: Annotated[
         Path, typer.Argument(help="A UTF-8 text file of at least one megabyte.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are not repeated.")] = Path(
-        "build/converting"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are not repeated.")] = DEFAULT_OUT,
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.", min=1)] = 3,
     base_steps: Annotated[int, typer.Option(help="Steps of the Pre-LN model on the first part.")] = Settings.base_steps,
     steps: Annotated[int, typer.Option(help="Training steps of each way on the second part.", min=10)] = Settings.steps,
@@ -466,22 +373,19 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(ways(settings))}", param_hint="--way")
     saved = out / "settings.json"
     if saved.exists() and json.loads(saved.read_text(encoding="utf-8")) != asdict(settings):
-        raise typer.BadParameter(
-            f"{out} contains runs with other settings ({saved}); choose another folder", param_hint="--out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write(saved, asdict(settings))
+        problem = f"{out} contains runs with other settings ({saved}); choose another folder"
+        raise typer.BadParameter(problem, param_hint="--out")
+    write_atomically(saved, json.dumps(asdict(settings), indent=2) + "\n")
+    bench = Bench(out, settings, [] if only_print else windows(text, settings))
     if not only_print:
         logging.disable_progress_bar()  # for loading and saving
-        data = windows(text, settings)
-        log(f"tokens: {', '.join(f'{part.numel():,}' for part in data)} (first, second, held-out part)")
+        sizes = ", ".join(f"{part.numel():,}" for part in bench.data)
+        print(time.strftime("%H:%M:%S"), f"tokens: {sizes} (first, second, held-out part)", flush=True)
         for seed in range(seeds):
-            folder = out / f"seed-{seed}"
-            folder.mkdir(exist_ok=True)
-            for name, convert in ways(settings).items():
+            for name in ways(settings):
                 if not way or name in way:
-                    run_way(name, convert, data, settings, seed, folder)
-    report(out, settings)
+                    bench.convert(name, seed)
+    report(bench)
 
 
 if __name__ == "__main__":

@@ -14,69 +14,55 @@ from __future__ import annotations
 import inspect
 import statistics
 import tempfile
-import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from datasets import Dataset
-from ln_scaling_overhead import DEVICE, SIZES, build
+from ln_scaling_overhead import build
 from rich.console import Console
 from rich.table import Table
+from timing import DEVICE, SIZES, machine, now, one_of, quartiles
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import hf_lnscale
 from hf_lnscale.training import DepthStatsCallback
 
 INTERVAL = inspect.signature(DepthStatsCallback).parameters["every_n_steps"].default
 
 
-class Start(TrainerCallback):
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def note(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(now())
+
+
+class Start(Clock):
     """Records when each step begins; added first, so that it runs before the other callbacks."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.times.append(now())
+    on_step_begin = Clock.note
 
 
-class End(TrainerCallback):
+class End(Clock):
     """Records when each step ends; added last, so that it runs after the other callbacks."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.times.append(now())
+    on_step_end = Clock.note
 
 
-def now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
+def step_ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: int) -> list[float]:
     """The time of each measured step divided by that of the next one, without the first pairs (warmup)."""
-    model = build(size, "LNS", "eager")
+    model = build(size, "LNS")
     ids = torch.randint(0, SIZES[size][4], (64, shape[1])).tolist()
     start, end, warm = Start(), End(), 4
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder,
-            per_device_train_batch_size=shape[0],
-            max_steps=2 * (count + warm) + 1,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=DEVICE == "cpu",
+            folder, per_device_train_batch_size=shape[0], max_steps=2 * (count + warm) + 1, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=DEVICE == "cpu",
             torch_compile=mode == "compile",
-        )
-        trainer = Trainer(
-            model, args, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}), callbacks=[start]
-        )
+        )  # fmt: skip
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[start])
         if measured:
             trainer.add_callback(DepthStatsCallback(trainer, every_n_steps=2))
         trainer.add_callback(end)
@@ -87,33 +73,20 @@ def ratios(size: str, mode: str, measured: bool, shape: tuple[int, int], count: 
 
 
 def main(
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
-    mode: Annotated[list[str], typer.Option(help="eager or compile; repeatable.")] = ["eager"],  # noqa: B006
+    size: Annotated[str, one_of(SIZES)] = "10M",
+    mode: Annotated[list[str], one_of(("eager", "compile"), "{}; repeatable.")] = ["eager"],  # noqa: B006
     count: Annotated[int, typer.Option(help="Number of pairs to time.")] = 40,
     batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
-    if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(
-        "mode",
-        "callback",
-        "measured step / next step",
-        "quartiles",
-        f"cost at one step in {INTERVAL}",
-        title=f"DepthStatsCallback, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
-        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}",
-    )
+    table = Table("mode", "callback", "measured step / next step", "quartiles", f"cost at one step in {INTERVAL}")
+    table.title = f"DepthStatsCallback, Llama {size}, {batch} x {length} tokens, {count} pairs\n{machine()}"
     for one in mode:
         for measured in (False, True):
             torch._dynamo.reset()
-            found = ratios(size, one, measured, (batch, length), count)
-            low, median, high = statistics.quantiles(found, n=4)
-            cost = f"{(median - 1) / INTERVAL:.3%}" if measured else ""
-            table.add_row(
-                one, "every 2nd step" if measured else "none", f"{median:.3f}", f"{low:.3f} to {high:.3f}", cost
-            )
+            times = step_ratios(size, one, measured, (batch, length), count)
+            cost = f"{(statistics.median(times) - 1) / INTERVAL:.3%}" if measured else ""
+            table.add_row(one, "every 2nd step" if measured else "none", *quartiles(times), cost)
     Console(width=120).print(table)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import read, split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lnscale.core.display import markdown
@@ -32,8 +33,7 @@ from hf_lnscale.pruning.heal import Healer
 def halves(texts: list[str]) -> tuple[list[str], list[str]]:
     if len(texts) > 1:
         return texts[: len(texts) // 2], texts[len(texts) // 2 :]
-    middle = texts[0].index("\n", len(texts[0]) // 2)
-    return [texts[0][:middle]], [texts[0][middle:]]
+    return split(texts[0], 2)
 
 
 def main() -> None:
@@ -46,22 +46,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8_192, help="tokens for fitting and for choosing the penalty")
     parser.add_argument("--judged", type=int, default=12, help="windows of each kind of text to measure")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        default=["alone", "guarded", "mixed", "default"],
-        help="among them: 'default, whole step', 'default and own'",
-    )
+    parser.add_argument("--rows", nargs="+", default=["alone", "guarded", "mixed", "default"],
+                        help="among them: 'default, whole step', 'default and own'")  # fmt: skip
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
     model = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf, dtype=torch.float32).eval()
 
-    def read(path: str) -> list[str]:
-        return [Path(path).read_text(encoding="utf-8").replace("<unk>", "unk")]
-
     name = Path(args.given).stem
-    kinds = {one: halves(texts) for one, texts in {name: read(args.given), **default_sources()}.items()}
-    judged_texts = {one: texts[1] for one, texts in kinds.items()} | {Path(one).stem: read(one) for one in args.never}
+    kinds = {one: halves(texts) for one, texts in {name: [read(args.given)], **default_sources()}.items()}
+    never = {Path(one).stem: [read(one)] for one in args.never}
+    judged_texts = {one: texts[1] for one, texts in kinds.items()} | never
     windows = Windows(args.judged * args.seq_len, args.seq_len)
     judged = TokenBatches.join(
         {one: (token_batches(texts, tokenizer=tokenizer, windows=windows), 0) for one, texts in judged_texts.items()}
@@ -70,21 +64,16 @@ def main() -> None:
     given = {name: kinds[name][0]}
     default = {one: texts[0] for one, texts in kinds.items() if one != name}
 
-    def alone() -> TokenBatches:
-        batches = token_batches(given, tokenizer=tokenizer, windows=windows)
-        batches.tokenizer = None  # judged on nothing else
-        return batches
-
-    def stand_in() -> TokenBatches:
-        batches = token_batches(default, tokenizer=tokenizer, windows=windows)
-        batches.given = False
+    def batches_of(texts: dict[str, list[str]], **changes: Any) -> TokenBatches:
+        batches = token_batches(texts, tokenizer=tokenizer, windows=windows)
+        vars(batches).update(changes)
         return batches
 
     rows: dict[str, Callable[[], Any]] = {
-        "alone": alone,
+        "alone": lambda: batches_of(given, tokenizer=None),  # judged on nothing else
         "guarded": lambda: given,
         "mixed": lambda: given | default,
-        "default": stand_in,
+        "default": lambda: batches_of(default, given=False),
         "default, whole step": lambda: default,
         "default and own": lambda: default | {"own": own_text(model, tokenizer, args.tokens // 3, args.seq_len)},
     }
@@ -95,7 +84,6 @@ def main() -> None:
         layers: [[*line(name, losses), "", "", "", ""] for name, losses in (("whole", whole), ("not healed", cut))]
         for layers, cut in cuts.items()
     }
-    never = [Path(one).stem for one in args.never]
     for row in args.rows:
         healer = Healer(model, rows[row](), tokenizer=None if row == "alone" else tokenizer, windows=windows)
         for layers, cut in cuts.items():
@@ -106,7 +94,7 @@ def main() -> None:
             fits = ", ".join(f"{one.ridge:g}" + (f" x {one.blend:g}" if one.blend < 1 else "") for one in report.steps)
             expected = report.never_fitted
             told = f"{expected['after'] / expected['before'] - 1:+.1%}" if expected else ""
-            tables[layers].append([*line(row, healed, cut, never), told, fits, f"{seconds:.0f}"])
+            tables[layers].append([*line(row, healed, cut, list(never)), told, fits, f"{seconds:.0f}"])
             print(layers, " | ".join(tables[layers][-1]), flush=True)
     for layers, table in tables.items():
         print(f"\nWithout layers {', '.join(map(str, layers))}\n")

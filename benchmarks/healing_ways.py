@@ -22,16 +22,16 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from judging import DEVICE, Losses, Records, difference, losses, read, split, windows
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,10 +39,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_lnscale
 from hf_lnscale.core.display import markdown
 from hf_lnscale.measuring.sample import default_sources, own_text
-from hf_lnscale.measuring.text import Windows, token_batches
+from hf_lnscale.measuring.text import Windows
 from hf_lnscale.training.self_data import continue_prompts
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Texts that the whole model writes at once.
 WRITTEN_AT_ONCE = 128 if DEVICE == "cuda" else 16
 STARTS = ("closed form", "bare cut")
@@ -104,9 +103,6 @@ class Run:
     budget: int
 
 
-Records = dict[Run, dict[str, Any]]
-
-
 def trained_parameters(model: Any, way: Way) -> list[torch.nn.Parameter]:
     if way.trained != "last":
         return [part for part in model.parameters() if part.requires_grad]
@@ -136,43 +132,34 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.name, self.layers = Path(args.model).name, " ".join(map(str, args.layers))
-        out = Path(args.out)
-        self.records: Records = {}
-        for line in out.read_text().splitlines() if out.exists() else []:
-            found = json.loads(line)
-            self.records[Run(**found.pop("run"))] = found
+        self.records = Records(Path(args.out), Run)
 
     def load(self) -> None:
         args = self.args
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.whole = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval()
-        text = Path(args.text).read_text(encoding="utf-8").replace("<unk>", "unk")
-        cut = text.index("\n", len(text) * 4 // 5)
-        self.train_text = [text[:cut]]
+        train_text, held_out = split(read(args.text), 5)
         seq_len, count = args.seq_len, args.budget * args.batch_size
 
-        def windows(texts: Any, number: int) -> torch.Tensor:
-            size = Windows(number * seq_len, seq_len)
-            found = token_batches(texts, tokenizer=self.tokenizer, windows=size)
-            return torch.cat([batch.input_ids for batch in found])[:number].to(DEVICE)
+        def start(texts: list[str], number: int) -> torch.Tensor:
+            return windows(texts, self.tokenizer, number, seq_len)
 
-        judged = {"text": [text[cut:]], **default_sources()}
-        self.judged = {name: windows(texts, args.judged) for name, texts in judged.items()}
+        judged = {"text": held_out, **default_sources()}
+        self.judged = {name: start(texts, args.judged) for name, texts in judged.items()}
         if args.never:
-            never = [windows([Path(one).read_text(encoding="utf-8")], args.judged // 2) for one in args.never]
+            never = [start([Path(one).read_text(encoding="utf-8")], args.judged // 2) for one in args.never]
             self.judged["never given"] = torch.cat(never)
-        given = windows(self.train_text, count)
+        given = start(train_text, count)
         self.train = {"given": (given, given)}  # tokens and labels
         prompts = given[:, : seq_len // 8].tolist()
         self.written("own", lambda: self.own(count))
         self.written("continued", lambda: self.continued(prompts))
-        self.starts = {"whole": self.whole}
-        bare = copy.deepcopy(self.whole)
-        self.starts["bare cut"] = hf_lnscale.drop_layers(bare, args.layers)
-        healed = copy.deepcopy(self.whole)
+        bare, healed = copy.deepcopy(self.whole), copy.deepcopy(self.whole)
         size = Windows(args.heal_tokens, seq_len)
-        hf_lnscale.heal(healed, args.layers, {"text": self.train_text}, tokenizer=self.tokenizer, windows=size)
-        self.starts["closed form"] = hf_lnscale.drop_layers(healed, args.layers)
+        hf_lnscale.heal(healed, args.layers, {"text": train_text}, tokenizer=self.tokenizer, windows=size)
+        cuts = {"bare cut": bare, "closed form": healed}
+        self.starts = {name: hf_lnscale.drop_layers(model, args.layers) for name, model in cuts.items()}
+        self.starts["whole"] = self.whole
 
     def written(self, kind: str, write: Callable[[], list[torch.Tensor]]) -> None:
         """Adds training text written by the whole model, as tokens and labels; written only once."""
@@ -209,7 +196,7 @@ class Bench:
 
     def controlled(self, run: Run) -> Run:
         """The run that is the control of this one."""
-        if WAYS[run.way].loss == "text":
+        if run.way != "none" and WAYS[run.way].loss == "text":
             return self.run(run.way, "whole", run.rate, run.seed)
         return self.run("none", "whole")
 
@@ -222,15 +209,9 @@ class Bench:
                 for run in (self.run(way, start, rate, seed) for rate in rates):
                     yield from dict.fromkeys((self.controlled(run), run))
 
-    @torch.no_grad()
-    def losses(self, model: Any) -> dict[str, list[float]]:
-        """The loss of each window to measure, in nats per token."""
-        model.eval()
+    def losses(self, model: Any) -> Losses:
         with torch.autocast(DEVICE, torch.bfloat16):
-            return {
-                name: [model(input_ids=one[None], labels=one[None]).loss.item() for one in windows]
-                for name, windows in self.judged.items()
-            }
+            return losses(model.eval(), self.judged)
 
     def train_one(self, run: Run) -> dict[str, Any]:
         model = copy.deepcopy(self.starts[run.start])
@@ -273,12 +254,8 @@ class Bench:
 
     def gaps(self, run: Run) -> dict[str, tuple[float, float]]:
         """For each kind of text, the gap to the control in nats per token and its standard error over windows."""
-        found = {}
-        control = self.records[self.controlled(run) if run.way != "none" else self.run("none", "whole")]["losses"]
-        for name, losses in self.records[run]["losses"].items():
-            pairs = [a - b for a, b in zip(losses, control[name], strict=True)]
-            found[name] = statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
-        return found
+        found, whole = (self.records[one]["losses"] for one in (run, self.controlled(run)))
+        return {kind: difference(found, whole, [kind]) for kind in found}
 
     def best(self, way: str, start: str) -> float:
         """The learning rate with the smallest mean gap at seed 0, among those that have been run."""
@@ -334,16 +311,13 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     if not args.only_tables:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        bench.records.path.parent.mkdir(parents=True, exist_ok=True)  # the written text is there too
         bench.load()
         for run in bench.queue():
             if run in bench.records:
                 continue
-            found = bench.train_one(run)
-            bench.records[run] = found
-            with Path(args.out).open("a") as file:
-                file.write(json.dumps({"run": asdict(run), **found}) + "\n")
-            means = {kind: round(statistics.fmean(losses), 3) for kind, losses in found["losses"].items()}
+            bench.records.add(run, found := bench.train_one(run))
+            means = {kind: round(statistics.fmean(one), 3) for kind, one in found["losses"].items()}
             print(f"{run.start}, {run.way}, {run.rate:g}, seed {run.seed}: {means}", flush=True)
     for table in bench.tables():
         print(table)

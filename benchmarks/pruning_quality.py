@@ -32,16 +32,16 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from judging import DEVICE, Losses, Records, difference, losses, read, split, windows
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +53,6 @@ from hf_lnscale.measuring.losses import sweep
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class NotApplicableError(Exception):
@@ -83,9 +81,7 @@ class Data:
 
     def __init__(self, path: Path, tokenizer: Any, tokens: int, seq_len: int, most: int) -> None:
         self.most = most
-        text = path.read_text(encoding="utf-8").replace("<unk>", "unk")
-        cut = text.index("\n", len(text) * 4 // 5)
-        self.text, self.judged = [text[:cut]], [text[cut:]]
+        self.text, self.judged = split(read(path), 5)
         self.tokenizer, self.windows = tokenizer, Windows(tokens, seq_len)
         self.batches = token_batches(self.text, tokenizer=tokenizer, windows=self.windows)
         self.quarter = token_batches(self.text, tokenizer=tokenizer, windows=Windows(tokens // 4, seq_len))
@@ -113,12 +109,6 @@ def inputs_of(modules: dict[str, nn.Module], model: Any, batches: TokenBatches, 
         handle.remove()
 
 
-def after(model: Any, position: int) -> nn.Module:
-    """The module whose input is the residual stream after a layer."""
-    layers = model.model.layers
-    return layers[position + 1] if position + 1 < len(layers) else model.model.norm
-
-
 def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def hook(_: Any, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -128,13 +118,22 @@ def apply_to_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
     module.register_forward_hook(hook)
 
 
-def block(model: Any, data: Data, count: int) -> list[int]:
+def block(model: Any, data: Data, count: int) -> tuple[list[int], dict[str, nn.Module]]:
+    """The angular block, and the modules whose inputs are the residual stream at its start and end."""
     gone = score_layers(model, data.batches, "angular").lowest(count)
     if not gone[0]:
         raise NotApplicableError(
             "the angular block begins with the first layer, so that there is no layer before it to repair"
         )
-    return gone
+    places = [*model.model.layers, model.model.norm]
+    return gone, {"start": places[gone[0]], "end": places[gone[-1] + 1]}
+
+
+def mapped(model: Any, gone: list[int], map_DD: torch.Tensor, name: str = "") -> nn.Module:
+    """The cut, with a linear map of the output of the layer before it, or of a module in that layer."""
+    found: Any = cut(model, gone)
+    apply_to_output(found.model.layers[gone[0] - 1].get_submodule(name), lambda x: x @ map_DD)
+    return found
 
 
 def prune_and_compensate(model: Any, data: Data, count: int) -> nn.Module:
@@ -169,23 +168,20 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def linear_patch(model: Any, data: Data, count: int) -> nn.Module:
-    gone = block(model, data, count)
+    gone, ends = block(model, data, count)
     h_DD = hadamard(model.config.hidden_size).to(model.device)
     ratios: list[torch.Tensor] = []
 
     def add(seen: dict[str, torch.Tensor]) -> None:
         ratios.append(((seen["end"] @ h_DD).abs().mean(0)) / ((seen["start"] @ h_DD).abs().mean(0)))
 
-    inputs_of({"start": model.model.layers[gone[0]], "end": after(model, gone[-1])}, model, data.batches, add)
-    map_DD = (h_DD * torch.stack(ratios).mean(0) @ h_DD.T).float()
-    found: Any = cut(model, gone)
-    apply_to_output(found.model.layers[gone[0] - 1], lambda x: x @ map_DD)
-    return found
+    inputs_of(ends, model, data.batches, add)
+    return mapped(model, gone, (h_DD * torch.stack(ratios).mean(0) @ h_DD.T).float())
 
 
 def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
     def repaired(model: Any, data: Data, count: int) -> nn.Module:
-        gone = block(model, data, count)
+        gone, ends = block(model, data, count)
         before = model.model.layers[gone[0] - 1]
         # A norm on the output of the branch, as in Gemma, is part of the branch.
         name = "post_feedforward_layernorm" if hasattr(before, "post_feedforward_layernorm") else "mlp"
@@ -194,18 +190,16 @@ def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
         handle = before.get_submodule(name).register_forward_hook(
             lambda _, __, output: outputs.append(output.double().flatten(0, 1))
         )
-        inputs_of(
-            {"start": model.model.layers[gone[0]], "end": after(model, gone[-1])},
-            model,
-            data.batches,
-            lambda seen: pairs.append(((m := outputs.pop()), seen["end"] - (seen["start"] - m))),
-        )
+
+        def add(seen: dict[str, torch.Tensor]) -> None:
+            m_ND = outputs.pop()
+            pairs.append((m_ND, seen["end"] - (seen["start"] - m_ND)))
+
+        inputs_of(ends, model, data.batches, add)
         handle.remove()
         m_ND, target_ND = (torch.cat(part) for part in zip(*pairs, strict=True))
         map_DD = torch.linalg.lstsq(m_ND, target_ND).solution if by == "least squares" else by_cosine(m_ND, target_ND)
-        found: Any = cut(model, gone)
-        apply_to_output(found.model.layers[gone[0] - 1].get_submodule(name), lambda x: x @ map_DD.float())
-        return found
+        return mapped(model, gone, map_DD.float(), name)
 
     return repaired
 
@@ -281,23 +275,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-@torch.no_grad()
-def losses(model: Any, judged: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """The loss of each window, in nats per token."""
-    return {
-        name: [model(input_ids=one[None].to(DEVICE), labels=one[None].to(DEVICE)).loss.item() for one in windows]
-        for name, windows in judged.items()
-    }
-
-
-def difference(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> tuple[float, float]:
-    """The difference in the logarithm of the geometric mean of perplexities, and its standard error over windows."""
-    differences = [[a - b for a, b in zip(found[kind], whole[kind], strict=True)] for kind in kinds]
-    mean = statistics.fmean(statistics.fmean(one) for one in differences)
-    return mean, math.hypot(*(statistics.stdev(one) / math.sqrt(len(one)) for one in differences)) / len(kinds)
-
-
-def increase(found: dict[str, list[float]], whole: dict[str, list[float]], kinds: list[str]) -> str:
+def increase(found: Losses, whole: Losses, kinds: list[str]) -> str:
     """The increase in the geometric mean of perplexities, with its standard error."""
     mean, error = difference(found, whole, kinds)
     if mean > math.log(11):
@@ -321,41 +299,11 @@ def main() -> None:
     parser.add_argument("--only-tables", action="store_true")
     args = parser.parse_args()
     name = Path(args.model).name
-    found: dict[Row, dict[str, Any]] = {}
-    for line in args.out.read_text().splitlines() if args.out.exists() else []:
-        measured = json.loads(line)
-        found[Row(**measured.pop("row"))] = measured
+    found = Records(args.out, Row)
     whole = Row(name, "whole", 0, args.tokens)
     wanted = [whole, *(Row(name, rule, count, args.tokens) for count in args.layers for rule in args.rules)]
     if not args.only_tables and not set(wanted) <= set(found):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf, dtype=args.dtype)
-        model = model.to(DEVICE).eval()
-        data = Data(args.given, tokenizer, args.tokens, args.seq_len, max(args.layers))
-        texts = {args.given.stem: data.judged} | {one.stem: [one.read_text(encoding="utf-8")] for one in args.never}
-        windows = Windows(args.judged * args.seq_len, args.seq_len)
-        judged = {
-            kind: torch.cat([b.input_ids for b in token_batches(text, tokenizer=tokenizer, windows=windows)])
-            for kind, text in texts.items()
-        }
-        for row in wanted:
-            if row in found:
-                continue
-            started = time.process_time()
-            try:
-                smaller = model if row is whole else RULES[row.rule](model, data, row.layers)
-            except NotApplicableError as error:
-                print(f"{row.rule} {row.layers}: {error}")
-                continue
-            seconds = time.process_time() - started
-            found[row] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
-            if row.rule in PRUNE:
-                found[row]["dropped"] = gone = record(smaller.config).dropped.layers
-                found[row]["not_healed"] = losses(cut(model, gone), judged)
-            with args.out.open("a") as file:
-                file.write(json.dumps({"row": asdict(row), **found[row]}) + "\n")
-            print(row.rule, row.layers, {k: round(statistics.fmean(v), 3) for k, v in found[row]["losses"].items()})
+        measure([row for row in wanted if row not in found], found, args)
     if whole not in found:
         return
     base = found[whole]["losses"]
@@ -364,20 +312,41 @@ def main() -> None:
     kinds = [kind for kind in base if kind != args.given.stem]
     table = []
     for rule in args.rules:
-        cells = []
-        for count in args.layers:
-            row = found.get(Row(name, rule, count, args.tokens))
-            cells += [increase(row["losses"], base, one) if row else "" for one in ([args.given.stem], kinds)]
-        table.append([rule, *cells])
+        rows = [found.get(Row(name, rule, count, args.tokens)) for count in args.layers]
+        sets = ([args.given.stem], kinds)
+        table.append([rule, *(increase(row["losses"], base, one) if row else "" for row in rows for one in sets)])
     print(markdown(["rule", *(f"{n} layers, {kind}" for n in args.layers for kind in ("given", "never given"))], table))
     table = []
     for row in wanted:
-        if "not_healed" in found.get(row, {}):
-            healed, bare = found[row]["losses"], found[row]["not_healed"]
-            cells = [increase(healed, bare, one) for one in (*([kind] for kind in base), kinds)]
-            table.append([row.rule, str(row.layers), ", ".join(map(str, found[row]["dropped"])), *cells])
+        if "not_healed" in (one := found.get(row, {})):
+            cells = [increase(one["losses"], one["not_healed"], some) for some in (*([kind] for kind in base), kinds)]
+            table.append([row.rule, str(row.layers), ", ".join(map(str, one["dropped"])), *cells])
     print("\nhealed, compared with the same cut not healed:\n")
     print(markdown(["rule", "layers", "dropped", *base, "never given"], table))
+
+
+def measure(rows: list[Row], found: Records, args: argparse.Namespace) -> None:
+    """Makes the cuts, and adds their losses to the results."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf, dtype=args.dtype)
+    model = model.to(DEVICE).eval()
+    data = Data(args.given, tokenizer, args.tokens, args.seq_len, max(args.layers))
+    texts = {args.given.stem: data.judged} | {one.stem: [one.read_text(encoding="utf-8")] for one in args.never}
+    judged = {kind: windows(text, tokenizer, args.judged, args.seq_len) for kind, text in texts.items()}
+    for row in rows:
+        started = time.process_time()
+        try:
+            smaller = model if row.rule == "whole" else RULES[row.rule](model, data, row.layers)
+        except NotApplicableError as error:
+            print(f"{row.rule} {row.layers}: {error}")
+            continue
+        seconds = time.process_time() - started
+        one: dict[str, Any] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
+        if row.rule in PRUNE:
+            one["dropped"] = gone = record(smaller.config).dropped.layers
+            one["not_healed"] = losses(cut(model, gone), judged)
+        found.add(row, one)
+        print(row.rule, row.layers, {kind: round(statistics.fmean(some), 3) for kind, some in one["losses"].items()})
 
 
 if __name__ == "__main__":

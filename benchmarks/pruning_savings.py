@@ -13,7 +13,6 @@ written, and all checkpoints are timed in turn (median, and range over the runs)
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from contextlib import ExitStack
@@ -21,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from judging import DEVICE, Records, difference
 from matplotlib.figure import Figure
-from pruning_quality import DEVICE, Data, Row, attention_losses, difference
+from pruning_quality import Data, Row, attention_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lnscale  # noqa: F401 - turns the flags on
@@ -55,9 +55,8 @@ class Cut:
 
 
 def cuts_of(folder: Path, args: argparse.Namespace) -> list[Cut]:
-    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    named = [(Row(**row["row"]), row) for row in rows]
-    found = {(row.rule, row.layers): one for row, one in named if row.model == folder.name}
+    rows = Records(args.rows, Row).items()
+    found = {(row.rule, row.layers): one for row, one in rows if row.model == folder.name}
     base = found["whole", 0]["losses"]
     kinds = [kind for kind in base if kind != args.given.stem]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").to(DEVICE).eval()

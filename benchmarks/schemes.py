@@ -31,10 +31,8 @@ Python files.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import random
 import statistics
@@ -49,15 +47,16 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from judging import DEVICE, Records
 from rich.console import Console
 from rich.table import Table
 from scheme_models import SCHEMES, build, set_progress
+from timing import one_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lnscale
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
 # The seed whose Pre-LN and LNS models are examined, and that of the deeper models.
@@ -143,9 +142,6 @@ class Run:
     text: str
 
 
-Records = dict[Run, dict[str, Any]]
-
-
 class Text(NamedTuple):
     """Token ids of the training and held-out documents, each ending with an end-of-text token."""
 
@@ -165,9 +161,10 @@ def read_text(data: Sequence[Path], vocabulary: int) -> Text:
     if data:
         found = []
         for path in data:
-            files = sorted(path.rglob("*.py")) if path.is_dir() else []
-            found += [file.read_text("utf-8", "replace") for file in files]
-            found += [] if path.is_dir() else path.read_text(encoding="utf-8").split("\n\n")
+            if path.is_dir():
+                found += [file.read_text("utf-8", "replace") for file in sorted(path.rglob("*.py"))]
+            else:
+                found += path.read_text(encoding="utf-8").split("\n\n")
         found = [one for one in found if one.strip()]
     else:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -313,12 +310,12 @@ class Queue:
         records: the results so far; the caller adds each run before asking for the next.
     """
 
-    def __init__(self, size: str, text: str, records: Records) -> None:
+    def __init__(self, size: str, text: str, records: dict[Run, dict[str, Any]]) -> None:
         self.size, self.text, self.records = size, text, records
+        self.rates, self.layers = SIZES[size].rates, SIZES[size].layers
 
     def run(self, setting: str, scheme: str, rate: float, seed: int = 0, layers: int | None = None) -> Run:
-        size = SIZES[self.size]
-        return Run(self.size, setting, scheme, layers or size.layers, rate, seed, size.steps, self.text)
+        return Run(self.size, setting, scheme, layers or self.layers, rate, seed, SIZES[self.size].steps, self.text)
 
     def loss(self, run: Run) -> float:
         """The held-out loss of a run, or NaN if it has not been run."""
@@ -327,7 +324,7 @@ class Queue:
     def best(self, setting: str, scheme: str) -> float:
         """The learning rate with the lowest loss at seed 0, among those that have been run."""
         setting = TUNED_AS.get(setting, setting)
-        rates = [rate for rate in SIZES[self.size].rates if self.run(setting, scheme, rate) in self.records]
+        rates = [rate for rate in self.rates if self.run(setting, scheme, rate) in self.records]
         return min(rates, key=lambda rate: self.loss(self.run(setting, scheme, rate)), default=math.nan)
 
     def losses(self, setting: str, scheme: str) -> list[float]:
@@ -340,8 +337,7 @@ class Queue:
         return sorted(others, key=lambda scheme: self.losses("paper", scheme)[0])[:2]
 
     def grid(self, settings: Sequence[str], schemes: Sequence[str]) -> list[Run]:
-        rates = SIZES[self.size].rates
-        return [self.run(*one, rate) for rate in rates for one in itertools.product(settings, schemes)]
+        return [self.run(*one, rate) for rate in self.rates for one in itertools.product(settings, schemes)]
 
     def repeat(self, settings: Sequence[str], schemes: Sequence[str], seeds: Sequence[int] = SEEDS[1:]) -> list[Run]:
         pairs = list(itertools.product(settings, schemes))
@@ -370,7 +366,7 @@ class Queue:
 
     def pair(self, setting: str, factor: float = 1) -> list[Run]:
         """Pre-LN and LNS with `factor` times the layers, at their best learning rates, with the seed to examine."""
-        layers = int(factor * SIZES[self.size].layers)
+        layers = int(factor * self.layers)
         return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
 
 
@@ -384,55 +380,54 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     return mean if len(found) == 1 else f"{mean} ({min(found):{sign}.3f} to {max(found):{sign}.3f})"
 
 
+def number(values: Sequence[float]) -> str:
+    """How many values are not NaN."""
+    return str(sum(not math.isnan(value) for value in values))
+
+
 def tables(queue: Queue) -> Iterator[Table]:
-    size, depth = SIZES[queue.size], SIZES[queue.size].layers
+    size, depth = SIZES[queue.size], queue.layers
     about = f"Llama of {depth} layers, {size.hidden} channels, {size.steps} steps of {size.tokens} tokens"
 
     table = Table("setting", "Pre-LN at rate", "Pre-LN", "LNS at rate", "LNS", "LNS - Pre-LN, same seed", "seeds",
                   title=f"{about}: held-out loss in nats per token, mean (range) of seeds")  # fmt: skip
     for name in SETTINGS:
-        plain, scaled = (queue.losses(name, scheme) for scheme in PAIR)
-        differences = [b - a for a, b in zip(plain, scaled, strict=True)]
-        rates = [f"{queue.best(name, scheme):g}" for scheme in PAIR]
-        count = sum(not math.isnan(one) for one in differences)
-        table.add_row(
-            name, rates[0], spread(plain), rates[1], spread(scaled), spread(differences, signed=True), str(count)
-        )
+        losses = [queue.losses(name, scheme) for scheme in PAIR]
+        differences = [scaled - plain for plain, scaled in zip(*losses, strict=True)]
+        cells = [(f"{queue.best(name, scheme):g}", spread(one)) for scheme, one in zip(PAIR, losses, strict=True)]
+        table.add_row(name, *cells[0], *cells[1], spread(differences, signed=True), number(differences))
     yield table
 
     for setting in SETTINGS:
         table = Table("scheme", *(f"rate {rate:g}" for rate in sorted(size.rates)), "best rate, mean (range)", "seeds",
                       title=f"{setting}: seed 0 at each learning rate")  # fmt: skip
-        tried = [scheme for scheme in SCHEMES if not math.isnan(queue.losses(setting, scheme)[0])]
-        for scheme in sorted(tried, key=lambda scheme: queue.losses(setting, scheme)[0]):
+        losses = {scheme: queue.losses(setting, scheme) for scheme in SCHEMES}
+        tried = [scheme for scheme, one in losses.items() if not math.isnan(one[0])]
+        for scheme in sorted(tried, key=lambda scheme: losses[scheme][0]):
             cells = [spread([queue.loss(queue.run(setting, scheme, rate))]) for rate in sorted(size.rates)]
-            losses = queue.losses(setting, scheme)
-            count = sum(not math.isnan(one) for one in losses)
-            table.add_row(SCHEMES[scheme].title, *cells, spread(losses), str(count))
+            table.add_row(SCHEMES[scheme].title, *cells, spread(losses[scheme]), number(losses[scheme]))
         if tried:
             yield table
 
     table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN",
                   title=f"By depth, seed {LOOKED_AT}, at the learning rates of {depth} layers")  # fmt: skip
-    for factor in (0.25, 1, 2, 4):
-        for setting in ("paper", "modern"):
-            plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
-            difference = spread([scaled - plain], signed=True)
-            table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
+    factors = (0.25, 1, 2, 4)
+    for factor, setting in itertools.product(factors, ("paper", "modern")):
+        plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
+        difference = spread([scaled - plain], signed=True)
+        table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
     yield table
 
-    for setting in SETTINGS:
-        for factor in (0.25, 1, 2, 4):
-            found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
-            if all("without" in one for one in found):
-                yield from looked_at(setting, *found)
+    for setting, factor in itertools.product(SETTINGS, factors):
+        found = [queue.records.get(run, {}) for run in queue.pair(setting, factor)]
+        if all("without" in one for one in found):
+            yield from looked_at(setting, *found)
 
 
 def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> Iterator[Table]:
     """Compares two models layer by layer, and with layers removed."""
-    table = Table("layer", title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")
-    for title in ("variance after", "loss added without", "angular distance", "gradient norm"):
-        table.add_column(title)
+    table = Table("layer", "variance after", "loss added without", "angular distance", "gradient norm",
+                  title=f"{setting}, {len(plain['order'])} layers, seed {LOOKED_AT}: Pre-LN / LNS")  # fmt: skip
     for index in range(len(plain["order"])):
         cells = [(one["variance"][index + 1], one["loss_added"][index], one["angular"][index],
                   one["gradient_norm"][index]) for one in (plain, scaled)]  # fmt: skip
@@ -448,8 +443,8 @@ def looked_at(setting: str, plain: dict[str, Any], scaled: dict[str, Any]) -> It
 
 
 def main(
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
-    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(PARTS)}; repeatable.")] = [*PARTS],  # noqa: B006
+    size: Annotated[str, one_of(SIZES)] = "small",
+    part: Annotated[list[str], one_of(PARTS, "One of {}; repeatable.")] = [*PARTS],  # noqa: B006
     data: Annotated[
         list[Path], typer.Option(help="A text file, or a folder of Python files; repeatable.", exists=True)
     ] = [],  # noqa: B006
@@ -458,25 +453,16 @@ def main(
     jobs: Annotated[int, typer.Option(help="Number of parallel runs, each in its own process.", min=1)] = 1,
     only_tables: Annotated[bool, typer.Option("--only-tables", help="Print the tables without training.")] = False,
 ) -> None:
-    if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
-    for one in part:
-        if one not in PARTS:
-            raise typer.BadParameter(f"{one!r} is not one of {', '.join(PARTS)}", param_hint="--part")
     if steps is not None:
         SIZES[size] = SIZES[size]._replace(steps=steps)
     text = read_text(data, SIZES[size].vocabulary)
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    records = {Run(**line["run"]): line["found"] for line in lines}
+    records = Records(out, Run)
     queue = Queue(size, text.name, records)
     console = Console(width=140)
     console.print(f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {DEVICE}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     for stage in () if only_tables else (stage for name in part for stage in queue.part(name)):
         for run, found in trained([run for run in dict.fromkeys(stage) if run not in records], text, jobs):
-            records[run] = found
-            with out.open("a") as file:
-                file.write(json.dumps({"run": dataclasses.asdict(run), "found": found}) + "\n")
+            records.add(run, found)
             what = f"{run.setting} {run.scheme}, {run.layers} layers, rate {run.rate:g}, seed {run.seed}"
             console.print(f"{what}: {found['loss']:.4f} in {found['seconds']:.0f} s")
     for table in tables(queue):

@@ -12,7 +12,6 @@ QLoRA, the folded checkpoint, whose norms need no scale.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from typing import Annotated, Any
 
@@ -20,9 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
-from ln_scaling_overhead import DEVICE, SIZES, build, pairs, quartiles, train_step
+from ln_scaling_overhead import build, train_step
 from rich.console import Console
 from rich.table import Table
+from timing import DEVICE, SIZES, machine, one_of, quartiles, ratios
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -60,14 +60,14 @@ def worker(rank: int, folder: str, setup: str, size: str, shape: tuple[int, int]
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     whole_BT = tokens(size, shape)
-    reference = loss_of(build(size, "LNS", "eager"), whole_BT)
+    reference = loss_of(build(size, "LNS"), whole_BT)
     own_BT = whole_BT.chunk(WORLD)[rank]
-    plain, scaled = (PARALLEL[setup](build(size, scaling, "eager")) for scaling in ("plain", "LNS"))
+    plain, scaled = (PARALLEL[setup](build(size, scaling)) for scaling in ("plain", "LNS"))
     loss = loss_of(scaled, own_BT)
     dist.all_reduce(loss)
-    ratios = pairs(train_step(plain, own_BT), train_step(scaled, own_BT), count, setup)
+    times, _ = ratios(train_step(scaled, own_BT), train_step(plain, own_BT), count, setup, warmup=3)
     if rank == 0:
-        torch.save((ratios, abs(loss / WORLD - reference).item(), speed.peak_memory(DEVICE)), f"{folder}/found")
+        torch.save((times, abs(loss / WORLD - reference).item(), speed.peak_memory(DEVICE)), f"{folder}/found")
     dist.destroy_process_group()
 
 
@@ -92,42 +92,36 @@ def four_bit(model: Any) -> nn.Module:
 
 def qlora(size: str, shape: tuple[int, int], count: int) -> tuple[list[float], float, int]:
     tokens_BT = tokens(size, shape)
-    plain, scaled = (four_bit(build(size, scaling, "eager")) for scaling in ("plain", "LNS"))
-    folded = four_bit(hf_lnscale.fold_ln_scaling(build(size, "LNS", "eager")))
+    plain, scaled = (four_bit(build(size, scaling)) for scaling in ("plain", "LNS"))
+    folded = four_bit(hf_lnscale.fold_ln_scaling(build(size, "LNS")))
     difference = abs(loss_of(scaled, tokens_BT) - loss_of(folded, tokens_BT)).item()
-    ratios = pairs(train_step(plain, tokens_BT), train_step(scaled, tokens_BT), count, "QLoRA")
-    return ratios, difference, speed.peak_memory(DEVICE)
+    times, _ = ratios(train_step(scaled, tokens_BT), train_step(plain, tokens_BT), count, "QLoRA", warmup=3)
+    return times, difference, speed.peak_memory(DEVICE)
 
 
 SETUPS = [*PARALLEL, "QLoRA"]
 
 
 def main(
-    setup: Annotated[list[str], typer.Option(help=f"One of {', '.join(SETUPS)}; repeatable.")] = SETUPS,
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "10M",
+    setup: Annotated[list[str], one_of(SETUPS, "One of {}; repeatable.")] = SETUPS,
+    size: Annotated[str, one_of(SIZES)] = "10M",
     count: Annotated[int, typer.Option(help="Number of pairs to time.")] = 20,
     batch: Annotated[int, typer.Option(help=f"Sequences per batch, over all {WORLD} processes.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
 ) -> None:
-    if unknown := [one for one in setup if one not in SETUPS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SETUPS)}", param_hint="--setup")
-    if size not in SIZES:
-        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZES)}", param_hint="--size")
     if batch % WORLD:
         raise typer.BadParameter(f"{batch} is not a multiple of the {WORLD} processes", param_hint="--batch")
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     table = Table("setup", "processes", "LNS / plain, a training step", "quartiles", "loss", "peak memory")
     table.title = (
         f"LayerNorm Scaling in training, Llama {size}, {batch} x {length} tokens, {count} pairs\n"
-        f"{hardware}, torch {torch.__version__}, hf_lnscale {hf_lnscale.__version__}"
+        f"{machine(threads=False)}"
     )
     for one in setup:
-        ratios, difference, peak = (
-            parallel(one, size, (batch, length), count) if one in PARALLEL else qlora(size, (batch, length), count)
-        )
-        processes = str(WORLD) if one in PARALLEL else "1"
-        median = f"{statistics.median(ratios):.3f}"
-        table.add_row(one, processes, median, quartiles(ratios), f"{difference:.1e}", f"{peak / 2**20:,.0f} MiB")
+        shared = one in PARALLEL
+        given = (size, (batch, length), count)
+        times, difference, peak = parallel(one, *given) if shared else qlora(*given)
+        cells = *quartiles(times, "inclusive"), f"{difference:.1e}", f"{peak / 2**20:,.0f} MiB"
+        table.add_row(one, str(WORLD) if shared else "1", *cells)
     Console(width=120).print(table)
 
 

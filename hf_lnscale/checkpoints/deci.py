@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..core.display import brief
 from ..core.errors import CheckpointError, UnsupportedArchitectureError
 from ..core.json_file import read_object
 from ..core.record import SUBLAYERS, record
 from . import configuration_deci
-from .export import copy_checkpoint
+from .export import copy_checkpoint, with_sublayers
+from .names import read_config
 
 _FAMILIES = ("llama", "mistral", "qwen2")  # families that compute the same function as DeciLM
 _NOT_WRITTEN = {"_name_or_path", "id2label", "label2id"}
@@ -72,9 +72,6 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
     # Other keys may have a different meaning in the programs that read the file.
     known = LlamaConfig().to_dict().keys() - _NOT_WRITTEN
     plain = LlamaConfig().to_dict() | config.to_dict()
-    found = record(values)
-    assert found.dropped is not None
-    whole = replace(found.dropped, attention=(), mlp=()) if found.dropped.layers else None
     return {key: value for key, value in plain.items() if key in known} | {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{configuration_deci.__name__.rpartition('.')[2]}.DeciConfig"},
@@ -83,7 +80,7 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
         "intermediate_size": None,  # makes Llama's classes fail instead of initializing missing parts randomly
         "model_type": configuration_deci.DeciConfig.model_type,
         "qkv_bias": config.model_type == "qwen2" or plain["attention_bias"],
-        **replace(found, dropped=whole).to_dict(),
+        **with_sublayers(record(values)).to_dict(),
     }
 
 
@@ -119,38 +116,21 @@ def _misfit(config: Any) -> str:
 
 
 def _finish(shown: str, folder: Path) -> None:
-    """Copies the code of the configuration class, and checks that the tensors match the configuration."""
+    """Copies the code of the configuration class, and checks that the tensors match the configuration.
+
+    DeciLM has the tensors of the model itself, which `_misfit` ensures.
+    """
     shutil.copy(configuration_deci.__file__, folder)
-    expected = dict(_tensors(read_object(folder / "config.json")))
+    config = read_config(shown)
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    expected = sorted((name, (*tensor.shape,)) for name, tensor in tensors.items())
     found = []
     for file in folder.rglob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            found += [(name, (*tensors.get_slice(name).get_shape(),)) for name in tensors.keys()]  # noqa: SIM118
-    if sorted(found) != sorted(expected.items()):
-        wrong = sorted({name for name, _ in {*found} ^ {*expected.items()}})
+        with safe_open(file, framework="pt") as written:
+            found += [(name, (*written.get_slice(name).get_shape(),)) for name in written.keys()]  # noqa: SIM118
+    if sorted(found) != expected:
+        wrong = sorted({name for name, _ in {*found} ^ {*expected}})
         raise CheckpointError(f"{shown!r} does not have the tensors of DeciLM, see {brief(wrong)}; nothing was written")
-
-
-def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of the tensors that a DeciLM config.json requires."""
-    hidden, vocabulary = values["hidden_size"], values["vocab_size"]
-    qkv_bias, bias, mlp_bias = (values[name] for name in ("qkv_bias", "attention_bias", "mlp_bias"))
-    yield from {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}.items()
-    if not values["tie_word_embeddings"]:
-        yield "lm_head.weight", (vocabulary, hidden)
-    for at, block in enumerate(values["block_configs"]):
-        attention, ffn = block["attention"], block["ffn"]
-        linear: dict[str, tuple[int, int, bool]] = {}
-        if not attention["no_op"]:
-            yield f"model.layers.{at}.input_layernorm.weight", (hidden,)
-            linear |= dict.fromkeys(("k", "v"), (hidden // attention["n_heads_in_group"], hidden, qkv_bias))
-            linear |= {"q": (hidden, hidden, qkv_bias), "o": (hidden, hidden, bias)}
-        if not ffn["no_op"]:
-            yield f"model.layers.{at}.post_attention_layernorm.weight", (hidden,)
-            size = -(-int(2 * ffn["ffn_mult"] * hidden / 3) // 256) * 256
-            linear |= dict.fromkeys(("gate", "up"), (size, hidden, mlp_bias)) | {"down": (hidden, size, mlp_bias)}
-        for name, (rows, columns, with_bias) in linear.items():
-            path = f"model.layers.{at}.{'self_attn' if len(name) == 1 else 'mlp'}.{name}_proj"
-            yield f"{path}.weight", (rows, columns)
-            if with_bias:
-                yield f"{path}.bias", (rows,)

@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -25,9 +25,9 @@ from ..core.errors import CheckpointError
 from ..core.families import Family, family_of, text_config
 from ..core.json_file import read_object
 from ..core.norm import scale_parameter
-from ..core.record import ACTIVE, FOLDED, MARK, layers_of, mark, parts, protect, record, unprotect
+from ..core.record import ACTIVE, FOLDED, MARK, Record, layers_of, mark, parts, protect, record, unprotect
 from .folders import COMPANIONS, atomic_directory, files_of, require_free
-from .names import locate, read_config
+from .names import local_folder, locate, read_config
 
 Fold = Callable[[torch.Tensor], torch.Tensor]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -104,12 +104,10 @@ def copy_checkpoint(
     name, where = locate(src)
     if where:
         raise ValueError(f"{str(src)!r} needs no export: a GGUF file has no active ln_scaling")
-    source, target = Path(name), Path(out).resolve()
-    require_free(target, (source,), str(out), force)
-    if not source.is_dir():
-        read_config(src)  # whose error names it
-        source = Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    config = read_config(source)
+    target = Path(out).resolve()
+    require_free(target, (name,), str(out), force)
+    config = read_config(src)
+    source = local_folder(name, "*.bin", "*.pt", "*.pth", "*.onnx")
     found, scales = record(config), []
     values = unprotect(json.loads((source / "config.json").read_text(encoding="utf-8")))
     if found.active:
@@ -136,6 +134,12 @@ def copy_checkpoint(
         (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         finish(folder)
     return Path(out)
+
+
+def with_sublayers(found: Record) -> Record:
+    """The record of a model whose missing attention and MLP modules are no longer recorded."""
+    dropped = found.dropped and (replace(found.dropped, attention=(), mlp=()) if found.dropped.layers else None)
+    return replace(found, dropped=dropped)
 
 
 def _weight_files(source: Path) -> dict[str, set[str] | None]:

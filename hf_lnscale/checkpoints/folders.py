@@ -188,14 +188,9 @@ def _clean_up_after_killed_runs(target: Path) -> None:
         # Suppressed: the run is still active, or the folder belongs to another user.
         with contextlib.suppress(Timeout, OSError):
             lock.acquire(timeout=0)
-            _remove(left, lock, target)
+            if (left / "old").is_dir() and not target.exists():
+                os.replace(left / "old", target)
+                logger.warning("restored %s, which an interrupted run was replacing", target)
+            lock.release()
+            shutil.rmtree(left, ignore_errors=True)
             logger.warning("removed %s, left behind by a killed run", left)
-
-
-def _remove(scratch: Path, lock: FileLock, target: Path) -> None:
-    """Removes a scratch folder, and restores the folder that was being replaced if nothing has replaced it."""
-    if (scratch / "old").is_dir() and not target.exists():
-        os.replace(scratch / "old", target)
-        logger.warning("restored %s, which an interrupted run was replacing", target)
-    lock.release()
-    shutil.rmtree(scratch, ignore_errors=True)

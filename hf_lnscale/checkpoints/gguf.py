@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from ..core.errors import ArgumentError, PathExistsError, PathNotFoundError
 from ..core.families import text_config
 from ..core.processes import run_script
 from ..core.record import DROPPED, get_ln_scaling, record
 from .export import export
 from .folders import scratch_folder
-from .names import locate, read_config
+from .names import local_folder, locate, read_config
 
 CONVERTER = "convert_hf_to_gguf.py"
 _PATTERNS = ("layer_types", "no_rope_layers", "mlp_only_layers")
@@ -82,10 +80,8 @@ def export_gguf(
         )
     _require_no_pattern(config, str(checkpoint))
     with scratch_folder(target) as scratch:
-        if get_ln_scaling(config):
-            source = export(name, scratch / "folded", progress=progress)
-        else:
-            source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
+        scaled = get_ln_scaling(config)
+        source = export(name, scratch / "folded", progress=progress) if scaled else local_folder(name)
         written = scratch / target.name
         # The converter reads configuration and weights separately, so with the plugin it would lose the scale.
         done = run_script(script, source, "--outfile", written, "--outtype", outtype)

@@ -37,11 +37,10 @@ class Upload:
     url: str | None = None  # of the commit; None if nothing was uploaded
 
     def __str__(self) -> str:
-        lines = [f"{size:>15,}  {one_line(name)}" for name, size in self.files.items()]
-        lines.append(f"{len(self.card.encode()):>15,}  README.md (below)")
-        total = sum(self.files.values()) + len(self.card.encode())
-        files = len(self.files) + 1
-        return "\n".join([f"{self.repo_id}: {files} files, {show_bytes(total)}", *lines, "", self.card])
+        sizes = self.files | {"README.md (below)": len(self.card.encode())}
+        lines = [f"{size:>15,}  {one_line(name)}" for name, size in sizes.items()]
+        title = f"{self.repo_id}: {len(sizes)} files, {show_bytes(sum(sizes.values()))}"
+        return "\n".join([title, *lines, "", self.card])
 
 
 def push(
@@ -86,7 +85,8 @@ def push(
         raise PathNotFoundError("folder", str(folder), problem="does not exist")
     if not locate(path)[1] and not (path / "config.json").is_file():
         raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no config.json")
-    files = _files(path)
+    names = files_of(path, (*COMPANIONS, *WEIGHTS, *MEASURED))
+    files = {name: (path / name).stat().st_size for name in names if name != "README.md"}
     if not any(file.endswith((".safetensors", ".bin", ".gguf")) for file in files):
         raise PathNotFoundError("folder", str(folder), problem="is not a checkpoint: it has no weights")
     config = read_config(path)
@@ -108,13 +108,8 @@ def push(
     return replace(upload, url=str(commit.commit_url))
 
 
-def _files(path: Path) -> dict[str, int]:
-    names = files_of(path, (*COMPANIONS, *WEIGHTS, *MEASURED))
-    return {name: (path / name).stat().st_size for name in names if name != "README.md"}
-
-
 def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
-    """The evaluation table in Markdown, or ""."""
+    """The section of the card with the evaluation table, or ""."""
     file = Path(evaluation) if evaluation else path / EVALUATION_FILE
     if not file.is_file():
         if evaluation:
@@ -123,7 +118,8 @@ def _evaluated(path: Path, evaluation: str | os.PathLike[str] | None) -> str:
     try:
         found = read_object(file, settings=dict, markdown=str)
         versions = ", ".join(f"{name} {version}" for name, version in found["settings"]["versions"].items())
-        return f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
+        table = f"{found['markdown']}\n\nMeasured by `hf-lnscale evaluate`, {versions}."
+        return f"{_BEGIN}\n## Measured\n\n{table}\n{_END}"
     except (ValueError, KeyError, AttributeError):
         problem = "was not written by hf-lnscale evaluate --out"
         raise ArgumentError("evaluation", str(file), problem=problem) from None
@@ -133,21 +129,16 @@ def _trained(path: Path) -> Table | None:
     """The metrics saved in the folder by a Trainer."""
     for name in ("eval_results.json", "all_results.json"):
         if (path / name).is_file():
-            metrics = read_object(path / name)
-            rows = [(key, f"{value:,.4g}") for key, value in metrics.items() if isinstance(value, (int, float))]
-            if rows:
+            metrics = read_object(path / name).items()
+            if rows := [(key, f"{value:,.4g}") for key, value in metrics if isinstance(value, (int, float))]:
                 return Table(("metric", "value"), rows, f"As reported by the Trainer ({name}).", heading="Measured")
     return None
 
 
-def _section(table: str) -> str:
-    return f"{_BEGIN}\n## Measured\n\n{table}\n{_END}" if table else ""
-
-
-def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluated: str) -> str:
+def _card(path: Path, repo_id: str, config: Any, base_model: str | None, section: str) -> str:
     readme = path / "README.md"
     if readme.is_file():
-        text, section = readme.read_text(encoding="utf-8"), _section(evaluated)
+        text = readme.read_text(encoding="utf-8")
         if not section:
             return text
         if _BEGIN in text and _END in text:
@@ -169,7 +160,7 @@ def _card(path: Path, repo_id: str, config: Any, base_model: str | None, evaluat
     code = "import hf_lnscale\n" if found.needs_plugin else ""
     code += "from transformers import AutoModelForCausalLM\n\n"
     code += f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")'
-    measured = Markdown(_section(evaluated)) if evaluated else _trained(path)
+    measured = Markdown(section) if section else _trained(path)
     base, parts = found.dropped.base if found.dropped else None, [measured] if measured else []
     title = repo_id.rpartition("/")[2]
     return str(model_card(title, base_model=base_model or base, notes=notes, code=code, parts=parts))

@@ -52,6 +52,11 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     return str(model), {"gguf_file": found[0]}
 
 
+def local_folder(name: str, *ignored: str) -> Path:
+    """The folder of a model found by `locate`; a Hub repository is downloaded, without the `ignored` patterns."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf", *ignored]))
+
+
 def read_config(model: str | os.PathLike[str]) -> Any:
     """Reads the configuration of a model found by `locate`, but no weights."""
     name, where = locate(model)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -18,9 +16,9 @@ from ..core.apply import fold_ln_scaling
 from ..core.record import record, write
 from ..core.stack import own_stack, pretrained_modules, text_stack
 from ..core.sublayers import put
-from .export import copy_companions
+from .export import copy_companions, with_sublayers
 from .folders import atomic_directory, require_free
-from .names import load, locate, read_config
+from .names import load, local_folder, locate, read_config
 
 
 def fill_with_zeros(model: nn.Module) -> nn.Module:
@@ -31,9 +29,8 @@ def fill_with_zeros(model: nn.Module) -> nn.Module:
     """
     stack = text_stack(model)
     found = record(stack.model.config)
-    dropped = found.dropped and (replace(found.dropped, attention=(), mlp=()) if found.dropped.layers else None)
     config = copy.deepcopy(stack.model.config)
-    write(config, replace(found, dropped=dropped))
+    write(config, with_sublayers(found))
     with torch.device("meta"):
         whole = own_stack(type(stack.model)(config))
     assert whole is not None
@@ -48,7 +45,7 @@ def fill_with_zeros(model: nn.Module) -> nn.Module:
                 put(stack.layers[position], name, module)
     for part in pretrained_modules(model):
         if record(part.config) == found:
-            write(part.config, replace(found, dropped=dropped))
+            write(part.config, with_sublayers(found))
     return model
 
 
@@ -64,7 +61,7 @@ def export_zeros(src: str | os.PathLike[str], out: str | os.PathLike[str], *, fo
     found = record(read_config(src))
     if not found.sublayers:
         raise ValueError(f"{str(src)!r} needs no zeros: all its layers have attention and MLP")
-    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=["*.gguf"]))
+    source = local_folder(name)
     model = _load_with_head(source)
     fill_with_zeros(fold_ln_scaling(model) if found.active else model)
     with atomic_directory(target, force) as partial:

@@ -7,16 +7,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import BatchSize, Device, Force, written
+from .options import TEXT, BatchSize, Device, Force, written
 
 
 def adopt(
     model: Annotated[str, Argument(metavar="MODEL", help="A folder or Hub repository.")],
     out: Annotated[Path, Option(help="Folder to write.")],
-    data: Annotated[
-        Path | None,
-        Option(help="Text, or JSON lines, CSV or parquet with a column text or messages; defaults to English text."),
-    ] = None,
+    data: Annotated[Path | None, Option(help=f"{TEXT}; defaults to English text.")] = None,
     tokenizer: Annotated[
         str | None, Option(help="Name or folder of the tokenizer, if it is not in the model's folder.")
     ] = None,

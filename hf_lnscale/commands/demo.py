@@ -14,7 +14,7 @@ from ..core.display import one_line, terminal, with_error
 from ..core.errors import MissingPackageError, require_packages
 from ..core.json_file import to_json
 from ..core.processes import run_script
-from .quiet import quiet_transformers
+from .options import quiet_transformers
 
 FULL: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 344,
         "num_attention_heads": 4, "max_position_embeddings": 128, "vocab_size": 2048}  # fmt: skip
@@ -103,11 +103,10 @@ class Demo:
             except MissingPackageError as error:
                 self.say(f"Skipped: {error}")
                 return {"skipped": True}
-        parts: dict[str, Any] = dict.fromkeys(("loss", "jacobian", "progress"), False)
-        found = diagnose(load(folder), self.held_out_texts, windows=Windows(512 if self.fast else 2048, 256), **parts)
+        windows = Windows(512 if self.fast else 2048, 256)
+        found = diagnose(load(folder), self.held_out_texts, windows=windows, loss=False, jacobian=False, progress=False)
         self.console.print(str(found), markup=False)
-        shown = ("variance", "variance_without_first")
-        names = (*shown, *(f"{name}_error" for name in shown))
+        names = ("variance", "variance_without_first", "variance_error", "variance_without_first_error")
         variances = {key: [place[key] for place in found.residual] for key in names}
         return {"skipped": False, "checkpoint": str(folder), **variances}
 
@@ -125,29 +124,34 @@ class Demo:
         )
         about = f"{self.steps} steps of {BATCH * length} tokens of Python's documentation; one seed, a demonstration. "
         self.say(about + "± is the standard error over the held-out text alone.")
-        figures, columns = dict[str, Any](), list[dict[str, str]]()
+        figures: dict[str, Any] = {}
         for name, ln_scaling in {"Pre-LN": False, "LNS": True}.items():
             model = self.new_model(tokenizer.eos_token_id, ln_scaling)
             losses = self.train(model, train, held_out)
             found = diagnose(model, held_out, jacobian=False, progress=False)
-            loss_error = (found.baseline or {}).get("loss_error")
-            variances, spread = ([place[key] for place in found.residual] for key in ("variance", "variance_error"))
-            added, errors = found.values("loss_added"), found.values("loss_added_error")
             figures[name] = {
-                "evaluation_losses": losses, "residual_variance": variances, "evaluation_loss_error": loss_error,
-                "residual_variance_error": spread,
-                "loss_added": added, "loss_added_error": errors,
-            }  # fmt: skip
-            columns.append({
-                "evaluation loss, nats per token": with_error(losses[-1], loss_error),
-                "residual variance after layer 0": with_error(variances[1], spread[1]),
-                f"residual variance after layer {len(added) - 1}": with_error(variances[-1], spread[-1]),
-                **{f"loss added without layer {i}": with_error(*pair, sign="+")
-                   for i, pair in enumerate(zip(added, errors, strict=True))},
-            })  # fmt: skip
+                "evaluation_losses": losses,
+                "evaluation_loss_error": (found.baseline or {}).get("loss_error"),
+                "residual_variance": [place["variance"] for place in found.residual],
+                "residual_variance_error": [place["variance_error"] for place in found.residual],
+                "loss_added": found.values("loss_added"),
+                "loss_added_error": found.values("loss_added_error"),
+            }
         model.cpu().save_pretrained(self.out / "lns-model")
         tokenizer.save_pretrained(self.out / "lns-model")
-        self.console.print(terminal(("", *figures), [(name, *(one[name] for one in columns)) for name in columns[0]]))
+
+        def row(title: str, key: str, at: int, sign: str = "") -> tuple[str, ...]:
+            return title, *(with_error(one[key][at], one[f"{key}_error"][at], sign) for one in figures.values())
+
+        layers = range(len(found.layers))
+        final = [with_error(one["evaluation_losses"][-1], one["evaluation_loss_error"]) for one in figures.values()]
+        rows: list[tuple[str, ...]] = [
+            ("evaluation loss, nats per token", *final),
+            row("residual variance after layer 0", "residual_variance", 1),
+            row(f"residual variance after layer {layers[-1]}", "residual_variance", -1),
+            *(row(f"loss added without layer {layer}", "loss_added", layer, "+") for layer in layers),
+        ]
+        self.console.print(terminal(("", *figures), rows))
         return figures
 
     def new_model(self, end: int, ln_scaling: bool) -> Any:
@@ -220,25 +224,23 @@ class Demo:
         from matplotlib.figure import Figure
 
         curse, cure = self.results["curse"], self.results["cure"]
-        real = {name: (curse[name], curse[f"{name}_error"]) for name in ("variance", "variance_without_first")}
+        real = {"variance": "variance", "without the first token": "variance_without_first"}
+
+        def lines_of(key: str, error: str) -> dict[str, Any]:
+            return {name: (one[key], one[error]) for name, one in cure.items()}
+
         panels = {
-            "SmolLM2-135M: residual variance before layer": {} if curse["skipped"] else real,
-            "From scratch: residual variance before layer": {
-                name: (one["residual_variance"], one["residual_variance_error"]) for name, one in cure.items()
+            "SmolLM2-135M: residual variance before layer": {} if curse["skipped"] else {
+                label: (curse[key], curse[f"{key}_error"]) for label, key in real.items()
             },
-            "From scratch: evaluation loss over the run": {
-                name: (one["evaluation_losses"], [one["evaluation_loss_error"]] * len(one["evaluation_losses"]))
-                for name, one in cure.items()
-            },
-            "From scratch: loss added by removing a layer": {
-                name: (one["loss_added"], one["loss_added_error"]) for name, one in cure.items()
-            },
-        }
+            "From scratch: residual variance before layer": lines_of("residual_variance", "residual_variance_error"),
+            "From scratch: evaluation loss over the run": lines_of("evaluation_losses", "evaluation_loss_error"),
+            "From scratch: loss added by removing a layer": lines_of("loss_added", "loss_added_error"),
+        }  # fmt: skip
         figure = Figure(figsize=(11, 7.5), layout="constrained")
         for axis, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             for label, (values, errors) in lines.items():
-                shown = label.replace("variance_without_first", "without the first token")
-                axis.errorbar(range(len(values)), values, errors, marker="o", ms=4, label=shown)
+                axis.errorbar(range(len(values)), values, errors, marker="o", ms=4, label=label)
             axis.set_title(title, loc="left")
             axis.locator_params(axis="x", integer=True)
             axis.set_yscale("log" if "before layer" in title else "linear")

@@ -11,14 +11,12 @@ from typer import Argument, Option
 
 from ..core.display import one_line, rich_text
 from ..core.json_file import to_json
-from .options import AsJson, Device, Dtype
+from .options import TEXT, AsJson, Device, Dtype
 
 
 def evaluate(
     models: Annotated[list[str], Argument(metavar="MODEL...", help="Models to evaluate; the first is the reference.")],
-    data: Annotated[
-        Path | None, Option(help="Text, or JSON lines, CSV or parquet with a column text or messages, for perplexity.")
-    ] = None,
+    data: Annotated[Path | None, Option(help=f"{TEXT}, for perplexity.")] = None,
     tasks: Annotated[
         str | None, Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy, or task files.")
     ] = None,

@@ -31,9 +31,9 @@ from .env import env
 from .evaluate import evaluate
 from .export import export, fold
 from .info import info
+from .options import quiet_transformers
 from .prune import prune
 from .push import push
-from .quiet import quiet_transformers
 from .run import run
 from .train import train
 

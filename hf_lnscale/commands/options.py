@@ -1,8 +1,10 @@
-"""Shared by several verbs: options, value parsers, and the line about a written checkpoint."""
+"""Shared by several verbs: options, value parsers, quiet, and the line about a written checkpoint."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ from ..core.display import one_line
 Checkpoint = Annotated[
     str, Argument(metavar="MODEL", help="A folder, a .gguf file or its folder, or a repository on the Hub.")
 ]
-Data = Annotated[Path, Option(help="Text, or JSON lines, CSV or parquet with a column text or messages.")]
+TEXT = "Text, or JSON lines, CSV or parquet with a column text or messages"
+Data = Annotated[Path, Option(help=f"{TEXT}.")]
 SeqLen = Annotated[int | None, Option(help="Tokens per window; defaults to 512 or the model's number of positions.")]
 BatchSize = Annotated[int, Option(help="Windows per batch.")]
 Dtype = Annotated[str, Option(help="Weight dtype: auto (the checkpoint's own), fp32, bf16, fp16.")]
@@ -79,3 +82,20 @@ def written(path: object, config: Any) -> str:
     else:
         state = "a plain checkpoint that loads without hf_lnscale"
     return f"wrote {one_line(path)}: {state}"
+
+
+@contextmanager
+def quiet_transformers(progress_bars: bool = True) -> Iterator[None]:
+    """Suppresses transformers' hints on stderr, and its progress bars unless `progress_bars` is set."""
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -11,6 +11,7 @@ from typer import Option
 
 from ..core.json_file import to_json
 from .options import (
+    TEXT,
     AsJson,
     BatchSize,
     Checkpoint,
@@ -33,8 +34,8 @@ def prune(
         list[str] | None,
         Option(
             metavar="[NAME=]FILE[:WEIGHT]",
-            help="Text, or JSON lines, CSV or parquet with a column text or messages. Several sources: --data "
-            "wiki=a.txt --data code=b.jsonl:0.5. Defaults to English and Python code shipped with Python.",
+            help=f"{TEXT}. Several sources: --data wiki=a.txt --data code=b.jsonl:0.5. Defaults to English and Python "
+            "code shipped with Python.",
         ),
     ] = None,
     num_layers: Annotated[int | None, Option("--layers", help="Drop this many layers.")] = None,

@@ -13,7 +13,7 @@ import hf_lnscale
 from hf_lnscale.checkpoints import smollm2
 from hf_lnscale.checkpoints.export import export
 from hf_lnscale.commands import demo
-from hf_lnscale.commands.quiet import quiet_transformers
+from hf_lnscale.commands.options import quiet_transformers
 from hf_lnscale.core import errors
 from hf_lnscale.measuring.sample import documents
 
