@@ -11,7 +11,7 @@ from .families import FAMILIES, Family, UnsupportedArchitectureError, family_of,
 from .sublayers import AbsentNorm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:
     from transformers import PreTrainedModel
 
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def base_config(model: nn.Module) -> PreTrainedConfig | None:
+    """The configuration of a model, which may be wrapped; None if it is not one of transformers."""
+    return next((module.config for module in pretrained_modules(model)), None)
 
 
 def own_stack(module: PreTrainedModel) -> Stack | None:
