@@ -363,7 +363,11 @@ def _at_the_call(hook: Hook) -> Callable[..., Any]:
     def replacement(original: Original, /, *args: Any, **kwargs: Any) -> Any:
         if MODELS not in sys.modules:
             return original(*args, **kwargs)
-        return hook.replacement()(original, *args, **kwargs)
+        try:
+            function = hook.replacement()
+        except (ImportError, AttributeError):  # reported in `problems` of another group, which imports the same file
+            function = refuse
+        return function(original, *args, **kwargs)
 
     return replacement
 
