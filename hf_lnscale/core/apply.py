@@ -210,11 +210,7 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Checks, before saving, that a model matches its configuration.
-
-    Raises:
-        ValueError: if the two differ; the message names the likely cause.
-    """
+    """Refuses, before saving, a model that does not match its configuration; the message names the likely cause."""
     for module in pretrained_modules(model):
         if (stack := own_stack(module)) and (problem := _inconsistency(stack)):
             raise ValueError(f"this {type(module).__name__} {problem}")
@@ -229,10 +225,8 @@ def _inconsistency(stack: Stack) -> str:
             "dropped: drop_layers was set on the config after the model was built (use "
             "hf_lnscale.drop_layers(model, layers))"
         )
-    lacking: dict[str, list[int]] = {}
-    for position, layer in enumerate(stack.layers):
-        for kind in missing(layer, stack.family):
-            lacking.setdefault(kind, []).append(position)
+    absent = [(kind, position) for position, layer in enumerate(stack.layers) for kind in missing(layer, stack.family)]
+    lacking = {kind: [position for other, position in absent if other == kind] for kind, _ in absent}
     if lacking != found.sublayers:
         return (
             f"lacks sub-layers of layers {lacking}, but its config says {found.sublayers}: the config was changed "

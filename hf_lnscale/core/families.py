@@ -346,11 +346,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
-    """The row of a model's text decoder. Error messages name `argument`.
-
-    Raises:
-        UnsupportedArchitectureError: if there is none; the message gives the reason, if known, and how to add one.
-    """
+    """The row of a model's text decoder, checked to support `argument`: "ln_scaling" or "drop_layers"."""
     text = text_config(config)
     model_type = text.model_type
     dropping = argument == "drop_layers"
@@ -370,11 +366,7 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
 
 
 def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Family:
-    """The row of a text decoder that supports dropping `kind` ("attention" or "mlp") separately.
-
-    Raises:
-        UnsupportedArchitectureError: if it does not; the message names `argument` and gives the reason.
-    """
+    """The row of a model's text decoder, checked to support `argument`, which drops only "attention" or "mlp"."""
     family, text = family_of(config, "drop_layers"), text_config(config)
     reason = _unmet(family, text)
     if not reason and not family.sublayer(kind)[0]:

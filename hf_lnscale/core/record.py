@@ -168,10 +168,7 @@ for _representer in (yaml.representer.Representer, yaml.representer.SafeRepresen
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
-    """Stores in a model's name what a second model loaded by that name must match; see `SourceName`.
-
-    With `changed=None`, the stored value is kept.
-    """
+    """Stores in a model's name what a second model loaded by that name must match; keeps `changed` if it is None."""
     if name := getattr(config, "_name_or_path", ""):
         changed = getattr(name, "changed", "") if changed is None else changed
         found = record(config)
@@ -180,11 +177,7 @@ def remember_source(config: PreTrainedConfig, changed: str | None = None) -> Non
 
 
 def record(config: object) -> Record:
-    """Reads and validates the plugin's keys in a configuration or a config.json dict; empty for anything else.
-
-    Raises:
-        ValueError: if a value is invalid; the message names the key, the value and what is valid.
-    """
+    """Reads and validates the plugin's keys in a configuration or a config.json dict; empty for anything else."""
     if isinstance(config, dict):
         keys = _KEYS - {ON_DISK}
         values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
@@ -263,11 +256,7 @@ def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
 
 
 def require_valid(config: PreTrainedConfig) -> None:
-    """Validates a configuration read from a file, which may have been edited by hand.
-
-    Raises:
-        ValueError: if a value is invalid or does not match the number of layers.
-    """
+    """Refuses a configuration from a file, perhaps edited by hand, that is invalid or for another number of layers."""
     found, num_layers = record(config), layers_of(config)
     if found.active and found.folded:
         raise ValueError(
@@ -293,12 +282,7 @@ def get_ln_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
-    """Sets `ln_scaling` in a configuration. None has no effect; True keeps a scaling that is already set.
-
-    Raises:
-        ValueError: if the value is invalid, or the norm weights already contain a scale.
-        UnsupportedArchitectureError: if the model's family is not in the table.
-    """
+    """Sets `ln_scaling` in a configuration. None has no effect; True keeps a scaling that is already set."""
     if value is None:
         return
     now = record(config)
