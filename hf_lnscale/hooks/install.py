@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 SUPPORTED = "5.16.1 to 5.24"
@@ -64,8 +63,8 @@ _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedMode
 _PEFT_MODEL, _PEFT_MIXED = "peft.peft_model:PeftModel", "peft.mixed_model:PeftMixedModel"
 _PEFT_CONFIG, _HOTSWAP = "peft.config:PeftConfigMixin", "peft.utils.hotswap:"
 _TRAINER, _ACCELERATOR = f"{TRAINER}:Trainer", "accelerate.accelerator:Accelerator"
-_config = partial(Hook, CONFIGURATION, _CONFIG, "configuration")
-_model = partial(Hook, MODELS, _MODEL, "models")
+_config = functools.partial(Hook, CONFIGURATION, _CONFIG, "configuration")
+_model = functools.partial(Hook, MODELS, _MODEL, "models")
 _PROPERTIES = tuple(_config(name, function="flag_property") for name in FLAGS)
 
 HOOKS = (
