@@ -64,7 +64,7 @@ def _write(model: nn.Module, stack: Stack, **changes: Any) -> None:
 
 
 def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
-    """Enables LayerNorm Scaling on a model in memory, in place.
+    """Enables LayerNorm Scaling on a model in memory, in place, and returns the model.
 
     Multiplies the outputs of the attention and MLP pre-norms of each layer by `depth ** -exponent` (arXiv 2502.05795,
     equation 8). Parameters and their names do not change. A model trained without the scale gives useless outputs at
@@ -74,9 +74,6 @@ def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
         model: a transformers model, or one wrapped by PEFT or DDP.
         ln_scaling: True, False (same as `remove_ln_scaling`), a dict or an `LNScalingConfig`. True keeps a scaling
             that is already active; any other value replaces it.
-
-    Returns:
-        The same model.
 
     Raises:
         ValueError: if the value is invalid, or the scale is already folded into the weights.
@@ -100,12 +97,9 @@ def apply_ln_scaling(model: nn.Module, ln_scaling: Any = True) -> nn.Module:
 
 
 def remove_ln_scaling(model: nn.Module) -> nn.Module:
-    """Disables LayerNorm Scaling on a model in memory, in place, and restores the class of each norm.
+    """Disables LayerNorm Scaling on a model in memory, in place, restores the class of each norm, returns the model.
 
-    This changes the outputs. Use `fold_ln_scaling` to get a plain model with the same outputs.
-
-    Returns:
-        The same model; unchanged if it has no scale.
+    This changes the outputs, if there is a scale. `fold_ln_scaling` gives a plain model with the same outputs.
 
     Raises:
         UnsupportedArchitectureError: if the model's family is not in the table.
@@ -119,7 +113,7 @@ def remove_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
-    """Sets the warmup of a model's scale to its state after `step` optimizer steps, in place.
+    """Sets the warmup of a model's scale to its state after `step` optimizer steps, in place, and returns the model.
 
     Call it after each optimizer step of a custom training loop; in a Trainer, `LNScalingWarmupCallback` does so. Works
     on wrapped, sharded and compiled models, without recompiling.
@@ -127,9 +121,6 @@ def set_ln_scaling_step(model: nn.Module, step: int) -> nn.Module:
     Args:
         model: a model whose `ln_scaling` has `warmup_steps`.
         step: an integer >= 0; values beyond `warmup_steps` are clamped.
-
-    Returns:
-        The same model.
 
     Raises:
         ValueError: if the model has no warmup, or `step` is invalid.
@@ -176,14 +167,11 @@ def _applied(stack: Stack) -> list[set[float]]:
 
 
 def fold_ln_scaling(model: nn.Module) -> nn.Module:
-    """Folds the scale into the norm weights, in place, and clears the flag: a plain model for any runtime.
+    """Folds the scale into the norm weights, in place, and returns the model: a plain one, for any runtime.
 
     The stored product is exactly the one the forward computed, so outputs are bit-identical in any dtype. The
     configuration keeps a key, `ln_scaling_folded`, that other programs ignore. An optimizer that holds these weights
     continues from the new values. Training a folded model is training without LayerNorm Scaling.
-
-    Returns:
-        The same model.
 
     Raises:
         ValueError: if no scale is active, or a norm's weight is not in memory (meta device, offloaded).
@@ -202,11 +190,10 @@ def fold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def unfold_ln_scaling(model: nn.Module) -> nn.Module:
-    """Reverses `fold_ln_scaling`, in place, so that training with LayerNorm Scaling can continue.
+    """Reverses `fold_ln_scaling`, in place, so that training with the scale can continue, and returns the model.
 
-    Returns:
-        The same model. Its outputs are bit-identical unless the norm weights were trained while folded, in which case
-        a weight may differ in its last bit.
+    Its outputs are bit-identical unless the norm weights were trained while folded, in which case a weight may differ
+    in its last bit.
 
     Raises:
         ValueError: if nothing is folded, or a norm's weight is not in memory (meta device, offloaded).
@@ -223,11 +210,7 @@ def unfold_ln_scaling(model: nn.Module) -> nn.Module:
 
 
 def require_consistent(model: nn.Module) -> None:
-    """Checks, before saving, that a model matches its configuration.
-
-    Raises:
-        ValueError: if the two differ; the message names the likely cause.
-    """
+    """Refuses, before saving, a model that does not match its configuration; the message names the likely cause."""
     for module in pretrained_modules(model):
         if (stack := own_stack(module)) and (problem := _inconsistency(stack)):
             raise ValueError(f"this {type(module).__name__} {problem}")
@@ -242,10 +225,8 @@ def _inconsistency(stack: Stack) -> str:
             "dropped: drop_layers was set on the config after the model was built (use "
             "hf_lnscale.drop_layers(model, layers))"
         )
-    lacking: dict[str, list[int]] = {}
-    for position, layer in enumerate(stack.layers):
-        for kind in missing(layer, stack.family):
-            lacking.setdefault(kind, []).append(position)
+    absent = [(kind, position) for position, layer in enumerate(stack.layers) for kind in missing(layer, stack.family)]
+    lacking = {kind: [position for other, position in absent if other == kind] for kind, _ in absent}
     if lacking != found.sublayers:
         return (
             f"lacks sub-layers of layers {lacking}, but its config says {found.sublayers}: the config was changed "

@@ -82,9 +82,9 @@ class Family:
 
     def sublayer(self, kind: str) -> tuple[str, list[str]]:
         """The paths, relative to a layer, of its "attention" or "mlp" module and of the norms used only by it."""
-        first = kind == "attention"
-        norms, others = ({self.pre_norms[at], self.output_norms[at]} - {""} for at in ((0, 1) if first else (1, 0)))
-        return self.attention if first else self.mlp, sorted(norms - others)
+        path, at = (self.attention, 0) if kind == "attention" else (self.mlp, 1)
+        norms, others = ({self.pre_norms[i], self.output_norms[i]} - {""} for i in (at, 1 - at))
+        return path, sorted(norms - others)
 
     def layer_of_pre_norm(self, name: str) -> int | None:
         """The index of the layer whose pre-norm owns the named tensor of a checkpoint; None for other tensors."""
@@ -117,8 +117,10 @@ RENAMED = "its checkpoints name the pre-norms differently from its model, so lay
 SHARED = "its layers share the weights of one Transformer block, so a layer is not a separate part"
 NUMBERED = "its attention computes with the number of its layer"
 
-
 GEMMA = "input_layernorm pre_feedforward_layernorm"
+CPMANT = "self_att.layernorm_before_attention ffn.layernorm_before_ffn"
+PLAIN_GEMMA4 = (("hidden_size_per_layer_input", 0), ("enable_moe_block", False))
+POST_GEMMA = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def _rows(names: str, depth_fields: str = "", norms: str = "", **others: Any) -> dict[str, Family]:
@@ -156,12 +158,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("apertus apertus1p5_text", norms="attention_layernorm feedforward_layernorm"),
     **_rows("bamba", norms="input_layernorm pre_ff_layernorm", no_dropping=NO_CHECK),
     **_rows("bloom", layers="h", requires=(("apply_residual_connection_post_layernorm", False),)),
-    **_rows(
-        "cpmant",
-        layers="encoder.layers",
-        norms="self_att.layernorm_before_attention ffn.layernorm_before_ffn",
-        no_dropping=NO_CHECK,
-    ),
+    **_rows("cpmant", layers="encoder.layers", norms=CPMANT, no_dropping=NO_CHECK),
     **_rows("ctrl", layers="h", norms="layernorm1 layernorm2"),
     **_rows("dbrx", layers="blocks", norms="norm_attn_norm.norm_1 norm_attn_norm.norm_2"),
     **_rows("diffllama", no_dropping=NUMBERED),
@@ -170,12 +167,7 @@ FAMILIES: dict[str, Family] = {
     **_rows("falcon_h1", norms="input_layernorm pre_ff_layernorm"),
     **_rows("exaone", no_dropping=RENAMED),
     **_rows("flint", "layer_types mlp_only_layers"),
-    **_rows(
-        "gemma4_text",
-        "layer_types num_kv_shared_layers",
-        norms=GEMMA,
-        requires=(("hidden_size_per_layer_input", 0), ("enable_moe_block", False)),
-    ),
+    **_rows("gemma4_text", "layer_types num_kv_shared_layers", norms=GEMMA, requires=PLAIN_GEMMA4),
     **_rows("gemma4_unified_text", "layer_types num_kv_shared_layers", norms=GEMMA),
     **_rows("glm_moe_dsa", "layer_types mlp_layer_types first_k_dense_replace indexer_types"),
     **_rows("gpt2", "scale_attn_by_inverse_layer_idx", layers="h", norms="ln_1 ln_2"),
@@ -235,8 +227,7 @@ for _names, _changes in (
     ("codegen gptj", {"attention_norm": "ln_1", "mlp_norm": "ln_1"}),
     ("exaone4 flex_olmo olmo2 olmo3", {"attention_norm": "", "mlp_norm": ""}),
     ("afmoe", {"output_norms": ("post_attention_layernorm", "post_mlp_layernorm")}),
-    ("exaone4 flex_olmo gemma2", {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}),
-    ("gemma3_text olmo2 olmo3", {"output_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}),
+    ("exaone4 flex_olmo gemma2 gemma3_text olmo2 olmo3", {"output_norms": POST_GEMMA}),
     ("glm4 kolibri1", {"output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}),
     ("hyperclovax", {"output_norms": ("post_norm1", "post_norm2")}),
     ("lfm3", {"output_norms": ("post_operator_norm", "post_ffn_norm")}),
@@ -330,14 +321,11 @@ def register_family(
     if depth_fields is not None:
         known = depth_fields if isinstance(depth_fields, dict) else DEPTH_FIELDS
         for name in depth_fields:
-            problem = ""
+            problem = f"{name}: {known.get(name)!r} is not a rule; use"
             if name not in known:
-                problem = (
-                    f"{name!r} is not one of {', '.join(DEPTH_FIELDS)}; pass {{{name!r}: rule}}, with one of the rules"
-                )
-            elif known[name] not in RULES:
-                problem = f"{name}: {known[name]!r} is not a rule; use"
-            if problem:
+                fields = ", ".join(DEPTH_FIELDS)
+                problem = f"{name!r} is not one of {fields}; pass {{{name!r}: rule}}, with one of the rules"
+            if known.get(name) not in RULES:
                 raise ValueError(f"register_family: depth_fields: {problem} {', '.join(RULES)}")
         depth_fields = dict(depth_fields) if isinstance(depth_fields, dict) else tuple(depth_fields)
     # No sub-layers are dropped in registered families, since what their modules return is unknown.
@@ -358,21 +346,17 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
-    """The row of a model's text decoder. Error messages name `argument`.
-
-    Raises:
-        UnsupportedArchitectureError: if there is none; the message gives the reason, if known, and how to add one.
-    """
+    """The row of a model's text decoder, checked to support `argument`: "ln_scaling" or "drop_layers"."""
     text = text_config(config)
     model_type = text.model_type
-    family = FAMILIES.get(model_type)
-    if family is not None:
-        reason = family.no_dropping if argument == "drop_layers" else family.no_scaling or _unmet(family, text)
+    dropping = argument == "drop_layers"
+    if family := FAMILIES.get(model_type):
+        reason = family.no_dropping if dropping else family.no_scaling or _unmet(family, text)
         if not reason:
             return family
     else:
-        reason = NO_DROPPING.get(model_type, "") if argument == "drop_layers" else ""
-        reason = reason or KNOWN_UNSUPPORTED.get(model_type, "")
+        reason = KNOWN_UNSUPPORTED.get(model_type, "")
+        reason = NO_DROPPING.get(model_type, reason) if dropping else reason
     raise UnsupportedArchitectureError(
         f"{argument} is not supported for model_type {model_type!r}: {reason or 'its pre-norms are not known'}. If it "
         "does have a norm before attention and one before the MLP, add it with hf_lnscale.register_family(model_type, "
@@ -382,13 +366,7 @@ def family_of(config: PreTrainedConfig, argument: str = "ln_scaling") -> Family:
 
 
 def require_sublayer(config: PreTrainedConfig, kind: str, argument: str) -> Family:
-    """The row of a model's text decoder, checked to support dropping `kind` ("attention" or "mlp") separately.
-
-    Error messages name `argument`.
-
-    Raises:
-        UnsupportedArchitectureError: if it does not; the message gives the reason.
-    """
+    """The row of a model's text decoder, checked to support `argument`, which drops only "attention" or "mlp"."""
     family, text = family_of(config, "drop_layers"), text_config(config)
     reason = _unmet(family, text)
     if not reason and not family.sublayer(kind)[0]:

@@ -26,12 +26,7 @@ def parse(text: str) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Serializes to standard JSON, which has no infinities and no NaN: they become strings, read back by `number_of`.
-
-    Args:
-        value: anything that `json.dumps` accepts.
-        options: keyword arguments of `json.dumps`.
-    """
+    """Like `json.dumps`, but standard JSON: infinities and NaN become strings, which `number_of` reads back."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -51,8 +46,7 @@ def number_of(value: Any) -> Any:
 def read_object(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
     """Reads a JSON object from a file and checks that the fields in `kinds`, if present, have those types.
 
-    Raises:
-        ValueError: if the content is invalid; the message does not name the file.
+    The `ValueError` for invalid content does not name the file.
     """
     try:
         found = parse(path.read_text(encoding="utf-8"))

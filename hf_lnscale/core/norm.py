@@ -2,12 +2,10 @@
 
 "The Curse of Depth in Large Language Models", arXiv 2502.05795, section 4, equation 8: h_l' = Norm(h_l) / sqrt(l).
 
-A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). The scale is therefore applied to the
-weight as the norm's forward reads it: one product on a vector of `hidden_size` and no operation on activations.
-
-Only the forward sees the scaled weight. To everything else `norm.weight` is the ordinary parameter: the optimizer,
-weight initialization, quantizers that write into it, and FSDP, which looks parameters up by name. (A `weight` property
-that always returned the product would pass most tests, but FSDP2 would scale twice.)
+A norm's output is linear in its weight, so Norm(x; w) * s = Norm(x; w * s). Only the norm's forward sees the scaled
+weight. To everything else `norm.weight` is the ordinary parameter: the optimizer, weight initialization, quantizers
+that write into it, and FSDP, which looks parameters up by name. (A `weight` property that always returned the product
+would pass most tests, but FSDP2 would scale twice.)
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-# --- the scaled norm --------------------------------------------------------------------------------
 
 
 def scale_parameter(

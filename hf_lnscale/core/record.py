@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ ACTIVE = "ln_scaling"
 FOLDED = "ln_scaling_folded"
 DROPPED = "dropped_layers"
 ON_DISK = "_ln_scaling_on_disk"
+_KEYS = frozenset({ACTIVE, FOLDED, DROPPED, ON_DISK})
 SUBLAYERS = ("attention", "mlp")
 _MOST_LAYERS = 1_000_000  # bounds the size of lists of layers
 # Not part of `Record`, since it does not affect outputs. At most `KEPT` hashes of a text's passages are stored.
@@ -31,6 +31,10 @@ KNOWN_TEXT, KEPT = "calibration_text", 128
 _used = False
 # Key in the metadata of safetensors files.
 MARK = "hf_lnscale"
+# What protects the config.json of scaled checkpoints and of those without some sub-layers.
+MODEL_TYPE_PREFIX, ARCHITECTURE_PREFIX, PARTIAL_PREFIX = "hf_lnscale_", "LNS", "Partial"
+TRIPWIRE = "This checkpoint uses LayerNorm Scaling: install hf_lnscale and import it before loading"
+PARTIAL_TRIPWIRE = "This checkpoint lacks attention or MLP in layers: install hf_lnscale and import it before loading"
 
 
 class Stored(dict[str, Any]):
@@ -131,6 +135,11 @@ class Record:
         """Prefix of the names in `architectures` of a protected checkpoint."""
         return (PARTIAL_PREFIX if self.sublayers else "") + (ARCHITECTURE_PREFIX if self.active else "")
 
+    @property
+    def tripwires(self) -> list[str]:
+        """Keys in a protected checkpoint's `id2label` on which the configuration classes of transformers fail."""
+        return [PARTIAL_TRIPWIRE] * bool(self.sublayers) + [TRIPWIRE] * bool(self.active)
+
     def to_dict(self) -> dict[str, Any]:
         """The keys and values to store in config.json; empty for a plain model."""
         values = {ACTIVE: self.active, FOLDED: self.folded, DROPPED: self.dropped}
@@ -159,10 +168,7 @@ for _representer in (yaml.representer.Representer, yaml.representer.SafeRepresen
 
 
 def remember_source(config: PreTrainedConfig, changed: str | None = None) -> None:
-    """Stores in a model's name what a second model loaded by that name must match; see `SourceName`.
-
-    With `changed=None`, the stored value is kept.
-    """
+    """Stores in a model's name what a second model loaded by that name must match; keeps `changed` if it is None."""
     if name := getattr(config, "_name_or_path", ""):
         changed = getattr(name, "changed", "") if changed is None else changed
         found = record(config)
@@ -171,16 +177,9 @@ def remember_source(config: PreTrainedConfig, changed: str | None = None) -> Non
 
 
 def record(config: object) -> Record:
-    """Reads and validates the plugin's keys in a configuration or a config.json dict; empty for anything else.
-
-    Stored depths of exactly 1, 2, ... are the default and are adjusted to the number of layers, which may have changed
-    since they were written.
-
-    Raises:
-        ValueError: if a value is invalid; the message names the key, the value and what is valid.
-    """
+    """Reads and validates the plugin's keys in a configuration or a config.json dict; empty for anything else."""
     if isinstance(config, dict):
-        keys = (ACTIVE, FOLDED, DROPPED)
+        keys = _KEYS - {ON_DISK}
         values = next((part for part in parts(config) if any(part.get(key) is not None for key in keys)), config)
         num_layers = number if is_integer(number := values.get("num_hidden_layers")) else None
     elif is_flagged(config):
@@ -209,14 +208,14 @@ def is_used() -> bool:
 def write(config: PreTrainedConfig, new: Record) -> None:
     """Writes what `record` reads. Stores new objects, since other configurations may share the old ones."""
     values = vars(text_config(config))
-    for key in (ACTIVE, FOLDED, DROPPED, ON_DISK):
+    for key in _KEYS:
         values.pop(key, None)
     values |= new.to_dict()
     if new != Record():
         note_use()
-    if new.active is not None:
+    if new.active:
         values[ACTIVE] = Stored(values[ACTIVE])
-    if new.on_disk is not None:
+    if new.on_disk:
         values[ON_DISK] = new.on_disk.to_dict()
     remember_source(config)
 
@@ -253,17 +252,11 @@ def is_flagged(config: object) -> TypeGuard[PreTrainedConfig]:
     if not isinstance(config, PreTrainedConfig):
         return False
     values = vars(config)
-    return any(key in values for key in (ACTIVE, FOLDED, DROPPED, ON_DISK)) or any(
-        is_flagged(value) for value in values.values()
-    )
+    return not _KEYS.isdisjoint(values) or any(map(is_flagged, values.values()))
 
 
 def require_valid(config: PreTrainedConfig) -> None:
-    """Validates a configuration read from a file, which may have been edited by hand.
-
-    Raises:
-        ValueError: if a value is invalid or does not match the number of layers.
-    """
+    """Refuses a configuration from a file, perhaps edited by hand, that is invalid or for another number of layers."""
     found, num_layers = record(config), layers_of(config)
     if found.active and found.folded:
         raise ValueError(
@@ -272,9 +265,9 @@ def require_valid(config: PreTrainedConfig) -> None:
         )
     if num_layers is None:
         return
-    for key, scaling in ((ACTIVE, found.active), (FOLDED, found.folded)):
-        with _naming(key):
-            _ = scaling and scaling.scales(num_layers)
+    with _naming(ACTIVE if found.active else FOLDED):
+        if scaling := found.active or found.folded:
+            scaling.scales(num_layers)
     if found.dropped is not None and len(found.dropped.kept) != num_layers:
         raise ValueError(
             f"{DROPPED} in the model's config is {found.dropped.to_dict()}, which leaves {len(found.dropped.kept)} "
@@ -289,14 +282,7 @@ def get_ln_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
-    """Sets `ln_scaling` in a configuration; a model built from it is scaled accordingly.
-
-    None has no effect. True has no effect if a scaling is already set, so a checkpoint keeps its own depths.
-
-    Raises:
-        ValueError: if the value is invalid, or the norm weights already contain a scale.
-        UnsupportedArchitectureError: if the model's family is not in the table.
-    """
+    """Sets `ln_scaling` in a configuration. None has no effect; True keeps a scaling that is already set."""
     if value is None:
         return
     now = record(config)
@@ -323,35 +309,32 @@ def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
 
 
 def trained_without(config: PreTrainedConfig) -> str | None:
-    """Compares the active scaling with the one that the checkpoint was trained with.
-
-    Returns:
-        None if they agree; "on", "off" or "other" if it was enabled, disabled or changed since.
-    """
+    """How the scaling was changed since training: it was turned "on", "off" or is "other"; None if it was not."""
     found = record(config)
-    if found.active is None and found.on_disk is None:
-        return None
-    num_layers = layers_of(config) or 0
-    scales = []
-    for scaling in (found.active, found.on_disk):
-        try:
-            scales.append(scaling.scales(num_layers) if scaling else [1.0] * num_layers)
-        except ValueError:  # the checkpoint and the model have different numbers of layers
-            scales.append([])
-    if scales[0] == scales[1]:
+    if _same_scales(found.active, found.on_disk, layers_of(config)):
         return None
     return "off" if found.active is None else "on" if found.on_disk is None else "other"
 
 
 def scaled_alike(config: PreTrainedConfig, trained: LNScalingConfig | None) -> bool:
     """Whether a model has the scale that weights were trained with; the steps of a warmup may differ."""
-    both = [record(config).active, trained]
-    ends = [scaling and replace(scaling, step=scaling.warmup_steps) for scaling in both]
-    if any(scaling and scaling.warming_up for scaling in both) and ends[0] != ends[1]:
+    both, num_layers = [record(config).active, trained], layers_of(config)
+    own, theirs = (scaling and replace(scaling, step=scaling.warmup_steps) for scaling in both)
+    if any(scaling and scaling.warming_up for scaling in both) and own != theirs:
         return False
-    at_the_end = copy.deepcopy(config)
-    write(at_the_end, replace(record(config), active=ends[0], on_disk=ends[1]))
-    return trained_without(at_the_end) is None
+    return _same_scales(own, theirs and _fitted(theirs, num_layers), num_layers)
+
+
+def _same_scales(first: LNScalingConfig | None, second: LNScalingConfig | None, num_layers: int | None) -> bool:
+    if first is None and second is None:
+        return True
+    scales = []
+    for scaling in (first, second):
+        try:
+            scales.append(scaling.scales(num_layers or 0) if scaling else [1.0] * (num_layers or 0))
+        except ValueError:  # the checkpoint and the model have different numbers of layers
+            scales.append([])
+    return scales[0] == scales[1]
 
 
 def recorded_scaling(stateful_callbacks: dict[str, Any]) -> LNScalingConfig | None:
@@ -370,6 +353,7 @@ def layers_of(config: PreTrainedConfig) -> int | None:
 
 
 def _fitted(scaling: LNScalingConfig, num_layers: int | None) -> LNScalingConfig:
+    """Adjusts stored depths of exactly 1, 2, ..., the default, to a number of layers that was changed since."""
     depths = scaling.depths
     if depths and num_layers and len(depths) != num_layers and depths == tuple(range(1, len(depths) + 1)):
         return replace(scaling, depths=tuple(range(1, num_layers + 1)))
@@ -413,13 +397,6 @@ def _dropped(stored: Any) -> Dropped | None:
     return Dropped(tuple(sorted(layers)), number, base, *(tuple(sorted(part)) for part in parts[1:])) if named else None
 
 
-MODEL_TYPE_PREFIX = "hf_lnscale_"
-ARCHITECTURE_PREFIX, PARTIAL_PREFIX = "LNS", "Partial"
-# Keys on which transformers' configuration classes fail, for scaled checkpoints and for those without some sub-layers.
-TRIPWIRE = "This checkpoint uses LayerNorm Scaling: install hf_lnscale and import it before loading"
-PARTIAL_TRIPWIRE = "This checkpoint lacks attention or MLP in layers: install hf_lnscale and import it before loading"
-
-
 def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields a configuration's dict and the dicts nested in it."""
     left = [config]
@@ -437,7 +414,7 @@ def protect(config: dict[str, Any]) -> dict[str, Any]:
     for part in list(parts(config)):
         part.pop(ON_DISK, None)
         found = protected_part(part)
-        for tripwire in _tripwires(found):
+        for tripwire in found.tripwires:
             part["id2label"] = {**(part.get("id2label") or {}), tripwire: ""}
         prefix = prefix or found.architecture_prefix
     if prefix:
@@ -457,12 +434,12 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
         part.pop(ON_DISK, None)
         found = protected_part(part)
         _scaling(part, FOLDED, None)
-        if found.active is not None:
+        if found.active:
             part[ACTIVE], part[ON_DISK] = Stored(found.active.to_dict()), found.active.to_dict()
-        if tripwires := _tripwires(found):
-            labels = {key: label for key, label in (part.pop("id2label", None) or {}).items() if key not in tripwires}
-            if labels:
-                part["id2label"] = labels
+        if tripwires := found.tripwires:
+            labels = (part.pop("id2label", None) or {}).items()
+            if left := {key: label for key, label in labels if key not in tripwires}:
+                part["id2label"] = left
         prefix = prefix or found.architecture_prefix
     if prefix:
         config["model_type"] = config.get("model_type", "").removeprefix(MODEL_TYPE_PREFIX)
@@ -474,7 +451,3 @@ def unprotect(config: dict[str, Any]) -> dict[str, Any]:
 def protected_part(part: dict[str, Any]) -> Record:
     """The fields of `Record` that may need this package, from a configuration's dict without nested ones."""
     return Record(active=_scaling(part, ACTIVE, None), dropped=_dropped(part.get(DROPPED)))
-
-
-def _tripwires(found: Record) -> list[str]:
-    return [PARTIAL_TRIPWIRE] * bool(found.sublayers) + [TRIPWIRE] * bool(found.active)

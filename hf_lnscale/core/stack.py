@@ -11,7 +11,7 @@ from .families import FAMILIES, Family, UnsupportedArchitectureError, family_of,
 from .sublayers import AbsentNorm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,7 @@ class Stack:
 
     @property
     def norms(self) -> list[tuple[int, nn.Module]]:
-        """Every pre-norm with the position of its layer, except those of missing sub-layers.
-
-        Raises:
-            UnsupportedArchitectureError: if one cannot be scaled; the message gives the reason.
-        """
+        """Every pre-norm with the position of its layer, except those of missing sub-layers; all can be scaled."""
         family_of(self.model.config)
         found = []
         for position, layer in enumerate(self.layers):
@@ -37,9 +33,8 @@ class Stack:
                 if isinstance(norm, AbsentNorm):
                     continue
                 if problem := _problem(norm, layer):
-                    raise UnsupportedArchitectureError(
-                        f"ln_scaling: the pre-norm {path!r} of layer {position} {problem}"
-                    )
+                    what = f"the pre-norm {path!r} of layer {position}"
+                    raise UnsupportedArchitectureError(f"ln_scaling: {what} {problem}")
                 found.append((position, norm))
         return found
 
@@ -69,6 +64,11 @@ def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
+def base_config(model: nn.Module) -> PreTrainedConfig | None:
+    """The configuration of a model, which may be wrapped; None if it is not one of transformers."""
+    return next((module.config for module in pretrained_modules(model)), None)
+
+
 def own_stack(module: PreTrainedModel) -> Stack | None:
     """The stack whose layers `module` itself holds (a `LlamaModel`, not the `LlamaForCausalLM` around it)."""
     family = FAMILIES.get(module.config.model_type)
@@ -79,12 +79,7 @@ def own_stack(module: PreTrainedModel) -> Stack | None:
 
 
 def text_stack(model: nn.Module) -> Stack:
-    """The text decoder of a model, which may be wrapped (a head, a vision model, PEFT, DDP).
-
-    Raises:
-        UnsupportedArchitectureError: if there is no decoder of a known family.
-        ValueError: if there are several.
-    """
+    """The only text decoder of a model, which may be wrapped (a head, a vision model, PEFT, DDP)."""
     modules = pretrained_modules(model)
     stacks = [stack for module in modules if (stack := own_stack(module))]
     if len(stacks) > 1:

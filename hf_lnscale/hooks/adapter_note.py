@@ -21,10 +21,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.display import brief
-from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Record, record, require_valid, set_ln_scaling
+from ..core.record import ACTIVE, DROPPED, FOLDED, SUBLAYERS, Dropped, Record, record, require_valid, set_ln_scaling
 from ..core.warnings import warn
 from ..pruning import checkpoint_layers
-from .configuration import set_drops
+from .configuration import set_flags
 
 NOTE = "hf_lnscale"
 TRIPWIRE = " on a base with LayerNorm Scaling or dropped layers: install hf_lnscale and import it before loading"
@@ -66,11 +66,7 @@ def add_note(path: Path, base: PreTrainedConfig) -> None:
 
 
 def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Restores the original `peft_type` in the dict of an adapter_config.json, in place.
-
-    Raises:
-        ValueError: if the note that belongs to it is missing.
-    """
+    """Restores the original `peft_type` in the dict of an adapter_config.json, in place; refuses one without a note."""
     if isinstance(kind := adapter.get("peft_type"), str) and kind.endswith(TRIPWIRE):
         if note(adapter) is None:
             raise ValueError(
@@ -84,9 +80,7 @@ def without_tripwire(adapter: dict[str, Any]) -> dict[str, Any]:
 def keywords(adapter: dict[str, Any], base: PreTrainedConfig | None = None) -> dict[str, Any]:
     """The keywords of `from_pretrained` needed to restore the base that the adapter was trained on.
 
-    Args:
-        adapter: the dict of an adapter_config.json.
-        base: the current configuration of the base; if None, it is read from the path that PEFT recorded.
+    If `base`, the current configuration of the base, is None, it is read from the path that PEFT recorded.
     """
     wanted = note(adapter)
     base = base or (_config_on_disk(adapter) if wanted else None)
@@ -102,7 +96,7 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
     if (found := _to_restore(wanted, base)) is None:
         return None
     restored = copy.deepcopy(base)
-    set_drops(restored, found)
+    set_flags(restored, {**found, "ln_scaling": None})
     try:
         set_ln_scaling(restored, found.get("ln_scaling"))
         require_valid(restored)
@@ -114,10 +108,7 @@ def keywords_to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any
 def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | None) -> None:
     """Refuses an adapter that was trained on a base with a different scale or different layers.
 
-    Args:
-        adapter: the dict of its adapter_config.json.
-        name: the name or path it was loaded from.
-        base: the configuration of the model to attach it to; None for a model of another library.
+    `name` is where it was loaded from. `base` describes the model to attach it to; None for one of another library.
     """
     here, wanted = base_state(base), note(adapter)
     if wanted is None:
@@ -142,19 +133,15 @@ def require_base(adapter: dict[str, Any], name: str, base: PreTrainedConfig | No
 def _to_restore(wanted: Record, base: PreTrainedConfig) -> dict[str, Any] | None:
     """The keywords, without checking whether they suffice; None if layers are missing."""
     available, original = checkpoint_layers.original_layers(base)
-    kept, num_layers = list(range(original)), original
-    if wanted.dropped:
-        kept, num_layers = wanted.dropped.kept, wanted.dropped.num_hidden_layers
-    if num_layers != original or not set(kept) <= set(available):
+    after, before = (found or Dropped((), original) for found in (wanted.dropped, record(base).dropped))
+    if after.num_hidden_layers != original or not set(after.kept) <= set(available):
         return None
-    found: dict[str, Any] = {}
-    if kept != available:
-        found["drop_layers"] = [position for position, layer in enumerate(available) if layer not in kept]
-    present = record(base).dropped
-    for kind in SUBLAYERS:
-        after, before = (getattr(dropped, kind, ()) for dropped in (wanted.dropped, present))
-        if absent := [position for position, layer in enumerate(available) if layer in after and layer not in before]:
-            found[f"drop_{kind}"] = absent
+    gone = {f"drop_{kind}": {*getattr(after, kind)} - {*getattr(before, kind)} for kind in ("layers", *SUBLAYERS)}
+    found: dict[str, Any] = {
+        keyword: [position for position, layer in enumerate(available) if layer in layers]
+        for keyword, layers in gone.items()
+        if layers
+    }
     if wanted.active != base_state(base).active:
         found["ln_scaling"] = wanted.active.to_dict() if wanted.active else False
     return found

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..core import record
 from ..core.errors import ArgumentError
-from .install import DROPS, Original, require_supported
+from .install import DROPS, FLAGS, Original, require_supported
 
 # Keywords of from_pretrained that determine where files are found.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -32,25 +32,22 @@ def setting(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-def set_ln_scaling(config: PreTrainedConfig, value: Any) -> None:
-    if value is not None and value is not False:
+def pop_flags(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Removes the flags from keywords and returns them."""
+    return {name: kwargs.pop(name, None) for name in FLAGS}
+
+
+def set_flags(config: PreTrainedConfig, flags: Mapping[str, Any]) -> None:
+    """Sets flags in a configuration whose other fields are set: valid values depend on the number of layers."""
+    drops, scaling = [flags.get(name) for name in DROPS], flags.get("ln_scaling")
+    dropping = any(drop is not None for drop in drops)
+    if dropping or (scaling is not None and scaling is not False):
         require_supported()
-    record.set_ln_scaling(config, value)
+    if dropping:
+        from ..pruning.depth_fields import set_drop_layers  # imports the models of transformers
 
-
-def set_drops(config: PreTrainedConfig, values: dict[str, Any]) -> None:
-    """Drops the layers and sub-layers that the keywords in `DROPS` name."""
-    if all(value is None for value in values.values()):
-        return
-    require_supported()
-    from ..pruning.depth_fields import set_drop_layers  # imports the models of transformers
-
-    set_drop_layers(config, *(values.get(name) for name in DROPS))
-
-
-def pop_drops(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Removes the keywords in `DROPS` from `kwargs` and returns them."""
-    return {name: kwargs.pop(name, None) for name in DROPS}
+        set_drop_layers(config, *drops)
+    record.set_ln_scaling(config, scaling)
 
 
 def located(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,25 +61,19 @@ def saved_config(config: PreTrainedConfig, name: Any, kwargs: Mapping[str, Any] 
     return saved
 
 
-def ln_scaling_property(name: str) -> property:
-    return property(record.get_ln_scaling, set_ln_scaling, doc="LayerNorm Scaling of the text decoder, or None.")
-
-
-def drop_property(name: str) -> property:
+def flag_property(name: str) -> property:
     return property(
-        lambda config: None,
-        lambda config, value: set_drops(config, {name: value}),
+        lambda config: None if name in DROPS else record.get_ln_scaling(config),
+        lambda config, value: set_flags(config, {name: value}),
         doc=f"Assigning to it acts like the keyword {name} of from_pretrained. `dropped_layers` lists what is missing.",
     )
 
 
-def from_dict(original: Original, /, cls: Any, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> Any:
-    drops = pop_drops(kwargs)
+def from_dict(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    flags = pop_flags(kwargs)
     made = original(cls, *args, **kwargs)
-    # Set after all other keywords, since valid values depend on the number of layers.
     config = made[0] if isinstance(made, tuple) else made
-    set_drops(config, drops)
-    set_ln_scaling(config, ln_scaling)
+    set_flags(config, flags)
     if record.is_flagged(config):
         record.require_valid(config)
     return made
@@ -115,22 +106,20 @@ def dict_from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: A
     return record.unprotect(found)
 
 
-def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, ln_scaling: Any = None, **kwargs: Any) -> None:
+def post_init(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
     """Hook on the constructor, so that its keywords work in any order."""
-    drops = pop_drops(kwargs)
+    flags = pop_flags(kwargs)
     if record.FOLDED in kwargs:  # both keys come from a file, which is validated when it is read
-        kwargs, ln_scaling = {"ln_scaling": ln_scaling, **kwargs}, None
+        kwargs = {"ln_scaling": flags.pop("ln_scaling"), **kwargs}
     original(self, *args, **kwargs)
-    set_drops(self, drops)
-    set_ln_scaling(self, ln_scaling)
+    set_flags(self, flags)
 
 
 def update(original: Original, /, self: PreTrainedConfig, config_dict: Any, *args: Any, **kwargs: Any) -> None:
     values = dict(config_dict)
-    drops, scaling = pop_drops(values), values.pop("ln_scaling", None)
+    flags = pop_flags(values)
     original(self, values, *args, **kwargs)
-    set_drops(self, drops)
-    set_ln_scaling(self, scaling)
+    set_flags(self, flags)
 
 
 def get_mtp_config(original: Original, /, self: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:

@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.abc
-import importlib.machinery
 import inspect
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 SUPPORTED = "5.16.1 to 5.24"
@@ -28,12 +26,15 @@ CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeli
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
 VLLM, SGLANG = "vllm.transformers_utils.config", "sglang.srt.utils.hf_transformers.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
-GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, SGLANG, DISTRIBUTED, LM_EVAL)
+# transformers imports two of them in the midst of its own import, so their hooks import nothing until they are called.
+EARLY = (ACCELERATE, DISTRIBUTED, LM_EVAL)
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, VLLM, SGLANG, *EARLY)
 
 # The function that a hook replaces.
 Original = Callable[..., Any]
 # Keywords of from_pretrained, and configuration fields, that drop parts. All use layer indices from before the drop.
 DROPS = ("drop_layers", "drop_attention", "drop_mlp")
+FLAGS = (*DROPS, "ln_scaling")
 
 
 @dataclass(frozen=True)
@@ -42,153 +43,132 @@ class Hook:
 
     group: str  # the module whose import triggers the hook
     owner: str  # the class, as `module:name`, or the module itself, as `module:`
+    file: str  # the module of this folder that defines the replacement
     name: str
-    # The replacement, as `module:name` in this folder, called with the original as first argument; a name that ends in
-    # `_property` is called with the attribute's name and returns a property.
-    replacement: str
     # Required parameters of the original, separated by spaces: all for a private function, the leading ones for a
     # public function. Empty if the hook relies on none.
     parameters: str = ""
+    # The replacement, called with the original as first argument. Its default is `name` without underscores around it.
+    # A `flag_property` is called with the attribute's name and returns a property.
+    function: str = ""
     # The first release of transformers in which the hook is needed; in earlier ones the function may be missing.
     needed_since: str = ""
     optional: bool = False  # supported releases of another library may lack the function
 
+    def replacement(self) -> Any:
+        return getattr(importlib.import_module(f".{self.file}", __package__), self.function or self.name.strip("_"))
+
 
 _CONFIG, _MODEL = f"{CONFIGURATION}:PreTrainedConfig", f"{MODELS}:PreTrainedModel"
-_PEFT_MODEL, _PEFT_CONFIG = "peft.peft_model:PeftModel", "peft.config:PeftConfigMixin"
-_PEFT_MIXED = "peft.mixed_model:PeftMixedModel"
-
-_PROPERTIES = (
-    Hook(CONFIGURATION, _CONFIG, "ln_scaling", "configuration:ln_scaling_property"),
-    *(Hook(CONFIGURATION, _CONFIG, name, "configuration:drop_property") for name in DROPS),
-)
+_PEFT_MODEL, _PEFT_MIXED = "peft.peft_model:PeftModel", "peft.mixed_model:PeftMixedModel"
+_PEFT_CONFIG, _HOTSWAP = "peft.config:PeftConfigMixin", "peft.utils.hotswap:"
+_TRAINER, _ACCELERATOR = f"{TRAINER}:Trainer", "accelerate.accelerator:Accelerator"
+_config = functools.partial(Hook, CONFIGURATION, _CONFIG, "configuration")
+_model = functools.partial(Hook, MODELS, _MODEL, "models")
+_PROPERTIES = tuple(_config(name, function="flag_property") for name in FLAGS)
 
 HOOKS = (
     *_PROPERTIES,
     # transformers assigns constructor keywords that are not fields, and the values of a dict, one by one.
-    Hook(CONFIGURATION, _CONFIG, "__post_init__", "configuration:post_init", "self"),
-    Hook(CONFIGURATION, _CONFIG, "update", "configuration:update", "self config_dict"),
-    Hook(CONFIGURATION, _CONFIG, "from_dict", "configuration:from_dict", "cls config_dict"),
-    Hook(CONFIGURATION, _CONFIG, "to_dict", "configuration:to_dict", "self"),
-    Hook(CONFIGURATION, _CONFIG, "to_json_file", "configuration:to_json_file", "self json_file_path use_diff"),
+    _config("__post_init__", "self"),
+    _config("update", "self config_dict"),
+    _config("from_dict", "cls config_dict"),
+    _config("to_dict", "self"),
+    _config("to_json_file", "self json_file_path use_diff"),
     # Private: reads every config.json, before `model_type` is looked up.
-    Hook(CONFIGURATION, _CONFIG, "_dict_from_json_file", "configuration:dict_from_json_file", "cls json_file"),
-    Hook(CONFIGURATION, _CONFIG, "get_mtp_config", "configuration:get_mtp_config", "self"),
-    Hook(MODELS, _MODEL, "__init__", "models:init", "self config"),
-    Hook(MODELS, _MODEL, "post_init", "models:post_init", "self"),
-    Hook(MODELS, _MODEL, "save_pretrained", "models:save_pretrained", "self save_directory"),
-    Hook(MODELS, _MODEL, "from_pretrained", "models:from_pretrained", "cls pretrained_model_name_or_path"),
+    _config("_dict_from_json_file", "cls json_file"),
+    _config("get_mtp_config", "self"),
+    _model("__init__", "self config"),
+    _model("post_init", "self"),
+    _model("save_pretrained", "self save_directory"),
+    _model("from_pretrained", "cls pretrained_model_name_or_path"),
     # Private: every `AutoModel.from_config` calls it; unknown keywords would be passed to the model's `__init__`.
-    Hook(MODELS, _MODEL, "_from_config", "models:from_config", "cls config kwargs"),
+    _model("_from_config", "cls config kwargs"),
     # Private: the last function called while tensor names are known and no tensor has been read. The public
     # `key_mapping` is stored with the model and reverted on saving: old layer indices with a config of fewer layers.
-    Hook(
-        MODELS, _MODEL, "_load_pretrained_model", "models:load_pretrained_model",
-        "model state_dict checkpoint_files load_config expected_keys",
-    ),
-    # A module-level function: the only one that writes a model's safetensors files and their metadata.
-    Hook(MODELS, f"{MODELS}:", "safe_save_file", "saving:save_file", "tensors filename"),
-    # torch.distributed.checkpoint imports it for each safetensors file: `save_pretrained(distributed_checkpoint=True)`.
-    Hook(MODELS, "safetensors.torch:", "save", "saving:save_file", "tensors metadata"),
+    _model("_load_pretrained_model", "model state_dict checkpoint_files load_config expected_keys"),
     # Private: loads torch.distributed.checkpoint checkpoints by tensor name, bypassing `_load_pretrained_model`. Before
     # 5.20, from_pretrained does not support such checkpoints.
-    Hook(
-        MODELS, _MODEL, "_load_and_finalize_distributed_pretrained_model", "models:load_distributed",
-        "self distributed_checkpoint_dir device_map device_mesh", needed_since="5.20",
+    _model(
+        "_load_and_finalize_distributed_pretrained_model", "self distributed_checkpoint_dir device_map device_mesh",
+        "load_distributed", needed_since="5.20",
     ),
+    # A module-level function: the only one that writes a model's safetensors files and their metadata.
+    Hook(MODELS, f"{MODELS}:", "saving", "safe_save_file", "tensors filename", "save_file"),
+    # torch.distributed.checkpoint imports it for each safetensors file: `save_pretrained(distributed_checkpoint=True)`.
+    Hook(MODELS, "safetensors.torch:", "saving", "save", "tensors metadata", "save_file"),
     # Private to torch: every load_state_dict calls it, including on a module that wraps the model.
     Hook(
-        MODELS, _MODEL, "_load_from_state_dict", "readers:load_from_state_dict",
+        MODELS, _MODEL, "readers", "_load_from_state_dict",
         "self state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
     ),
-    Hook(
-        MODELS, _MODEL, "_save_to_state_dict", "readers:save_to_state_dict", "self destination prefix keep_vars"
-    ),
-    Hook(
-        MODELS, "torch.optim.swa_utils:AveragedModel", "update_parameters", "readers:update_parameters", "self model"
-    ),
-    Hook(
-        MODELS, "transformers.integrations.peft:PeftAdapterMixin", "load_adapter", "peft:load_adapter_into_model",
-        "self peft_model_id",
-    ),
-    Hook(TRAINER, f"{TRAINER}:Trainer", "train", "trainer:train", "self resume_from_checkpoint"),
-    Hook(TRAINER, f"{TRAINER}:Trainer", "save_model", "trainer:save_model", "self output_dir"),
-    Hook(PEFT, _PEFT_CONFIG, "from_json_file", "peft:from_json_file", "cls path_json_file"),
-    Hook(PEFT, _PEFT_CONFIG, "save_pretrained", "peft:save_adapter_config", "self save_directory"),
-    Hook(PEFT, _PEFT_MODEL, "save_pretrained", "peft:save_adapter", "self save_directory"),
-    Hook(PEFT, _PEFT_MODEL, "from_pretrained", "peft:own_base_only", "cls model model_id"),
-    Hook(PEFT, _PEFT_MODEL, "load_adapter", "peft:own_base_only", "self model_id"),
-    Hook(PEFT, _PEFT_MIXED, "from_pretrained", "peft:own_base_only", "cls model model_id"),
-    Hook(PEFT, _PEFT_MIXED, "load_adapter", "peft:own_base_only", "self model_id"),
-    Hook(PEFT, "peft.utils.hotswap:", "hotswap_adapter", "peft:own_base_only", "model model_name_or_path"),
-    Hook(
-        PEFT, "peft.utils.hotswap:", "hotswap_adapter_from_state_dict", "peft:hotswap_from_state_dict",
-        "model state_dict adapter_name config",
-    ),
+    Hook(MODELS, _MODEL, "readers", "_save_to_state_dict", "self destination prefix keep_vars"),
+    Hook(MODELS, "torch.optim.swa_utils:AveragedModel", "readers", "update_parameters", "self model"),
+    Hook(MODELS, "transformers.integrations.peft:PeftAdapterMixin", "peft", "load_adapter", "self peft_model_id"),
+    Hook(TRAINER, _TRAINER, "trainer", "train", "self resume_from_checkpoint"),
+    Hook(TRAINER, _TRAINER, "trainer", "save_model", "self output_dir"),
+    Hook(PEFT, _PEFT_CONFIG, "peft", "from_json_file", "cls path_json_file"),
+    Hook(PEFT, _PEFT_CONFIG, "peft", "save_pretrained", "self save_directory", "save_adapter_config"),
+    Hook(PEFT, _PEFT_MODEL, "peft", "save_pretrained", "self save_directory", "save_adapter"),
+    Hook(PEFT, _PEFT_MODEL, "peft", "from_pretrained", "cls model model_id", "own_base_only"),
+    Hook(PEFT, _PEFT_MODEL, "peft", "load_adapter", "self model_id", "own_base_only"),
+    Hook(PEFT, _PEFT_MIXED, "peft", "from_pretrained", "cls model model_id", "own_base_only"),
+    Hook(PEFT, _PEFT_MIXED, "peft", "load_adapter", "self model_id", "own_base_only"),
+    Hook(PEFT, _HOTSWAP, "peft", "hotswap_adapter", "model model_name_or_path", "own_base_only"),
+    Hook(PEFT, _HOTSWAP, "peft", "hotswap_adapter_from_state_dict", "model state_dict adapter_name config"),
     # Private: X-LoRA loads each of its experts with it.
     Hook(
-        PEFT, "peft.tuners.xlora.model:", "_load_adapter_into_lora_model", "peft:own_base_only",
+        PEFT, "peft.tuners.xlora.model:", "peft", "_load_adapter_into_lora_model",
         "lora_model adapter_name model_id torch_device ephemeral_gpu_offload autocast_adapter_dtype subfolder kwargs",
+        "own_base_only",
     ),
     # Shared by AutoPeftModelForCausalLM and similar classes: the only function that loads the base by its path.
     Hook(
-        PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
-        "cls pretrained_model_name_or_path",
+        PEFT, "peft.auto:_BaseAutoPeftModel", "peft", "from_pretrained", "cls pretrained_model_name_or_path",
+        "auto_adapter",
     ),
-    Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", "model layer_map"),
+    Hook(PEFT, "peft.tuners.lora.model:", "readers", "replicate_layers", "model layer_map"),
     # Private: LoftQ uses it to read the base's weights by their names in memory.
     Hook(
-        PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "__init__", "readers:init_loftq_loader",
-        "self peft_model model_path",
+        PEFT, "peft.utils.loftq_utils:_SafetensorLoader", "readers", "__init__", "self peft_model model_path",
+        "init_loftq_loader",
     ),
     # Several modules of PEFT import it by name. New in PEFT 0.21.
     *(
-        Hook(
-            PEFT, f"{module}:", "set_base_model_state_dict", "readers:set_base_state", "model state_dict",
-            optional=True,
-        )
+        Hook(PEFT, f"{module}:", "readers", "set_base_model_state_dict", "model state_dict", optional=True)
         for module in ("peft", "peft.utils", "peft.utils.save_and_load")
     ),
     # The state of a custom training loop has no configuration.
-    Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "save_state", "early:save_state", "self output_dir"),
-    Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "load_state", "early:load_state", "self input_dir"),
+    Hook(ACCELERATE, _ACCELERATOR, "readers", "save_state", "self output_dir"),
+    Hook(ACCELERATE, _ACCELERATOR, "readers", "load_state", "self input_dir"),
     # Several modules of accelerate import the function by name.
     *(
-        Hook(ACCELERATE, f"{module}:", "load_checkpoint_in_model", "early:load_checkpoint_in_model", "model checkpoint")
-        for module in (
-            "accelerate", "accelerate.big_modeling", "accelerate.utils", "accelerate.utils.bnb",
-            "accelerate.utils.modeling",
-        )
+        Hook(ACCELERATE, f"accelerate{module}:", "readers", "load_checkpoint_in_model", "model checkpoint")
+        for module in ("", ".big_modeling", ".utils", ".utils.bnb", ".utils.modeling")
     ),
     # Plan every save and load of torch.distributed.checkpoint.
-    Hook(
-        DISTRIBUTED, f"{DISTRIBUTED}:DefaultSavePlanner", "create_global_plan", "early:create_global_plan",
-        "self all_plans",
-    ),
-    Hook(
-        DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "set_up_planner", "early:set_up_planner",
-        "self state_dict metadata",
-    ),
+    Hook(DISTRIBUTED, f"{DISTRIBUTED}:DefaultSavePlanner", "readers", "create_global_plan", "self all_plans"),
+    Hook(DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "readers", "set_up_planner", "self state_dict metadata"),
     # Private: the only function that receives the names of both checkpoints. The hook reads its parameters by name.
-    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "early:create_model"),
+    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "readers", "_create_model"),
     # vLLM selects a model class by `architectures`, from which the hooks above remove serving/vllm.py's prefix.
-    Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", "self model"),
+    Hook(VLLM, f"{VLLM}:HFConfigParser", "serving", "parse", "self model"),
     # SGLang reads the weights itself.
-    Hook(SGLANG, f"{SGLANG}:", "get_config", "guard:refuse_to_serve", "model"),
+    Hook(SGLANG, f"{SGLANG}:", "serving", "get_config", "model"),
 )  # fmt: skip
 
 # Installed instead of a group that differs from the table, to refuse flags. The properties refuse them on their own.
 GUARDS = (
     *_PROPERTIES,
-    Hook(CONFIGURATION, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
-    Hook(MODELS, _MODEL, "__init__", "guard:refuse"),
-    Hook(MODELS, _MODEL, "from_pretrained", "guard:refuse"),
-    Hook(MODELS, _MODEL, "_from_config", "guard:refuse"),
-    Hook(TRAINER, f"{TRAINER}:Trainer", "__init__", "guard:refuse"),
-    Hook(PEFT, _PEFT_MODEL, "__init__", "guard:refuse"),
-    Hook(ACCELERATE, "accelerate.big_modeling:", "load_checkpoint_in_model", "guard:refuse"),
-    Hook(VLLM, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
-    Hook(SGLANG, _CONFIG, "get_config_dict", "guard:refuse_scaled_file"),
+    Hook(CONFIGURATION, _CONFIG, "install", "get_config_dict", function="refuse_scaled_file"),
+    Hook(MODELS, _MODEL, "install", "__init__", function="refuse"),
+    Hook(MODELS, _MODEL, "install", "from_pretrained", function="refuse"),
+    Hook(MODELS, _MODEL, "install", "_from_config", function="refuse"),
+    Hook(TRAINER, _TRAINER, "install", "__init__", function="refuse"),
+    Hook(PEFT, _PEFT_MODEL, "install", "__init__", function="refuse"),
+    Hook(ACCELERATE, "accelerate.big_modeling:", "install", "load_checkpoint_in_model", function="refuse"),
+    Hook(VLLM, _CONFIG, "install", "get_config_dict", function="refuse_scaled_file"),
+    Hook(SGLANG, _CONFIG, "install", "get_config_dict", function="refuse_scaled_file"),
 )
 
 _MISSING = object()
@@ -262,9 +242,7 @@ def is_enabled() -> bool:
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules to hook as usual, but with a loader that hooks them once they are loaded."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in GROUPS:
             # Hook modules whose import had begun before this finder was installed. Not during the search for a module
             # of this package: installing hooks may import that very module, which would then be executed twice.
@@ -285,16 +263,13 @@ class _Loader(importlib.abc.Loader):
     def __getattr__(self, name: str) -> Any:  # get_source, get_filename and others that work without an import
         return getattr(self._loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
+    def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         if _enabled:
-            _waiting.discard(module.__name__)
             _install(module.__name__)
 
 
@@ -304,11 +279,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 def _install_what_is_imported() -> None:
     for group in GROUPS:
-        module = sys.modules.get(group)
-        if group in _waiting and module is not None:
-            if _initializing(group):
-                continue
-            _waiting.discard(group)
+        if group in _waiting and sys.modules.get(group) is not None and not _initializing(group):
             _install(group)
 
 
@@ -327,6 +298,7 @@ def _install(group: str) -> None:
     If a module of this package is importing transformers and a replacement needs that module, the group waits for the
     next import.
     """
+    _waiting.discard(group)
     try:
         made, found = _made(HOOKS, group)
     except (ImportError, AttributeError):
@@ -355,8 +327,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         try:
             owner: Any = importlib.import_module(module)
             owner = getattr(owner, cls) if cls else owner
-            file, _, factory = hook.replacement.partition(":")
-            replacement = getattr(importlib.import_module(f".{file}", __package__), factory)
+            replacement = _at_the_call(hook) if group in EARLY else hook.replacement()
         except (ImportError, AttributeError) as error:
             if _importing_this_package():
                 raise
@@ -364,7 +335,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             continue
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
             continue  # the module was reloaded with the same class
-        if factory.endswith("_property"):
+        if hook.function == "flag_property":
             made[owner, hook.name] = replacement(hook.name)
             continue
         original = _unhooked(inspect.getattr_static(owner, hook.name, None))
@@ -385,9 +356,19 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
     return made, found
 
 
-def _unhooked(value: Any) -> Any:
-    """The original of a function that was hooked in one module before another imported it by name."""
-    return next((installed.original for installed in _installed.values() if installed.hook is value), value)
+def _at_the_call(hook: Hook) -> Callable[..., Any]:
+    """A replacement that is imported when it is called, if there may be a model of transformers then."""
+
+    def replacement(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+        if MODELS not in sys.modules:
+            return original(*args, **kwargs)
+        try:
+            function = hook.replacement()
+        except (ImportError, AttributeError):  # reported in `problems` of another group, which imports the same file
+            function = refuse
+        return function(original, *args, **kwargs)
+
+    return replacement
 
 
 def _wrapper(original: Original, replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -398,8 +379,16 @@ def _wrapper(original: Original, replacement: Callable[..., Any]) -> Callable[..
     return wrapper
 
 
+def _unhooked(value: Any) -> Any:
+    """The original of a function that was hooked in one module before another imported it by name."""
+    return next((installed.original for installed in _installed.values() if installed.hook is value), value)
+
+
 def _numbers(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
+
+
+# --- in an unsupported release --------------------------------------------------------------------------------------
 
 
 def require_supported(*groups: str) -> None:
@@ -420,3 +409,24 @@ def require_supported(*groups: str) -> None:
         f"ln_scaling and drop_layers do not work with {' and '.join(versions)}: {'; '.join(found)}. Supported releases "
         f"of transformers: {SUPPORTED}. Models that use neither are not affected."
     )
+
+
+def refuse(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    """Refuses flags, and configurations and models that have one; passes through everything else."""
+    from ..core.record import is_flagged
+
+    if any(is_flagged(getattr(value, "config", value)) for value in (*args, *kwargs.values())):
+        require_supported(*(group for group in GROUPS if group not in (VLLM, SGLANG)))
+    flags = [kwargs.pop(name, None) for name in FLAGS]
+    if any(value is not None and value is not False for value in flags):
+        require_supported()
+    return original(*args, **kwargs)
+
+
+def refuse_scaled_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    from ..core.record import parts, protected_part
+
+    found = original(*args, **kwargs)
+    if any(protected_part(part).needs_plugin for part in parts(found[0])):
+        require_supported(CONFIGURATION, MODELS, VLLM, SGLANG)
+    return found

@@ -23,7 +23,7 @@ from ..core.record import SourceName, is_flagged, note_use, record, remember_sou
 from ..core.warnings import warn
 from ..pruning import checkpoint_layers
 from . import adapter_note as adapters
-from .configuration import located, pop_drops, saved_config, set_drops, set_ln_scaling, setting
+from .configuration import located, pop_flags, saved_config, set_flags, setting
 from .install import DROPS, Original, require_supported
 from .peft import adapter_to_load, noted_base
 from .saving import must_be_written_last, require_same_checkpoint, weights_first
@@ -94,14 +94,17 @@ def from_pretrained(
     if isinstance(config, PreTrainedConfig):
         kwargs["config"] = config = copy.deepcopy(config)
         # With a configuration object, keywords would be passed to the model's `__init__`.
-        set_drops(config, pop_drops(kwargs))
-        set_ln_scaling(config, kwargs.pop("ln_scaling", None))
+        set_flags(config, pop_flags(kwargs))
         own = record(config)
         # A configuration with another name does not describe these weights; a copy made through `to_dict` has no
         # `ON_DISK`.
         if name is not None and (config.name_or_path != str(name) or (own.active and not own.on_disk)):
             note_what_is_on_disk(config, name, kwargs)
-    _refuse_gguf_without_layers(config, kwargs)
+    if kwargs.get("gguf_file") and (record(config).dropped or any(kwargs.get(name) is not None for name in DROPS)):
+        raise ValueError(
+            "drop_layers: layers cannot be dropped while loading a GGUF file; load the whole model and use "
+            "hf_lnscale.drop_layers(model, layers)"
+        )
     loaded = original(cls, name, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if is_flagged(getattr(model, "config", None)):
@@ -141,15 +144,6 @@ def _as_in_memory(name: SourceName, kwargs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _refuse_gguf_without_layers(config: Any, kwargs: dict[str, Any]) -> None:
-    pruned = record(config).dropped or any(kwargs.get(name) is not None for name in DROPS)
-    if kwargs.get("gguf_file") and pruned:
-        raise ValueError(
-            "drop_layers: layers cannot be dropped while loading a GGUF file; load the whole model and use "
-            "hf_lnscale.drop_layers(model, layers)"
-        )
-
-
 def note_what_is_on_disk(config: PreTrainedConfig, name: Any, kwargs: dict[str, Any]) -> None:
     write(config, dataclasses.replace(record(config), on_disk=None))
     try:
@@ -180,15 +174,13 @@ def warn_if_cold(config: PreTrainedConfig, name: Any) -> None:
 
 
 def from_config(original: Original, /, cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    drops = pop_drops(kwargs)
-    if any(value is not None for value in drops.values()):
+    scaling_is_given, flags = "ln_scaling" in kwargs, pop_flags(kwargs)
+    if scaling_is_given or any(value is not None for value in flags.values()):
         config = copy.deepcopy(config)
-        set_drops(config, drops)
-    if "ln_scaling" in kwargs:
-        config = copy.deepcopy(config)
+    if scaling_is_given:
         # The weights are newly initialized, so no scale is folded into them, whatever the configuration says.
         write(config, dataclasses.replace(record(config), folded=None))
-        set_ln_scaling(config, kwargs.pop("ln_scaling"))
+    set_flags(config, flags)
     model = original(cls, config, *args, **kwargs)
     if is_flagged(config):
         require_applied(model)

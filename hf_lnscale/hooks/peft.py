@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..core.apply import require_consistent
+from ..core.stack import base_config
 from . import adapter_note as adapters
 from .configuration import located, setting
 from .install import Original
@@ -42,11 +43,10 @@ def require_base_of(name: Any, where: dict[str, Any], model: Any) -> None:
     """Refuses an adapter that was trained on a different base."""
     adapter = read_adapter(name, where)
     if adapter is not None:
-        base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-        adapters.require_base(adapter, os.fspath(name), base)
+        adapters.require_base(adapter, os.fspath(name), base_config(model))
 
 
-def load_adapter_into_model(
+def load_adapter(
     original: Original, /, self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     load_config = kwargs.get("load_config")
@@ -70,8 +70,7 @@ def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *
 
 def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
     require_consistent(self)
-    base = next((part.config for part in self.modules() if isinstance(part, PreTrainedModel)), None)
-    with setting(noted_base, base):
+    with setting(noted_base, base_config(self)):
         return original(self, *args, **kwargs)
 
 
@@ -84,13 +83,12 @@ def own_base_only(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def hotswap_from_state_dict(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+def hotswap_adapter_from_state_dict(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """Called by `hotswap_adapter`, even where that was imported by name before this package."""
     given = inspect.signature(original).bind(*args, **kwargs).arguments
-    adapter, model = given["config"].to_dict(), given["model"]
+    adapter = given["config"].to_dict()
     if adapters.note(adapter) is not None:  # an adapter in memory has none and may belong to this model
-        base = next((part.config for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-        adapters.require_base(adapter, given["adapter_name"], base)
+        adapters.require_base(adapter, given["adapter_name"], base_config(given["model"]))
     return original(*args, **kwargs)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import operator
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..core.errors import ArgumentError, CheckpointError
 from ..core.families import text_config
 from ..core.norm import ScaledNorm
 from ..core.record import MARK, SUBLAYERS, Dropped, Record, is_flagged, is_used, mark, record, scaled_alike
-from ..core.stack import own_stack, pretrained_modules
+from ..core.stack import base_config, own_stack, pretrained_modules
 from ..core.warnings import warn
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
@@ -37,102 +37,100 @@ from .saving import require_same_checkpoint
 # Stored beside the weights in the state of a training loop.
 STATE_FILE = "hf_lnscale.json"
 
+# --- a state dict: the record is in the metadata that torch keeps next to its keys -----------------------------------
+
 
 def save_to_state_dict(
     original: Original, /, self: PreTrainedModel, destination: Any, prefix: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Stores a model's scale and cut in the metadata that torch keeps in a state dict, next to its keys."""
     original(self, destination, prefix, *args, **kwargs)
     if (found := record(self.config).to_dict()) and hasattr(destination, "_metadata"):
         destination._metadata[prefix[:-1]][MARK] = found
 
 
 def load_from_state_dict(
-    original: Original,
-    /,
-    self: PreTrainedModel,
-    state_dict: Any,
-    prefix: str,
-    local_metadata: Any,
-    *args: Any,
-    **kwargs: Any,
+    original: Original, /, self: PreTrainedModel, state_dict: Any, prefix: str, metadata: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    require_loadable(self, state_dict, prefix, local_metadata)
-    return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
+    _require_loadable(self, state_dict, prefix, metadata)
+    return original(self, state_dict, prefix, metadata, *args, **kwargs)
 
 
-def require_loadable(self: PreTrainedModel, state_dict: Any, prefix: str, local_metadata: Any) -> None:
-    """Refuses a state with different layers than the model, whose names in the state begin with `prefix`.
-
-    A different scale is only warned of: weights that were never trained have none of their own.
-
-    Raises:
-        CheckpointError: if its metadata says so, or if it has more layers than a cut model.
-    """
-    saved, stack = record(local_metadata.get(MARK)), own_stack(self)
-    if stack is None:
-        return
-    if saved.dropped:
-        _require_own_state(self, len(stack.layers), saved.dropped)
-    elif record(self.config).dropped:
-        # This state dict has no record of layers; if it has more than the model, it belongs to another one.
-        layer = re.compile(rf"{re.escape(prefix + stack.family.layers)}\.(\d+)\.")
-        found = [int(match[1]) for name in state_dict if (match := layer.match(name))]
-        if max(found, default=0) >= len(stack.layers):
-            raise _of_another_model(self, f"the state_dict has a layer {max(found)}")
-    if saved != Record() and not _scaled_like(self.config, saved):
-        _warn_of_other_scale("the state_dict", mark(saved), self)
-
-
-def set_base_state(original: Original, /, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+def set_base_model_state_dict(original: Original, /, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
     """Checks the state before PEFT removes layers that the base lacks, which would hide the mismatch."""
     metadata = getattr(state_dict, "_metadata", {})
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, PreTrainedModel):
-            require_loadable(module, state_dict, name and f"{name}.", metadata.get(name, {}))
+            _require_loadable(module, state_dict, name and f"{name}.", metadata.get(name, {}))
     return original(model, state_dict, *args, **kwargs)
 
 
-def _require_own_state(model: PreTrainedModel, num_layers: int, saved: Dropped) -> None:
-    """Refuses a state dict of a model with different layers, or without sub-layers that this model has.
+def _require_loadable(model: PreTrainedModel, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+    """Refuses a state with different layers than the model, or without sub-layers that it has.
 
-    Raises:
-        CheckpointError: if so. A model without a record accepts any layers, if their number matches.
+    A model without a record accepts any layers, if their number matches. A different scale is only warned of: weights
+    that were never trained have none of their own.
     """
-    other = (saved.layers, saved.num_hidden_layers) if num_layers == len(saved.kept) else ((), num_layers)
-    own = record(model.config).dropped or Dropped(*other)
-    absent = [f"{kind} {layer}" for kind in SUBLAYERS for layer in {*getattr(saved, kind)} - {*getattr(own, kind)}]
-    if absent or (own.layers, own.num_hidden_layers) != (saved.layers, saved.num_hidden_layers):
-        raise CheckpointError(
-            f"the state_dict belongs to a model of {saved.num_hidden_layers} layers without {saved}, but this "
-            f"{type(model).__name__} has {own.num_hidden_layers}, {f'without {own}' if str(own) else 'all present'}. "
-            "Matched by name, weights would be loaded into the wrong layers, or be missing"
-        )
+    saved, own, stack = record(local_metadata.get(MARK)), record(model.config).dropped, own_stack(model)
+    if stack is None:
+        return
+    number = len(stack.layers)
+    if dropped := saved.dropped:
+        same_number = number == len(dropped.kept)
+        own = own or (Dropped(dropped.layers, dropped.num_hidden_layers) if same_number else Dropped((), number))
+        absent = [kind for kind in SUBLAYERS if {*getattr(dropped, kind)} - {*getattr(own, kind)}]
+        if absent or (own.layers, own.num_hidden_layers) != (dropped.layers, dropped.num_hidden_layers):
+            raise CheckpointError(
+                f"the state_dict belongs to a model of {dropped.num_hidden_layers} layers without {dropped}, but this "
+                f"{type(model).__name__} has {own.num_hidden_layers}, {f'without {own}' if str(own) else 'all present'}"
+                ". Matched by name, weights would be loaded into the wrong layers, or be missing"
+            )
+    elif own:
+        # This state dict has no record of layers; if it has more than the model, it belongs to another one.
+        last = _highest_indices(state_dict).get(prefix + stack.family.layers, 0)
+        if last >= number:
+            raise _of_another_model(model, f"the state_dict has a layer {last}")
+    if saved != Record() and not _scaled_like(model.config, saved):
+        _warn_of_other_scale("the state_dict", mark(saved), model)
 
 
-def require_checkpoint_of(model: torch.nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Refuses a checkpoint with different layers whose tensors are about to be loaded into modules by name.
+# --- files ----------------------------------------------------------------------------------------------------------
 
-    The checkpoint is a folder, a file, or the index of a sharded checkpoint.
-    """
+
+def load_checkpoint_in_model(original: Original, /, model: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate: refuses a checkpoint (a folder, a file, or the index of a sharded one) with different layers."""
     base = next(iter(pretrained_modules(model)), None)
     path = Path(checkpoint)
     folder, files = (path, []) if path.is_dir() else (path.parent, [path])
-    if base is None or not (is_flagged(base.config) or (folder / "config.json").is_file()):
+    if base is not None and (is_flagged(base.config) or (folder / "config.json").is_file()):
+        if path.suffix == ".json" or not files:
+            files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        if _positions(base, folder, files) is not None:
+            raise _of_another_model(base, f"{str(path)!r} has different layers")
+        try:
+            saved = saved_config(base.config, folder)
+        except (OSError, ValueError):  # no configuration, or not one of transformers
+            saved = {}
+        # Missing sub-layers would keep the values that the model was initialized with.
+        checkpoint_layers.require_sublayers(base.config, saved)
+        loaded = copy.deepcopy(base.config)
+        note_what_is_on_disk(loaded, folder, {})
+        warn_if_cold(loaded, folder)
+    return original(model, checkpoint, *args, **kwargs)
+
+
+def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
+    """Makes PEFT's LoftQ read a layer's weights from its position in the checkpoint."""
+    original(self, peft_model, *args, **kwargs)
+    model = peft_model.get_base_model()
+    if not record(getattr(model, "config", None)).dropped:
         return
-    if path.suffix == ".json" or not files:
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if _positions(base, folder, files) is not None:
-        raise _of_another_model(base, f"{str(path)!r} has different layers")
-    try:
-        saved = saved_config(base.config, folder)
-    except (OSError, ValueError):  # no configuration, or not one of transformers
-        saved = {}
-    # Missing sub-layers would keep the values that the model was initialized with.
-    checkpoint_layers.require_sublayers(base.config, saved)
-    loaded = copy.deepcopy(base.config)
-    note_what_is_on_disk(loaded, folder, {})
-    warn_if_cold(loaded, folder)
+    files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
+    positions = _positions(model, Path(self.model_path).parent, map(Path, files))
+    if positions is not None:
+        get_tensor, known = self.get_tensor, list(model.state_dict())
+        on_disk = {number: layer for layer, number in enumerate(positions)}
+        inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
+        self.get_tensor = lambda name: get_tensor(checkpoint_layers.renumber([*known, name], model, inverse)[name])
 
 
 def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> list[int] | None:
@@ -147,26 +145,58 @@ def _positions(model: PreTrainedModel, folder: Path, files: Iterable[Path]) -> l
     return checkpoint_layers.positions_in_state_dict(model.config, model, names)
 
 
-def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
-    dropped = record(model.config).dropped
-    assert dropped is not None
-    return CheckpointError(
-        f"{what}, but this {type(model).__name__} has {len(dropped.kept)} layers, {dropped.kept} of the "
-        f"original {dropped.num_hidden_layers}. Matched by index, weights would be loaded into the wrong layers. "
-        f"Load it with from_pretrained(..., drop_layers={list(dropped.layers)})"
-    )
+def create_model(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """lm-eval: refuses a `delta`, whose tensors are added to the model's by name, with different layers or scale."""
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    if delta := given.get("delta"):
+        where = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
+        configs = [AutoConfig.from_pretrained(name, **where) for name in (given["pretrained"], delta)]
+        first, second = map(record, configs)
+        # A configuration without dropped layers need not have a number of layers.
+        differ = (first.dropped or second.dropped) and operator.ne(*map(checkpoint_layers.original_layers, configs))
+        lacking = {kind: {*layers} - {*first.sublayers.get(kind, ())} for kind, layers in second.sublayers.items()}
+        names = [f"{kind} of layers {sorted(layers)}" for kind, layers in lacking.items() if layers]
+        if names and not differ:
+            raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
+        if differ or first.folded != second.folded:
+            raise ArgumentError(
+                "delta",
+                delta,
+                problem=f"has {second.to_dict()} and the model {first.to_dict()}: tensors of the same name belong to "
+                "different layers or scales. Add the delta to the original model, then cut or fold the sum",
+            )
+    return original(self, *args, **kwargs)
 
 
-def note_models(models: Sequence[torch.nn.Module], folder: str) -> None:
-    """Records the scales and cuts of models beside their saved weights, if any model has one."""
-    path, marks = Path(folder, STATE_FILE), [mark(record(config)) for config in map(_config_of, models)]
-    if any(json.loads(one) for one in marks):
-        write_atomically(path, json.dumps(marks) + "\n")
-    else:
-        path.unlink(missing_ok=True)  # left by an earlier state
+# --- the state of a training loop, saved by accelerate: the record is in a file beside the weights -------------------
 
 
-def require_models(models: Sequence[torch.nn.Module], folder: str) -> None:
+def save_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    def note(models: Sequence[torch.nn.Module], weights: Any, folder: str) -> None:
+        if not self.is_main_process:
+            return
+        path, marks = Path(folder, STATE_FILE), [mark(record(base_config(model))) for model in models]
+        if any(json.loads(one) for one in marks):
+            write_atomically(path, json.dumps(marks) + "\n")
+        else:
+            path.unlink(missing_ok=True)  # left by an earlier state
+
+    handle = self.register_save_state_pre_hook(note)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def load_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    handle = self.register_load_state_pre_hook(_require_noted)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def _require_noted(models: Sequence[torch.nn.Module], folder: str) -> None:
     """Refuses models whose scales or cuts differ from those recorded beside the weights in a folder."""
     path = Path(folder, STATE_FILE)
     if not path.is_file():
@@ -178,86 +208,48 @@ def require_models(models: Sequence[torch.nn.Module], folder: str) -> None:
         if not isinstance(stored, list) or len(stored) != len(models):
             raise ValueError(f"it must hold a string for each of {len(models)} models")
         for model, one in zip(models, stored, strict=True):
-            _require_like(_config_of(model), [one], f"the weights in {folder!r} were", model)
+            _require_like(model, [one], f"the weights in {folder!r} were")
     except (ValueError, TypeError, RecursionError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{str(path)!r}: {error}") from None
 
 
-def _config_of(model: torch.nn.Module) -> PreTrainedConfig | None:
-    return next((part.config for part in pretrained_modules(model)), None)
+# --- torch.distributed.checkpoint: the record is in the metadata; a state dict does not name its model ---------------
 
 
-def mark_state(planner: Any, metadata: Any) -> None:
-    """Marks a torch.distributed.checkpoint with the scales and cuts of the models that its layers may belong to."""
-    if not is_used():
-        return  # searching memory for models takes a fraction of a second
-    marks = sorted({mark(record(model.config)) for model in _models_of(planner.state_dict)})
-    others = {key: value for key, value in (metadata.planner_data or {}).items() if key != MARK}  # plans are cached
-    if any(json.loads(one) for one in marks):
-        metadata.planner_data = {**others, MARK: marks}
-    elif others != (metadata.planner_data or {}):
-        metadata.planner_data = others
+def create_global_plan(original: Original, /, self: Any, all_plans: Any, *args: Any, **kwargs: Any) -> Any:
+    """Marks a checkpoint with the scales and cuts of the models that its layers may belong to."""
+    plans, metadata = original(self, all_plans, *args, **kwargs)
+    if is_used():  # searching memory for models takes a fraction of a second
+        marks = sorted({mark(record(model.config)) for model in _models_of(self.state_dict)})
+        others = {key: value for key, value in (metadata.planner_data or {}).items() if key != MARK}  # plans are cached
+        if any(json.loads(one) for one in marks):
+            metadata.planner_data = {**others, MARK: marks}
+        elif others != (metadata.planner_data or {}):
+            metadata.planner_data = others
+    return plans, metadata
 
 
-def require_own_checkpoint(wanted: Mapping[str, Any], metadata: Any) -> None:
-    """Refuses to load the weights of another model into a state dict, which does not name its model.
-
-    Raises:
-        CheckpointError: if the model in memory matches none of the checkpoint's marks, or, for a checkpoint without
-            marks, if the model was cut and has fewer layers.
-    """
+def set_up_planner(
+    original: Original, /, self: Any, state_dict: Any, metadata: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    """Refuses a checkpoint if the model in memory matches none of its marks, or, without marks, has fewer layers."""
+    original(self, state_dict, metadata, *args, **kwargs)
+    # Private: converts a checkpoint to another format, without a model.
+    if metadata is None or type(self).__name__ == "_EmptyStateDictLoadPlanner":
+        return
     stored = (metadata.planner_data or {}).get(MARK)
     if not stored and not is_used():
         return
-    models = _models_of(wanted)
-    here, there = _highest_indices(wanted), _highest_indices(metadata.state_dict_metadata)
+    models = _models_of(self.state_dict)
+    here, there = _highest_indices(self.state_dict), _highest_indices(metadata.state_dict_metadata)
     for model in models:
         for prefix in here if record(model.config).dropped else ():
             if here[prefix] < there.get(prefix, 0) and _numbers_layers(prefix, here[prefix], model):
                 raise _of_another_model(model, f"the checkpoint has a layer {there[prefix]}")
-    if models and stored and not any(_like(model.config, one) for model in models[1:] for one in stored):
-        _require_like(models[0].config, stored, "the checkpoint was", models[0])
+    if models and stored and not any(_like(model, one) for model in models[1:] for one in stored):
+        _require_like(models[0], stored, "the checkpoint was")
     elif not stored and metadata.planner_data is not None:  # None if the storage does not keep it
         _warn_if_unmarked("the checkpoint", models)
-
-
-def _require_like(config: PreTrainedConfig | None, stored: Iterable[str], what: str, model: torch.nn.Module) -> None:
-    if not any(_like(config, one) for one in stored):
-        raise CheckpointError(
-            f"{what} saved by a model with {brief(', '.join(stored))}, but this {type(model).__name__} has "
-            f"{mark(record(config))}. Build the model with the same ln_scaling, drop_layers, drop_attention and "
-            "drop_mlp to load it"
-        )
-
-
-def _like(config: PreTrainedConfig | None, stored: str) -> bool:
-    """Whether a model matches a mark, ignoring the step of a warmup, which advances."""
-    other = record(json.loads(stored))
-    return record(config).dropped == other.dropped and _scaled_like(config, other)
-
-
-def _scaled_like(config: PreTrainedConfig | None, other: Record) -> bool:
-    same = record(config).folded == other.folded
-    return same and (other.active is None if config is None else scaled_alike(config, other.active))
-
-
-def _warn_if_unmarked(what: str, models: Sequence[torch.nn.Module]) -> None:
-    """Warns if weights without a mark, such as those of plain models, are about to be loaded into scaled models."""
-    if models and all(record(_config_of(model)).folded or _is_scaled(model) for model in models):
-        _warn_of_other_scale(what, "no recorded scale", models[0])
-
-
-def _is_scaled(model: torch.nn.Module) -> bool:
-    """Whether a scale has an effect; at the start of a warmup it has none yet."""
-    return any(isinstance(part, ScaledNorm) and float(part.ln_scale) != 1 for part in model.modules())
-
-
-def _warn_of_other_scale(what: str, saved: str, model: torch.nn.Module) -> None:
-    warn(
-        f"{what} was saved by a model with {saved}, but this {type(model).__name__} has "
-        f"{mark(record(_config_of(model)))}. If its weights are trained, their layers expect the scale that they were "
-        "trained with: build the model with the same ln_scaling"
-    )
 
 
 def _models_of(state: Mapping[str, Any]) -> list[PreTrainedModel]:
@@ -296,42 +288,59 @@ def _highest_indices(names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def require_same_layers(name: str, delta: str, **where: Any) -> None:
-    """Refuses a delta checkpoint with different layers, whose tensors are about to be added to a model by name.
+# --- comparison -----------------------------------------------------------------------------------------------------
 
-    Raises:
-        ArgumentError: if dropped layers or a folded scale differ between the two, or the delta lacks sub-layers that
-            the model has.
-    """
-    configs = [AutoConfig.from_pretrained(one, **where) for one in (name, delta)]
-    first, second = map(record, configs)
-    # A configuration without dropped layers need not have a number of layers.
-    differ = (first.dropped or second.dropped) and operator.ne(*map(checkpoint_layers.original_layers, configs))
-    lacking = [(kind, set(layers) - set(first.sublayers.get(kind, ()))) for kind, layers in second.sublayers.items()]
-    if not differ and (names := [f"{kind} of layers {sorted(layers)}" for kind, layers in lacking if layers]):
-        raise ArgumentError("delta", delta, problem=f"lacks the {' and the '.join(names)}, which the model has")
-    if differ or first.folded != second.folded:
-        raise ArgumentError(
-            "delta",
-            delta,
-            problem=f"has {second.to_dict()} and the model {first.to_dict()}: tensors of the same name belong to "
-            "different layers or scales. Add the delta to the original model, then cut or fold the sum",
+
+def _of_another_model(model: PreTrainedModel, what: str) -> CheckpointError:
+    dropped = record(model.config).dropped
+    assert dropped is not None
+    return CheckpointError(
+        f"{what}, but this {type(model).__name__} has {len(dropped.kept)} layers, {dropped.kept} of the "
+        f"original {dropped.num_hidden_layers}. Matched by index, weights would be loaded into the wrong layers. "
+        f"Load it with from_pretrained(..., drop_layers={list(dropped.layers)})"
+    )
+
+
+def _require_like(model: torch.nn.Module, stored: Iterable[str], what: str) -> None:
+    if not any(_like(model, one) for one in stored):
+        raise CheckpointError(
+            f"{what} saved by a model with {brief(', '.join(stored))}, but this {type(model).__name__} has "
+            f"{mark(record(base_config(model)))}. Build the model with the same ln_scaling, drop_layers, "
+            "drop_attention and drop_mlp to load it"
         )
 
 
-def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
-    """Makes PEFT's LoftQ read a layer's weights from its position in the checkpoint."""
-    original(self, peft_model, *args, **kwargs)
-    model = peft_model.get_base_model()
-    if not record(getattr(model, "config", None)).dropped:
-        return
-    files = sorted(set((self.weight_map or {}).values())) or [self.model_path]
-    positions = _positions(model, Path(self.model_path).parent, map(Path, files))
-    if positions is not None:
-        get_tensor, known = self.get_tensor, list(model.state_dict())
-        on_disk = {number: layer for layer, number in enumerate(positions)}
-        inverse = [on_disk.get(number, -1) for number in range(max(positions) + 1)]
-        self.get_tensor = lambda name: get_tensor(checkpoint_layers.renumber([*known, name], model, inverse)[name])
+def _like(model: torch.nn.Module, stored: str) -> bool:
+    """Whether a model matches a mark, ignoring the step of a warmup, which advances."""
+    other, config = record(json.loads(stored)), base_config(model)
+    return record(config).dropped == other.dropped and _scaled_like(config, other)
+
+
+def _scaled_like(config: PreTrainedConfig | None, other: Record) -> bool:
+    same = record(config).folded == other.folded
+    return same and (other.active is None if config is None else scaled_alike(config, other.active))
+
+
+def _warn_if_unmarked(what: str, models: Sequence[torch.nn.Module]) -> None:
+    """Warns if weights without a mark, such as those of plain models, are about to be loaded into scaled models."""
+
+    def is_scaled(model: torch.nn.Module) -> bool:  # at the start of a warmup, the scale has no effect yet
+        norms = [part for part in model.modules() if isinstance(part, ScaledNorm)]
+        return bool(record(base_config(model)).folded) or any(float(norm.ln_scale) != 1 for norm in norms)
+
+    if models and all(map(is_scaled, models)):
+        _warn_of_other_scale(what, "no recorded scale", models[0])
+
+
+def _warn_of_other_scale(what: str, saved: str, model: torch.nn.Module) -> None:
+    warn(
+        f"{what} was saved by a model with {saved}, but this {type(model).__name__} has "
+        f"{mark(record(base_config(model)))}. If its weights are trained, their layers expect the scale that they were "
+        "trained with: build the model with the same ln_scaling"
+    )
+
+
+# --- repeated layers and averages -----------------------------------------------------------------------------------
 
 
 def replicate_layers(original: Original, /, model: Any, layer_map: Any, *args: Any, **kwargs: Any) -> Any:

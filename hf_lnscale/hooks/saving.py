@@ -5,8 +5,8 @@ over another checkpoint were killed in between, the folder would hold the weight
 the other. Two measures prevent this for models with a scale or a cut, and for models saved over one:
 
 - While weights are written, the folder has no config.json: the old one is renamed first, and the new one appears last.
-- Weights carry the record of their model in their safetensors metadata; `require_same_checkpoint` compares it with the
-  config.json in the same folder. Weights without a record, from earlier releases or other programs, are not checked.
+- Weights carry the record of their model in their safetensors metadata, which loading compares with the config.json in
+  the same folder. Weights without a record, from earlier releases or other programs, are not checked.
 """
 
 from __future__ import annotations
@@ -69,25 +69,19 @@ def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
-    """Refuses safetensors files that were saved with a different scale or different layers than their config.json.
+    """Refuses safetensors files with a different mark than their config.json; returns whether any file is marked.
 
-    Args:
-        files: the weight files.
-        saved: reads their config.json; called only if a file is marked.
-
-    Returns:
-        Whether any file is marked.
+    `saved` reads the config.json; it is called only if a file is marked.
     """
     expected: str | None = None
     for file in files:
-        if not str(file).endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as weights:
-            own = (weights.metadata() or {}).get(MARK)
+        own = None
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                own = (weights.metadata() or {}).get(MARK)
         if own is None:
             continue
-        if expected is None:
-            expected = mark(record(saved()))
+        expected = expected or mark(record(saved()))
         with contextlib.suppress(ValueError, RecursionError):
             if own == expected or json.loads(own) == json.loads(expected):  # the JSON may be formatted differently
                 continue

@@ -2,6 +2,9 @@
 
 import pytest
 
+import hf_lnscale
+import tiny
+
 # How transformers is changed before the plugin is imported, and what the error must name.
 CHANGES = {
     "a new parameter": (
@@ -115,9 +118,6 @@ print(len(uses))
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed(change, run_python, tmp_path):
-    import hf_lnscale
-    import tiny
-
     tiny.model().save_pretrained(tmp_path / "plain")
     tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
     hf_lnscale.drop_layers(tiny.model(), [1]).save_pretrained(tmp_path / "pruned")
@@ -127,6 +127,34 @@ def test_changed(change, run_python, tmp_path):
     # The plugin is imported by the program itself, so the check is that it is there at the end.
     out = run_python(program + "\ndel sys.modules['hf_lnscale']", tmp_path, tmp_path / "again", plugin=False)
     assert int(out.split()[-1]) >= 5
+
+
+@pytest.mark.slow
+def test_an_import_of_the_hooks_may_fail(run_python, tmp_path):
+    """The hooks on accelerate and torch.distributed.checkpoint import at the call, and must not break plain models."""
+    code = """
+    import sys, torch, transformers.utils, transformers.modeling_utils, transformers.models.auto.auto_factory
+    from torch.distributed import checkpoint
+    del transformers.utils.find_adapter_config_file
+    import hf_lnscale, accelerate, tiny
+    model, (plain, scaled, state) = tiny.model(), sys.argv[1:]
+    before = model(tiny.tokens()).logits
+    accelerate.load_checkpoint_in_model(model, plain)
+    checkpoint.save(model.state_dict(), checkpoint_id=state)
+    checkpoint.load(model.state_dict(), checkpoint_id=state)
+    assert torch.equal(model(tiny.tokens()).logits, before)
+    for use in (lambda: tiny.model(ln_scaling=True), lambda: type(model).from_pretrained(scaled)):
+        try:
+            use()
+        except hf_lnscale.UnsupportedTransformersError as error:
+            print(error)
+    del sys.modules["hf_lnscale"]
+    """
+    tiny.model().save_pretrained(tmp_path / "plain")
+    tiny.model(ln_scaling=True).save_pretrained(tmp_path / "scaled")
+    told = run_python(code, *(tmp_path / name for name in ("plain", "scaled", "state")), plugin=False).splitlines()
+    assert len(told) == 2
+    assert all("find_adapter_config_file" in line for line in told)
 
 
 @pytest.mark.slow
