@@ -43,6 +43,46 @@ def load_state(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> A
         handle.remove()
 
 
+def save_model(original: Original, /, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate's `Accelerator`: saves weights without the model's configuration."""
+    if not _models_imported():
+        return original(self, model, *args, **kwargs)
+    from .readers import mark_of
+    from .saving import marking
+
+    with marking(mark_of(model)):
+        return original(self, model, *args, **kwargs)
+
+
+def merge_weights(original: Original, /, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate's `merge_fsdp_weights`: a distributed checkpoint in one file, without a model in memory."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    marks = (FileSystemReader(checkpoint_dir).read_metadata().planner_data or {}).get("hf_lnscale") or []
+    if len(marks) != 1:  # none, or of several models
+        return original(checkpoint_dir, *args, **kwargs)
+    from .saving import marking
+
+    with marking(marks[0]):
+        return original(checkpoint_dir, *args, **kwargs)
+
+
+def save_weights(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    if not _models_imported():
+        return original(*args, **kwargs)
+    from . import saving
+
+    return saving.save_weights(original, *args, **kwargs)
+
+
+def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
+    if not _models_imported():
+        return original(*args, **kwargs)
+    from . import saving
+
+    return saving.save_file(original, *args, **kwargs)
+
+
 def _state_of(function: str, models: Any, folder: Any) -> None:
     if _models_imported():
         from . import readers

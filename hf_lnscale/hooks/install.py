@@ -152,6 +152,18 @@ HOOKS = (
     # The state of a custom training loop has no configuration.
     Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "save_state", "early:save_state", "self output_dir"),
     Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "load_state", "early:load_state", "self input_dir"),
+    # Write weights without a configuration, in a dict without the metadata of a `state_dict()`.
+    Hook(ACCELERATE, "accelerate.accelerator:Accelerator", "save_model", "early:save_model", "self model"),
+    # Private: `merge_fsdp_weights`, which several modules import by name, calls it.
+    Hook(
+        ACCELERATE, "accelerate.utils.fsdp_utils:", "_distributed_checkpoint_to_merged_weights", "early:merge_weights",
+        "checkpoint_dir save_path safe_serialization",
+    ),
+    *(
+        Hook(ACCELERATE, f"{module}:", "save", "early:save_weights", "obj f")
+        for module in ("accelerate.accelerator", "accelerate.utils.fsdp_utils")
+    ),
+    Hook(ACCELERATE, "accelerate.utils.other:", "safe_save_file", "early:save_file", "tensors filename"),
     # Several modules of accelerate import the function by name.
     *(
         Hook(ACCELERATE, f"{module}:", "load_checkpoint_in_model", "early:load_checkpoint_in_model", "model checkpoint")

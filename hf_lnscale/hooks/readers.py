@@ -187,6 +187,10 @@ def _config_of(model: torch.nn.Module) -> PreTrainedConfig | None:
     return next((part.config for part in pretrained_modules(model)), None)
 
 
+def mark_of(model: torch.nn.Module) -> str:
+    return mark(record(_config_of(model)))
+
+
 def mark_state(planner: Any, metadata: Any) -> None:
     """Marks a torch.distributed.checkpoint with the scales and cuts of the models that its layers may belong to."""
     if not is_used():
