@@ -135,6 +135,11 @@ HOOKS = (
         PEFT, "peft.auto:_BaseAutoPeftModel", "from_pretrained", "peft:auto_adapter",
         "cls pretrained_model_name_or_path",
     ),
+    # Reads adapters without a base. PEFT itself imports it by name.
+    *(
+        Hook(PEFT, f"{module}:", "compose_cartridge_adapters", "peft:compose_cartridges", "adapter_paths")
+        for module in ("peft", "peft.tuners.cartridge.utils")
+    ),
     Hook(PEFT, "peft.tuners.lora.model:", "replicate_layers", "readers:replicate_layers", "model layer_map"),
     # Private: LoftQ uses it to read the base's weights by their names in memory.
     Hook(
