@@ -1,4 +1,4 @@
-"""Hooks for libraries that may be imported before or during transformers: accelerate, torch.distributed and lm-eval.
+"""Hooks for libraries imported before or during transformers: accelerate, torch.distributed, lm-eval and mergekit.
 
 Imports only the standard library; wrappers import what they need when called.
 """
@@ -122,3 +122,11 @@ def create_model(original: Original, /, self: Any, *args: Any, **kwargs: Any) ->
         where = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
         require_same_layers(given["pretrained"], delta, **where)
     return original(self, *args, **kwargs)
+
+
+def run_merge(original: Original, /, merge_config: Any, out_path: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+    """mergekit, also where TRL's `MergeModelCallback` calls it."""
+    from .readers import require_mergeable
+
+    require_mergeable(merge_config, trust_remote_code=options.trust_remote_code)
+    return original(merge_config, out_path, options, *args, **kwargs)

@@ -28,7 +28,8 @@ CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeli
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
 VLLM, SGLANG = "vllm.transformers_utils.config", "sglang.srt.utils.hf_transformers.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
-GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, SGLANG, DISTRIBUTED, LM_EVAL)
+MERGEKIT = "mergekit.merge"
+GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, ACCELERATE, VLLM, SGLANG, DISTRIBUTED, LM_EVAL, MERGEKIT)
 
 # The function that a hook replaces.
 Original = Callable[..., Any]
@@ -188,6 +189,8 @@ HOOKS = (
     ),
     # Private: the only function that receives the names of both checkpoints. The hook reads its parameters by name.
     Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "_create_model", "early:create_model"),
+    # Merges the tensors of checkpoints by name, and writes the configuration of one of them.
+    Hook(MERGEKIT, f"{MERGEKIT}:", "run_merge", "early:run_merge", "merge_config out_path options"),
     # vLLM selects a model class by `architectures`, from which the hooks above remove serving/vllm.py's prefix.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "parse", "vllm:parse", "self model"),
     # SGLang reads the weights itself.

@@ -323,6 +323,24 @@ def require_same_layers(name: str, delta: str, **where: Any) -> None:
         )
 
 
+def require_mergeable(merge_config: Any, trust_remote_code: bool) -> None:
+    """Refuses to merge checkpoints of different scales or layers, or slices of one, with the configuration of one.
+
+    Raises:
+        ArgumentError: if so.
+    """
+    models = merge_config.referenced_models()
+    marks = {str(model): mark(record(model.config(trust_remote_code=trust_remote_code))) for model in models}
+    sliced = merge_config.slices or merge_config.modules
+    if len({*marks.values()}) > 1 or (sliced and any(json.loads(one) for one in marks.values())):
+        raise ArgumentError(
+            "merge_config",
+            marks,
+            problem="would write the tensors of other layers or scales with the configuration of one of these. Merge "
+            "models of the same ln_scaling and dropped layers, whole; to take layers out, use drop_layers",
+        )
+
+
 def init_loftq_loader(original: Original, /, self: Any, peft_model: Any, *args: Any, **kwargs: Any) -> None:
     """Makes PEFT's LoftQ read a layer's weights from its position in the checkpoint."""
     original(self, peft_model, *args, **kwargs)

@@ -5,9 +5,9 @@ over another checkpoint were killed in between, the folder would hold the weight
 the other. Two measures prevent this for models with a scale or a cut, and for models saved over one:
 
 - While weights are written, the folder has no config.json: the old one is renamed first, and the new one appears last.
-- Weights carry the record of their model in their safetensors metadata, or, if they are a pickled `state_dict()`, in the
-  metadata that torch keeps with it; `require_same_checkpoint` compares it with the config.json in the same folder.
-  Weights without a record, from earlier releases or other programs, are not checked.
+- Weights carry the record of their model in their safetensors metadata, or, in a pickled `state_dict()`, in that which
+  torch keeps with it; `require_same_checkpoint` compares it with the config.json in the same folder. Weights without a
+  record, from earlier releases or other programs, are not checked.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from peft import (
     PeftModel,
     PromptTuningConfig,
     XLoraConfig,
-    compose_cartridge_adapters,
     create_arrow_model,
     get_peft_model,
 )
@@ -369,11 +368,11 @@ def test_arrow_routes_between_adapters_of_its_base(which, tmp_path):
     """Between twice the same one, which is then that one (arXiv 2405.11157: the weights of the experts add up to 1)."""
     expected = adapter_of(tmp_path, which)
     experts = [str(tmp_path / "adapter")] * 2
-    routed = create_arrow_model(base(tmp_path, which), experts, ArrowConfig()).eval()
+    routed = create_arrow_model(base(tmp_path, which), experts, ArrowConfig(top_k=2)).eval()
     torch.testing.assert_close(logits(routed), expected)
     other = tiny.model() if which == "scaled on disk" else AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="was trained on a base with "):
-        create_arrow_model(other, experts, ArrowConfig())
+        create_arrow_model(other, experts, ArrowConfig(top_k=2))
 
 
 def cartridge(model, seed, folder):
@@ -387,7 +386,7 @@ def cartridge(model, seed, folder):
 @pytest.mark.parametrize("which", DIFFERENT[:3])
 def test_cartridges_are_composed_for_their_base(which, tmp_path):
     parts = [cartridge(base(tmp_path, which), seed, tmp_path / f"part {seed}") for seed in (0, 1)]
-    compose_cartridge_adapters([tmp_path / "part 0", tmp_path / "part 1"], output_path=tmp_path / "both")
+    peft.compose_cartridge_adapters([tmp_path / "part 0", tmp_path / "part 1"], output_path=tmp_path / "both")
     expected = get_peft_model(
         base(tmp_path, which), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
     ).eval()
@@ -409,8 +408,8 @@ def test_cartridges_of_different_bases_are_not_composed(tmp_path):
         for name, flags in pair.items():
             model = quietly(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base", **flags))  # noqa: B023
             cartridge(model, 0, tmp_path / name)
-        with pytest.raises(ValueError, match="adapter_paths .* were trained on different bases"):
-            compose_cartridge_adapters([tmp_path / name for name in pair], output_path=tmp_path / "both")
+        with pytest.raises(ValueError, match=r"adapter_paths .* were trained on different bases"):
+            peft.compose_cartridge_adapters([tmp_path / name for name in pair], output_path=tmp_path / "both")
         assert not (tmp_path / "both").exists()
 
 

@@ -301,7 +301,8 @@ def test_the_memory_that_accelerate_estimates(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "verify_on_hub", lambda name, token: known)
     arguments = estimate.estimate_command_parser().parse_args([str(tmp_path), "--dtypes", "float32"])
     (_, _, total, _), *_ = estimate.gather_data(arguments)
-    assert total == sum(4 * parameter.numel() for parameter in model.model.parameters())
+    held = [*model.model.parameters(), *model.model.buffers()]
+    assert total == sum(4 * tensor.numel() for tensor in held)
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
@@ -574,6 +575,48 @@ def test_a_delta_of_other_layers_or_scale_is_refused(base, delta, deltas):
 def test_a_delta_that_lacks_a_sublayer_is_refused(deltas):
     with pytest.raises(ValueError, match=r"delta .* lacks the attention of layers \[1\], which the model has"):
         with_delta(deltas, "base", "partial delta")
+
+
+# --- mergekit --------------------------------------------------------------------------------------------------------
+
+
+def merging(folder, *names, **more):
+    config = pytest.importorskip("mergekit.config")
+    merge = pytest.importorskip("mergekit.merge")
+    models = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in names]
+    plan = {"merge_method": "linear", "dtype": "float32", **({"models": models} if models else {}), **more}
+    options = merge.MergeOptions(copy_tokenizer=False, write_model_card=False)
+    merge.run_merge(config.MergeConfiguration.model_validate(plan), out_path=str(folder / "merged"), options=options)
+    return AutoModelForCausalLM.from_pretrained(folder / "merged")
+
+
+@pytest.mark.parametrize("kind", ["", "cut ", "scaled ", "folded "])
+def test_mergekit_averages_models_of_one_kind(kind, deltas):
+    names = [f"{kind}base", f"{kind}delta"]
+    found = merging(deltas, *names)
+    both = [weights(AutoModelForCausalLM.from_pretrained(deltas / name)) for name in names]
+    wanted = AutoModelForCausalLM.from_pretrained(deltas / names[0])
+    wanted.load_state_dict({name: (both[0][name] + both[1][name]) / 2 for name in both[0]})
+    torch.testing.assert_close(found(tiny.tokens()).logits, wanted(tiny.tokens()).logits)
+    assert hf_lnscale.ln_scales(found) == hf_lnscale.ln_scales(wanted)
+
+
+@pytest.mark.parametrize("pair", [("scaled base", "delta"), ("folded base", "scaled delta"), ("base", "cut delta")])
+def test_mergekit_of_models_of_different_kinds_is_refused(pair, deltas):
+    with pytest.raises(ValueError, match=r"merge_config .* other layers or scales"):
+        merging(deltas, *pair)
+
+
+def test_mergekit_of_some_layers_of_a_scaled_model_is_refused(deltas):
+    def slices(name):
+        parts = [{"model": str(deltas / name), "layer_range": part} for part in ([0, 1], [2, 4])]
+        return {"merge_method": "passthrough", "slices": [{"sources": [part]} for part in parts]}
+
+    with pytest.raises(ValueError, match=r"merge_config .* use drop_layers"):
+        merging(deltas, **slices("scaled base"))
+    expected = AutoModelForCausalLM.from_pretrained(deltas / "base")
+    del expected.model.layers[1]
+    assert equal(weights(merging(deltas, **slices("base"))), weights(expected))
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Teachers and reward models are loaded by a name that is given, and students by t
 import copy
 import json
 import math
+import queue
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from trl import (
     create_reference_model,
 )
 from trl.experimental.a2po import A2POConfig, A2POTrainer
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.bema_for_ref_model import BEMACallback
 from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -370,6 +372,41 @@ def test_vllm_is_refused_in_a_warmup(policy, tokenizer, tmp_path, monkeypatch):
     trainer = generating_with_vllm(policy, tokenizer, tmp_path, monkeypatch, [LNScalingWarmupCallback()])
     with pytest.raises(ValueError, match=r"use_vllm.*step 0 of 1 of the ln_scaling warmup"):
         trainer.train()
+
+
+class Nothing:
+    """In place of what talks to a vLLM server."""
+
+    rollout_buffer = queue.Queue()
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("flags", [{}, {"drop_layers": [1]}, {"ln_scaling": True}])
+def test_asynchronous_grpo_loads_what_it_is_told_to_and_what_vllm_serves(flags, tokenizer, tmp_path, monkeypatch):
+    """Its attention needs a GPU, so that no step is taken."""
+    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: 1.0)
+    tiny.model(vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "model")
+    trainer = AsyncGRPOTrainer(
+        str(tmp_path / "model"),
+        reward_funcs=lambda completions, **_: [1.0 for _ in completions],
+        args=AsyncGRPOConfig(
+            output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, model_init_kwargs=dict(flags)
+        ),
+        train_dataset=PROMPTS,
+        processing_class=tokenizer,
+        rollout_worker=Nothing(),
+        weight_transfer=Nothing(),
+    )
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **flags)
+    assert {name: one.shape for name, one in trainer.model.named_parameters()} == {
+        name: one.shape for name, one in wanted.named_parameters()
+    }
+    assert hf_lnscale.ln_scales(trainer.model) == hf_lnscale.ln_scales(wanted)
+    if flags:
+        with pytest.raises(ValueError, match=r"use_vllm.*would load the checkpoint .*model'.*Save the model"):
+            trainer.train()
 
 
 @pytest.fixture
