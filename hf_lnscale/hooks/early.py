@@ -56,7 +56,7 @@ def save_model(original: Original, /, self: Any, model: Any, *args: Any, **kwarg
 
 def merge_weights(original: Original, /, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
     """accelerate's `merge_fsdp_weights`: a distributed checkpoint in one file, without a model in memory."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     marks = (FileSystemReader(checkpoint_dir).read_metadata().planner_data or {}).get("hf_lnscale") or []
     if len(marks) != 1:  # none, or of several models
