@@ -164,6 +164,7 @@ def test_weights_are_refused_beside_the_configuration_of_another_model(writer, k
                 AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_plain_model_are_written_as_without_the_plugin(tmp_path, run_python):
     code = """
     import sys, pathlib, torch, accelerate
