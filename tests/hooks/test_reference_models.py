@@ -43,8 +43,8 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 try:
     from trl import DistillationConfig, DistillationTrainer
-except ImportError:  # older than 1.16
-    from trl.experimental.distillation import DistillationConfig, DistillationTrainer
+except ImportError:  # older ones read other columns
+    DistillationConfig = DistillationTrainer = None
 
 import hf_lnscale
 import tiny
@@ -197,6 +197,8 @@ DISTILLED = {
     "distillation": (DistillationTrainer, DistillationConfig, PROMPTS, {"max_completion_length": 4}),
     "IW-OPD": (IWOPDTrainer, IWOPDConfig, CHATS, {"max_completion_length": 4}),
 }
+if DistillationTrainer is None:
+    del DISTILLED["distillation"]
 
 
 def distilling(how, student, teacher, tokenizer, tmp_path):
@@ -386,10 +388,11 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
+@pytest.mark.skipif(DistillationTrainer is None, reason="an older TRL, which asks for kernels of the Hub")
 @pytest.mark.parametrize("flags", [{}, {"drop_layers": [1]}, {"ln_scaling": True}])
 def test_asynchronous_grpo_loads_what_it_is_told_to_and_what_vllm_serves(flags, tokenizer, tmp_path, monkeypatch):
     """Its attention needs a GPU, so that no step is taken."""
-    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: 1.0, raising=False)
+    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: 1.0)
     tiny.model(vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "model")
     trainer = AsyncGRPOTrainer(
         str(tmp_path / "model"),
