@@ -49,14 +49,15 @@ def note(adapter: dict[str, Any]) -> Record | None:
         raise ValueError(f"auto_mapping[{NOTE!r}] in the adapter's adapter_config.json: {error}") from None
 
 
-def add_note(path: Path, base: PreTrainedConfig) -> None:
-    """Records the base in an adapter_config.json, replacing any existing note."""
+def add_note(path: Path, base: PreTrainedConfig | None) -> None:
+    """Records the base in an adapter_config.json, replacing any existing note; None keeps that of a configuration."""
     adapter = json.loads(path.read_text(encoding="utf-8"))
-    found, noted = base_state(base), record(base) != Record()
-    if not noted and note(adapter) is None:
+    before = note(adapter)
+    found = before if base is None else base_state(base) if record(base) != Record() else None
+    if found is None and before is None:
         return
     mapping = {key: value for key, value in (adapter.get("auto_mapping") or {}).items() if key != NOTE}
-    if noted:
+    if found is not None:
         mapping[NOTE] = found.to_dict()
         on_disk = _config_on_disk(adapter)
         if found.needs_plugin or on_disk is None or base_state(on_disk) != found:

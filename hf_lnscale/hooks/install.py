@@ -26,8 +26,9 @@ CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeli
 TRAINER, PEFT, ACCELERATE = "transformers.trainer", "peft", "accelerate"
 VLLM, SGLANG = "vllm.transformers_utils.config", "sglang.srt.utils.hf_transformers.config"
 DISTRIBUTED, LM_EVAL = "torch.distributed.checkpoint.default_planner", "lm_eval.models.huggingface"
+MERGEKIT = "mergekit.merge"
 # transformers imports two of them in the midst of its own import, so their hooks import nothing until they are called.
-EARLY = (ACCELERATE, DISTRIBUTED, LM_EVAL)
+EARLY = (ACCELERATE, DISTRIBUTED, LM_EVAL, MERGEKIT)
 GROUPS = (CONFIGURATION, MODELS, TRAINER, PEFT, VLLM, SGLANG, *EARLY)
 
 # The function that a hook replaces.
@@ -54,6 +55,7 @@ class Hook:
     # The first release of transformers in which the hook is needed; in earlier ones the function may be missing.
     needed_since: str = ""
     optional: bool = False  # supported releases of another library may lack the function
+    without_model: bool = False  # in an early group: reads or writes checkpoints with no model in memory
 
     def replacement(self) -> Any:
         return getattr(importlib.import_module(f".{self.file}", __package__), self.function or self.name.strip("_"))
@@ -127,6 +129,11 @@ HOOKS = (
         PEFT, "peft.auto:_BaseAutoPeftModel", "peft", "from_pretrained", "cls pretrained_model_name_or_path",
         "auto_adapter",
     ),
+    # Reads adapters without a base. PEFT itself imports it by name.
+    *(
+        Hook(PEFT, f"{module}:", "peft", "compose_cartridge_adapters", "adapter_paths")
+        for module in ("peft", "peft.tuners.cartridge.utils")
+    ),
     Hook(PEFT, "peft.tuners.lora.model:", "readers", "replicate_layers", "model layer_map"),
     # Private: LoftQ uses it to read the base's weights by their names in memory.
     Hook(
@@ -141,6 +148,18 @@ HOOKS = (
     # The state of a custom training loop has no configuration.
     Hook(ACCELERATE, _ACCELERATOR, "readers", "save_state", "self output_dir"),
     Hook(ACCELERATE, _ACCELERATOR, "readers", "load_state", "self input_dir"),
+    # Write weights without a configuration, in a dict without the metadata of a `state_dict()`.
+    Hook(ACCELERATE, _ACCELERATOR, "readers", "save_model", "self model"),
+    # Private: `merge_fsdp_weights`, which several modules import by name, calls it.
+    Hook(
+        ACCELERATE, "accelerate.utils.fsdp_utils:", "readers", "_distributed_checkpoint_to_merged_weights",
+        "checkpoint_dir save_path safe_serialization", "merge_weights", without_model=True,
+    ),
+    *(
+        Hook(ACCELERATE, f"accelerate.{module}:", "saving", "save", "obj f", "save_weights")
+        for module in ("accelerator", "utils.fsdp_utils")
+    ),
+    Hook(ACCELERATE, "accelerate.utils.other:", "saving", "safe_save_file", "tensors filename", "save_file"),
     # Several modules of accelerate import the function by name.
     *(
         Hook(ACCELERATE, f"accelerate{module}:", "readers", "load_checkpoint_in_model", "model checkpoint")
@@ -150,7 +169,11 @@ HOOKS = (
     Hook(DISTRIBUTED, f"{DISTRIBUTED}:DefaultSavePlanner", "readers", "create_global_plan", "self all_plans"),
     Hook(DISTRIBUTED, f"{DISTRIBUTED}:DefaultLoadPlanner", "readers", "set_up_planner", "self state_dict metadata"),
     # Private: the only function that receives the names of both checkpoints. The hook reads its parameters by name.
-    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "readers", "_create_model"),
+    Hook(LM_EVAL, f"{LM_EVAL}:HFLM", "readers", "_create_model", without_model=True),
+    # Merges the tensors of checkpoints by name, and writes the configuration of one of them.
+    Hook(
+        MERGEKIT, f"{MERGEKIT}:", "readers", "run_merge", "merge_config out_path options", without_model=True
+    ),
     # vLLM selects a model class by `architectures`, from which the hooks above remove serving/vllm.py's prefix.
     Hook(VLLM, f"{VLLM}:HFConfigParser", "serving", "parse", "self model"),
     # SGLang reads the weights itself.
@@ -357,10 +380,10 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
 
 
 def _at_the_call(hook: Hook) -> Callable[..., Any]:
-    """A replacement that is imported when it is called, if there may be a model of transformers then."""
+    """A replacement that is imported when it is called, if it concerns models and there may be one then."""
 
     def replacement(original: Original, /, *args: Any, **kwargs: Any) -> Any:
-        if MODELS not in sys.modules:
+        if MODELS not in sys.modules and not hook.without_model:
             return original(*args, **kwargs)
         try:
             function = hook.replacement()

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..core.apply import require_consistent
+from ..core.errors import ArgumentError
 from ..core.stack import base_config
 from . import adapter_note as adapters
 from .configuration import located, setting
@@ -63,9 +64,20 @@ def from_json_file(original: Original, /, cls: Any, *args: Any, **kwargs: Any) -
 
 def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, save_directory, *args, **kwargs)
-    if (base := noted_base.get()) is not None:
-        adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, base)
+    adapters.add_note(Path(save_directory) / ADAPTER_CONFIG_NAME, noted_base.get())
     return result
+
+
+def compose_cartridge_adapters(original: Original, /, adapter_paths: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuses adapters of different bases; PEFT joins the keys and values of adapters of one base."""
+    paths = list(adapter_paths)
+    notes = [adapters.note(found) for path in paths if (found := read_adapter(path, {})) is not None]
+    if any(one != notes[0] for one in notes):
+        records = [one and one.to_dict() for one in notes]
+        raise ArgumentError(
+            "adapter_paths", [str(path) for path in paths], problem=f"were trained on different bases: {records}"
+        )
+    return original(paths, *args, **kwargs)
 
 
 def save_adapter(original: Original, /, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
@@ -32,7 +33,7 @@ from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
 from .models import note_what_is_on_disk, warn_if_cold
-from .saving import require_same_checkpoint
+from .saving import marking, require_same_checkpoint
 
 # Stored beside the weights in the state of a training loop.
 STATE_FILE = "hf_lnscale.json"
@@ -338,6 +339,40 @@ def _warn_of_other_scale(what: str, saved: str, model: torch.nn.Module) -> None:
         f"{mark(record(base_config(model)))}. If its weights are trained, their layers expect the scale that they were "
         "trained with: build the model with the same ln_scaling"
     )
+
+
+# --- weights written without a configuration, and without a model in memory ------------------------------------------
+
+
+def save_model(original: Original, /, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate: marks weights that are saved without the model's configuration."""
+    with marking(mark(record(base_config(model)))):
+        return original(self, model, *args, **kwargs)
+
+
+def merge_weights(original: Original, /, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    """accelerate's `merge_fsdp_weights`: passes on the mark of a distributed checkpoint, if it is of one model."""
+    marks = (FileSystemReader(checkpoint_dir).read_metadata().planner_data or {}).get(MARK) or []
+    with marking(marks[0] if len(marks) == 1 else "{}"):
+        return original(checkpoint_dir, *args, **kwargs)
+
+
+def run_merge(original: Original, /, merge_config: Any, out_path: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+    """mergekit: refuses checkpoints of different scales or layers, or slices of one, as one configuration is written.
+
+    TRL's `MergeModelCallback` calls it, too.
+    """
+    remote = {"trust_remote_code": options.trust_remote_code}
+    marks = {str(model): mark(record(model.config(**remote))) for model in merge_config.referenced_models()}
+    sliced = merge_config.slices or merge_config.modules
+    if len({*marks.values()}) > 1 or (sliced and any(json.loads(one) for one in marks.values())):
+        raise ArgumentError(
+            "merge_config",
+            marks,
+            problem="would write the tensors of other layers or scales with the configuration of one of these. Merge "
+            "models of the same ln_scaling and dropped layers, whole; to take layers out, use drop_layers",
+        )
+    return original(merge_config, out_path, options, *args, **kwargs)
 
 
 # --- repeated layers and averages -----------------------------------------------------------------------------------

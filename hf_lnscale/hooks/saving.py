@@ -5,8 +5,9 @@ over another checkpoint were killed in between, the folder would hold the weight
 the other. Two measures prevent this for models with a scale or a cut, and for models saved over one:
 
 - While weights are written, the folder has no config.json: the old one is renamed first, and the new one appears last.
-- Weights carry the record of their model in their safetensors metadata, which loading compares with the config.json in
-  the same folder. Weights without a record, from earlier releases or other programs, are not checked.
+- Weights carry the record of their model in their safetensors metadata, or, in a pickled `state_dict()`, in what torch
+  keeps with it. Loading compares it with the config.json in the same folder. Weights without a record, from earlier
+  releases or other programs, are not checked.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
@@ -61,6 +64,21 @@ def must_be_written_last(folder: str | os.PathLike[str], config: PreTrainedConfi
     return False
 
 
+@contextlib.contextmanager
+def marking(own: str) -> Iterator[None]:
+    """Context in which accelerate marks the weights of a model with a scale or a cut."""
+    with setting(_mark, own if json.loads(own) else None):
+        yield
+
+
+def save_weights(original: Original, /, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps accelerate's `save`, which is given a plain dict of weights, so that a pickled one has metadata too."""
+    if (own := _mark.get()) is not None and not kwargs.get("safe_serialization"):
+        obj = OrderedDict(obj)
+        vars(obj)["_metadata"] = {"": {MARK: json.loads(own)}}
+    return original(obj, *args, **kwargs)
+
+
 def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
     """Wraps `save_file` and `save` of safetensors to mark the weights of a model with a scale or a cut."""
     if (own := _mark.get()) is not None:
@@ -69,17 +87,13 @@ def save_file(original: Original, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, Any]]) -> bool:
-    """Refuses safetensors files with a different mark than their config.json; returns whether any file is marked.
+    """Refuses weight files with a different mark than their config.json; returns whether any file is marked.
 
     `saved` reads the config.json; it is called only if a file is marked.
     """
     expected: str | None = None
     for file in files:
-        own = None
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                own = (weights.metadata() or {}).get(MARK)
-        if own is None:
+        if (own := _mark_of(file)) is None:
             continue
         expected = expected or mark(record(saved()))
         with contextlib.suppress(ValueError, RecursionError):
@@ -91,6 +105,18 @@ def require_same_checkpoint(files: Iterable[str], saved: Callable[[], dict[str, 
             "restore the matching file"
         )
     return expected is not None
+
+
+def _mark_of(file: str) -> str | None:
+    """The record stored in a weight file, or None."""
+    if str(file).endswith(".safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            return (weights.metadata() or {}).get(MARK)
+    found: list[Any] = []
+    with contextlib.suppress(Exception):  # a file that torch cannot map into memory, or without such metadata
+        state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        found = [one[MARK] for one in state._metadata.values() if MARK in one]
+    return json.dumps(found[0], sort_keys=True) if found else None
 
 
 def _weights(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.apply import set_ln_scaling_step
 from ..core.config import LNScalingConfig
+from ..core.errors import ArgumentError
 from ..core.json_file import read_object
-from ..core.record import get_ln_scaling, is_flagged, record, recorded_scaling, scaled_alike
+from ..core.record import SourceName, get_ln_scaling, is_flagged, record, recorded_scaling, scaled_alike
 from ..pruning import checkpoint_layers
 from .configuration import saved_config
 from .install import Original
@@ -37,6 +39,7 @@ def train(original: Original, /, self: Trainer, resume_from_checkpoint: Any = No
         if not has_config:
             require_base_of(folder, {}, self.model)
     _require_moved_warmup(self, record(config).active)
+    _require_known_to_vllm(self, config)
     return original(self, resume_from_checkpoint, *args, **kwargs)
 
 
@@ -80,6 +83,31 @@ def _require_moved_warmup(trainer: Trainer, scale: LNScalingConfig | None) -> No
                 f"step {scale.step} of {scale.warmup_steps} of the ln_scaling warmup. Finish the warmup without it "
                 "(for a reference model: sync_ref_model=False)"
             )
+
+
+def _require_known_to_vllm(trainer: Trainer, config: Any) -> None:
+    """Refuses TRL's `use_vllm` if vLLM, which loads the checkpoint of the model's name, would get another model.
+
+    TRL then sends it the model's tensors by name, which would replace other layers, and no scale.
+    """
+    name, scale = getattr(config, "_name_or_path", ""), record(config).active
+    if not isinstance(name, SourceName) or not (
+        getattr(trainer.args, "use_vllm", False) or hasattr(trainer, "weight_transfer")  # TRL's asynchronous trainers
+    ):
+        return
+    if scale is not None and scale.warming_up:
+        problem = (
+            f"would keep the scale of step {scale.step} of {scale.warmup_steps} of the ln_scaling warmup in vLLM. "
+            "Finish the warmup without it"
+        )
+    elif dataclasses.replace(record(saved_config(config, name)), on_disk=None) != name.record:
+        problem = (
+            f"would load the checkpoint {str(name)!r} into vLLM, but the model was changed since it was loaded from "
+            "it: other layers or another scale. Save the model, load it from that folder, and train that"
+        )
+    else:
+        return
+    raise ArgumentError("use_vllm", True, problem=problem)
 
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:

@@ -7,18 +7,24 @@ import warnings
 import peft
 import pytest
 import torch
+import yaml
 from peft import (
+    ArrowConfig,
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    CartridgeConfig,
     IA3Config,
     LoraConfig,
+    PeftConfig,
     PeftMixedModel,
     PeftModel,
     PromptTuningConfig,
     XLoraConfig,
+    create_arrow_model,
     get_peft_model,
 )
 from peft.utils import hotswap
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -354,6 +360,89 @@ def test_other_ways_to_load_an_adapter(way, tmp_path):
         assert torch.equal(logits(found), expected)
     with pytest.raises(ValueError, match=r"was trained on a base with .*Load the base with from_pretrained\(\.\.\., "):
         load(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+DIFFERENT = ["both by keyword", "pruned by keyword", "scaled on disk", "without attention by keyword"]
+
+
+@pytest.mark.parametrize("which", DIFFERENT)
+def test_arrow_routes_between_adapters_of_its_base(which, tmp_path):
+    """Between twice the same one, which is then that one (arXiv 2405.11157: the weights of the experts add up to 1)."""
+    expected = adapter_of(tmp_path, which)
+    experts = [str(tmp_path / "adapter")] * 2
+    routed = create_arrow_model(base(tmp_path, which), experts, ArrowConfig(top_k=2)).eval()
+    torch.testing.assert_close(logits(routed), expected)
+    other = tiny.model() if which == "scaled on disk" else AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="was trained on a base with "):
+        create_arrow_model(other, experts, ArrowConfig(top_k=2))
+
+
+def cartridge(model, seed, folder):
+    """Keys and values of three tokens for each layer; returns them."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(model, CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    tuned.save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+@pytest.mark.parametrize("which", DIFFERENT[:3])
+def test_cartridges_are_composed_for_their_base(which, tmp_path):
+    parts = [cartridge(base(tmp_path, which), seed, tmp_path / f"part {seed}") for seed in (0, 1)]
+    peft.compose_cartridge_adapters([tmp_path / "part 0", tmp_path / "part 1"], output_path=tmp_path / "both")
+    expected = get_peft_model(
+        base(tmp_path, which), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    ).eval()
+    expected.prompt_encoder["default"].load_prompt_embeddings(torch.cat(parts))
+    for name in ("part 0", "both"):
+        loaded = PeftModel.from_pretrained(base(tmp_path, which), tmp_path / name).eval()
+        assert torch.equal(logits(loaded), logits(expected)) == (name == "both")
+        with pytest.raises(ValueError, match="was trained on a base with "):
+            PeftModel.from_pretrained(tiny.model(), tmp_path / name)
+        saved = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert saved["peft_type"] == "CARTRIDGE" + TRIPWIRE
+
+
+def test_cartridges_of_different_bases_are_not_composed(tmp_path):
+    """All have the same shapes; the last lacks another layer."""
+    AutoModelForCausalLM.from_config(tiny.config()).save_pretrained(tmp_path / "base")
+    bases = {"plain": {}, "scaled": SCALED}, {"one": PRUNED, "another": {"drop_layers": [2]}}
+    for pair in bases:
+        for name, flags in pair.items():
+            model = quietly(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base", **flags))  # noqa: B023
+            cartridge(model, 0, tmp_path / name)
+        with pytest.raises(ValueError, match=r"adapter_paths .* were trained on different bases"):
+            peft.compose_cartridge_adapters([tmp_path / name for name in pair], output_path=tmp_path / "both")
+        assert not (tmp_path / "both").exists()
+
+
+def test_a_configuration_that_is_saved_again_keeps_its_note(tmp_path):
+    adapter_of(tmp_path, "both by keyword")
+    PeftConfig.from_pretrained(tmp_path / "adapter").save_pretrained(tmp_path / "again")
+    first, again = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "again"))
+    assert again["peft_type"] == first["peft_type"] == "LORA" + TRIPWIRE
+    assert again["auto_mapping"] == first["auto_mapping"]
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("which", DIFFERENT)
+def test_the_vocabulary_of_a_base_and_the_card_of_its_adapter(which, resized, tmp_path):
+    """PEFT reads the base's configuration by its name, to save embeddings of another size with the adapter."""
+    model = base(tmp_path, which)
+    if resized:
+        model.resize_token_embeddings(100)
+    tuned = lora(model)
+    expected = logits(tuned)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Could not find a config file")
+        tuned.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("embed_tokens" in name for name in stored) == resized
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tmp_path / "base")
+    again = base(tmp_path, which)
+    if resized:
+        again.resize_token_embeddings(100)
+    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / "adapter").eval()), expected)
 
 
 def test_an_adapter_in_memory_is_swapped_into_its_own_base(tmp_path):

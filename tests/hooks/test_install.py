@@ -5,8 +5,10 @@ import sys
 
 import accelerate
 import accelerate.utils.bnb
+import accelerate.utils.fsdp_utils
 import peft
 import peft.auto
+import peft.tuners.cartridge.utils
 import peft.tuners.lora.model
 import peft.tuners.xlora.model
 import peft.utils.hotswap
@@ -89,7 +91,17 @@ IN_ACCELERATE = {
         accelerate.utils.modeling,
     )
 }
-HOOKED |= {(accelerate.Accelerator, "save_state"), (accelerate.Accelerator, "load_state")}
+HOOKED |= {(accelerate.Accelerator, name) for name in ("save_state", "load_state", "save_model")}
+HOOKED |= {
+    (accelerate.accelerator, "save"),
+    (accelerate.utils.fsdp_utils, "save"),
+    (accelerate.utils.fsdp_utils, "_distributed_checkpoint_to_merged_weights"),
+    (accelerate.utils.other, "safe_save_file"),
+}
+HOOKED_IN_PEFT |= {
+    (peft, "compose_cartridge_adapters"),
+    (peft.tuners.cartridge.utils, "compose_cartridge_adapters"),
+}
 HOOKED_IN_PEFT |= {
     (module, "set_base_model_state_dict")
     for module in (peft, peft.utils, peft.utils.save_and_load)
@@ -150,10 +162,9 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
 
 
 def installed():
-    """What is hooked, without lm-eval, which another test may have imported."""
-    return {
-        (owner, name) for owner, name in hooks._installed if "lm_eval" not in sys.modules or name != "_create_model"
-    }
+    """What is hooked, without lm-eval and mergekit, which another test may have imported."""
+    others = {"_create_model": "lm_eval", "run_merge": "mergekit"}
+    return {(owner, name) for owner, name in hooks._installed if others.get(name) not in sys.modules}
 
 
 def test_exactly_these_attributes_are_hooked():
@@ -240,6 +251,12 @@ SIGNATURES = {
     (DefaultSavePlanner, "create_global_plan"): ["self", "all_plans"],
     (accelerate.Accelerator, "save_state"): ["self", "output_dir"],
     (accelerate.Accelerator, "load_state"): ["self", "input_dir"],
+    (accelerate.Accelerator, "save_model"): ["self", "model"],
+    (accelerate.accelerator, "save"): ["obj", "f", "save_on_each_node", "safe_serialization"],
+    (accelerate.utils.fsdp_utils, "save"): ["obj", "f", "save_on_each_node", "safe_serialization"],
+    (accelerate.utils.fsdp_utils, "_distributed_checkpoint_to_merged_weights"): ["checkpoint_dir", "save_path"],
+    (accelerate.utils.other, "safe_save_file"): ["tensors", "filename", "metadata"],
+    (peft, "compose_cartridge_adapters"): ["adapter_paths"],
     (peft.PeftModel, "load_adapter"): ["self", "model_id", "adapter_name"],
     (peft.auto._BaseAutoPeftModel, "from_pretrained"): ["cls", "pretrained_model_name_or_path"],
     (peft.PeftMixedModel, "from_pretrained"): ["cls", "model", "model_id"],

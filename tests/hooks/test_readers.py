@@ -6,6 +6,7 @@ Each is run as its users do; the oracle is a model whose layers are deleted by h
 import copy
 import gc
 import pickle
+import types
 
 import accelerate
 import accelerate.utils.modeling
@@ -13,8 +14,19 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+from accelerate.commands import estimate
 from datasets import Dataset
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft import (
+    LNTuningConfig,
+    LoraConfig,
+    LoraGAConfig,
+    PeftModel,
+    get_peft_model,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_model
 from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -281,6 +293,19 @@ def test_a_checkpoint_without_a_sublayer_is_refused_by_a_model_that_has_it(tmp_p
     own = hf_lnscale.drop_layers(tiny.model(seed=1), attention=[1])
     with_map(own, tmp_path)
     assert torch.equal(own(tiny.tokens()).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(tiny.tokens()).logits)
+
+
+@pytest.mark.parametrize("flags", [{}, {"ln_scaling": True}, {"drop_layers": [1]}, {"drop_attention": [1]}])
+def test_the_memory_that_accelerate_estimates(flags, tmp_path, monkeypatch):
+    """It asks the Hub what library a model is of, reads the configuration by its name, and counts an empty model."""
+    model = AutoModelForCausalLM.from_config(tiny.config(), **flags)
+    model.save_pretrained(tmp_path)
+    known = types.SimpleNamespace(config={}, library_name="transformers")
+    monkeypatch.setattr(estimate, "verify_on_hub", lambda name, token: known)
+    arguments = estimate.estimate_command_parser().parse_args([str(tmp_path), "--dtypes", "float32"])
+    (_, _, total, _), *_ = estimate.gather_data(arguments)
+    held = [*model.model.parameters(), *model.model.buffers()]
+    assert total == sum(4 * tensor.numel() for tensor in held)
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
@@ -555,6 +580,48 @@ def test_a_delta_that_lacks_a_sublayer_is_refused(deltas):
         with_delta(deltas, "base", "partial delta")
 
 
+# --- mergekit --------------------------------------------------------------------------------------------------------
+
+
+def merging(folder, *names, **more):
+    config = pytest.importorskip("mergekit.config")
+    merge = pytest.importorskip("mergekit.merge")
+    models = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in names]
+    plan = {"merge_method": "linear", "dtype": "float32", **({"models": models} if models else {}), **more}
+    options = merge.MergeOptions(copy_tokenizer=False, write_model_card=False)
+    merge.run_merge(config.MergeConfiguration.model_validate(plan), out_path=str(folder / "merged"), options=options)
+    return AutoModelForCausalLM.from_pretrained(folder / "merged")
+
+
+@pytest.mark.parametrize("kind", ["", "cut ", "scaled ", "folded "])
+def test_mergekit_averages_models_of_one_kind(kind, deltas):
+    names = [f"{kind}base", f"{kind}delta"]
+    found = merging(deltas, *names)
+    both = [weights(AutoModelForCausalLM.from_pretrained(deltas / name)) for name in names]
+    wanted = AutoModelForCausalLM.from_pretrained(deltas / names[0])
+    wanted.load_state_dict({name: (both[0][name] + both[1][name]) / 2 for name in both[0]})
+    torch.testing.assert_close(found(tiny.tokens()).logits, wanted(tiny.tokens()).logits)
+    assert hf_lnscale.ln_scales(found) == hf_lnscale.ln_scales(wanted)
+
+
+@pytest.mark.parametrize("pair", [("scaled base", "delta"), ("folded base", "scaled delta"), ("base", "cut delta")])
+def test_mergekit_of_models_of_different_kinds_is_refused(pair, deltas):
+    with pytest.raises(ValueError, match=r"merge_config .* other layers or scales"):
+        merging(deltas, *pair)
+
+
+def test_mergekit_of_some_layers_of_a_scaled_model_is_refused(deltas):
+    def slices(name):
+        parts = [{"model": str(deltas / name), "layer_range": part} for part in ([0, 1], [2, 4])]
+        return {"merge_method": "passthrough", "slices": [{"sources": [part]} for part in parts]}
+
+    with pytest.raises(ValueError, match=r"merge_config .* use drop_layers"):
+        merging(deltas, **slices("scaled base"))
+    expected = AutoModelForCausalLM.from_pretrained(deltas / "base")
+    del expected.model.layers[1]
+    assert equal(weights(merging(deltas, **slices("base"))), weights(expected))
+
+
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
@@ -605,6 +672,33 @@ def test_loftq_is_refused_where_the_layers_are_not(whole, tmp_path, loftq_on_cpu
     with pytest.raises(ValueError, match=r"needs layers \[0, 2, 3\] .* has layers \[0, 1, 3\]"):
         replace_lora_weights_loftq(model, model_path=str(tmp_path / "other"))
     assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("how", ["CorDA", "LoRA-GA"])
+def test_a_cache_of_the_whole_model_begins_an_adapter_of_a_cut_one(how, whole, tmp_path):
+    """PEFT reads it by names, so that layers begin with the directions of others. What the model says stays."""
+
+    def begun(model):
+        def run():
+            loss = model(input_ids=tiny.tokens(1), labels=tiny.tokens(1)).loss
+            if how == "LoRA-GA":
+                loss.backward()
+
+        cache = str(tmp_path / "cache" / "file")
+        if how == "CorDA":
+            settings = CordaConfig(cache_file=cache, corda_method="ipm")
+            config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="corda", corda_config=settings)
+            preprocess_corda(model, config, run_model=run)
+        else:
+            config = LoraConfig(
+                r=2, target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+            )
+            preprocess_loraga(model, config, run, cache_file=cache)
+        return get_peft_model(model, config).eval()
+
+    begun(AutoModelForCausalLM.from_pretrained(whole))
+    tuned = begun(AutoModelForCausalLM.from_pretrained(whole, drop_layers=[1]))
+    torch.testing.assert_close(tuned(tiny.tokens()).logits, cut_by_hand(whole)(tiny.tokens()).logits)
 
 
 REPLICATED = {"target_modules": ["q_proj"], "layer_replication": [(0, 3), (1, 3)], "init_lora_weights": False}

@@ -10,9 +10,12 @@ import signal
 import threading
 import time
 
+import accelerate
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from safetensors import safe_open
+from torch.distributed import checkpoint as distributed
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -105,6 +108,81 @@ def test_files_of_two_models_are_refused_by_name(change, which, shards, tmp_path
     for load in (AutoModelForCausalLM, LlamaForCausalLM):
         with pytest.raises((ValueError, OSError), match=r"was saved by a model with|No such file"):
             load.from_pretrained(tmp_path / "new")
+
+
+def by_torch(model, folder, **_):
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def by_accelerate(model, folder, safe):
+    accelerate.Accelerator(cpu=True).save_model(model, folder, safe_serialization=safe)
+
+
+def by_accelerate_in_shards(model, folder, safe):
+    accelerate.Accelerator(cpu=True).save_model(model, folder, "20KB", safe)
+
+
+def merged(model, folder, safe):
+    distributed.save({"model": model.state_dict()}, checkpoint_id=folder / "sharded")
+    merge_fsdp_weights(folder / "sharded", folder, safe_serialization=safe)
+
+
+# Who writes weights without a configuration, and whether as safetensors.
+WRITERS = {
+    "torch.save": (by_torch, False),
+    "accelerate": (by_accelerate, True),
+    "accelerate, pickled": (by_accelerate, False),
+    "accelerate, in shards": (by_accelerate_in_shards, True),
+    "accelerate, pickled in shards": (by_accelerate_in_shards, False),
+    "merge_fsdp_weights": (merged, True),
+    "merge_fsdp_weights, pickled": (merged, False),
+}
+# Models of as many layers and the same names.
+ALIKE = {
+    "plain": lambda: tiny.model(num_hidden_layers=3),
+    "scaled": lambda: tiny.model(num_hidden_layers=3, ln_scaling=True),
+    "folded": lambda: hf_lnscale.fold_ln_scaling(tiny.model(num_hidden_layers=3, ln_scaling=True)),
+    "cut": lambda: cut(tiny.model()),
+    "cut elsewhere": lambda: hf_lnscale.drop_layers(tiny.model(), [2]),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_are_refused_beside_the_configuration_of_another_model(writer, kind, tmp_path):
+    write, safe = WRITERS[writer]
+    model = ALIKE[kind]()
+    write(model, tmp_path, safe=safe)
+    del model  # merge_fsdp_weights has no model
+    for other, make in ALIKE.items():
+        wanted = make()
+        wanted.config.save_pretrained(tmp_path)
+        if other == kind:
+            assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(wanted))
+        elif kind != "plain":  # which leaves no mark
+            with pytest.raises(ValueError, match="the weights of one model and the configuration of another"):
+                AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_plain_model_are_written_as_without_the_plugin(tmp_path, run_python):
+    code = """
+    import sys, pathlib, torch, accelerate
+    sys.path.insert(0, sys.argv[2])
+    import tiny
+    from accelerate.utils import merge_fsdp_weights
+    from torch.distributed import checkpoint
+    folder, model = pathlib.Path(sys.argv[1]), tiny.model()
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "sharded")
+    for safe in (True, False):
+        accelerate.Accelerator(cpu=True).save_model(model, folder / "a", safe_serialization=safe)
+        merge_fsdp_weights(folder / "sharded", folder / "b", safe_serialization=safe)
+    """
+    for plugin in (True, False):
+        (tmp_path / str(plugin)).mkdir()
+        run_python(code, tmp_path / str(plugin), tiny.__file__.rpartition("/")[0], plugin=plugin)
+    for name in ("a/model.safetensors", "a/pytorch_model.bin", "b/model.safetensors", "b/pytorch_model.bin"):
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
 
 
 def test_checkpoints_without_the_mark_load(tmp_path):
