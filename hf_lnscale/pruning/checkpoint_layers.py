@@ -22,30 +22,21 @@ def original_layers(config: PreTrainedConfig | dict[str, Any]) -> tuple[list[int
 
 
 def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[int] | None:
-    """The positions of a model's layers in a checkpoint.
-
-    Args:
-        config: configuration of the model to load.
-        saved: the checkpoint's config.json.
-
-    Returns:
-        The index in the checkpoint of each layer of the model; None if they are the same.
+    """The index, in a checkpoint with the config.json `saved`, of each layer of a model; None if they are the same.
 
     Raises:
-        ValueError: if the checkpoint lacks some of the layers.
+        ValueError: if the checkpoint lacks some of the layers or sub-layers.
     """
     wanted, original = original_layers(config)
     text = text_config(config)
     key = type(config).base_config_key
     if key in saved and saved.get("model_type") != config.model_type:
         saved = saved[key]  # only the text decoder of a multimodal checkpoint is loaded
-    dropped = record(saved).dropped
-    if dropped is None:
+    stored: Any = saved
+    if not (dropped := record(saved).dropped):
         # `from_dict` adds defaults that config.json omits. Layers that the file says to drop are still in the weights.
-        full = type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp"))
-        available, total = original_layers(full)
-    else:
-        available, total = dropped.kept, dropped.num_hidden_layers
+        stored = type(config).from_dict(_without(saved, "drop_layers", "drop_attention", "drop_mlp"))
+    available, total = original_layers(stored)
     require_sublayers(config, saved)
     if available == wanted and total == original:
         return None
@@ -59,15 +50,7 @@ def positions_on_disk(config: PreTrainedConfig, saved: dict[str, Any]) -> list[i
 
 
 def require_sublayers(config: PreTrainedConfig, saved: dict[str, Any]) -> None:
-    """Refuses a checkpoint that lacks sub-layers of a model.
-
-    Args:
-        config: configuration of the model to load.
-        saved: the checkpoint's config.json.
-
-    Raises:
-        ValueError: if sub-layers are missing; the message names them.
-    """
+    """Refuses a checkpoint with the config.json `saved` if it lacks sub-layers of a model; the error names them."""
     stored, wanted, (layers, _) = record(saved).dropped, record(config).dropped, original_layers(config)
     for kind in SUBLAYERS:
         if absent := set(getattr(stored, kind, ())) & set(layers) - set(getattr(wanted, kind, ())):
@@ -86,23 +69,16 @@ def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def positions_in_state_dict(config: PreTrainedConfig, model: PreTrainedModel, names: Iterable[str]) -> list[int] | None:
-    """Like `positions_on_disk`, for tensors without a config.json, based on the number of layers.
-
-    Raises:
-        ValueError: if it is neither the model's number of layers nor the original's.
-    """
+    """Like `positions_on_disk`, for tensors without a config.json, based on the number of layers."""
     wanted, original = original_layers(config)
     names = list(names)
-    layer = _layer_names_of(model, names)
-    numbers = {match[2] for name in names if (match := layer.match(name))}
-    if len(numbers) == len(wanted):
+    found = len({match[2] for match in map(_layer_names_of(model, names).match, names) if match})
+    if found == len(wanted):
         return None
-    if len(numbers) == original:
+    if found == original:
         return wanted
-    raise ValueError(
-        f"drop_layers: state_dict has {len(numbers)} layers, but must have {len(wanted)}, like the model, or "
-        f"{original}, like the original model"
-    )
+    valid = f"{len(wanted)}, like the model, or {original}, like the original model"
+    raise ValueError(f"drop_layers: state_dict has {found} layers, but must have {valid}")
 
 
 def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
@@ -119,19 +95,7 @@ def names_of_sublayers(model: PreTrainedModel) -> re.Pattern[str]:
 
 
 def renumber(names: Iterable[str], model: PreTrainedModel, positions: list[int]) -> dict[str, str]:
-    """Renames the tensors of a checkpoint for a model that keeps some of its layers.
-
-    Args:
-        names: tensor names in the checkpoint.
-        model: the model to load them into.
-        positions: the index in the checkpoint of each layer of the model.
-
-    Returns:
-        Name in the checkpoint -> name in the model; tensors of dropped layers are omitted.
-
-    Raises:
-        ValueError: if the decoder's layers cannot be identified by the names.
-    """
+    """Tensor name in a checkpoint -> its name in a model with the layers at `positions`; others are omitted."""
     names = list(names)
     return rename_layers(names, _layer_names_of(model, names), positions)
 
@@ -161,15 +125,12 @@ def _layer_names_of(model: PreTrainedModel, names: list[str]) -> re.Pattern[str]
     """
     family = family_of(model.config, "drop_layers")
     marks = {f".{family.attention_norm}.weight"}
-    if family.no_scaling and (stack := next((own for m in pretrained_modules(model) if (own := own_stack(m))), None)):
+    if family.no_scaling and (stack := next(filter(None, map(own_stack, pretrained_modules(model))), None)):
         marks = {f".{name}" for name, _ in stack.layers[0].named_parameters()}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
     matches = map(layer_names(family.layers).match, names)
-    prefixes = {
-        match[1]
-        for match in matches
-        if match and match[3] in marks and not any(re.search(pattern, match[0]) for pattern in ignored)
-    }
+    prefixes = {match[1] for match in matches if match and match[3] in marks}
     if len(prefixes) != 1:
         raise ValueError(
             f"drop_layers: the layers of {type(model).__name__} cannot be identified by the names in the checkpoint "

@@ -14,7 +14,8 @@ from ..measuring.losses import token_losses
 from ..measuring.split_model import SplitModel, logit_slices, pick_tokens, predictions
 from ..measuring.stream import eval_mode
 from ..measuring.text import Batch
-from .search import BLOCKS, HEALED, Request, Text
+from .scores import STREAM_METHODS
+from .search import BLOCKS, HEALED, STEPWISE, Request, Text
 from .target import Target
 
 # Number of penalties that healing usually tries; it stops when the next one does worse.
@@ -22,38 +23,31 @@ _PENALTIES = 2
 
 
 class Work(NamedTuple):
-    """The amount of work of a search."""
-
     layers: float  # tokens times decoder layers
     head: float  # tokens through the language modeling head and loss
     products: float  # double-precision multiply-adds to fit the healing
 
 
 class Cost(NamedTuple):
-    """The estimated cost of a search."""
-
     seconds: float
     device_bytes: int  # memory on the model's device, including the model
     state_bytes: int  # CPU memory for states of the residual stream
     batch_bytes: int  # approximate memory on the model's device for activations and logits of a batch
 
     def __str__(self) -> str:
-        if self.seconds < 90:
-            shown = f"{self.seconds:.0f} s"
-        else:
-            shown = f"{self.seconds / 60:.0f} min" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} h"
+        minutes = f"{self.seconds / 60:.0f} min" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} h"
+        shown = f"{self.seconds:.0f} s" if self.seconds < 90 else minutes
+        device, states, batch = map(show_bytes, self[1:])
         return (
-            f"about {shown}; {show_bytes(self.device_bytes)} for the model and the fits, "
-            f"{show_bytes(self.state_bytes)} for states of the residual stream, {show_bytes(self.batch_bytes)} for a "
-            "batch"
+            f"about {shown}; {device} for the model and the fits, {states} for states of the residual stream, {batch} "
+            "for a batch"
         )
 
 
 def work_of_search(num_layers: int, target: Target, request: Request, text: Text, features: int, more: int = 1) -> Work:
     """The work for the smallest number of layers that can reach the target, or for one step with sub-layers.
 
-    `features` is the number of input features of the fitted weights; `more`, the factor by which default sources
-    increase the tokens for healing.
+    Fitted weights have `features` input features; default sources increase the tokens for healing `more` times.
     """
     method, heal, dropped = _method(target, request), bool(request.heal), target.least
     calibration, judged = text.calibration.num_tokens, text.held_out.num_tokens
@@ -70,13 +64,10 @@ def work_of_search(num_layers: int, target: Target, request: Request, text: Text
         "given": (0.0, 0.0),
         # Scores, then the full model's states before each cut and the layers after it.
         "best_of": (total + share * (total + tried * kept / 2), share * tried),
-        "block_influence": (total, 0.0),
-        "angular": (total, 0.0),
+        **dict.fromkeys(STREAM_METHODS, (total, 0.0)),
         "taylor": (3 * total, 3.0),  # a backward pass is twice a forward pass
-        "perplexity": swept(1),
-        "kl": swept(1),
-        "greedy": swept(dropped),
-        "greedy_healed": swept(dropped),
+        **dict.fromkeys(("perplexity", "kl"), swept(1)),
+        **dict.fromkeys(STEPWISE, swept(dropped)),
         "sublayers": (total * (1 + 3 * total / 2), 3 * total + 1),  # three candidates per layer
     }[method]
     # Perplexities of the full model, without the layers, and healed.
@@ -132,8 +123,7 @@ def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, f
     """Seconds per token in a layer, per token in head and loss, and per double-precision operation."""
     short = Batch(batch.input_ids[:1, :512], batch.attention_mask[:1, :512])
     picked_BT, targets_N = predictions(short)
-    split_model = SplitModel(model)
-    times = []
+    split_model, rows = SplitModel(model), 512
     with eval_mode(model):
         for _ in range(2):  # the first run is a warmup
             start = time.perf_counter()
@@ -144,14 +134,9 @@ def _unit_times(model: nn.Module, batch: Batch, features: int) -> tuple[float, f
             for part in split_model.parts(len(x_ND)):
                 token_losses(split_model.logits(x_ND[part]), targets_N[part])[0].item()
             end = time.perf_counter()
-            matrix = torch.ones(
-                512, features, dtype=torch.float64, device="cpu" if x_BTD.device.type == "mps" else x_BTD.device
-            )
+            device = "cpu" if x_BTD.device.type == "mps" else x_BTD.device
+            matrix = torch.ones(rows, features, dtype=torch.float64, device=device)
             (matrix.T @ matrix)[0, 0].item()
-            times = [middle - start, end - middle, time.perf_counter() - end]
-    layers = len(split_model.stack.layers)
-    return (
-        times[0] / (short.input_ids.numel() * layers),
-        times[1] / max(int(picked_BT.sum()), 1),
-        times[2] / (2 * 512 * features**2),
-    )
+            times = middle - start, end - middle, time.perf_counter() - end
+    counts = short.input_ids.numel() * len(split_model.stack.layers), max(len(targets_N), 1), 2 * rows * features**2
+    return times[0] / counts[0], times[1] / counts[1], times[2] / counts[2]

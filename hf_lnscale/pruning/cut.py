@@ -17,94 +17,62 @@ from ..core.record import SUBLAYERS, KnownText, record
 from ..core.warnings import warn
 from .plan import PruningPlan
 
+# Kinds of layers whose cache does not grow with the number of tokens.
+_WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
+
 
 @dataclass(frozen=True)
 class Cut:
-    """The parts to drop from a model, as sorted positions before the drop.
+    """The parts to drop from a model, as sorted positions before the drop."""
 
-    Attributes:
-        layers: whole layers, including those that lose their second sub-layer.
-        attention: layers that lose only their attention.
-        mlp: layers that lose only their MLP.
-        text: the text on which a plan chose them, if any.
-    """
-
-    layers: tuple[int, ...] = ()
-    attention: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # whole layers, including those that lose their second sub-layer
+    attention: tuple[int, ...] = ()  # layers that lose only their attention
     mlp: tuple[int, ...] = ()
-    text: KnownText | None = None
+    text: KnownText | None = None  # on which a plan chose them, if any
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.attention or self.mlp)
 
     @classmethod
     def of(
-        cls,
-        config: PreTrainedConfig,
-        layers: Any = None,
-        attention: Any = None,
-        mlp: Any = None,
-        named: str = "drop_{}",
+        cls, config: PreTrainedConfig, layers: Any, attention: Any = None, mlp: Any = None, named: str = "drop_{}"
     ) -> Cut:
         """Parses the arguments `drop_layers` (see `layers_to_drop`), `drop_attention` and `drop_mlp`.
 
         `named` is a format string for the names of the last two in errors.
-
-        Raises:
-            ValueError: if an index is invalid, a sub-layer is already missing, or no layer would be left.
-            UnsupportedArchitectureError: if the family is not in the table, or does not support dropping sub-layers.
         """
         if isinstance(layers, (str, bytes)) or hasattr(layers, "__fspath__"):
             layers = PruningPlan.load(layers)
-        typed = {"drop_layers": layers, named.format("attention"): attention, named.format("mlp"): mlp}
-        if isinstance(layers, PruningPlan):
-            attention = _or_planned(attention, layers, "attention", named)
-            mlp = _or_planned(mlp, layers, "mlp", named)
+        plan = layers if isinstance(layers, PruningPlan) else None
+        given = {"attention": attention, "mlp": mlp}
+        names = {"layers": "drop_layers", **{kind: named.format(kind) for kind in given}}
+        typed = [names[kind] for kind, value in {"layers": layers, **given}.items() if value is not None]
+        for kind, value in given.items():
+            if planned := list(getattr(plan, kind, ())):
+                if value is not None:
+                    problem = f"conflicts with the plan's {planned}; pass only the plan, or all three lists without it"
+                    raise ValueError(f"{names[kind]}: {value!r} {problem}")
+                given[kind] = planned
         whole = set(layers_to_drop(layers, config))
         before = {kind: set(record(config).sublayers.get(kind, ())) for kind in SUBLAYERS}
-        sublayers = {
-            kind: set()
-            if value is None
-            else set(_sublayers_to_drop(value, kind, config, before[kind], named.format(kind)))
-            for kind, value in (("attention", attention), ("mlp", mlp))
+        lost = {
+            kind: set(_sublayers_to_drop(value, kind, config, before[kind], names[kind]))
+            for kind, value in given.items()
         }
-        whole |= set.intersection(*(before[kind] | sublayers[kind] for kind in SUBLAYERS))
+        whole |= set.intersection(*(before[kind] | lost[kind] for kind in SUBLAYERS))
         if len(whole) == (num_layers := text_config(config).num_hidden_layers):
-            names = [name for name, value in typed.items() if value is not None]
-            raise ValueError(
-                f"{' and '.join(names)}: nothing would be left of {num_layers} layers, since a layer that loses both "
-                "attention and MLP is dropped"
-            )
-        text = layers.known_text if isinstance(layers, PruningPlan) and layers.units else None
-        partial = {kind: tuple(sorted(layers - whole)) for kind, layers in sublayers.items()}
+            problem = f"nothing would be left of {num_layers} layers, since a layer that loses both attention and MLP "
+            raise ValueError(f"{' and '.join(typed)}: {problem}is dropped")
+        text = plan.known_text if plan and plan.units else None
+        partial = {kind: tuple(sorted(layers - whole)) for kind, layers in lost.items()}
         return cls(tuple(sorted(whole)), **partial, text=text)
 
 
-def _or_planned(value: Any, plan: PruningPlan, kind: str, named: str) -> Any:
-    """The value of `drop_attention` or `drop_mlp`, or else the layers in the plan."""
-    planned = list(getattr(plan, kind)) or None
-    if planned and value is not None:
-        raise ValueError(
-            f"{named.format(kind)}: {value!r} conflicts with the plan's {planned}; pass only the plan, or all three "
-            "lists without it"
-        )
-    return planned if value is None else value
-
-
 def normalize_layers(layers: Any, num_layers: int, argument: str = "drop_layers", least: int = 1) -> list[int]:
-    """Validates a list of layers to drop.
+    """Sorted positions from 0, given indices of which negative ones count from the end.
 
-    Args:
-        layers: indices; negative ones count from the end.
-        num_layers: number of layers, L.
-        argument: name of the argument for errors.
-        least: number of layers that must be left; 0 if layers only lose a part.
-
-    Returns:
-        Sorted positions from 0 to L - 1.
-
-    Raises:
-        ValueError: if indices are not integers, are out of range or repeated, or too few layers would be left.
+    Raises a ValueError about `argument` if indices are not integers, out of range or repeated, or if fewer than `least`
+    layers would be left (0 if layers only lose a part).
     """
     valid = f"valid are integers from {-num_layers} to {num_layers - 1}, each once" + ", and not all of them" * least
     # A 0-d array has an __iter__ that raises.
@@ -153,11 +121,9 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
             )
         return normalize_layers(value.layers, num_layers, "drop_layers: the plan")
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        value = operator.index(value)
-        if not 1 <= value < num_layers:
-            raise ValueError(
-                f"drop_layers={value}: a number of layers must be between 1 and {num_layers - 1} for this model"
-            )
+        if not 1 <= (value := operator.index(value)) < num_layers:
+            valid = f"a number of layers must be between 1 and {num_layers - 1} for this model"
+            raise ValueError(f"drop_layers={value}: {valid}")
         layers = list(range(num_layers - 1 - value, num_layers - 1))
         warn(
             f"drop_layers={value} drops layers {layers}, the deepest except the last, by a rule of thumb that can "
@@ -165,19 +131,13 @@ def layers_to_drop(value: Any, config: PreTrainedConfig) -> list[int]:
         )
         return layers
     if not isinstance(value, Iterable):
-        raise ValueError(
-            "drop_layers must be a list of layer indices, a PruningPlan, the path of one, or a number of layers, got "
-            f"{value!r}"
-        )
+        valid = "a list of layer indices, a PruningPlan, the path of one, or a number of layers"
+        raise ValueError(f"drop_layers must be {valid}, got {value!r}")
     return normalize_layers(value, num_layers)
 
 
 def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The attention and MLP units that can be dropped separately, from layers that have both.
-
-    Raises:
-        UnsupportedArchitectureError: if the family supports neither; the message gives the reason.
-    """
+    """The attention and MLP units, of layers that have both, that can be dropped; raises if the family has none."""
     units: list[tuple[str, int]] = []
     for kind in SUBLAYERS:
         for layer in range(text_config(config).num_hidden_layers):
@@ -185,11 +145,13 @@ def droppable_units(config: PreTrainedConfig) -> list[tuple[str, int]]:
                 units += [(kind, at) for at in _sublayers_to_drop([layer], kind, config, set(), "units")]
     if not units:
         require_sublayer(config, "attention", "units='sublayers'")
-    touched = {at for positions in record(config).sublayers.values() for at in positions}
+    touched = set().union(*record(config).sublayers.values())
     return [unit for unit in units if unit[1] not in touched]
 
 
 def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: set[int], argument: str) -> list[int]:
+    if value is None:
+        return []
     require_sublayer(config, kind, argument)
     text = text_config(config)
     layers = normalize_layers(value, text.num_hidden_layers, argument, least=0)
@@ -198,17 +160,11 @@ def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: 
     if kind == "attention":
         kinds = _kinds_of_layers(text)
         if other := [layer for layer in layers if kinds and kinds[layer] in _WITHOUT_TOKENS]:
-            raise ValueError(
-                f"{argument}: layers {other} have {kinds[other[0]]} instead of attention with a KV cache; use "
-                "drop_layers to drop whole layers"
-            )
+            has = f"{kinds[other[0]]} instead of attention with a KV cache"
+            raise ValueError(f"{argument}: layers {other} have {has}; use drop_layers to drop whole layers")
         if getattr(text, "num_kv_shared_layers", None):
             raise ValueError(f"{argument}: with num_kv_shared_layers, other layers use a layer's keys and values")
     return layers
-
-
-# Kinds of layers whose cache does not grow with the number of tokens.
-_WITHOUT_TOKENS = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
 def _kinds_of_layers(text: PreTrainedConfig) -> list[str]:
@@ -217,10 +173,7 @@ def _kinds_of_layers(text: PreTrainedConfig) -> list[str]:
 
 
 def counting_layers(text: PreTrainedConfig) -> set[int]:
-    """The layers of a hybrid model whose cache counts tokens, at least one of which must be kept.
-
-    These are the layers without linear attention. Empty for a model that is not a hybrid.
-    """
+    """The layers without linear attention of a hybrid model, one of which must be kept; empty for other models."""
     kinds = _kinds_of_layers(text)
     counting = {layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_TOKENS}
     return counting if len(counting) < len(kinds) else set()

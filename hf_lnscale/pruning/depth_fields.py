@@ -15,13 +15,18 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from ..checkpoints.folders import public_name
 from ..core.families import Family, UnsupportedArchitectureError, family_of, text_config
 from ..core.record import SUBLAYERS, Dropped, Record, add_known_text, record, write
 from .checkpoint_layers import layer_names, rename_layers
 from .cut import Cut, counting_layers
+
+# Lists that may have as many entries as there are layers by coincidence.
+_NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
+# Prefixes of the text decoder's layers in module names of whole models.
+_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
 
 def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None, mlp: Any = None) -> None:
@@ -32,10 +37,8 @@ def set_drop_layers(config: PreTrainedConfig, value: Any, attention: Any = None,
 def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Family | None = None) -> None:
     """Drops layers and sub-layers from a model's configuration, in place, and adjusts per-layer fields.
 
-    Args:
-        config: configuration of the whole model; layers are those of its text decoder.
-        cut: what to drop, or layers, as returned by `normalize_layers`.
-        family: row of the text decoder, if it is not in the table.
+    `cut` may be a list of layers, as returned by `normalize_layers`; `family` is the row of a text decoder that is not
+    in the table.
 
     Raises:
         UnsupportedArchitectureError: if the family is not in the table, or its per-layer fields are unknown.
@@ -57,10 +60,12 @@ def prune_config(config: PreTrainedConfig, cut: Cut | Iterable[int], family: Fam
         )
     before = record(config)
     past = before.dropped or Dropped((), num_layers)
-    layers = {*past.layers, *(past.kept[at] for at in cut.layers)}
-    lacking = [{*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} - layers for kind in SUBLAYERS]
+    gone, *lacking = (
+        {*getattr(past, kind), *(past.kept[at] for at in getattr(cut, kind))} for kind in ("layers", *SUBLAYERS)
+    )
     base = past.base or public_name(config.name_or_path or "")
-    dropped = Dropped(tuple(sorted(layers)), past.num_hidden_layers, base, *(tuple(sorted(at)) for at in lacking))
+    sublayers = (tuple(sorted(layers - gone)) for layers in lacking)
+    dropped = Dropped(tuple(sorted(gone)), past.num_hidden_layers, base, *sublayers)
     scalings = {
         name: scaling.for_layers(num_layers).keeping(kept)
         for name in ("active", "folded", "on_disk")
@@ -100,10 +105,8 @@ def _period(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
                 if movable:
                     setattr(text, shift, start)
                 return
-    raise ValueError(
-        f"drop_layers: the config selects layers of a kind by {name}={period}, and no period does so for layers "
-        f"{kept}; drop other layers, so that a regular pattern is left"
-    )
+    problem = f"no period does so for layers {kept}; drop other layers, so that a regular pattern is left"
+    raise ValueError(f"drop_layers: the config selects layers of a kind by {name}={period}, and {problem}")
 
 
 def _dense(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
@@ -125,10 +128,8 @@ def _shared(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
 
 def _unset(text: PreTrainedConfig, name: str, kept: list[int]) -> None:
     if value := getattr(text, name):
-        raise ValueError(
-            f"drop_layers: with the config's {name}={value!r}, layers depend on each other or on their index, so the "
-            "remaining layers would compute something else"
-        )
+        problem = "layers depend on each other or on their index, so the remaining ones would compute something else"
+        raise ValueError(f"drop_layers: with the config's {name}={value!r}, {problem}")
 
 
 def _value(rule: Callable[[Any, list[int]], Any]) -> Callable[[PreTrainedConfig, str, list[int]], None]:
@@ -159,42 +160,34 @@ def _rules(config: PreTrainedConfig, family: Family) -> dict[str, str]:
             "not known. Name them with hf_lnscale.register_family(..., depth_fields=(...)), or () if there are none."
         )
     # Any configuration may have layer_types, even if its family does not list it.
-    values = text.to_dict()
+    values, total = text.to_dict(), text.num_hidden_layers
     rules = {"layer_types": "each"} | family.rules
     rules = {name: rule for name, rule in rules.items() if values.get(name) is not None}
     for name, value in values.items():
         if not isinstance(value, (list, tuple)) or name.endswith(_NOT_OVER_DEPTH):
             continue
+        has = f"drop_layers: the config's {name} has {len(value)} entries"
         if name in rules:
-            if rules[name] in ("each", "shared") and len(value) != text.num_hidden_layers:
-                raise ValueError(
-                    f"drop_layers: the config's {name} has {len(value)} entries for {text.num_hidden_layers} layers, "
-                    "so entries cannot be matched to layers"
-                )
-        elif len(value) == text.num_hidden_layers:
+            if rules[name] in ("each", "shared") and len(value) != total:
+                raise ValueError(f"{has} for {total} layers, so entries cannot be matched to layers")
+        elif len(value) == total:
             if "layer" not in name:
                 raise ValueError(
-                    f"drop_layers: the config's {name} has {len(value)} entries, as many as there are layers, but is "
-                    "not known as a per-layer field. If it is one, use hf_lnscale.register_family(..., depth_fields={"
-                    f'"{name}": "each", ...}})'
+                    f"{has}, as many as there are layers, but is not known as a per-layer field. If it is one, use "
+                    f'hf_lnscale.register_family(..., depth_fields={{"{name}": "each", ...}})'
                 )
             rules[name] = "each"
     return rules
 
 
-# Lists that may have as many entries as there are layers by coincidence.
-_NOT_OVER_DEPTH = ("token_id", "architectures", "keys_to_ignore_at_inference", "limit", "betas")
-
-
 def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path: str, kept: list[int]) -> None:
     """Refuses a configuration whose model would have different tensors from the kept layers."""
-    model_class = MODEL_MAPPING.get(type(before), None)
-    if not isinstance(model_class, type):
-        return  # custom code outside transformers
-    shapes = _shapes(model_class, before)
+    shapes = _shapes(before)
+    if not shapes:
+        return
     wanted = {new: shapes[old] for old, new in rename_layers(shapes, layer_names(path), kept).items()}
     try:
-        built = _shapes(model_class, after)
+        built = _shapes(after)
     except Exception as error:
         raise ValueError(
             f"drop_layers: no {before.model_type} model can be built from only layers {kept}: {error}"
@@ -208,7 +201,11 @@ def _require_describable(before: PreTrainedConfig, after: PreTrainedConfig, path
         )
 
 
-def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(text: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a decoder's tensors by name; empty for custom code outside transformers."""
+    model_class = MODEL_MAPPING.get(type(text), None)
+    if not isinstance(model_class, type):
+        return {}
     # Recreated from its dict, as on loading, and without an attention implementation that may not be installed.
     plain = copy.deepcopy(text)
     write(plain, Record())
@@ -217,29 +214,20 @@ def _shapes(model_class: type[PreTrainedModel], text: PreTrainedConfig) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-# Prefixes of the text decoder's layers in module names of whole models.
-_BEFORE_LAYERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-
-
 def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[int]) -> None:
     """Refuses a quantization_config that would treat layers differently under their new indices."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    names = [
-        f"{before}{family.layers}.{{}}{module}"
-        for module in _modules_of_a_layer(text_config(config), family)
-        for before in _BEFORE_LAYERS
-    ]
+    modules = _modules_of_a_layer(text_config(config), family)
+    names = [f"{before}{family.layers}.{{}}{module}" for module in modules for before in _BEFORE_LAYERS]
     for pattern in _strings(json.loads(json.dumps(values, default=str))):
         matchers = _matchers(pattern)
         for new, old in enumerate(kept):
             if any(bool(match(at.format(new))) != bool(match(at.format(old))) for at in names for match in matchers):
-                raise ValueError(
-                    f"drop_layers: the quantization_config names single layers ({pattern!r}), whose indices would "
-                    "change; prune the checkpoint before quantizing it"
-                )
+                problem = f"names single layers ({pattern!r}), whose indices would change; prune the checkpoint before"
+                raise ValueError(f"drop_layers: the quantization_config {problem} quantizing it")
 
 
 def _matchers(pattern: str) -> list[Callable[[str], Any]]:
@@ -266,10 +254,6 @@ def _strings(value: Any) -> Iterable[str]:
 
 def _modules_of_a_layer(text: PreTrainedConfig, family: Family) -> set[str]:
     """Paths of all modules in any decoder layer, relative to the layer and starting with a dot; "" is the layer."""
-    model_class = MODEL_MAPPING.get(type(text), None)
-    names = (
-        _shapes(model_class, text) if isinstance(model_class, type) else [f"{family.layers}.0.self_attn.q_proj.weight"]
-    )
-    matches = map(layer_names(family.layers).match, names)
-    paths = {match[3].rpartition(".")[0] for match in matches if match}
+    names = _shapes(text) or [f"{family.layers}.0.self_attn.q_proj.weight"]
+    paths = {match[3].rpartition(".")[0] for match in map(layer_names(family.layers).match, names) if match}
     return {name[:end] for name in paths for end in range(len(name) + 1) if name[end : end + 1] in ("", ".")}

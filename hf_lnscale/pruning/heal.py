@@ -1,11 +1,6 @@
 """Heals a model after removing layers, in closed form: no training, no new modules, a plain checkpoint.
 
-After layers are removed, the next kept layer reads states it was never trained on. The last kept layer before the cut
-is therefore changed so that its output approximates the full model's state after the cut: the weights that produce its
-MLP output are refitted by least squares (ReplaceMe, arXiv 2505.02819, section 3). The MLPs before and after a missing
-MLP, and the MLP of a layer without attention, are refitted in the same way.
-
-Five design choices determine whether this repairs or damages a model:
+docs/pruning.md describes the method. What else determines whether it repairs or damages a model:
 
 - All tokens are fitted, including the first of each sequence. Massive activations (arXiv 2402.17762) arise on it in one
   layer's MLP. A fit that has not seen them turns them into noise that all other tokens attend to; this alone raised
@@ -13,17 +8,15 @@ Five design choices determine whether this repairs or damages a model:
 - For the same reason the ridge penalty is relative to the median feature: relative to the mean, massive activations
   would dominate it.
 - The loss on held-out data decides what is kept, not the distance between states: the two need not agree.
-- A fit adapts to the text it is fitted on. Several sources of text are fitted and evaluated together, and a fit that
-  makes the model worse on one of them is moved back towards the old weights.
 - A small held-out set selects too weak a penalty, so the largest one within a standard error of the best is used.
 
-Shapes: B sequences, T tokens, N non-padding tokens of a batch, D hidden size, I MLP width, F features.
+Shapes: D hidden size, I MLP width.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -37,7 +30,7 @@ from ..core.stack import Stack, text_stack
 from ..core.sublayers import Unit, missing
 from ..core.warnings import warn
 from ..measuring.known_text import caution, sequences_of, share_known, sketch
-from ..measuring.losses import SourceLosses, layer_of, perplexity_of
+from ..measuring.losses import MeanLoss, SourceLosses, layer_of, perplexity_of
 from ..measuring.sample import default_sources, with_default_sources
 from ..measuring.split_model import SplitModel, returns_tuples
 from ..measuring.stream import eval_mode
@@ -74,10 +67,9 @@ def heal(
     It removes nothing: call `drop_layers(model, layers)` afterwards. A missing layer or MLP is compensated by the last
     MLP before it, a missing MLP also by the next one after it, and a missing attention by the MLP of its layer. Layers
     dropped before all kept layers are not compensated. MLPs are refitted from first to last, on the states of the
-    pruned model healed so far, to match the full model's states before the layer of the next MLP. A step that does not
-    lower the mean loss over the sources of held-out text is undone. A step that raises the loss on any of them is moved
-    back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8) until it does not, so the result is never worse on
-    any held-out source.
+    pruned model healed so far, to match the full model's states before the layer of the next MLP. A step that raises
+    the loss on any source of held-out text is moved back towards the old weights (W + t (V - W), t = 1/2, 1/4, 1/8)
+    until it does not, and undone if it then does not lower their mean.
 
     Let r be the residual stream that the MLP output u is added to, and y the full model's state to match, minus what a
     layer without MLP adds to the stream in between. The methods minimize, over all non-padding tokens of the
@@ -99,23 +91,17 @@ def heal(
         model: the full causal language model, in memory.
         layers: positions to drop (negative ones count from the end), or a plan.
         attention, mlp: positions of layers that lose only their attention or MLP, as in `drop_layers`.
-        data: calibration data accepted by `token_batches`: one source of text or several, with weights. A source of
-            weight 0 is evaluated but not fitted. None uses English and Python code, see
-            `measuring.sample.default_sources`; t then starts at the value that does best on each of these by a fit to
-            the other, among those that make neither worse.
+        data: one source of text or several, with weights, see `token_batches`. A source of weight 0 is evaluated but
+            not fitted. None uses `measuring.sample.default_sources`; t then starts at the value that does best on each
+            of these by a fit to the other, among those that make neither worse.
         method: one of `METHODS`.
         held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
-            the sequences of each source, and all sequences of sources of weight 0. In either case, if there is a
-            single source, English and Python code are also fitted, with a small weight, and evaluated; see
-            `measuring.sample.with_default_sources`.
+            the sequences of each source, and all sequences of sources of weight 0. In either case, a single source is
+            joined by default ones, see `measuring.sample.with_default_sources`.
         tokenizer, windows: see `token_batches`. With token ids, the tokenizer is used to evaluate on other text.
         cross_validate: whether to also fit without each source in turn, at the chosen penalty, to estimate the
-            perplexity on text that was never fitted, and to choose t without data. Takes about as long as one more
-            penalty.
+            perplexity on text that was never fitted, and to choose t without data. Takes as long as one more penalty.
         progress: whether to show a progress bar.
-
-    Returns:
-        A report with results before and after. It has no step for layers dropped before all kept layers.
 
     Raises:
         ValueError: if a name is unknown, a layer does not exist, the data has no tokens to predict, the model has no
@@ -188,8 +174,7 @@ class Healer:
         self._fitted_too = {name for name in names if share_known(text, sequences_of(self.judged.only(name)))}
         self._split_model = SplitModel(model)
         self._changed: list[Copy] = []
-        # The last full fit of `healed`, and a function that reapplies it.
-        self.fit: tuple[HealReport, Callable[[], None]] | None = None
+        self.fit: HealReport | None = None  # the last full one of `healed`, set aside
         self.forget()
 
     def forget(self) -> None:
@@ -199,30 +184,24 @@ class Healer:
 
     @contextmanager
     def healed(self, units: Iterable[Unit], *, quick: bool = False, progress: bool = True) -> Iterator[HealReport]:
-        """Context in which the model is healed. Restores the original weights on exit, bit for bit.
-
-        `fit` keeps a fit that is not quick.
-        """
-        report = (
-            self.heal(**by_kind(units), quick=True, progress=progress) if quick else self.heal_again(units, progress)
-        )
+        """Context in which the model is healed. Restores the original weights on exit, bit for bit."""
+        report = self.heal_again(units, quick, progress)
         try:
             yield report
         finally:
-            reapply = report.set_aside()
+            report.set_aside()
             if quick:
                 report.forget()
             else:
-                self.fit = report, reapply
+                self.fit = report
 
-    def heal_again(self, units: Iterable[Unit], progress: bool = True) -> HealReport:
+    def heal_again(self, units: Iterable[Unit], quick: bool = False, progress: bool = True) -> HealReport:
         """Heals the model for these units; reapplies `fit` if it was for the same ones."""
         parts = by_kind(units)
-        if self.fit and list(self.fit[0].dropped) == units_of(parts):
-            report, reapply = self.fit
-            reapply()
-            return report
-        return self.heal(**parts, quick=False, progress=progress)
+        if not quick and self.fit and list(self.fit.dropped) == units_of(parts):
+            self.fit.redo()
+            return self.fit
+        return self.heal(**parts, quick=quick, progress=progress)
 
     def heal(
         self,
@@ -273,8 +252,11 @@ class Healer:
             self._split_model.tuples = returns_tuples(stack)
         # Computed before any weight is changed.
         start = min([*(gap.layer for gap in gaps), *map(layer_of, dropped)], default=0)
-        full = self._keep([start, *(gap.end for gap in gaps)])
-        pruned = [streams[start].without(dropped) for streams in full]
+        full = self._full
+        for streams in full:
+            for place in sorted({start, *(gap.end for gap in gaps)} - streams.keys()):
+                streams[place] = streams[max(below for below in streams if below < place)].at(place)
+        pruned = [replace(streams[start], removed=frozenset(dropped)) for streams in full]
         if self._losses_full is None:
             self._losses_full = full[1][max(full[1])].losses()
         losses = before = pruned[1].losses()
@@ -284,55 +266,46 @@ class Healer:
             pruned = [stream.at(layer) for stream in pruned]
             targets = [a[end].target(b, layer + 1) for a, b in zip(full, pruned, strict=True)]
             repair = Repair(stack, layer, self.method, targets, pruned)
-            step, losses, changes = repair.heal(parts, losses, originals, self.cross_validate and not quick, quick)
-            for name, change in changes.items():
-                left_out[name] = left_out.get(name, 0.0) + change
+            originals += repair.originals
+            step, losses, changes = repair.heal(parts, losses, self.cross_validate and not quick, quick)
+            if not step.kept:
+                del originals[-len(repair.originals) :]
+            left_out |= {name: left_out.get(name, 0.0) + change for name, change in changes.items()}
             steps.append(step)
-        whole = self._losses_full
+        found = {"full": self._losses_full, "before": before, "after": losses}
         return HealReport(
             dropped=tuple(dropped),
             method=self.method,
             steps=tuple(steps),
-            perplexity_full=perplexity_of(whole.mean),
-            perplexity_before=perplexity_of(before.mean),
-            perplexity_after=perplexity_of(losses.mean),
-            sources={name: self._source(name, whole, before, losses, left_out.get(name)) for name in before.of},
+            sources={name: self._source(name, found, left_out.get(name)) for name in before.of},
             data={"calibration": self.fitted.describe(), "held_out": self.judged.describe()},
-            errors={
-                name: perplexity_of(loss.mean) * loss.error()
-                for name, loss in {"full": self._losses_full, "before": before, "after": losses}.items()
-            },
             _originals=originals,
             _config=stack.model.config,
+            **_perplexities(found),
         )
 
-    def _keep(self, places: Iterable[int]) -> list[dict[int, Stream]]:
-        for streams in self._full:
-            for place in sorted(set(places) - streams.keys()):
-                streams[place] = streams[max(below for below in streams if below < place)].at(place)
-        return self._full
-
-    def _source(
-        self, name: str, full: SourceLosses, before: SourceLosses, after: SourceLosses, left_out: float | None
-    ) -> HealedSource:
-        weight = self.fitted.weights.get(name, 0.0)
-        unseen = None if left_out is None else perplexity_of(before.of[name].mean + left_out)
+    def _source(self, name: str, found: dict[str, SourceLosses], left_out: float | None) -> HealedSource:
+        of = {which: losses.of[name] for which, losses in found.items()}
+        before, after, weight = of["before"], of["after"], self.fitted.weights.get(name, 0.0)
+        unseen = None if left_out is None else perplexity_of(before.mean + left_out)
         if not weight and name not in self._fitted_too:
-            unseen = perplexity_of(after.of[name].mean)
+            unseen = perplexity_of(after.mean)
         return HealedSource(
             weight=weight,
-            perplexity_full=perplexity_of(full.of[name].mean),
-            perplexity_before=perplexity_of(before.of[name].mean),
-            perplexity_after=perplexity_of(after.of[name].mean),
-            change=after.of[name].mean - before.of[name].mean,
-            change_error=after.of[name].error(before.of[name]),
+            change=after.mean - before.mean,
+            change_error=after.error(before),
             perplexity_left_out=unseen,
-            errors={
-                which: perplexity_of(loss.mean) * error
-                for which, loss in {"full": full.of[name], "before": before.of[name], "after": after.of[name]}.items()
-                if (error := loss.error()) is not None
-            },
+            **_perplexities(of),
         )
+
+
+def _perplexities(found: Mapping[str, SourceLosses | MeanLoss]) -> dict[str, Any]:
+    """The perplexity of each loss, and those standard errors that are known, as fields of a report."""
+    perplexities = {which: perplexity_of(loss.mean) for which, loss in found.items()}
+    errors = {which: error for which, loss in found.items() if (error := loss.error()) is not None}
+    return {f"perplexity_{which}": value for which, value in perplexities.items()} | {
+        "errors": {which: perplexities[which] * error for which, error in errors.items()}
+    }
 
 
 def why_not_healable(model: nn.Module) -> str | None:
@@ -348,17 +321,11 @@ def why_not_healable(model: nn.Module) -> str | None:
 
 
 class _Gap(NamedTuple):
-    """The missing parts that one MLP compensates for.
+    """The missing parts that one MLP compensates for."""
 
-    Attributes:
-        layer: the layer of the MLP.
-        end: the layer of the next MLP, or the number of layers.
-        parts: what is missing between them; empty for an MLP that only follows a missing one.
-    """
-
-    layer: int
-    end: int
-    parts: tuple[Unit, ...]
+    layer: int  # the layer of the MLP
+    end: int  # the layer of the next MLP, or the number of layers
+    parts: tuple[Unit, ...]  # what is missing between them; empty for an MLP that only follows a missing one
 
 
 def _gaps(stack: Stack, cut: Cut) -> list[_Gap]:

@@ -6,8 +6,10 @@ Shapes: B sequences, T tokens, N non-padding tokens of a batch, D hidden size, I
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +83,16 @@ def require_changeable(model: nn.Module, stack: Stack, layer: int) -> None:
         if not parameter.is_meta:
             users.setdefault(parameter.data_ptr(), set()).add(name)
     for path, weight in weights:
-        where = f"model: {path} of layer {layer}"
+        problem = ""
         if weight.is_meta:
-            raise ValueError(f"{where} is not in memory (offloaded, or on the meta device); load the whole model")
-        if type(weight) is not nn.Parameter or weight.dtype not in TOLERANCE:
-            raise ValueError(
-                f"{where} is quantized or sharded ({type(weight).__name__}, {weight.dtype}); heal the model in "
-                "floating point, in one process, and quantize or shard it afterwards"
-            )
-        if weight.numel() and len(names := users[weight.data_ptr()]) > 1:
-            raise ValueError(f"{where} is shared by {sorted(names)}, so changing it would affect more than this layer")
+            problem = "not in memory (offloaded, or on the meta device); load the whole model"
+        elif type(weight) is not nn.Parameter or weight.dtype not in TOLERANCE:
+            problem = f"quantized or sharded ({type(weight).__name__}, {weight.dtype}); heal the model in floating "
+            problem += "point, in one process, and quantize or shard it afterwards"
+        elif weight.numel() and len(names := users[weight.data_ptr()]) > 1:
+            problem = f"shared by {sorted(names)}, so changing it would affect more than this layer"
+        if problem:
+            raise ValueError(f"model: {path} of layer {layer} is {problem}")
 
 
 # --- the residual stream ----------------------------------------------------------------------------
@@ -100,31 +102,22 @@ class _Reached(Exception):
     """Ends a forward pass after the last layer that is needed."""
 
 
+@dataclass(frozen=True, eq=False)
 class Stream:
     """The states of the data before one layer, kept on the CPU to continue from there without rerunning layers."""
 
-    def __init__(
-        self,
-        split_model: SplitModel,
-        batches: TokenBatches,
-        removed: Iterable[Unit] = (),
-        place: int = 0,
-        states: list[tuple[torch.Tensor, torch.device]] | None = None,
-    ) -> None:
-        self.split_model, self.batches, self.removed = split_model, batches, frozenset(removed)
-        self.place, self.states = place, states
-
-    def without(self, removed: Iterable[Unit]) -> Stream:
-        """The same states, to continue without some of the following layers and sub-layers."""
-        return Stream(self.split_model, self.batches, removed, self.place, self.states)
+    split_model: SplitModel
+    batches: TokenBatches
+    removed: frozenset[Unit] = frozenset()  # to continue without these of the following layers and sub-layers
+    place: int = 0
+    states: tuple[tuple[torch.Tensor, torch.device], ...] = ()  # for each batch; none for place 0
 
     def state(self, index: int) -> torch.Tensor:
-        assert self.states is not None
         state_BTD, device = self.states[index]
         return state_BTD.to(device)
 
     def _pass(self, index: int) -> torch.Tensor:
-        start = None if self.states is None else (self.place - 1, self.state(index))
+        start = (self.place - 1, self.state(index)) if self.states else None
         return self.split_model.hidden(self.batches.batches[index], self.removed, start)
 
     def at(self, place: int) -> Stream:
@@ -148,7 +141,7 @@ class Stream:
             for index in range(len(self.batches)):
                 with suppress(_Reached):
                     self._pass(index)
-        return Stream(self.split_model, self.batches, self.removed, place, states)
+        return replace(self, place=place, states=tuple(states))
 
     def target(self, pruned: Stream, place: int) -> Stream:
         """The states that a pruned model should have at an earlier place in order to reach these states.
@@ -163,7 +156,7 @@ class Stream:
         for index in range(len(self.batches)):
             y_BTD, near_BTD, far_BTD = (upcast(stream.state(index)) for stream in (self, near, far))
             states.append(((y_BTD + near_BTD - far_BTD).cpu(), y_BTD.device))
-        return Stream(self.split_model, self.batches, self.removed, place, states)
+        return replace(self, place=place, states=tuple(states))
 
     def observe(
         self, index: int, layer: nn.Module, paths: Collection[str]
@@ -171,17 +164,14 @@ class Stream:
         """Runs only the layer at this place on a batch: path in the layer -> (input, output); "" is the layer."""
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def record(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                seen[path] = hidden_states(args, kwargs), layer_output(output)
-                if not path:
-                    raise _Reached
-
-            return hook
+        def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen[path] = hidden_states(args, kwargs), layer_output(output)
+            if not path:
+                raise _Reached
 
         with ExitStack() as hooks:
             for path in (*paths, ""):
-                hook = layer.get_submodule(path).register_forward_hook(record(path), with_kwargs=True)
+                hook = layer.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True)
                 hooks.enter_context(hook)
             with suppress(_Reached):
                 self._pass(index)
@@ -195,27 +185,23 @@ class Stream:
 # --- least squares ----------------------------------------------------------------------------------
 
 
-class _Moments:
+class _Moments(NamedTuple):
     """Second moments x x^T of features and x z^T with the regression target z, summed over tokens.
 
     Of the symmetric matrix x x^T, only the triangle that Cholesky reads is complete.
     """
 
-    def __init__(self, xx_FF: torch.Tensor, xz_FD: torch.Tensor) -> None:
-        self.xx_FF, self.xz_FD = xx_FF, xz_FD
+    xx_FF: torch.Tensor
+    xz_FD: torch.Tensor
 
     def add(self, x_NF: torch.Tensor, z_ND: torch.Tensor, weight: float) -> None:
         for start in range(0, x_NF.shape[1], step := -(-x_NF.shape[1] // _STRIPES)):
-            self.xx_FF[start : start + step, start:].addmm_(
-                x_NF[:, start : start + step].T, x_NF[:, start:], alpha=weight
-            )
+            stripe = slice(start, start + step)
+            self.xx_FF[stripe, start:].addmm_(x_NF[:, stripe].T, x_NF[:, start:], alpha=weight)
         self.xz_FD.addmm_(x_NF.T, z_ND, alpha=weight)
 
     def copy(self) -> _Moments:
         return _Moments(self.xx_FF.clone(), self.xz_FD.clone())
-
-    def zeros(self) -> _Moments:
-        return _Moments(torch.zeros_like(self.xx_FF), torch.zeros_like(self.xz_FD))
 
     def solve_in_place(self, ridge: float) -> torch.Tensor:
         """The ridge regression coefficients, shape (F, D). Overwrites the moments."""
@@ -229,23 +215,14 @@ class _Moments:
 
 
 class _Tokens(NamedTuple):
-    """Non-padding tokens of one source of text at one layer, in double precision.
+    """Non-padding tokens of one source of text at one layer, in double precision."""
 
-    Attributes:
-        name: name of the source.
-        u_ND: MLP output, as added to the residual stream unless a norm follows.
-        x_NF: regression features.
-        target_ND: what should be added: the full model's state minus the residual stream.
-        gap_ND: the full model's state minus the layer's output.
-        y_ND: the full model's state.
-    """
-
-    name: str
-    u_ND: torch.Tensor
-    x_NF: torch.Tensor
-    target_ND: torch.Tensor
-    gap_ND: torch.Tensor
-    y_ND: torch.Tensor
+    name: str  # of the source
+    u_ND: torch.Tensor  # MLP output, as added to the residual stream unless a norm follows
+    x_NF: torch.Tensor  # regression features
+    target_ND: torch.Tensor  # what should be added: the full model's state minus the residual stream
+    gap_ND: torch.Tensor  # the full model's state minus the layer's output
+    y_ND: torch.Tensor  # the full model's state
 
 
 class _Fit(NamedTuple):
@@ -263,12 +240,7 @@ class Repair:
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        position: int,
-        method: str,
-        full: list[Stream],
-        pruned: list[Stream],
+        self, stack: Stack, position: int, method: str, full: Sequence[Stream], pruned: Sequence[Stream]
     ) -> None:
         self.stack, self.position, self.layer = stack, position, stack.layers[position]
         parameters = output_weights(stack, position)
@@ -280,30 +252,20 @@ class Repair:
         if self.norm is not None:
             self.old_norm = copies([self.norm.get_parameter("weight")])
             self.gain_D = _double(self.old_norm[0][0]) + float(stack.family.one_plus_weight)
+        self.originals = self.old + self.old_norm
         self.fitted, self.judged = zip(full, pruned, strict=True)
         batches = self.fitted[1].batches
         weights, self.careful = batches.weights, not batches.given
         # Token weights that give each source its weight, independent of its number of tokens.
-        counts = {name: batches.only(name).num_tokens for name in weights}
-        scale = sum(counts.values()) / sum(weights.values())
-        self.token_weights = {name: scale * weight / counts[name] for name, weight in weights.items()}
+        self.counts = {name: batches.only(name).num_tokens for name in weights}
+        scale = sum(self.counts.values()) / sum(weights.values())
+        self.token_weights = {name: scale * weight / self.counts[name] for name, weight in weights.items()}
 
     def heal(
-        self,
-        dropped: tuple[Unit, ...],
-        before: SourceLosses,
-        originals: list[tuple[nn.Parameter, torch.Tensor]],
-        cross_validate: bool,
-        quick: bool,
+        self, dropped: tuple[Unit, ...], before: SourceLosses, cross_validate: bool, quick: bool
     ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
-        """Performs one step.
-
-        Returns:
-            Its record, the losses after it, and the change of each source's loss by a fit to the other sources.
-        """
-        originals.extend(self.old + self.old_norm)
-        error_before = self._error()
-        moments = self._moments()
+        """One step: its record, the losses after it, and the change of each source's loss by a fit to the others."""
+        error_before, moments = self._error(), self._moments()
         fit, after, lowest = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
         blend, reason = 1.0, "the loss on held-out data would not be lower"
         names = self.token_weights.keys() & before.of.keys() if cross_validate and len(self.token_weights) > 1 else ()
@@ -320,8 +282,7 @@ class Repair:
                 changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
         left_out = {name: 0.0 if reason else changes[name][blend] for name in names}
         if reason:
-            self.restore()
-            del originals[len(originals) - len(self.old + self.old_norm) :]
+            restore(self.originals)
             after = before
         else:
             self._write(fit, blend)
@@ -344,15 +305,13 @@ class Repair:
         """The fit of the largest penalty within a standard error of the best, its losses, and the lowest mean loss."""
         tried: list[tuple[_Fit, SourceLosses]] = []
         for ridge in ridges:  # in decreasing order
-            self.restore()
+            restore(self.originals)
             tried.append((self._fit(moments.copy().solve_in_place(ridge), ridge), self.judged[1].losses()))
             if len(tried) > 1 and tried[-1][1].mean > tried[-2][1].mean:
                 break
         best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
-        fit, after = next(
-            (fit, losses) for fit, losses in tried if losses is best or losses.mean - best.mean <= losses.error(best)
-        )
-        return fit, after, best.mean
+        near = (pair for pair in tried if pair[1] is best or pair[1].mean - best.mean <= pair[1].error(best))
+        return *next(near), best.mean
 
     def _blended(
         self, fit: _Fit, most: float, after: SourceLosses, before: SourceLosses
@@ -373,14 +332,13 @@ class Repair:
         self, name: str, moments: _Moments, ridge: float, blends: Iterable[float], before: SourceLosses
     ) -> dict[float, float]:
         """The change of a source's loss by each of some blends of a fit to the other sources."""
-        self.restore()
+        restore(self.originals)
         others = self.token_weights.keys() - {name}
-        tokens = {source: self.fitted[1].batches.only(source).num_tokens for source in self.token_weights}
-        if 2 * tokens[name] < sum(tokens.values()):
+        if 2 * self.counts[name] < sum(self.counts.values()):
             part = moments.copy()
             self._add_moments(part, [name], -1.0)
         else:  # takes no longer, and avoids the cancellation of large numbers
-            part = moments.zeros()
+            part = _Moments(*map(torch.zeros_like, moments))
             self._add_moments(part, others)
         fit, changes = self._fit(part.solve_in_place(ridge), ridge, others), {}
         for blend in blends:
@@ -440,9 +398,6 @@ class Repair:
             for parameter, original in self.old_norm:
                 parameter.copy_(_double(original.to(parameter.device)) + blend * (fit.gain_D - self.gain_D))
 
-    def restore(self) -> None:
-        restore(self.old + self.old_norm)
-
     def _error(self) -> float:
         """The relative error of the layer's output on held-out data, with equal weight for each token."""
         total, count = 0.0, 0
@@ -468,12 +423,9 @@ class Repair:
             x = seen[down][0] if down in seen else u
             added_BTD = factor * (seen[_OUTPUT_NORM][1] if self.norm else u).view_as(output_BTD)
             size = _double(output_BTD).norm().clamp_min(1e-30)
-            off = _double(output_BTD - (residual_BTD + added_BTD)).norm() / size
+            off = float(_double(output_BTD - (residual_BTD + added_BTD)).norm() / size)
             if not off <= 16 * torch.finfo(output_BTD.dtype).eps:
-                raise UnsupportedArchitectureError(
-                    f"healing is not possible for {type(self.layer).__name__}: its output is not its residual stream "
-                    f"plus the output of {_MLP!r} (off by {off:.1e})"
-                )
+                raise self._unsupported(f"its output is not its residual stream plus the output of {_MLP!r}", off)
             states = (u, x, residual_BTD, output_BTD, full.state(index))
             flat = [state.to(output_BTD.device).reshape(batch.attention_mask.numel(), -1) for state in states]
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(output_BTD.device)
@@ -484,19 +436,16 @@ class Repair:
                 )
 
     def _require_exact(self, change_FD: torch.Tensor) -> None:
-        """Verifies on some tokens that the changed weights produce the fitted output.
-
-        Raises:
-            UnsupportedArchitectureError: if they do not, because the MLP output is not linear in them.
-        """
+        """Refuses an MLP that is not linear in the changed weights, so that they do not produce the fitted output."""
         expected_ND = self.probe.u_ND + self.probe.x_NF @ change_FD
         found_ND = next(self._tokens(self.fitted)).u_ND
-        off = ((found_ND - expected_ND).norm() / expected_ND.norm().clamp_min(1e-30)).item()
+        off = float((found_ND - expected_ND).norm() / expected_ND.norm().clamp_min(1e-30))
         if not off <= TOLERANCE[self.old[0][0].dtype]:
-            raise UnsupportedArchitectureError(
-                f"healing is not possible for {type(self.layer).__name__}: the output of {_MLP!r} is not linear in its "
-                f"weights {self.paths} (off by {off:.1e})"
-            )
+            raise self._unsupported(f"the output of {_MLP!r} is not linear in its weights {self.paths}", off)
+
+    def _unsupported(self, problem: str, off: float) -> UnsupportedArchitectureError:
+        name = type(self.layer).__name__
+        return UnsupportedArchitectureError(f"healing is not possible for {name}: {problem} (off by {off:.1e})")
 
 
 def _inverse_rms(x_ND: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:

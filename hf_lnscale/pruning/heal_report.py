@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import geometric_mean
 from typing import Any
@@ -19,6 +19,8 @@ from .plan import by_kind
 
 # `SourceName.changed` of a healed model, whose weights differ from the checkpoint's.
 HEALED_IN_MEMORY = "healed"
+
+_WHICH = ("full", "before", "after")
 
 # A parameter and a copy of its values on the CPU.
 Copy = tuple[nn.Parameter, torch.Tensor]
@@ -67,14 +69,13 @@ class HealedSource:
     """
 
     weight: float  # in the fit; 0 for a source that was only evaluated
-    perplexity_full: float  # with all layers
-    perplexity_before: float  # without the dropped ones
-    perplexity_after: float  # healed
+    perplexity_full: float
+    perplexity_before: float
+    perplexity_after: float
     change: float  # of the loss by healing, in nats per token; never above 0
     change_error: float | None  # its standard error over sequences; None for a single sequence
     perplexity_left_out: float | None = None
-    # Of the three perplexities, by "full", "before" and "after"; empty for a single sequence.
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)  # empty for a single sequence
 
     def relative_error(self, which: str) -> float:
         """The standard error of one of the perplexities as a fraction of it; 0 if it is not known."""
@@ -85,19 +86,17 @@ class HealedSource:
 class HealReport:
     """The result of healing.
 
-    Perplexities are on the held-out data, on which the penalties were also chosen, and are unweighted geometric means
-    over the sources of text.
+    Perplexities are on the held-out data, on which the penalties were also chosen: with all layers (full), without the
+    dropped ones (before), and healed (after; never above before). They are unweighted geometric means over the sources
+    of text.
 
     Attributes:
         dropped: what is removed: positions of layers, and pairs such as ("attention", 3).
         method: as given.
         steps: one entry for each layer tried, in order.
-        perplexity_full: perplexity with all layers.
-        perplexity_before: perplexity without the dropped layers.
-        perplexity_after: perplexity after healing; never above `perplexity_before`.
-        sources: the same for each source of text, by name.
+        sources: the perplexities on each source of text, by name.
         data: `calibration` and `held_out`, as returned by `TokenBatches.describe`.
-        errors: standard errors of the three perplexities, by "full", "before" and "after".
+        errors: standard errors of the perplexities, by "full", "before" and "after".
         text_before: the calibration text recorded before healing, if it was replaced; used by `undo`.
     """
 
@@ -111,6 +110,7 @@ class HealReport:
     data: dict[str, Any]
     errors: dict[str, float] = field(default_factory=dict)
     _originals: list[Copy] = field(default_factory=list, repr=False)
+    _healed: list[Copy] = field(default_factory=list, repr=False)
     _config: Any = field(default=None, repr=False)
     text_before: list[KnownText | None] = field(default_factory=list, repr=False)
 
@@ -146,36 +146,31 @@ class HealReport:
         if self.text_before:
             write_known_text(self._config, self.text_before.pop())
 
-    def set_aside(self) -> Callable[[], None]:
-        """Undoes the healing and returns a function that reapplies it, which keeps a copy of the healed weights."""
-        healed = copies(parameter for parameter, _ in self._originals)
+    def set_aside(self) -> None:
+        """Undoes the healing, and keeps a copy of the healed weights for `redo`."""
+        self._healed[:] = copies(parameter for parameter, _ in self._originals)
         self.undo()
 
-        def reapply() -> None:
-            restore(healed)
-            if healed:
-                remember_source(self._config, HEALED_IN_MEMORY)
-
-        return reapply
+    def redo(self) -> None:
+        restore(self._healed)
+        if self._healed:
+            remember_source(self._config, HEALED_IN_MEMORY)
 
     def forget(self) -> None:
-        """Frees the copies of the original weights; `undo` then has no effect."""
+        """Frees the copies of weights; `undo` then has no effect."""
         self._originals.clear()
+        self._healed.clear()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. An infinite `ridge` is None."""
-        steps = [asdict(step) for step in self.steps]
-        for step in steps:
-            step["dropped"] = _plain(step["dropped"])
-            step["ridge"] = None if math.isinf(step["ridge"]) else step["ridge"]
+        steps = [
+            asdict(step) | {"dropped": _plain(step.dropped), "ridge": None if math.isinf(step.ridge) else step.ridge}
+            for step in self.steps
+        ]
         return {
             "dropped": _plain(self.dropped),
             "method": self.method,
-            "perplexity": {
-                "full": self.perplexity_full,
-                "before": self.perplexity_before,
-                "after": self.perplexity_after,
-            },
+            "perplexity": {which: getattr(self, f"perplexity_{which}") for which in _WHICH},
             "errors": self.errors,
             "never_fitted": self.never_fitted,
             "sources": {name: asdict(source) for name, source in self.sources.items()},
@@ -184,9 +179,10 @@ class HealReport:
         }
 
     def __str__(self) -> str:
+        full, before, after = _shown(self)
         title = (
-            f"Healing without {_named(self.dropped)}: perplexity {_shown(self, 'before')} to {_shown(self, 'after')} "
-            f"(all layers {_shown(self, 'full')}). Of single layers, without standard errors:"
+            f"Healing without {_named(self.dropped)}: perplexity {before} to {after} (all layers {full}). Of single "
+            "layers, without standard errors:"
         )
         steps, sources = [], []
         for step in self.steps:
@@ -201,28 +197,25 @@ class HealReport:
                 done if step.kept else f"no: {step.reason}",
             ])  # fmt: skip
         for name, source in self.sources.items():
+            weight = f"{source.weight:g}" if source.weight else "evaluated only"
+            *others, after = _shown(source)
             error = "" if source.change_error is None else f" ± {source.change_error:.1%}"
-            sources.append([
-                name,
-                f"{source.weight:g}" if source.weight else "evaluated only",
-                _shown(source, "full"),
-                _shown(source, "before"),
-                f"{_shown(source, 'after')} ({math.expm1(source.change):+.1%}{error})",
-                with_error(source.perplexity_left_out, source.errors.get("after")),
-            ])  # fmt: skip
+            change = f"{after} ({math.expm1(source.change):+.1%}{error})"
+            never = with_error(source.perplexity_left_out, source.errors.get("after"))
+            sources.append([name, weight, *others, change, never])
         return as_text(
             terminal(["layer", "compensates", "method", "ridge", "error", "perplexity", "kept"], steps, title),
             terminal(["source", "weight", "all layers", "without", "healed", "never fitted"], sources, "Perplexity"),
         )
 
 
-def _shown(one: HealReport | HealedSource, which: str) -> str:
-    return with_error(getattr(one, f"perplexity_{which}"), one.errors.get(which))
+def _shown(one: HealReport | HealedSource) -> list[str]:
+    """The three perplexities."""
+    return [with_error(getattr(one, f"perplexity_{which}"), one.errors.get(which)) for which in _WHICH]
 
 
 def _named(units: Iterable[Unit]) -> str:
-    positions = by_kind(units)
-    return named_parts(*(positions.get(kind, ()) for kind in ("layers", *SUBLAYERS)))
+    return named_parts(**dict.fromkeys(SUBLAYERS, ()) | by_kind(units))
 
 
 def _plain(units: Iterable[Unit]) -> list[Any]:

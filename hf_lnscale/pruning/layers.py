@@ -1,7 +1,4 @@
-"""Drops decoder layers, or parts of them, from a model in memory.
-
-A pruned model is a plain, smaller model of its family.
-"""
+"""Drops decoder layers, or parts of them, from a model in memory."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..core.families import text_config
 from ..core.record import SUBLAYERS, KnownText, add_known_text
 from ..core.stack import Stack, text_stack
-from ..core.sublayers import parts, take_out
+from ..core.sublayers import Unit, parts, take_out
 from .cut import Cut
 from .depth_fields import prune_config
+from .plan import units_of
 
 
 def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, mlp: Any = None) -> nn.Module:
@@ -32,9 +30,8 @@ def drop_layers(model: nn.Module, layers: Any = None, *, attention: Any = None, 
         model: a transformers model of a family in the table.
         layers: indices (negative ones count from the end), a `PruningPlan`, the path of one, or a number of layers. If
             the model is already healed, pass `plan.layers`, since a plan with healing warns that the model should be.
-        attention: indices of layers that lose their attention and the norms used only by it. Like `mlp`, they refer to
-            the layers before any is dropped. A layer that loses both sub-layers is dropped.
-        mlp: indices of layers that lose their MLP.
+        attention, mlp: indices, before any layer is dropped, of layers that lose their attention or MLP and the norms
+            used only by it. A layer that loses both is dropped.
 
     Returns:
         The same model.
@@ -70,6 +67,13 @@ def delete_layers(stack: Stack, dropped: Sequence[int]) -> None:
                 vars(module)["layer_idx"] = position
 
 
+def modules_of(stack: Stack, unit: Unit) -> list[nn.Module]:
+    """The modules that are removed with a layer, attention or MLP."""
+    if isinstance(unit, int):
+        return [stack.layers[unit]]
+    return parts(stack.layers[unit[1]], stack.family, unit[0])
+
+
 def note_text(model: nn.Module, text: KnownText) -> None:
     """Records in a model's configuration the text used to choose or heal its layers."""
     for config in _configs_of(model):
@@ -93,32 +97,23 @@ def _own_configs(model: nn.Module) -> None:
 
 
 def require_droppable(model: nn.Module, stack: Stack, cut: Cut) -> None:
-    """Refuses a model in memory from which these parts cannot be dropped.
-
-    Raises:
-        ValueError: see `drop_layers`.
-    """
+    """Refuses a model in memory from which these parts cannot be dropped; see `drop_layers`."""
     for name, module in model.named_modules():
+        problem, kind = "", type(module).__name__
         if type(module).__module__.partition(".")[0] == "peft":
-            raise ValueError(
-                f"drop_layers: the model has a PEFT adapter ({name}: {type(module).__name__}), which refers to layers "
-                "by index; merge it first (merge_and_unload), or drop layers before adding it"
-            )
-        if "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-            raise ValueError(
-                "drop_layers: the model is spread over devices or offloaded; pass drop_layers to from_pretrained"
-            )
-        if type(module).__name__.startswith("FSDP"):
-            raise ValueError("drop_layers: the model is sharded; drop layers before that")
-    dropped = [stack.layers[layer] for layer in cut.layers]
-    for kind in SUBLAYERS:
-        dropped += [part for at in getattr(cut, kind) for part in parts(stack.layers[at], stack.family, kind)]
+            problem = f"has a PEFT adapter ({name}: {kind}), which refers to layers by index; merge it first "
+            problem += "(merge_and_unload), or drop layers before adding it"
+        elif "_hf_hook" in vars(module) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            problem = "is spread over devices or offloaded; pass drop_layers to from_pretrained"
+        elif kind.startswith("FSDP"):
+            problem = "is sharded; drop layers before that"
+        if problem:
+            raise ValueError(f"drop_layers: the model {problem}")
+    dropped = [part for unit in units_of(vars(cut)) for part in modules_of(stack, unit)]
     parameters = {id(parameter) for module in dropped for parameter in module.parameters()}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.optim.Optimizer) and any(
             id(parameter) in parameters for group in thing.param_groups for parameter in group["params"]
         ):
-            raise ValueError(
-                f"drop_layers: an optimizer ({type(thing).__name__}) holds parameters of the layers to drop; drop "
-                "layers before creating the optimizer"
-            )
+            problem = "holds parameters of the layers to drop; drop layers before creating the optimizer"
+            raise ValueError(f"drop_layers: an optimizer ({type(thing).__name__}) {problem}")

@@ -15,7 +15,7 @@ from ..core.display import brief, with_error
 from ..core.errors import ArgumentError
 from ..core.families import text_config
 from ..core.json_file import are_layers, is_positive, number_of, read_object, to_json
-from ..core.record import SUBLAYERS, KnownText, record
+from ..core.record import SUBLAYERS, KnownText, named_parts, record
 from ..core.sublayers import Unit
 
 PLAN_FILE = "pruning_plan.json"
@@ -26,28 +26,18 @@ _KINDS: dict[str, Any] = {
 }  # fmt: skip
 # Fields that identify a plan's model. They are in config.json, so no weights need to be read.
 _FINGERPRINT = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
+)  # fmt: skip
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     """The shape of a model, as stored in a plan. Models with different fingerprints have different layers."""
-    text = text_config(config)
-    dropped = record(config).dropped
+    text, before = text_config(config), record(config).dropped
+    missing = units_of(vars(before)) if before else []
     return {
         "model_type": text.model_type,
         **{name: getattr(text, name, None) for name in _FINGERPRINT},
-        "dropped_before": [
-            *dropped.layers,
-            *(f"{kind} {layer}" for kind in dropped.sublayers for layer in getattr(dropped, kind)),
-        ]
-        if dropped
-        else [],
+        "dropped_before": [unit if isinstance(unit, int) else f"{unit[0]} {unit[1]}" for unit in missing],
     }
 
 
@@ -91,6 +81,11 @@ class PruningPlan:
         return units_of(vars(self))
 
     @property
+    def dropped(self) -> str:
+        """The units in words, for example "layers 12; attention of layers 7, 26"."""
+        return named_parts(self.layers, self.attention, self.mlp)
+
+    @property
     def perplexity_increase(self) -> float | None:
         """The relative increase (0.1 means ten percent), after healing if that was kept."""
         before, after = self.perplexity.get("before"), self.perplexity.get("healed", self.perplexity.get("after"))
@@ -116,10 +111,9 @@ class PruningPlan:
         """Raises a ValueError that names the difference if the plan is for a different model."""
         for name, actual in fingerprint(config).items():
             if (expected := self.model.get(name)) != actual:
-                raise ValueError(
-                    f"drop_layers: the plan was made for another model ({self.model_name or 'without a name'}), with "
-                    f"{name} {brief(expected)}; this one has {actual!r}"
-                )
+                problem = f"with {name} {brief(expected)}; this one has {actual!r}"
+                name = self.model_name or "without a name"
+                raise ValueError(f"drop_layers: the plan was made for another model ({name}), {problem}")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the plan to a file, or to a folder as `pruning_plan.json`; returns the path of the file."""
@@ -142,31 +136,27 @@ class PruningPlan:
         if file.is_dir():
             file = file / PLAN_FILE
         if not file.is_file():
-            raise FileNotFoundError(
-                f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE} or a .json file)"
-            )
+            raise FileNotFoundError(f"drop_layers: there is no pruning plan at {str(path)!r} ({PLAN_FILE}, or *.json)")
         try:
             values = read_object(file, **_KINDS)
             if values.get("format") != _FORMAT:
                 raise ValueError("it has an unknown format")
             if missing := {"layers", "model"} - set(values):
                 raise ValueError(f"it has no {min(missing)}")
-            if not are_layers(values["layers"]):
-                raise ValueError(f"its layers must be distinct integers >= 0, got {brief(values['layers'])}")
-            for name in {"perplexity", "errors"} & values.keys():
-                values[name] = {figure: number_of(value) for figure, value in values[name].items()}
-            figures = values.get("perplexity", {})
+            values = {name: value for name, value in values.items() if name in _KINDS}
+            for kind in ("layers", *SUBLAYERS):
+                if not are_layers(layers := values.get(kind, [])):
+                    raise ValueError(f"its {kind} must be distinct integers >= 0, got {brief(layers)}")
+                values[kind] = tuple(layers)
+            figures, errors = (
+                {figure: number_of(value) for figure, value in values.get(name, {}).items()}
+                for name in ("perplexity", "errors")
+            )
             if not all(map(is_positive, figures.values())) or ("healed" in figures and "after" not in figures):
                 raise ValueError(f"its perplexity must be positive numbers by name, got {brief(figures)}")
-            errors = values.get("errors", {})
             if not all(error == 0 or is_positive(error) for error in errors.values()):
                 raise ValueError(f"its errors must be numbers >= 0 by name, got {brief(errors)}")
-            for kind in SUBLAYERS:
-                if not are_layers(values.get(kind, [])):
-                    raise ValueError(f"its {kind} must be distinct integers >= 0, got {brief(values[kind])}")
-            known = {name: value for name, value in values.items() if name in _KINDS}
-            lists = {name: tuple(values.get(name, ())) for name in ("layers", *SUBLAYERS)}
-            plan = cls(**{**known, **lists})
+            plan = cls(**values | {"perplexity": figures, "errors": errors})
             _ = plan.known_text  # raises if it is invalid
             return plan
         except ValueError as error:

@@ -25,6 +25,7 @@ from ..core.families import Family, UnsupportedArchitectureError, text_config
 from ..core.norm import scale_norm
 from ..core.stack import pretrained_modules
 from ..measuring.stream import kv_cache
+from .checkpoint_layers import rename_layers
 from .depth_fields import prune_config
 
 _MOST_PARAMETERS = 50_000_000  # limit for a tiny model, since unknown size fields could make it huge
@@ -164,11 +165,7 @@ def tiny_model(
 
 
 def probe(model: PreTrainedModel) -> Proposal:
-    """Finds the row of a small model's family; see `propose_family`.
-
-    Args:
-        model: a model on the CPU, none of whose weights are zero.
-    """
+    """Finds the row of the family of a small model on the CPU, none of whose weights are zero."""
     config = text_config(model.config)
     if getattr(type(model.config), "is_encoder_decoder", False):  # the instance of a decoder may differ
         return Proposal(config.model_type, None, families.ENCODER_DECODER, families.ENCODER_DECODER)
@@ -184,16 +181,12 @@ def probe(model: PreTrainedModel) -> Proposal:
     values = config.to_dict()
     fields = tuple(name for name in families.DEPTH_FIELDS if values.get(name) is not None)
     family = replace(family, depth_fields=fields, no_scaling=no_scaling)
-    if len(calls) != config.num_hidden_layers:
-        no_dropping = "its configuration counts sub-layers as layers"
-    else:
+    no_dropping = "its configuration counts sub-layers as layers"
+    if len(calls) == config.num_hidden_layers:
         no_dropping = _no_dropping(model, path, family, ids_BT)
     if no_dropping:
         family = replace(family, depth_fields=None)
     return Proposal(config.model_type, None if no_scaling and no_dropping else family, no_scaling, no_dropping)
-
-
-# --- the residual stream --------------------------------------------------------------------------------------------
 
 
 def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -218,14 +211,9 @@ class _Call(NamedTuple):
     def again(
         self, x_BTD: torch.Tensor, watched: dict[str, nn.Module], held: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
-        """Calls the layer with a different input.
+        """The layer's output for a different input, and the inputs and outputs of some submodules.
 
-        Args:
-            watched: submodules to observe.
-            held: fixed outputs for some of them.
-
-        Returns:
-            The layer's output, and the inputs and outputs of the watched submodules.
+        `held` fixes the outputs of some of these.
         """
         inputs: dict[str, Any] = {}
         outputs: dict[str, Any] = {}
@@ -345,9 +333,6 @@ def _is_one(factor_D: torch.Tensor) -> bool:
     return torch.allclose(factor_D, torch.ones_like(factor_D), atol=1e-3)
 
 
-# --- the scale ------------------------------------------------------------------------------------------------------
-
-
 def _one_plus_weight(norm: nn.Module) -> bool | None:
     """Whether a norm multiplies by 1 + weight (True) or by weight (False); None if its output is not linear in it."""
     weight = norm._parameters.get("weight")
@@ -403,8 +388,6 @@ def _same_outputs(one: PreTrainedModel, other: PreTrainedModel, ids_BT: torch.Te
     return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
-# --- deletion -------------------------------------------------------------------------------------------------------
-
 _CUTS = ([0], [1], [2], [3], [0, 2], [1, 2])
 
 
@@ -420,7 +403,7 @@ def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torc
             return families.NO_CHECK
     except Exception:
         return families.NO_CHECK
-    whole, refusals = model.state_dict(), []
+    whole, refusals, numbered = model.state_dict(), [], re.compile(rf"^({re.escape(path)}\.)(\d+)(\..*)$")
     for dropped in _CUTS:
         config = copy.deepcopy(model.config)
         try:
@@ -430,7 +413,8 @@ def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torc
             continue
         kept = [layer for layer in range(total) if layer not in dropped]
         smaller = tiny_model(type(model), config, model.dtype)
-        smaller.load_state_dict({name: whole[_renumbered(name, path, kept)] for name in smaller.state_dict()})
+        old = {new: old for old, new in rename_layers(whole, numbered, kept).items()}
+        smaller.load_state_dict({name: whole[old[name]] for name in smaller.state_dict()})
         skipping = copy.deepcopy(model)
         for layer in dropped:
             skipping.get_submodule(f"{path}.{layer}").register_forward_hook(_return_input, with_kwargs=True)
@@ -439,11 +423,6 @@ def _no_dropping(model: PreTrainedModel, path: str, family: Family, ids_BT: torc
         if (difference := _cache_error(smaller, ids_BT)) > 1e-3:
             return f"without layers {dropped}, outputs with a KV cache differ by {difference:.1g}"
     return refusals[0] if len(refusals) == len(_CUTS) else ""
-
-
-def _renumbered(name: str, path: str, numbers: list[int]) -> str:
-    """The name of a tensor with its layer index, if any, mapped through a list."""
-    return re.sub(rf"(?<=^{re.escape(path)}\.)\d+", lambda match: str(numbers[int(match[0])]), name)
 
 
 def _return_input(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

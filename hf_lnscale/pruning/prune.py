@@ -1,8 +1,4 @@
-"""Makes a model smaller: chooses layers, heals the cut and measures the cost.
-
-`prune` does all of this. `plan_pruning` performs the same search and healing but leaves the model unchanged.
-`hf-lnscale prune` calls `prune` with a path and an output folder.
-"""
+"""Makes a model smaller: chooses layers, heals the cut and measures the cost."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import copy
 import logging
 import os
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +33,7 @@ from .heal import METHODS as HEAL_METHODS
 from .heal import HealReport, why_not_healable
 from .layers import drop_layers, note_text, require_droppable
 from .plan import PLAN_FILE, PruningPlan
-from .pruned import Pruned, card_of, compare_abilities, rows_of
+from .pruned import Pruned, Row, card_of, compare_abilities, rows_of
 from .search import SEARCH_METHODS, OtherSearchError, Request, Text, search_layers
 from .target import Target, one_goal, require_possible
 
@@ -84,8 +79,8 @@ def prune(
 
     Args:
         model: a causal language model of a known family, in memory; or a folder or Hub repository.
-        data: texts, a dataset, a path or token ids, see `token_batches`, for choosing layers and fitting the healing.
-            None uses English and Python code shipped with Python.
+        data: the text to choose layers and fit the healing on, see `token_batches`. None uses English and Python code
+            shipped with Python.
         num_layers: drop this many layers.
         max_perplexity_increase: drop as many layers as possible within this relative increase on held-out data (0.1
             means ten percent), measured after healing if `heal` is set.
@@ -93,13 +88,11 @@ def prune(
         target_memory: drop layers until weights and KV cache fit in this many bytes, with a cache of `cache_batch`
             sequences of `cache_tokens` tokens.
         drop: drop these layers, counted from 0 (negative ones from the end).
-        cache_tokens, cache_batch: see `target_memory`.
-        method: how layers are chosen, see `plan_pruning`.
-        units: "layers", or "sublayers" to choose among layers, attention and MLPs, see `plan_pruning`. With the latter,
-            `drop` and `num_layers` cannot set the target.
+        method, units: how layers are chosen, and among what, see `plan_pruning`. With units "sublayers", `drop` and
+            `num_layers` cannot set the target.
         heal: a method of `heal`; "auto" means "refit" for models that can be healed; None disables healing. Healing is
             kept if it lowers the perplexity on held-out data.
-        held_out: data as above for evaluation; None holds out the last quarter of `data`.
+        held_out: data for evaluation; None holds out the last quarter of `data`.
         tokenizer: converts text to ids and is written with the model; None loads it by the model's name.
         windows: see `token_batches`; without `held_out`, `windows.num_tokens` includes the held-out part.
         placement: device and dtype for a model that is loaded here; the dtype also applies to the weights written.
@@ -114,9 +107,6 @@ def prune(
         command: the command line, for the model card.
         progress: whether to show progress bars.
 
-    Returns:
-        The plan, the model without the layers, and a table of results before and after.
-
     Raises:
         FileExistsError: if `out` is not empty and `force` is False, or contains anything but a checkpoint.
         ValueError: if an argument is invalid, no layer fits the budget, the model cannot be pruned or healed, or the
@@ -128,22 +118,22 @@ def prune(
         target_memory=target_memory, drop=drop,
     )  # fmt: skip
     require_integers(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    request = _request(goal, method, units, heal, cache_tokens, cache_batch)
+    request = _request(goal, method, units, heal)
     checkpoint = None if isinstance(model, nn.Module) else os.fspath(model)
-    target = None if out is None else Path(out).resolve()
+    path = None if out is None else Path(out).resolve()
     search_file = None
-    if target is not None:
-        require_free(target, (checkpoint, *_paths(data), *_paths(held_out)), str(out), force)
-        search_file = target.parent / f".{target.name}.search.json" if resume is None else None
+    if path is not None:
+        require_free(path, (checkpoint, *_paths(data), *_paths(held_out)), str(out), force)
+        search_file = path.parent / f".{path.name}.search.json" if resume is None else None
     config, decoder = _config_of(checkpoint or model)
     if checkpoint is not None:
         windows = replace(windows, seq_len=window_length(windows.seq_len, [config]))
     _require_prunable(config, request)
-    writes = checkpoint is not None or target is not None
+    writes = checkpoint is not None or path is not None
     own_tokenizer = tokenizer
     if own_tokenizer is None and (writes or abilities):
         if not (name := checkpoint or config.name_or_path):
-            problem = f"required for {'`out`' if target else '`abilities`'}, as the model has no name to load it by"
+            problem = f"required for {'`out`' if path else '`abilities`'}, as the model has no name to load it by"
             raise ArgumentError("tokenizer", problem=problem)
         own_tokenizer = load_tokenizer(name)
     if abilities:
@@ -158,23 +148,27 @@ def prune(
                 meta: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
                 Target(meta, goal, cache_tokens, cache_batch).require_not_met()
         model = placement.load(checkpoint)
-    require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
-    Target(model, goal, cache_tokens, cache_batch).require_not_met()
+    target = Target(model, goal, cache_tokens, cache_batch)
+    require_droppable(model, target.stack, Cut(tuple(range(len(target.stack.layers)))))
+    target.require_not_met()
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
 
-    plan, report = _choose_and_heal(model, request, text, resume, progress, search_file)
+    plan, report = _choose_and_heal(model, target, request, text, resume, progress, search_file)
     if not plan.units:
         if search_file is not None:
             search_file.unlink(missing_ok=True)
-        raise _nothing_dropped(plan, request)
+        raise ValueError(
+            f"no {'layer' if units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises perplexity "
+            f"from {plan.perplexity['before']:.2f} by more than {goal[1]:.0%} on held-out data. Nothing was written."
+        )
     _drop(model, plan, report)
     if whole is not None:
         cut = [*ability_results(model, own_tokenizer), *whole[1].agreement(model, own_tokenizer)]
         plan = replace(plan, notes={**plan.notes, "abilities": compare_abilities(whole[0], cut)})
-    if target is None:
+    if path is None:
         return Pruned(plan, model, rows_of(plan))
 
-    with atomic_directory(target, force) as folder:
+    with atomic_directory(path, force) as folder:
         model.save_pretrained(folder)
         own_tokenizer.save_pretrained(folder)
         rows = rows_of(plan)
@@ -182,12 +176,12 @@ def prune(
             del model  # frees memory for other processes
             plan, rows = _with_cost(plan, checkpoint, folder, placement, prompt_tokens, new_tokens)
             model = _read_again(folder, plan, text.held_out, placement)
-            model.config.name_or_path = model.name_or_path = str(target)
+            model.config.name_or_path = model.name_or_path = str(path)
         plan.save(folder / PLAN_FILE)
         card_of(checkpoint, plan, rows, command, model.config).save(folder / "README.md")
     if search_file is not None:
         search_file.unlink(missing_ok=True)
-    return Pruned(plan, model, rows, target)
+    return Pruned(plan, model, rows, path)
 
 
 def plan_pruning(
@@ -215,30 +209,27 @@ def plan_pruning(
     may cost less, so all methods except the stepwise ones ("greedy", "greedy_healed") try two larger numbers after one
     that exceeds the budget.
 
-    Methods:
-
-    - "best_of": evaluates the proposals of one pass over the data (the contiguous blocks of lowest angular distance,
-      and the layers of lowest Block Influence, on all sources of text and on each) and takes the best. With `heal`, the
-      six best are healed quickly and compared again.
-    - "greedy": repeatedly removes the layer whose removal raises the loss least (SLEB, arXiv 2402.09025, algorithm 1,
-      with the next-token loss as metric). Every candidate is evaluated on all data, starting from the states before it.
-    - "greedy_healed": like "greedy", but heals the cut so far (by `heal`, or "refit") before evaluating candidates.
-    - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
-    - "block_influence", "taylor", "perplexity", "kl": the layers of lowest score, all at once; see `score_layers`.
-
     Args:
         model: a causal language model of a known family, in memory.
         data: see `prune`. A small set leads to poor choices.
         num_layers, max_perplexity_increase, target_params, target_memory: the target, exactly one of them; see `prune`.
         cache_tokens, cache_batch: see `prune`.
-        method: see above; defaults to "best_of", or "greedy" for sub-layers.
+        method: one of
+
+            - "best_of" (default): evaluates the proposals of one pass over the data (the contiguous blocks of lowest
+              angular distance, and the layers of lowest Block Influence, on all sources of text and on each) and takes
+              the best. With `heal`, the six best are healed quickly and compared again.
+            - "greedy" (default for sub-layers): repeatedly removes the layer whose removal raises the next-token loss
+              least (SLEB, arXiv 2402.09025, algorithm 1). Every candidate is evaluated on all data.
+            - "greedy_healed": the same, healing the cut so far (by `heal`, or "refit") before evaluating candidates.
+            - "angular": the contiguous block of lowest angular distance (Gromov et al., arXiv 2403.17887).
+            - "block_influence", "taylor", "perplexity", "kl": the layers of lowest score at once; see `score_layers`.
         units: "layers"; or "sublayers", which at each step removes the layer, attention or MLP whose removal raises the
             loss least relative to what it saves, then evaluates all again. Savings are counted in parameters, or, if
             `cache_tokens` is given, in bytes of weights and KV cache.
         heal: a method of `heal` to try on the result, or "auto", see `prune`; the plan records the effect. None
             disables healing.
-        held_out, tokenizer, windows, resume: see `prune`.
-        progress: whether to show progress bars.
+        held_out, tokenizer, windows, resume, progress: see `prune`.
 
     Returns:
         The plan, with perplexities on held-out data. It is deterministic for a given model and data. It has no layers
@@ -256,10 +247,13 @@ def plan_pruning(
     )  # fmt: skip
     if method == "greedy_healed":
         heal = heal or "refit"
-    request = _request(goal, method, units, heal, cache_tokens, cache_batch)
+    request = _request(goal, method, units, heal)
     decoder = text_stack(model).model
     text = _split(data, held_out, tokenizer, windows, decoder.config, decoder)
-    plan, report = _choose_and_heal(model, request, text, resume, progress)
+    if units == "sublayers":
+        droppable_units(decoder.config)
+    target = Target(model, goal, cache_tokens, cache_batch)
+    plan, report = _choose_and_heal(model, target, request, text, resume, progress)
     if report is not None:
         report.undo()
         report.forget()
@@ -267,38 +261,35 @@ def plan_pruning(
 
 
 def _choose_and_heal(
-    model: nn.Module, request: Request, text: Text, resume: Any, progress: bool, search_file: Path | None = None
+    model: nn.Module, target: Target, request: Request, text: Text, resume: Any, progress: bool, own: Path | None = None
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Checks the request against the model, then searches; see `search_layers`.
+    """Checks whether the model can be healed, then searches; see `search_layers`.
 
-    `search_file` takes the place of `resume`, but is removed if it belongs to another search.
+    The file `own` takes the place of `resume`, but is removed if it belongs to another search.
     """
-    if request.units == "sublayers":
-        droppable_units(text_stack(model).model.config)
-    target = Target(model, request.goal, request.cache_tokens, request.cache_batch)
-    request, caution = _with_heal_method(model, request)
-    if caution:
+    if reason := why_not_healable(model) if request.heal else None:
+        if request.heal != "auto" or request.method == "greedy_healed":
+            raise ArgumentError("heal", request.heal, problem=f"is not possible: {reason}")
+        caution = f"the cut is not healed: {reason}."
         text = replace(text, cautions=(*text.cautions, caution))
         warn(caution)
-    if request.heal and text.calibration.num_sequences < 2:
-        raise ArgumentError(
-            "data",
-            problem=f"{text.calibration.num_sequences} sequence of calibration data is too little for "
-            f"`heal={request.heal}`, which chooses its penalty on sequences that are not fitted; use more text or a "
-            "smaller `seq_len`",
-        )
+    if request.heal == "auto":
+        request = replace(request, heal=None if reason else "refit")
+    if request.heal and (count := text.calibration.num_sequences) < 2:
+        problem = f"{count} sequence of calibration data is too little for `heal={request.heal}`, which chooses its "
+        problem += "penalty on sequences that are not fitted; use more text or a smaller `seq_len`"
+        raise ArgumentError("data", problem=problem)
     cost = estimate_cost(model, target, request, text)
     each = " for each number of layers tried" if target.budget is not None else ""
     each = " for each layer, attention or MLP dropped" if request.units == "sublayers" else each
     logger.info("choosing layers%s%s: %s", " and healing" if request.heal else "", each, cost)
-    search = partial(search_layers, model, target, request, text, progress=progress)
     try:
-        plan, report = search(resume=resume or search_file)
+        plan, report = search_layers(model, target, request, text, resume or own, progress)
     except OtherSearchError:
-        if search_file is None:
+        if own is None:
             raise
-        search_file.unlink()  # left behind by an interrupted search
-        plan, report = search(resume=search_file)
+        own.unlink()  # left behind by an interrupted search
+        plan, report = search_layers(model, target, request, text, own, progress)
     return replace(plan, notes={**plan.notes, "cautions": list(text.cautions)}), report
 
 
@@ -316,20 +307,10 @@ def _drop(model: nn.Module, plan: PruningPlan, report: HealReport | None) -> Non
         note_text(model, plan.known_text)
 
 
-def _nothing_dropped(plan: PruningPlan, request: Request) -> ValueError:
-    return ValueError(
-        f"no {'layer' if request.units == 'layers' else 'sub-layer'} can be dropped: even the cheapest raises "
-        f"perplexity from {plan.perplexity['before']:.2f} by more than {request.goal[1]:.0%} on held-out data. "
-        "Nothing was written."
-    )
-
-
 # --- checks before anything expensive ---------------------------------------------------------------------------------
 
 
-def _request(
-    goal: tuple[str, Any], method: str | None, units: str, heal: str | None, cache_tokens: int, cache_batch: int
-) -> Request:
+def _request(goal: tuple[str, Any], method: str | None, units: str, heal: str | None) -> Request:
     """Validates the methods of search and healing."""
     if units not in UNITS:
         raise ArgumentError("units", units, f"one of {', '.join(UNITS)}")
@@ -345,18 +326,8 @@ def _request(
             raise ArgumentError("method", method, problem="chooses whole layers; with `units=sublayers`, use 'greedy'")
         if goal[0] in ("num_layers", "drop"):
             problem = "counts layers; with `units=sublayers`, use `target_params`, `target_memory` or "
-            raise ArgumentError(goal[0], goal[1], problem=problem + "`max_perplexity_increase`")
-    return Request(goal, method, units, heal, cache_tokens, cache_batch)
-
-
-def _with_heal_method(model: nn.Module, request: Request) -> tuple[Request, str | None]:
-    """The request with a method in place of "auto", and a caution if the model cannot be healed."""
-    reason = why_not_healable(model) if request.heal else None
-    if reason and (request.heal != "auto" or request.method == "greedy_healed"):
-        raise ArgumentError("heal", request.heal, problem=f"is not possible: {reason}")
-    if request.heal == "auto":
-        request = replace(request, heal=None if reason else "refit")
-    return request, reason and f"the cut is not healed: {reason}."
+            raise ArgumentError(*goal, problem=problem + "`max_perplexity_increase`")
+    return Request(goal, method, units, heal)
 
 
 def _config_of(model: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
@@ -366,8 +337,7 @@ def _config_of(model: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
         return config, text_stack(model).model
     config = read_config(model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        problem = "is not a causal language model; load it and prune it in memory"
-        raise ArgumentError("model", model, problem=problem)
+        raise ArgumentError("model", model, problem="is not a causal language model; load it and prune it in memory")
     return config, None
 
 
@@ -399,7 +369,7 @@ def _split(
     whole.given &= data is not None
     given = {"data": whole}
     if held_out is None:
-        calibration, judged = given["data"].split(0.25)
+        calibration, judged = whole.split(0.25)
     else:
         try:
             given["held_out"] = token_batches(held_out, model, tokenizer=tokenizer, windows=windows)
@@ -429,7 +399,7 @@ def _split(
 
 def _with_cost(
     plan: PruningPlan, checkpoint: str, folder: Path, placement: Placement, prompt_tokens: int, new_tokens: int
-) -> tuple[PruningPlan, list[tuple[str, str, str, str]]]:
+) -> tuple[PruningPlan, list[Row]]:
     """The plan with speed and size of both checkpoints, and the rows of its table."""
     if placement.main_device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -446,8 +416,6 @@ def _read_again(folder: Path, plan: PruningPlan, judged: TokenBatches, placement
     perplexity = perplexity_of(losses_by_source(written, judged).mean)
     expected = plan.perplexity.get("healed", plan.perplexity["after"])
     if not abs(perplexity - expected) <= 0.01 * expected:  # also true for NaN
-        raise ValueError(
-            f"the written checkpoint has perplexity {perplexity:.3f}, but the plan says {expected:.3f}; nothing was "
-            "kept"
-        )
+        has = f"has perplexity {perplexity:.3f}, but the plan says {expected:.3f}"
+        raise ValueError(f"the written checkpoint {has}; nothing was kept")
     return written

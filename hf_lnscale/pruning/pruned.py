@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ..checkpoints.card import Table, model_card
 from ..checkpoints.folders import public_name
 from ..core.display import Markdown, as_text, markdown_code, show_bytes, terminal, with_error
-from ..core.record import named_parts, record
+from ..core.record import record
 from ..evaluation.abilities import about_abilities
 from ..evaluation.speed import Speed, relative_change
 from ..evaluation.tasks import TaskResult
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import rich.table
 
 _HEADER = ("", "before", "after", "change")
+Row = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +39,12 @@ class Pruned:
 
     plan: PruningPlan
     model: Any
-    rows: list[tuple[str, str, str, str]]
+    rows: list[Row]
     path: Path | None = None
 
     @property
     def title(self) -> str:
-        name = f"{self.plan.model_name} " if self.plan.model_name else ""
-        return f"{name}without {named_parts(self.plan.layers, self.plan.attention, self.plan.mlp)}"
+        return f"{self.plan.model_name} without {self.plan.dropped}".lstrip()
 
     def table(self) -> rich.table.Table:
         """The rows for a terminal."""
@@ -54,21 +54,19 @@ class Pruned:
         return as_text(self.table(), width=None)
 
 
-def rows_of(
-    plan: PruningPlan, costs: list[Speed] | None = None, sizes: list[int | None] | None = None
-) -> list[tuple[str, str, str, str]]:
+def rows_of(plan: PruningPlan, costs: Sequence[Speed] = (), sizes: Sequence[int | None] = ()) -> list[Row]:
     total = plan.model["num_hidden_layers"]
-    parameters = [cost.parameters for cost in costs] if costs else plan.notes["params"]
-    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
+    parameters = [cost.parameters for cost in costs] or plan.notes["params"]
+    figures: list[tuple[str, Sequence[Any], Callable[[Any], str]]] = [
         ("layers", [total, total - len(plan.layers)], str),
         ("parameters", parameters, lambda value: f"{value / 1e6:,.1f} M"),
-        ("checkpoint", list(sizes), show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
+        ("checkpoint", sizes, show_bytes) if sizes else ("weights", plan.notes["weight_bytes"], show_bytes),
     ]
     if plan.notes.get("cache_of", {}).get("tokens") and (plan.attention or plan.mlp):
         figures.append(("KV cache", plan.notes["cache_bytes"], show_bytes))
-    for name in ("prefill", "decode") if costs else ():
-        speeds = [getattr(cost, f"{name}_tokens_per_second") for cost in costs or ()]
-        figures.append((f"{name}, tokens/s", speeds, str))
+    if costs:
+        figures.append(("prefill, tokens/s", [cost.prefill_tokens_per_second for cost in costs], str))
+        figures.append(("decode, tokens/s", [cost.decode_tokens_per_second for cost in costs], str))
     rows = [
         (name, show(old), show(new), "" if (change := relative_change(new, old)) is None else f"{change:+.1%}")
         for name, (old, new), show in figures
@@ -76,8 +74,13 @@ def rows_of(
     if costs:  # single measurements, so no relative change is shown
         before, after = (show_bytes(cost.peak_bytes) for cost in costs)
         rows.append(("peak memory", before, after, ""))
-    judged = (("held out", "after"), ("healed", "healed"))
-    perplexities = [_perplexity_row(plan, name, which) for name, which in judged if which in plan.perplexity]
+    perplexities = []
+    for name, which in (("held out", "after"), ("healed", "healed")):
+        if which in plan.perplexity:
+            before, after = (with_error(plan.perplexity[key], plan.errors.get(key)) for key in ("before", which))
+            increase = f"{plan.perplexity[which] / plan.perplexity['before'] - 1:+.1%}"
+            increase += f" ± {error:.1%}" if (error := plan.errors.get(f"{which}_change")) else ""
+            perplexities.append((f"perplexity, {name}", before, after, increase))
     if "healed" in plan.perplexity and (never := (plan.heal or {}).get("never_fitted")):
         before, after = (with_error(never[which], never.get(f"{which}_error")) for which in ("full", "after"))
         perplexities.append(("never fitted, healed", before, after, ""))  # an estimate, so no relative change is shown
@@ -94,30 +97,16 @@ def compare_abilities(before: list[TaskResult], after: list[TaskResult]) -> dict
     results_before = {result.name: result for result in before}
     compared = {}
     for result in after:
-        figures: dict[str, Any] = dict.fromkeys(("before", "change"), (None, None))
-        figures["after"] = (result.value, result.stderr)
-        if old := results_before.get(result.name):
-            change, _ = result.minus(old)
-            figures |= {"before": (old.value, old.stderr), "change": (change.value, change.stderr)}
-        compared[result.name] = {which: list(figure) for which, figure in figures.items()}
+        old = results_before.get(result.name)
+        figures = {"before": old, "change": result.minus(old)[0] if old else None, "after": result}
+        compared[result.name] = {
+            which: [one.value, one.stderr] if one else [None, None] for which, one in figures.items()
+        }
     return compared
 
 
-def _perplexity_row(plan: PruningPlan, name: str, which: str) -> tuple[str, str, str, str]:
-    perplexity, errors = plan.perplexity, plan.errors
-    before, after = (with_error(perplexity[key], errors.get(key)) for key in ("before", which))
-    change = f"{perplexity[which] / perplexity['before'] - 1:+.1%}"
-    if error := errors.get(f"{which}_change"):
-        change += f" ± {error:.1%}"
-    return f"perplexity, {name}", before, after, change
-
-
 def card_of(
-    checkpoint: str | None,
-    plan: PruningPlan,
-    rows: list[tuple[str, str, str, str]],
-    command: str,
-    config: PreTrainedConfig,
+    checkpoint: str | None, plan: PruningPlan, rows: list[Row], command: str, config: PreTrainedConfig
 ) -> ModelCard:
     """The model card, which describes how the checkpoint was made and what the cut cost."""
     if plan.heal is None:
@@ -128,9 +117,8 @@ def card_of(
         healing = f"Healing ({plan.heal['method']}) did not help on held-out data and was not applied."
     search, held_out = plan.method["search"], plan.data["held_out"]
     how = "as given" if search == "given" else f"chosen by the method {markdown_code(search)}"
-    dropped = named_parts(plan.layers, plan.attention, plan.mlp)
     notes = [
-        Markdown(f"{dropped[0].upper()}{dropped[1:]} (counted from 0) were dropped, {how}."),
+        Markdown(f"{plan.dropped[0].upper()}{plan.dropped[1:]} (counted from 0) were dropped, {how}."),
         healing,
         *(["LayerNorm Scaling is active, so it needs hf_lnscale to load."] if record(config).active else []),
         *(["Some layers lack attention or MLP, so it needs hf_lnscale to load."] if record(config).sublayers else []),

@@ -3,18 +3,18 @@
 For every method, a higher score means a more important layer. Layers are counted from 0, as in `model.model.layers`.
 Measurements run without dropout, ignore padding, hold one batch at a time, and leave the model unchanged.
 
-Removing a layer is exact: the layer does not run, and outputs equal those of a model from which it was deleted.
-
-Shapes: B batch, T tokens, N selected tokens of B x T, D hidden size, V vocabulary, L layers, P = L + 1 places in the
-residual stream (place i is before layer i, place L after the last layer).
+Shapes: B batch, T tokens, N selected tokens of B x T, D hidden size, L layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ from ..measuring.losses import loss_gradient, sweep
 from ..measuring.split_model import SplitModel, pick_tokens, predictions
 from ..measuring.stream import eval_mode, upcast
 from ..measuring.stream_pass import measure_stream
-from ..measuring.text import Batch, TokenBatches, Windows, token_batches
+from ..measuring.text import TokenBatches, Windows, token_batches
 
 __all__ = ["METHODS", "LayerScores", "score_layers", "score_stream"]
 STREAM_METHODS = ("block_influence", "angular")
-METHODS = (*STREAM_METHODS, "taylor", "perplexity", "kl")
 _UNITS = {
     "block_influence": "1 - cosine",
     "angular": "angular distance / pi",
@@ -42,6 +41,7 @@ _UNITS = {
     "perplexity": "perplexity without the layer",
     "kl": "KL from the full model, nats per token",
 }
+METHODS = tuple(_UNITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +79,7 @@ class LayerScores:
         return self.layers.argsort(stable=True).tolist()
 
     def lowest(self, n: int) -> list[int]:
-        """The n layers to remove at once, as chosen in the method's paper.
-
-        These are the n layers of lowest score, lowest first; for "angular", the contiguous block of lowest distance.
+        """The n layers of lowest score, lowest first; for "angular", the contiguous block of lowest distance.
 
         Raises:
             ValueError: if n is not between 0 and L - 1.
@@ -107,10 +105,8 @@ class LayerScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, with null for undefined scores."""
-        content = {
-            name: getattr(self, name) for name in ("method", "model", "num_layers", "tokens", "baseline", "data")
-        }
-        content["scores"] = _without_nan(self.scores.tolist())
+        names = ("method", "model", "num_layers", "tokens", "baseline", "data")
+        content = {name: getattr(self, name) for name in names} | {"scores": _without_nan(self.scores.tolist())}
         Path(path).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,8 +124,8 @@ class LayerScores:
             scores = torch.tensor(_with_nan(rows), dtype=torch.float64)
             if scores.shape != (len(rows),) * (2 if content["method"] == "angular" else 1):
                 raise KeyError("scores")
-            about = {name: content[name] for name in ("method", "model", "data", "baseline", "tokens")}
-            return cls(scores=scores, **about | {"baseline": number_of(about["baseline"])})
+            about = {name: content[name] for name in ("method", "model", "data", "tokens")}
+            return cls(scores=scores, baseline=number_of(content["baseline"]), **about)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)!r} contains no layer scores: {error}") from None
 
@@ -141,7 +137,7 @@ class LayerScores:
         if self.baseline is not None:
             title += f"; full model {_number(self.baseline)}"
         if self.method == "angular":
-            header: tuple[str, ...] = ("block of", "layers", "angular distance")
+            header = ("block of", "layers", "angular distance")
             rows = []
             for n in range(1, self.num_layers):
                 block = self.best_block(n)
@@ -174,13 +170,9 @@ class LayerScores:
         axes = figure.subplots()
         axes.set_title(f"{self.method} {Path(self.model).name}".strip(), loc="left")
         if self.method == "angular":
-            image = axes.imshow(
-                self.scores.T.numpy(),
-                origin="lower",
-                aspect="auto",
-                cmap="viridis_r",
-                extent=(-0.5, self.num_layers - 0.5, 0.5, self.num_layers + 0.5),
-            )
+            extent = (-0.5, self.num_layers - 0.5, 0.5, self.num_layers + 0.5)
+            scores = self.scores.T.numpy()
+            image = axes.imshow(scores, origin="lower", aspect="auto", cmap="viridis_r", extent=extent)
             axes.set(xlabel="first layer of the block", ylabel="layers in the block")
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             figure.colorbar(image, label=_UNITS["angular"])
@@ -257,9 +249,6 @@ def score_layers(
     return LayerScores(method, scores.exp(), name, about, baseline=math.exp(full.mean))
 
 
-# --- the residual stream ----------------------------------------------------------------------------
-
-
 def score_stream(
     model: nn.Module,
     batches: TokenBatches,
@@ -270,7 +259,7 @@ def score_stream(
     """Scores by all methods that only read the residual stream, in a single pass; see `score_layers`."""
     methods = tuple(methods)
     _require_tokens(batches.num_tokens)
-    tracked = _track(batches, ", ".join(methods), progress)
+    tracked = logging.tqdm(batches, desc=", ".join(methods), disable=not progress, leave=False)
     streamed = measure_stream(model, tracked, rotation_only=True, tokens=tokens)
     found = {"block_influence": streamed.means["influence"][:, 0], "angular": streamed.angles_LL}
     name, about = public_name(text_stack(model).model.config.name_or_path or ""), batches.describe()
@@ -278,9 +267,6 @@ def score_stream(
         method: LayerScores(method, found[method], name, about, tokens=tokens if method == "angular" else None)
         for method in methods
     }
-
-
-# --- weights ----------------------------------------------------------------------------------------
 
 
 def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
@@ -292,13 +278,11 @@ def _matrices(stack: Stack) -> list[list[nn.Parameter]]:
                 f"(layers.{name}: {type(module).__name__}); merge it first (merge_and_unload), or choose another method"
             )
     matrices = [[weight for weight in layer.parameters() if weight.dim() >= 2] for layer in stack.layers]
-    for weight in (weight for layer in matrices for weight in layer):
+    for weight in itertools.chain(*matrices):
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             what = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
-            raise ValueError(
-                f"method: 'taylor' reads the weights, but this model's are {what}; load the whole model unquantized, "
-                "or choose another method"
-            )
+            what += "; load the whole model unquantized, or choose another method"
+            raise ValueError(f"method: 'taylor' reads the weights, but this model's are {what}")
     return matrices
 
 
@@ -308,26 +292,24 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
     total_L = torch.zeros(len(matrices), dtype=torch.float64)
     count = 0
 
-    def fold(position: int) -> Callable[[torch.Tensor], None]:
-        def into_score(weight: torch.Tensor) -> None:
-            assert weight.grad is not None
-            total_L[position] += (upcast(weight.detach()) * upcast(weight.grad)).abs().sum().cpu().double()
-            weight.grad = None
-
-        return into_score
+    def into_score(position: int, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        total_L[position] += (upcast(weight.detach()) * upcast(weight.grad)).abs().sum().cpu().double()
+        weight.grad = None
 
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    hooks = []
-    try:
-        for parameter, _, _ in before:
+    with ExitStack() as hooks:
+        for parameter, requires_grad, grad in before:
+            hooks.callback(parameter.requires_grad_, requires_grad)
+            hooks.callback(setattr, parameter, "grad", grad)
             parameter.requires_grad_(False)
             parameter.grad = None
         for position, layer in enumerate(matrices):
             for weight in layer:
                 weight.requires_grad_(True)
-                hooks.append(weight.register_post_accumulate_grad_hook(fold(position)))
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(into_score, position)))
         with eval_mode(model), torch.enable_grad():
-            for batch in _track(batches, "taylor", progress):
+            for batch in logging.tqdm(batches, desc="taylor", disable=not progress, leave=False):
                 picked_BT, targets_N = predictions(batch)
                 if not len(targets_N):
                     continue
@@ -335,12 +317,6 @@ def _taylor(model: nn.Module, batches: TokenBatches, progress: bool) -> torch.Te
                 # The loss is summed over tokens; the total is divided by their number at the end.
                 x_ND.backward(loss_gradient(split_model, x_ND, targets_N))
                 count += len(targets_N)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, requires_grad, grad in before:
-            parameter.grad = grad
-            parameter.requires_grad_(requires_grad)
     return total_L / _require_tokens(count)
 
 
@@ -348,11 +324,6 @@ def _require_tokens(count: int) -> int:
     if not count:
         raise ValueError("data: no tokens to evaluate; everything is padding, or the sequences are too short")
     return count
-
-
-def _track(batches: TokenBatches, what: str, progress: bool) -> Iterable[Batch]:
-    tracked: Iterable[Batch] = logging.tqdm(batches, desc=what, disable=not progress, leave=False)
-    return tracked
 
 
 def _number(value: float) -> str:

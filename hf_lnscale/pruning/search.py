@@ -36,7 +36,8 @@ ONE_SHOT = ("block_influence", "taylor", "perplexity", "kl")
 STEPWISE = ("greedy", "greedy_healed")
 SEARCH_METHODS = ("best_of", *ONE_SHOT, "angular", *STEPWISE)
 
-# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity relative to the lowest.
+# "best_of": number of blocks proposed, number of proposals healed, and their largest perplexity relative to the lowest,
+# which healing was not found to outweigh (docs/tried.md).
 BLOCKS = 8
 HEALED = 6
 _APART = 1.5
@@ -52,8 +53,6 @@ class Request:
     method: str = "best_of"
     units: str = "layers"
     heal: str | None = None
-    cache_tokens: int = 0
-    cache_batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,36 +65,29 @@ class Text:
 
 
 def search_layers(
-    model: nn.Module,
-    target: Target,
-    request: Request,
-    text: Text,
-    resume: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    model: nn.Module, target: Target, request: Request, text: Text, resume: Any = None, progress: bool = True
 ) -> tuple[PruningPlan, HealReport | None]:
-    """Chooses layers and, if requested, heals the model in place to compensate for them.
+    """Chooses layers on the calibration text and, if requested, heals the model in place to compensate for them.
 
-    The request has been validated; a target that names the layers needs no method. Layers are chosen on the calibration
-    text. The plan's results are measured on the held-out text, which also decides how many layers fit the budget and
-    whether healing is kept.
+    The plan's results are measured on the held-out text, which also decides how many layers fit the budget and whether
+    healing is kept. `resume` is the path of a file that records the search.
 
     Returns:
         The plan, and the report with which healing can be undone; None if it was not tried. Healing that does not help
         on held-out text has already been undone.
-
-    Raises:
-        ValueError: if the loss is not finite or no set of layers reaches the target; `OtherSearchError` if `resume` is
-            the file of another search.
     """
     search = _Search(model, target, request, text, resume, progress)
     chosen, steps = search.choose()
-    search.require_reached(chosen)
+    if target.budget is None and not target.reached(units_of(chosen)):
+        problem = f"finds nothing to drop for {target.words}: one of layers {sorted(search.counting)} must be kept, "
+        problem += "since linear attention alone cannot generate; choose another method, or fewer layers"
+        raise ArgumentError("method", request.method, problem=problem)
     plan = search.plan(chosen, steps)
     return search.heal(plan, chosen) if search.healer and plan.units else (plan, None)
 
 
 class _Search:
-    """One search: what its steps share; see `search_layers`.
+    """What the steps of a search share.
 
     A step is a dict with `layers`, and with `attention` and `mlp` if sub-layers are dropped, and the results for it.
     """
@@ -111,9 +103,8 @@ class _Search:
         self.method: dict[str, Any] = {"search": "given" if self.given else request.method}
         if request.units != "layers":
             self.method |= {"units": request.units, "cache_of": target.cache_of}
-        chosen_by = None
-        if request.heal or not self.given:
-            chosen_by = text.calibration.describe() | sketch(text.calibration).to_dict()
+        used = request.heal or not self.given
+        chosen_by = text.calibration.describe() | sketch(text.calibration).to_dict() if used else None
         self.data = {"calibration": chosen_by, "held_out": text.held_out.describe()}
         self.fingerprint = fingerprint(config)
         key = {"method": self.method, "heal": request.heal, "data": self.data, "model": self.fingerprint}
@@ -138,12 +129,8 @@ class _Search:
         chosen: dict[str, Any] = {"layers": [], "perplexity": self.before}
         outside, fit = 0, None
         steps = iter([{"layers": self.given}]) if self.given else _steps(self)
-        bar = logging.tqdm(
-            total=target.words.get("num_layers"),
-            desc=f"Dropping layers ({self.method['search']})",
-            disable=not self.progress,
-        )
-        with bar:
+        desc = f"Dropping layers ({self.method['search']})"
+        with logging.tqdm(total=target.words.get("num_layers"), desc=desc, disable=not self.progress) as bar:
             while not target.reached(units_of(chosen)) and (step := next(steps, None)):
                 self.evaluate(step)
                 tried.append(step)
@@ -183,20 +170,13 @@ class _Search:
         errors = {"perplexity_error": perplexity * losses.error(), "change_error": change * losses.error(self.baseline)}
         return {"perplexity": perplexity} | {name: error for name, error in errors.items() if math.isfinite(error)}
 
-    def require_reached(self, chosen: dict[str, Any]) -> None:
-        if self.target.budget is None and not self.target.reached(units_of(chosen)):
-            raise ArgumentError(
-                "method", self.request.method,
-                problem=f"finds nothing to drop for {self.target.words}: one of layers {sorted(self.counting)} must be "
-                "kept, since linear attention alone cannot generate; choose another method, or fewer layers",
-            )  # fmt: skip
-
     def plan(self, chosen: dict[str, Any], tried: list[dict[str, Any]]) -> PruningPlan:
         """The plan without healing."""
         units = units_of(chosen)
-        lacking: dict[str, Any] = {kind: tuple(chosen[kind]) for kind in SUBLAYERS if kind in chosen}
         return PruningPlan(
             layers=tuple(sorted(chosen["layers"])),
+            attention=tuple(chosen.get("attention", ())),
+            mlp=tuple(chosen.get("mlp", ())),
             model=self.fingerprint,
             model_name=public_name(self.stack.model.config.name_or_path or ""),
             method=self.method,
@@ -205,7 +185,6 @@ class _Search:
             errors={"before": self.before * self.baseline.error()} | _errors("after", chosen),
             steps=[] if self.given else [{**step, "layers": sorted(step["layers"])} for step in tried],
             notes=self.target.sizes(units),
-            **lacking,
         )
 
     def heal(self, plan: PruningPlan, chosen: dict[str, Any]) -> tuple[PruningPlan, HealReport]:
@@ -312,15 +291,12 @@ def _proposals(scores: Sequence[dict[str, LayerScores]], count: int) -> list[lis
 
 
 def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
-    """The set of layers without which the model does best, after quick healing if there is a healer.
-
-    Healing was not found to outweigh differences as large as `_APART` (docs/tried.md).
-    """
+    """The set of layers without which the model does best, after quick healing if there is a healer."""
     healer = search.healer
     judged = healer.held_out if healer else search.text.calibration
-    losses = losses_of_sets(search.model, judged, proposals, search.progress)
+    losses = map(perplexity_of, losses_of_sets(search.model, judged, proposals, search.progress))
     tried: list[dict[str, Any]] = [
-        {"layers": layers, "perplexity": perplexity_of(loss)} for layers, loss in zip(proposals, losses, strict=True)
+        {"layers": layers, "perplexity": value} for layers, value in zip(proposals, losses, strict=True)
     ]
     tried.sort(key=lambda proposal: proposal["perplexity"])
     if healer:
@@ -354,10 +330,8 @@ class _Log:
                 self.values = read_object(self.path, key=dict, steps=list)
                 if missing := {"key", "steps"} - set(self.values):
                     raise ValueError(f"it has no {min(missing)}")
-                _require_steps(self.values)
                 differ = [name for name, value in key.items() if self.values["key"].get(name) != value]
-                if not differ:
-                    _require_steps(self.values, key["model"]["num_hidden_layers"])
+                _require_steps(self.values, None if differ else key["model"]["num_hidden_layers"])
             except (OSError, ValueError) as error:
                 raise OtherSearchError("resume", path, problem=f"is not the record of a search: {error}") from None
             if differ:
@@ -375,14 +349,17 @@ class _Log:
             write_atomically(self.path, json.dumps(self.values) + "\n")
 
 
-def _require_steps(values: dict[str, Any], num_layers: int | None = None) -> None:
+def _require_steps(values: dict[str, Any], num_layers: int | None) -> None:
     """Refuses invalid values and layers in the record of a search."""
     if not is_positive(values.get("before", 1)):
         raise ValueError(f"its perplexity must be a positive number, got {brief(values['before'])}")
     for step in values["steps"]:
-        valid = isinstance(step, dict) and "layers" in step
-        valid = valid and all(are_layers(step.get(kind, []), num_layers) for kind in ("layers", *SUBLAYERS))
-        errors = (step.get(name) or 1 for name in ("perplexity_error", "change_error")) if valid else ()
-        figures = (step.get(name, 1) for name in ("perplexity", "healed")) if valid else ()
-        if not valid or not all(map(is_positive, (*figures, *errors))):
+        valid = (
+            isinstance(step, dict)
+            and "layers" in step
+            and all(are_layers(step.get(kind, []), num_layers) for kind in ("layers", *SUBLAYERS))
+            and all(is_positive(step.get(name, 1)) for name in ("perplexity", "healed"))
+            and all(is_positive(step.get(name) or 1) for name in ("perplexity_error", "change_error"))
+        )
+        if not valid:
             raise ValueError(f"a step must have distinct layers of the model and valid values, got {brief(step)}")

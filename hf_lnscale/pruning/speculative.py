@@ -1,10 +1,4 @@
-"""Draft models for speculative decoding: a view of a model without some of its layers that shares its weights.
-
-In speculative decoding (Leviathan, Kalman and Matias, arXiv 2211.17192), a cheap draft model proposes a few tokens, the
-full model verifies all of them in one forward pass, and the output follows the full model's distribution. Here the
-draft is the full model without some of its layers (as in arXiv 2309.08168), so it needs no weights of its own. Measure
-whether it is faster; on small models it is not (docs/tried.md).
-"""
+"""Draft models for speculative decoding: a view of a model without some of its layers that shares its weights."""
 
 from __future__ import annotations
 
@@ -32,8 +26,11 @@ def draft_model(
 ) -> PreTrainedModel:
     """Returns the model without some of its layers, sharing its weights, as an assistant for its own generation.
 
-    The parameters of the draft are the same objects as the model's, so the draft needs no memory for weights and
-    follows every training step. Modules, configuration and KV cache are separate, and the model is not changed.
+    In speculative decoding (arXiv 2211.17192), a cheap draft proposes a few tokens, the full model verifies all of them
+    in one forward pass, and the output follows the full model's distribution. A draft made of the model's own layers
+    (arXiv 2309.08168) has the same parameter objects, so it needs no memory for weights and follows every training
+    step. Modules, configuration and KV cache are separate, and the model is not changed. Measure whether it is faster;
+    on small models it is not (docs/tried.md).
 
     Create the draft last: after the model is on its device, in its dtype and with its adapters, and after its scale is
     folded or unfolded. Parameters follow `model.to(...)`, but buffers, switched adapters, scales and kernels bound
@@ -119,8 +116,6 @@ def _require_shareable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
         if isinstance(forward, FunctionType) and forward.__closure__:
-            raise ValueError(
-                f"draft_model: the forward of {name or 'the model'} was replaced by a closure, {forward.__qualname__}; "
-                "in a draft it would still run the model's own module. Bind it as a method: "
-                "types.MethodType(function, module)"
-            )
+            problem = f"was replaced by a closure, {forward.__qualname__}, which would run the model's own module in a "
+            problem += "draft; bind it as a method: types.MethodType(function, module)"
+            raise ValueError(f"draft_model: the forward of {name or 'the model'} {problem}")

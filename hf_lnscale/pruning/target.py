@@ -11,26 +11,22 @@ from torch import nn
 
 from ..core.errors import ArgumentError, require_integers
 from ..core.stack import Stack, text_stack
-from ..core.sublayers import Unit, parts
+from ..core.sublayers import Unit
 from ..measuring.losses import layer_of
 from ..measuring.stream import eval_mode, kv_cache
 from .cut import normalize_layers
+from .layers import modules_of
 
 
 def one_goal(**arguments: Any) -> tuple[str, Any]:
-    """The name and value of the one argument that sets the target.
-
-    Raises:
-        ArgumentError: if none or several are given, or the value is not a positive number (`drop` and the range of
-            `num_layers` are not checked).
-    """
+    """The name and value of the one argument that sets the target; refuses several, and values that no model allows."""
     given = {name: value for name, value in arguments.items() if value is not None}
     if len(given) != 1:
         shown = ", ".join(f"`{name}`={value!r}" for name, value in given.items()) or "none"
-        names = [f"`{name}`" for name in arguments]
-        problem = f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be given, got {shown}"
+        *names, last = (f"`{name}`" for name in arguments)
+        problem = f"exactly one of {', '.join(names)} and {last} must be given, got {shown}"
         raise ArgumentError(next(iter(given or arguments)), problem=problem)
-    name, value = next(iter(given.items()))
+    ((name, value),) = given.items()
     value = value.item() if hasattr(value, "item") and name != "drop" else value  # a NumPy scalar
     # The range of `num_layers` depends on the model; see `require_possible`.
     free = name == "drop" or (name == "num_layers" and isinstance(value, int) and not isinstance(value, bool))
@@ -57,9 +53,6 @@ class Target:
         words: the goal, as stored in a plan.
         least: the smallest number of layers that can be enough.
         budget: largest relative increase in perplexity, or None.
-
-    Raises:
-        ArgumentError: if the model cannot reach the goal.
     """
 
     def __init__(self, model: nn.Module, goal: tuple[str, Any], cache_tokens: int = 0, cache_batch: int = 1) -> None:
@@ -74,28 +67,23 @@ class Target:
         if cache_tokens:
             self._cache_L, self._counter_L = cache_bytes(self.stack, cache_tokens, cache_batch)
         self._full = (*_size(model.parameters()), sum(self._cache_L))
-
+        self.budget: float | None = None
         if self.name == "drop":
             self.value = normalize_layers(self.value, total, self.name)
+            self.least = len(self.value)
+        elif self.name == "num_layers":
+            self.least = int(self.value)
+        elif self.name == "max_perplexity_increase":
+            self.budget, self.least = self.value, 1
+        else:
+            by_size = sorted(range(total), key=lambda layer: self._left((layer,)))  # largest layer first
+            if self.value < (smallest := self._left(by_size[:-1])):
+                valid = f"at least {smallest}, the size of this model with one layer left"
+                raise ArgumentError(self.name, self.value, valid)
+            self.least = next(n for n in range(1, total) if self._left(by_size[:n]) <= self.value)
         self.words = {self.name: self.value}
         if self.name == "target_memory":
             self.words |= {"cache_tokens": cache_tokens, "cache_batch": cache_batch}
-        self.budget: float | None = self.value if self.name == "max_perplexity_increase" else None
-        self.least = self._least()
-
-    def _least(self) -> int:
-        if self.budget is not None:
-            return 1
-        if self.name == "drop":
-            return len(self.value)
-        if self.name == "num_layers":
-            return int(self.value)
-        most = len(self.stack.layers) - 1
-        by_size = sorted(range(most + 1), key=lambda layer: self._left((layer,)))  # largest layer first
-        if self.value < (smallest := self._left(by_size[:most])):
-            problem = f"at least {smallest}, the size of this model with one layer left"
-            raise ArgumentError(self.name, self.value, problem)
-        return next((n for n in range(1, most) if self._left(by_size[:n]) <= self.value), most)
 
     def require_not_met(self) -> None:
         """Refuses a target for which nothing has to be dropped."""
@@ -121,26 +109,24 @@ class Target:
         For a layer without MLP, only what its attention saves.
         """
         before = [part for part in dropped if layer_of(part) == unit]
-        whole, *less = (
-            sum(size[1:]) if self.cache_of["tokens"] else size[0] for size in map(self._size_of, (unit, *before))
-        )
+        sizes = [self._size_of(part) for part in (unit, *before)]
+        whole, *less = (weights + cache if self.cache_of["tokens"] else params for params, weights, cache in sizes)
         return whole - sum(less)
 
     def _left(self, dropped: Sequence[Unit]) -> int:
         """What is left, in the unit of the goal."""
-        (_, params), (_, weights), (_, cache), _ = self.sizes(dropped).values()
-        return int(params if self.name == "target_params" else weights + cache)
+        sizes = self.sizes(dropped)
+        names = ["params"] if self.name == "target_params" else ["weight_bytes", "cache_bytes"]
+        return int(sum(sizes[name][1] for name in names))
 
     def _size_of(self, unit: Unit) -> tuple[int, int, int]:
         """Parameters, bytes of weights and bytes of KV cache of one unit."""
         layer = layer_of(unit)
-        modules = [self.stack.layers[layer]]
-        if isinstance(unit, tuple):
-            modules = parts(modules[0], self.stack.family, unit[0])
         cache = 0 if unit == ("mlp", layer) else self._cache_L[layer]
         if unit == ("attention", layer):  # the tokens are still counted
             cache -= self._counter_L[layer]
-        return (*_size(parameter for module in modules for parameter in module.parameters()), cache)
+        parameters = (parameter for module in modules_of(self.stack, unit) for parameter in module.parameters())
+        return (*_size(parameters), cache)
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
@@ -150,14 +136,10 @@ def _size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[int]]:
-    """The size of each layer's KV cache in bytes, with and without its attention.
+    """The bytes of each layer's KV cache of `batch` sequences of `tokens` tokens, with and without its attention.
 
     Extrapolated from a cache of a few tokens: linear attention has a state of constant size, and the cache of a sliding
     window stops growing. Without attention, one element per token remains, see `AbsentAttention`.
-
-    Args:
-        tokens: length of each sequence.
-        batch: number of sequences.
     """
     probe = 3
     embedding: torch.Tensor = stack.model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -167,13 +149,12 @@ def cache_bytes(stack: Stack, tokens: int, batch: int) -> tuple[list[int], list[
     found, counters = [], []
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
-        total = 0
+        length, total = min(tokens, window or tokens), 0
         for tensor in _tensors(vars(layer)):
             size = tensor.numel() * tensor.element_size()
-            grows = tensor.dim() == 4 and tensor.shape[-2] == probe
-            total += size * min(tokens, window or tokens) // probe if grows else size
+            total += size * length // probe if tensor.dim() == 4 and tensor.shape[-2] == probe else size
         found.append(total * batch)
-        counters.append(embedding.element_size() * min(tokens, window or tokens) * batch)
+        counters.append(embedding.element_size() * length * batch)
     return found, counters
 
 
@@ -181,9 +162,6 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
     if isinstance(values, torch.Tensor):
         if values.is_floating_point():  # not a counter
             yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, (list, tuple)):
-        for value in values:
+    elif isinstance(values, (dict, list, tuple)):
+        for value in values.values() if isinstance(values, dict) else values:
             yield from _tensors(value)
