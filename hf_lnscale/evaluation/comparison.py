@@ -126,7 +126,7 @@ class Evaluation:
             relative("prefill, tokens/s", "speed.prefill_tokens_per_second")
             relative("decode, tokens/s", "speed.decode_tokens_per_second")
             relative("first token, ms", "speed.first_token_seconds", lambda value: str(value.times(1000)))
-            add("peak memory", [show_bytes(one.speed and one.speed.peak_bytes) for one in self.models])
+            add("peak memory", [show_bytes(one.speed.peak_bytes if one.speed else None) for one in self.models])
         for name in dict.fromkeys(name for one in self.models for name in one.tasks):
             results = [one.tasks.get(name) for one in self.models]
             cells = ["-" if one is None else with_error(one.value, one.stderr) for one in results]

@@ -17,7 +17,8 @@ class Moments:
 
     def __init__(self, channels: int) -> None:
         self.count = 0
-        self.mean_D, self.squares_D = torch.zeros(2, channels, dtype=torch.float64)
+        self.mean_D = torch.zeros(channels, dtype=torch.float64)
+        self.squares_D = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, count: int, mean_D: torch.Tensor, variance_D: torch.Tensor) -> None:
         """Adds `count` values per channel with the given mean and variance (float64, on the CPU)."""

@@ -117,7 +117,7 @@ class _Pass:
         self.padded = batch.padded
         first_BT = first_tokens(batch)
         masks = (first_BT, batch.attention_mask & ~first_BT)
-        self.masks = {torch.device("cpu"): masks}
+        self.masks: dict[torch.device, tuple[torch.Tensor, ...]] = {torch.device("cpu"): masks}
         # Indices, since indexing with a mask synchronizes with the GPU.
         compared_BT = last_tokens(batch) if self.tokens == "last" else batch.attention_mask
         self.compared = compared_BT.nonzero(as_tuple=True)
