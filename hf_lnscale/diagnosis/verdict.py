@@ -127,7 +127,7 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, 
     first, deep = median(values[:middle]), median(values[middle:])
     present = first > least and deep < SHARE * first
     found = {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
-    errors = [one.get(f"{name}_error") for one in layers]
+    errors: list[Any] = [one.get(f"{name}_error") for one in layers]
     if None not in errors:
         # That of the layers, which another text moves together: of a median no smaller.
         found |= {"first_half_error": median(errors[:middle]), "deeper_half_error": median(errors[middle:])}

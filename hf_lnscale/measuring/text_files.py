@@ -78,7 +78,7 @@ def _read_json(lines: IO[str], argument: str, name: str, may_be_list: bool) -> I
         first = next(filter(str.strip, lines), "")
         lines.seek(0)
         if first.lstrip().startswith("["):
-            rows = None
+            rows: Any = None
             with suppress(ValueError):  # lists of token ids, one per line
                 rows = parse(lines.read())
             if _is_list_of_rows(rows):
