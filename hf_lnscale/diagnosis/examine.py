@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 from .._version import __version__
 from ..checkpoints.folders import public_name
-from ..core.errors import ArgumentError
+from ..core.errors import ArgumentError, require_integers
 from ..core.record import DROPPED, get_ln_scaling, record
 from ..core.stack import Stack, text_stack
 from ..measuring.known_text import caution, sequences_of
-from ..measuring.losses import MOST_NATS, MeanLoss, sweep, why_not_finite
+from ..measuring.losses import MOST_NATS, sweep, why_not_finite
 from ..measuring.split_model import SplitModel
 from ..measuring.stream_pass import Streamed, measure_stream
 from ..measuring.text import TOKEN_IDS, Batch, TokenBatches, Windows, token_batches
@@ -57,23 +57,16 @@ def diagnose(
 
     One pass over the data, at most twice as long as a plain forward pass, measures for each layer the variance of the
     residual stream, the norm of what attention and MLP add to it, Block Influence, and the angular distance of every
-    block of layers. The other parts are optional and cost more. In forward passes, for L layers:
-
-    - `loss`: the loss without each layer, about L / 2, and without several, 1 for each layer that can be dropped.
-    - `jacobian`: the distance of each layer's Jacobian from the identity, 2 + `jacobian_probes`, on only
-      `jacobian_sequences` sequences.
-
-    With `progress`, the total cost is announced first. Memory in addition to the model: the first pass holds one batch;
-    the other parts hold L states of one batch, shape (L, B, T, D), and the graph of one layer. Use small batches to
-    save memory.
+    block of layers. It holds one batch; `loss` and `jacobian` also hold L states of one batch, shape (L, B, T, D), and
+    the graph of one layer, for L layers.
 
     Args:
         model: a model of a known family, possibly wrapped, on any devices; with its language modeling head for `loss`.
-        data: texts, a dataset, a path or token ids, see `token_batches`.
-        tokenizer: converts text to ids; loaded by the model's name if not given.
-        windows: how texts are split.
-        loss, jacobian: whether to measure these.
-        jacobian_sequences: number of sequences, from the start, used to estimate the Jacobian.
+        data, tokenizer, windows: see `token_batches`.
+        loss: whether to measure the loss without each layer, in about L / 2 forward passes, and without several, in 1
+            for each layer that can be dropped.
+        jacobian: whether to measure the distance of each layer's Jacobian from the identity, in
+            2 + `jacobian_probes` forward passes over the first `jacobian_sequences` sequences.
         jacobian_probes: number of random vectors per sequence.
         progress: whether to announce the cost and show a progress bar.
 
@@ -82,9 +75,7 @@ def diagnose(
             language modeling head, or the residual stream is not finite or zero.
         UnsupportedArchitectureError: if the model's family is not in the table.
     """
-    for name, value in {"jacobian_sequences": jacobian_sequences, "jacobian_probes": jacobian_probes}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(name, value, "an integer >= 1")
+    require_integers(1, jacobian_sequences=jacobian_sequences, jacobian_probes=jacobian_probes)
     stack = text_stack(model)
     if loss:
         try:
@@ -95,23 +86,22 @@ def diagnose(
             raise ArgumentError("model", problem=problem) from None
     batches = token_batches(data, stack.model, tokenizer=tokenizer, windows=windows)
     few = first_sequences(batches, jacobian_sequences)
-    wanted = {"stream": True, "loss": loss, "cuts": loss, "jacobian": jacobian}
     costs = forward_passes(stack, few.num_tokens / max(batches.num_tokens, 1), jacobian_probes)
-    costs = {part: passes for part, passes in costs.items() if wanted[part]}
+    skipped = (() if loss else ("loss", "cuts")) + (() if jacobian else ("jacobian",))
+    costs = {part: passes for part, passes in costs.items() if part not in skipped}
     notes: list[str] = []
-    full = cuts = None
+    baseline = cuts = None
     with closing(_Progress(costs, batches.num_tokens, progress)) as bar:
         with bar.part("stream") as advance:
             streamed = measure_stream(model, _tracked(batches, advance))
         _require_sound(stack, streamed)
         columns = _columns(streamed)
         if loss:
-            full, cuts = _add_losses(columns, model, batches, bar)
+            baseline, cuts = _add_losses(columns, model, batches, bar)
         if jacobian:
             notes += _add_jacobians(columns, model, few, jacobian_probes, bar)
     residual, layers = _residual(streamed), _rows(columns)
     notes += _leave_out_infinite(layers, stack)
-    baseline = None if full is None else _baseline(full)
     about = batches.describe() | {"seq_len": max(batch.input_ids.shape[1] for batch in batches)}
     of_text = about["source"] != TOKEN_IDS and not isinstance(data, TokenBatches)
     judged = verdict.judge(residual, layers, baseline, cuts, about, windows.num_tokens if of_text else None)
@@ -133,8 +123,11 @@ def diagnose(
 
 def _add_losses(
     columns: dict[str, Any], model: nn.Module, batches: TokenBatches, bar: _Progress
-) -> tuple[MeanLoss, list[dict[str, Any]]]:
-    """Adds the loss without each layer to the columns; returns the loss of the whole model, and `_nested_cuts`."""
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Adds the loss without each layer to the columns; returns the baseline, and cuts of several layers.
+
+    Standard errors of perplexities are by the delta method: d exp(x) = exp(x) dx, paired by sequence.
+    """
     with bar.part("loss") as advance:
         full, without = sweep(model, batches, (), None, "loss", advance)
     if not full.mean < MOST_NATS:
@@ -142,18 +135,33 @@ def _add_losses(
         raise ArgumentError("model", problem=problem)
     added = [one.mean - full.mean for one in without.values()]
     added = [one if math.isfinite(one) else math.inf for one in added]  # the loss without it overflows
-    columns["loss_added"], columns["loss_added_error"] = added, [one.error(full) for one in without.values()]
-    columns["perplexity_without"] = [
-        math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added
-    ]
-    # Delta method, in pairs of sequences: beside the perplexity of the whole model.
+    errors = [one.error(full) for one in without.values()]
+    perplexities = [math.exp(min(full.mean + one, MOST_NATS)) if math.isfinite(one) else None for one in added]
+    columns |= {"loss_added": added, "loss_added_error": errors, "perplexity_without": perplexities}
     columns["perplexity_without_error"] = [
-        perplexity and error and perplexity * error
-        for perplexity, error in zip(columns["perplexity_without"], columns["loss_added_error"], strict=True)
+        one and error and one * error for one, error in zip(perplexities, errors, strict=True)
     ]
+    error, perplexity = full.error(), math.exp(full.mean)
+    baseline = {"loss": full.mean, "loss_error": error, "perplexity": perplexity}
+    baseline["perplexity_error"] = error and perplexity * error
+
+    # Removes layers together, in the order of their individual cost, until the largest budget is exceeded.
+    cuts: list[dict[str, Any]] = []
+    order = sorted(without, key=added.__getitem__)
     with bar.part("cuts"):
-        order = sorted(without, key=added.__getitem__)
-        return full, _nested_cuts(model, batches, full, without[order[0]], order, bar)
+        for count in range(1, len(order)):
+            removed = order[:count]
+            one = without[order[0]] if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
+            if not one.mean < MOST_NATS:  # also true for NaN
+                break
+            error = one.error(full)
+            increase_error = error and math.exp(one.mean - full.mean) * error
+            cuts.append({"layers": removed, "perplexity": math.exp(one.mean), "increase_error": increase_error})
+            if count > 1:
+                bar.advance(1.0, more=count > 2)
+            if one.mean > full.mean + math.log1p(max(verdict.BUDGETS)):
+                break
+    return baseline, cuts
 
 
 def _add_jacobians(
@@ -162,12 +170,12 @@ def _add_jacobians(
     """Adds the distances of the Jacobians to the columns; returns a note if a layer is not differentiable."""
     with bar.part("jacobian") as advance:
         try:
-            square_L, error_L = _mean_and_error(jacobian_distances(model, few, probes, advance))
+            samples_SL = jacobian_distances(model, few, probes, advance)
         except NotDifferentiableError as error:
             return [f"jacobian_distance: {error}"]
-    columns["jacobian_distance"] = square_L.sqrt()
-    # Delta method: d sqrt(x) = dx / (2 sqrt(x)).
-    columns["jacobian_distance_error"] = error_L / (2 * square_L.sqrt())
+    columns["jacobian_distance"] = distance_L = samples_SL.mean(0).sqrt()
+    if (number := len(samples_SL)) > 1:  # delta method: d sqrt(x) = dx / (2 sqrt(x))
+        columns["jacobian_distance_error"] = samples_SL.std(0) / number**0.5 / (2 * distance_L)
     return []
 
 
@@ -184,12 +192,10 @@ def _require_sound(stack: Stack, streamed: Streamed) -> None:
     for place, (moments, typical) in enumerate(zip(streamed.rest, streamed.typical_P.tolist(), strict=True)):
         where = f"the residual stream after {f'layer {place - 1}' if place else 'the embedding'}"
         if not math.isfinite(moments.variance):
-            raise ArgumentError(
-                "model", problem=f"{where} is not finite in {_dtype(stack)}; {why_not_finite(stack.model)}"
-            )
-        if place and not typical:
-            problem = f"{where} is zero for a token; check that the model is trained"
+            problem = f"{where} is not finite in {_dtype(stack)}; {why_not_finite(stack.model)}"
             raise ArgumentError("model", problem=problem)
+        if place and not typical:
+            raise ArgumentError("model", problem=f"{where} is zero for a token; check that the model is trained")
 
 
 def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
@@ -205,9 +211,9 @@ def first_sequences(batches: TokenBatches, sequences: int) -> TokenBatches:
 def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
     """The cost of each part in forward passes; the Jacobian uses a `share` of the data and `probes` per sequence."""
     layers = len(stack.layers)
-    head: float = stack.model.config.vocab_size * stack.model.config.hidden_size
+    size: int = stack.model.config.vocab_size * stack.model.config.hidden_size
     # The head is a matrix product, unlike the embedding, which is a lookup; a tied matrix also counts once.
-    head /= max(head, stack.model.num_parameters())
+    head = size / max(size, stack.model.num_parameters())
     body = 1 - head
     return {
         "stream": body,
@@ -216,31 +222,6 @@ def forward_passes(stack: Stack, share: float, probes: int) -> dict[str, float]:
         "cuts": 1.0,
         "jacobian": body * share * (2 + probes),
     }
-
-
-def _nested_cuts(
-    model: nn.Module, batches: TokenBatches, full: MeanLoss, first: MeanLoss, order: list[int], bar: _Progress
-) -> list[dict[str, Any]]:
-    """Removes layers together, in the order of their individual cost, until the largest budget is exceeded.
-
-    Together, layers cost more than the sum of their individual costs, so each cut is measured. `first` is the loss of
-    the first cut, known from the sweep.
-    """
-    cuts: list[dict[str, Any]] = []
-    for count in range(1, len(order)):
-        removed = order[:count]
-        one = first if count == 1 else sweep(model, batches, removed, (), "loss", False)[0]
-        found, error = one.mean, one.error(full)
-        if not found < MOST_NATS:  # also true for NaN
-            break
-        # Delta method, paired by sequence.
-        increase_error = None if error is None else math.exp(found - full.mean) * error
-        cuts.append({"layers": removed, "perplexity": math.exp(found), "increase_error": increase_error})
-        if count > 1:
-            bar.advance(1.0, more=count > 2)
-        if found > full.mean + math.log1p(max(verdict.BUDGETS)):
-            break
-    return cuts
 
 
 # --- the results, in the form of diagnosis.json -----------------------------------------------------------------------
@@ -266,12 +247,6 @@ def _about(model: nn.Module, stack: Stack) -> dict[str, Any]:
 
 def _dtype(stack: Stack) -> str:
     return str(stack.model.dtype).removeprefix("torch.")
-
-
-def _baseline(full: MeanLoss) -> dict[str, float | None]:
-    error, perplexity = full.error(), math.exp(full.mean)
-    spread = None if error is None else perplexity * error  # delta method: d exp(x) = exp(x) dx
-    return {"loss": full.mean, "loss_error": error, "perplexity": perplexity, "perplexity_error": spread}
 
 
 def _residual(streamed: Streamed) -> list[dict[str, Any]]:
@@ -319,12 +294,6 @@ def _leave_out_infinite(layers: list[dict[str, Any]], stack: Stack) -> list[str]
         for one in bad:
             one[name] = None
     return notes
-
-
-def _mean_and_error(samples_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over samples and its standard error, shape (L,); NaN for too few samples."""
-    number, mean_L = len(samples_NL), samples_NL.mean(0)
-    return mean_L, samples_NL.std(0) / number**0.5 if number > 1 else torch.full_like(mean_L, math.nan)
 
 
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..core.display import number, with_error
+from ..core.display import number
 from ..measuring.uncertainty import LEAST_SEQUENCES, LEAST_TOKENS
 from . import verdict
 from .figures import FIGURES, LINEAR_UP_TO, Figure
@@ -53,7 +53,6 @@ def render(diagnoses: Sequence[DiagnosisData]) -> str:
         heat=_HEAT,
         verdict=verdict,
         number=number,
-        with_error=with_error,
         least=(LEAST_TOKENS, LEAST_SEQUENCES),
     )
 

@@ -6,23 +6,16 @@ residual stream (place i is before layer i, place L after the last layer).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.stack import Stack, text_stack
+from ..core.stack import text_stack
 from ..measuring.split_model import PLAIN_FORWARD, model_inputs
-from ..measuring.stream import (
-    eval_mode,
-    first_tokens,
-    hidden_states,
-    layer_output,
-    upcast,
-)
+from ..measuring.stream import eval_mode, first_tokens, hidden_states, layer_output, upcast
 from ..measuring.text import TokenBatches
 
 
@@ -46,39 +39,6 @@ def _require_differentiable(y: torch.Tensor) -> None:
         queue += [after for after, _ in node.next_functions]
 
 
-@dataclass
-class _Call:
-    """A recorded call of a layer: its input and its other arguments."""
-
-    layer: nn.Module
-    x_BTD: torch.Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def again(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reruns the layer with gradients; returns the input, as a leaf of a new graph, and the output."""
-        x_BTD = self.x_BTD.detach().requires_grad_()
-        with torch.enable_grad():
-            y_BTD = layer_output(self.layer(x_BTD, *self.args, **self.kwargs))
-        _require_differentiable(y_BTD)
-        return x_BTD, y_BTD
-
-
-@contextmanager
-def _recording(stack: Stack) -> Iterator[list[_Call]]:
-    """Records the calls of all layers."""
-    calls: list[_Call] = []
-
-    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(_Call(layer, hidden_states(args, kwargs), args[1:], others))
-
-    with ExitStack() as hooks:
-        for layer in stack.layers:
-            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        yield calls
-
-
 def jacobian_distances(
     model: nn.Module, batches: TokenBatches, probes: int, advance: Callable[[float], object]
 ) -> torch.Tensor:
@@ -98,15 +58,28 @@ def jacobian_distances(
     stack = text_stack(model)
     generators: dict[torch.device, torch.Generator] = {}
     samples: list[torch.Tensor] = []
+    # Each layer that was called, its input and its other arguments.
+    calls: list[tuple[nn.Module, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append((layer, hidden_states(args, kwargs), args[1:], others))
+
     for batch in batches:
         rest_BT = batch.attention_mask & ~first_tokens(batch)
         with eval_mode(model):
-            with _recording(stack) as calls:
+            with ExitStack() as hooks:
+                for layer in stack.layers:
+                    hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
                 stack.model(**model_inputs(stack, batch), **PLAIN_FORWARD)
-            entries_B = rest_BT.sum(1) * calls[0].x_BTD.shape[-1]
+            entries_B = rest_BT.sum(1) * calls[0][1].shape[-1]
             squares_LB = torch.zeros(len(calls), len(rest_BT), dtype=torch.float64)
             for position in reversed(range(len(squares_LB))):
-                x_BTD, y_BTD = calls.pop().again()
+                layer, x_BTD, args, kwargs = calls.pop()
+                x_BTD = x_BTD.detach().requires_grad_()  # a leaf of a new graph
+                with torch.enable_grad():
+                    y_BTD = layer_output(layer(x_BTD, *args, **kwargs))
+                _require_differentiable(y_BTD)
                 device = y_BTD.device
                 generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
                 for probe in range(probes):
@@ -115,7 +88,7 @@ def jacobian_distances(
                     (product_BTD,) = torch.autograd.grad(y_BTD, x_BTD, u_BTD, retain_graph=probe < probes - 1)
                     difference_BTD = upcast(product_BTD) - u_BTD.to(product_BTD.device)
                     squares_LB[position] += difference_BTD.square().sum((1, 2)).double().cpu()
-                del y_BTD
+                del args, kwargs, y_BTD
                 advance(1 / len(batches) / len(squares_LB))
         real_B = entries_B > 0
         samples.append((squares_LB / probes / entries_B)[:, real_B].T)

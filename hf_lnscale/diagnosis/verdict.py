@@ -26,14 +26,14 @@ _HALVES = {
     "near_identity": (
         "jacobian_distance",
         0.0,
-        "Distance of a layer's Jacobian from the identity: median {deeper_half} in the deeper half of the layers, "
-        "{first_half} in the other half.",
+        "Distance of a layer's Jacobian from the identity: median {} in the deeper half of the layers, {} in the "
+        "other half.",
         "distance of the Jacobian from the identity",
     ),
     "deep_layers_worth_little": (
         "loss_added",
         math.log1p(IDLE),
-        "Loss added by removing a layer: median {deeper_half} nats in the deeper half, {first_half} in the other half.",
+        "Loss added by removing a layer: median {} nats in the deeper half, {} in the other half.",
         "loss added by removing a layer, nats",
     ),
 }
@@ -107,7 +107,11 @@ def judge(
         "sentences": [
             _on_growth(grown),
             *_on_massive(spikes),
-            *(text.format(**_medians(found)) for sign, (_, _, text, _) in _HALVES.items() if (found := signs[sign])),
+            *(
+                text.format(*(shown(found, half) for half in ("deeper_half", "first_half")))
+                for sign, (_, _, text, _) in _HALVES.items()
+                if (found := signs[sign])
+            ),
             *(_on_layers(idle or [], known, baseline) if baseline and known else ()),
             *(_on_cuts(inside) if inside else ()),
         ],
@@ -123,17 +127,16 @@ def _halves(layers: list[dict[str, Any]], name: str, least: float) -> dict[str, 
     first, deep = median(values[:middle]), median(values[middle:])
     present = first > least and deep < SHARE * first
     found = {"present": present, "first_half": first, "deeper_half": deep, "threshold": SHARE}
-    errors = [error for one in layers if (error := one.get(f"{name}_error")) is not None]
-    if len(errors) == len(values):
+    errors: list[Any] = [one.get(f"{name}_error") for one in layers]
+    if None not in errors:
         # That of the layers, which another text moves together: of a median no smaller.
-        halves = {"first_half": errors[:middle], "deeper_half": errors[middle:]}
-        found |= {f"{half}_error": median(some) for half, some in halves.items()}
+        found |= {"first_half_error": median(errors[:middle]), "deeper_half_error": median(errors[middle:])}
     return found
 
 
-def _medians(found: dict[str, Any]) -> dict[str, str]:
-    """The medians of both halves as text."""
-    return {half: with_error(found[half], found.get(f"{half}_error")) for half in ("first_half", "deeper_half")}
+def shown(found: dict[str, Any], name: str) -> str:
+    """A value as text, with its standard error if it has one."""
+    return with_error(found[name], found.get(f"{name}_error"))
 
 
 def _inside(cuts: list[dict[str, Any]], perplexity: float, budget: float) -> dict[str, Any]:
@@ -244,13 +247,13 @@ def _figures(one: Any) -> dict[str, str | None]:
     judged, base, grown = one.verdict, one.baseline, one.verdict["growth"]
     found: dict[str, str | None] = {
         "layers": str(one.model["num_layers"]),
-        "perplexity": with_error(base["perplexity"], base.get("perplexity_error")) if base else None,
-        "growth of a typical token, first to last layer, times": with_error(grown["factor"], grown.get("factor_error")),
+        "perplexity": shown(base, "perplexity") if base else None,
+        "growth of a typical token, first to last layer, times": shown(grown, "factor"),
     }
     for half in ("first_half", "deeper_half"):
         for sign, (_, _, _, name) in _HALVES.items():
             values = judged["signs"][sign]
-            found[f"{name}, median of the {half.replace('_', ' ')}"] = _medians(values)[half] if values else None
+            found[f"{name}, median of the {half.replace('_', ' ')}"] = shown(values, half) if values else None
     idle, removable = judged["idle_layers"], judged["removable"]
     found["layers that do almost nothing"] = None if idle is None else str(len(idle))
     for budget in BUDGETS:

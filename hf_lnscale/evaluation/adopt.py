@@ -29,17 +29,11 @@ SEQ_LEN = 256  # the paper's training length; such models may do poorly on longe
 
 @dataclass(frozen=True, eq=False)
 class Adopted:
-    """A checkpoint that was marked as scaled. `str` shows the measurements.
+    """A checkpoint that was marked as scaled. `str` shows the measurements."""
 
-    Attributes:
-        path: the folder written.
-        plain: perplexity without the scale.
-        scaled: perplexity with the scale.
-    """
-
-    path: Path
-    plain: Perplexity
-    scaled: Perplexity
+    path: Path  # the folder written
+    plain: Perplexity  # without the scale
+    scaled: Perplexity  # with it
 
     def __str__(self) -> str:
         return _figures(self.plain, self.scaled)
@@ -68,14 +62,12 @@ def adopt(
     Args:
         model: a folder or Hub repository.
         out: folder to write.
-        data: texts, a path, or rows, as for `perplexity`; None uses English text shipped with Python.
+        data, max_bytes, batch_size: see `perplexity`; None uses English text shipped with Python.
         ln_scaling: the scale it was trained with: True for the paper's, or any value accepted by `from_pretrained`.
         tokenizer: the model's tokenizer, or its name, if it is not in the model's folder (the authors' code does not
             save it); it is written too.
-        max_bytes: use only this many bytes of the text, from its start.
         seq_len: tokens per window; the default is 256, the paper's training length, or the number of positions if that
             is smaller.
-        batch_size: windows per batch.
         placement: device and dtype of the model; the dtype also applies to the weights written.
         force: whether to replace a checkpoint at `out`.
         progress: whether to show progress bars.

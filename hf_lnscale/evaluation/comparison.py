@@ -27,16 +27,7 @@ from ..core.json_file import to_json
 from ..measuring.sample import first_token
 from ..measuring.text import documents, window_length
 from .abilities import Continuations, ability_results, about_abilities
-from .perplexity import (
-    BLOCK_SIZE,
-    SEQ_LEN,
-    Estimate,
-    Perplexity,
-    check_windows,
-    first_bytes,
-    perplexity,
-    require_token,
-)
+from .perplexity import BLOCK_SIZE, SEQ_LEN, Estimate, Perplexity, check_windows, first_bytes, perplexity, require_token
 from .speed import LEAST_RUNS, Speed, measure, relative_change
 from .tasks import TaskResult, load_tasks, run_tasks, task_manager
 
@@ -48,29 +39,17 @@ LEAST_BLOCKS = 9
 
 @dataclass(frozen=True, eq=False)
 class ModelFigures:
-    """The results of one model.
+    """The results of one model. `perplexity`, `speed` and `tasks` are only there if they were asked for."""
 
-    Attributes:
-        name: name given by the caller.
-        label: name in the table.
-        parameters: number of parameters, with tied ones counted once.
-        num_layers: number of decoder layers.
-        size_on_disk: size of its weight files in bytes, if they are on this machine.
-        dtype: dtype of its weights during the evaluation.
-        perplexity: on the text, if one was given.
-        speed: if measured.
-        tasks: results by task and metric.
-    """
-
-    name: str
-    label: str
-    parameters: int
+    name: str  # given by the caller
+    label: str  # in the table
+    parameters: int  # tied ones counted once
     num_layers: int | None
-    size_on_disk: int | None
-    dtype: str
+    size_on_disk: int | None  # of its weight files in bytes, if they are on this machine
+    dtype: str  # of its weights during the evaluation
     perplexity: Perplexity | None = None
     speed: Speed | None = None
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    tasks: dict[str, TaskResult] = field(default_factory=dict)  # by task and metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +87,14 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The table in Markdown, followed by the notes."""
-        return f"{markdown(self._header(), self._rows())}\n\n{markdown_text(self.notes)}"
+        return f"{markdown(*self._cells())}\n\n{markdown_text(self.notes)}"
 
     def table(self) -> Table:
         """The table for a terminal; show `notes` after it."""
-        return terminal(self._header(), self._rows())
+        return terminal(*self._cells())
 
-    def _header(self) -> list[str]:
-        return ["", *(one.label for one in self.models)]
-
-    def _rows(self) -> list[list[str]]:
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """The header and the rows of the table."""
         first, others = self.models[0], self.models[1:]
         rows: list[list[str]] = []
 
@@ -154,7 +131,7 @@ class Evaluation:
             results = [one.tasks.get(name) for one in self.models]
             cells = ["-" if one is None else with_error(one.value, one.stderr) for one in results]
             add(name, cells, [_task_change(one.tasks.get(name), first.tasks.get(name)) for one in others])
-        return rows
+        return ["", *(one.label for one in self.models)], rows
 
     @property
     def notes(self) -> str:
@@ -195,9 +172,8 @@ class Evaluation:
                 f"on {self.settings['device']}{dtype}. Peak memory is a single measurement."
             )
             if len(self.models) > 1:
-                notes.append(
-                    f"Differences in speed are shown if the ranges of {LEAST_RUNS} or more runs do not overlap."
-                )
+                shown = f"the ranges of {LEAST_RUNS} or more runs do not overlap"
+                notes.append(f"Differences in speed are shown if {shown}.")
         if self.settings["tasks"]:
             limit = self.settings["tasks"]["limit"]
             first_ones = f", the first {limit} documents of each" if limit else ""
@@ -248,13 +224,10 @@ def evaluate(
         models: one or several folders, Hub repositories or GGUF files. The first is the reference for the others.
         data: text for perplexity and bits per byte, see `perplexity`. A column "messages" is rendered with the first
             model's chat template, so that all models get the same text.
-        tasks: names of lm-evaluation-harness tasks, or paths of task files.
-        include_path: a folder of task files.
-        limit: maximum number of documents per task.
-        num_fewshot: overrides the number of few-shot examples of each task.
-        max_bytes: use only this many bytes of the text, from its start.
-        seq_len, stride: windows of the text, see `perplexity`. The default `seq_len` is 1024, or the smallest number of
-            positions of any of the models.
+        tasks, include_path: see `task_manager`.
+        limit, num_fewshot: see `run_tasks`.
+        max_bytes, seq_len, stride: see `perplexity`. The default `seq_len` is 1024, or the smallest number of positions
+            of any of the models.
         batch_size: number of windows, or task requests, per batch.
         abilities: whether to measure addition, copying, the MMLU questions packaged with lm-evaluation-harness, and
             agreement with the first model on text that it generates. Nothing is downloaded.
@@ -274,11 +247,10 @@ def evaluate(
         raise ValueError("models: give at least one")
     if data is None and not tasks and not abilities and not speed:
         raise ValueError("nothing to measure: give data, tasks, abilities=True, or speed=True")
-    for least, given in (
-        (1, {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "limit": limit}),
-        (0, {"num_fewshot": num_fewshot}),
-    ):
-        require_integers(least, **{name: value for name, value in given.items() if value is not None})
+    given = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "limit": limit}
+    require_integers(1, **{name: value for name, value in given.items() if value is not None})
+    if num_fewshot is not None:
+        require_integers(0, num_fewshot=num_fewshot)
     configs = [read_config(name) for name in names]
     prompt_tokens = window_length(prompt_tokens, configs, argument="prompt_tokens")
     for name in names:
@@ -294,18 +266,20 @@ def evaluate(
         seq_len = window_length(seq_len, configs, SEQ_LEN)
         for config in configs:
             stride = check_windows(config, seq_len, stride, batch_size)
-        texts, source = _read_text(data, tokenizers[0], max_bytes)
+        source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
+        texts = first_bytes(documents(data, tokenizers[0]), max_bytes)
+        if not any(text.strip() for text in texts):
+            raise ArgumentError("data", source, problem="contains no text")
         for tokenizer in tokenizers:
             require_token(texts, tokenizer)
         text_settings = {"source": source, "seq_len": seq_len, "stride": stride}
 
-    labels = _labels(names)
+    labels, device = _labels(names), placement.main_device
     costs: Sequence[Speed | None] = [None] * len(names)
+    runs = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     if speed:
         logger.info("measuring speed and memory of %s, each in a separate process", ", ".join(labels))
-        costs = measure(
-            *names, placement=placement, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-        )
+        costs = measure(*names, placement=placement, **runs)
     figures = []
     continuations: Continuations | None = None  # generated by the first model
     for name, config, tokenizer, label, cost in zip(names, configs, tokenizers, labels, costs, strict=True):
@@ -326,64 +300,42 @@ def evaluate(
                 results += continuations.agreement(model, tokenizer)
             elif len(names) > 1:
                 continuations = Continuations(model, tokenizer)
-        figures.append(_figures(name, label, config, model, text_figures, cost, results))
+        figures.append(
+            ModelFigures(
+                name=name,
+                label=label,
+                parameters=model.num_parameters(),  # counts packed weights correctly
+                num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
+                size_on_disk=size_on_disk(name),
+                dtype=_weights(model),
+                perplexity=text_figures,
+                speed=cost,
+                tasks={result.name: result for result in results},
+            )
+        )
         del model
         gc.collect()
-        if placement.main_device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.empty_cache()  # frees memory for other processes
     return Evaluation(
         figures,
         {
             "data": text_settings,
-            "speed": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats} if speed else None,
+            "speed": runs if speed else None,
             "tasks": {"limit": limit, "num_fewshot": num_fewshot} if tasks else None,
             "abilities": abilities,
-            **_environment(placement, ["lm_eval"] if tasks else []),
+            "dtype": placement.dtype,
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "hf_lnscale": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                **({"lm_eval": version("lm_eval")} if tasks else {}),
+            },
         },
     )
-
-
-def _read_text(data: Any, tokenizer: Any, max_bytes: int | None) -> tuple[list[str], str]:
-    """The texts, and their source's name."""
-    source = Path(data).name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-    texts = first_bytes(documents(data, tokenizer), max_bytes)
-    if not any(text.strip() for text in texts):
-        raise ArgumentError("data", source, problem="contains no text")
-    return texts, source
-
-
-def _figures(
-    name: str, label: str, config: Any, model: Any, text: Perplexity | None, cost: Speed | None,
-    results: list[TaskResult],
-) -> ModelFigures:  # fmt: skip
-    return ModelFigures(
-        name=name,
-        label=label,
-        parameters=model.num_parameters(),  # counts packed weights correctly
-        num_layers=getattr(config.get_text_config(), "num_hidden_layers", None),
-        size_on_disk=size_on_disk(name),
-        dtype=_weights(model),
-        perplexity=text,
-        speed=cost,
-        tasks={result.name: result for result in results},
-    )
-
-
-def _environment(placement: Placement, packages: Sequence[str]) -> dict[str, Any]:
-    """The part of the settings that the machine and the libraries determine."""
-    device = placement.main_device
-    return {
-        "dtype": placement.dtype,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "hf_lnscale": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
-    }
 
 
 def _labels(names: list[str]) -> list[str]:

@@ -1,21 +1,15 @@
 """Perplexity over strided windows and bits per byte of a text, with standard errors.
 
-Tokens. A document is a sequence of tokens t_1 ... t_N, each of which is predicted exactly once; t_1 is predicted from
-a beginning token (`bos_token`, or `eos_token` if there is none, as in lm-evaluation-harness).
-Windows have `seq_len` input tokens. The first predicts `seq_len` tokens. Each following one advances by `stride` and
-predicts only the new tokens, from at least `seq_len - stride` preceding ones. The last window extends backwards until
-it is full. If the tokenizer itself prepends the beginning token to a text (Llama, Gemma), every window starts with it,
-in place of its oldest token: these models degrade without a BOS token.
-
-Bits per byte. Perplexity depends on a model's tokens, so it cannot compare models with different tokenizers. Bits per
-byte can: the total nats of the text divided by ln 2 and by its number of UTF-8 bytes.
+Tokens. A document is a sequence of tokens t_1 ... t_N, each predicted exactly once; t_1 is predicted from a beginning
+token (`bos_token`, or `eos_token` if there is none, as in lm-evaluation-harness). The first window predicts `seq_len`
+tokens. Each following one advances by `stride` and predicts only the new tokens, from at least `seq_len - stride`
+preceding ones; the last extends backwards until it is full. If the tokenizer itself prepends the beginning token to a
+text (Llama, Gemma), it replaces the oldest token of every window: these models degrade without a BOS token.
 
 Standard errors. Tokens of one passage are not independent, so the text is split into blocks (documents, or about 2 kB
-of a long one, at a space). A mean over tokens or bytes is a ratio of two sums over blocks, with the standard error of
-the ratio estimator (Cochran, Sampling Techniques, 3rd ed., chapter 6). Blocks are at the same places in the text for
-every model, so models are compared block by block, which removes the effect of the text's difficulty (the clustered
-and paired standard errors of arXiv 2411.00640). They estimate the variation between texts of the same kind, but not
-between training seeds.
+of a long one, at a space), see `measuring.uncertainty`. Blocks are at the same places in the text for every model, so
+models are compared block by block, which removes the effect of the text's difficulty (the clustered and paired standard
+errors of arXiv 2411.00640). They estimate the variation between texts of the same kind, but not between training seeds.
 
 Shapes: B windows, T input tokens, V vocabulary, K blocks.
 """
@@ -28,7 +22,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -39,7 +33,7 @@ from ..measuring.known_text import caution
 from ..measuring.losses import MOST_NATS, token_losses, why_not_finite
 from ..measuring.split_model import require_known_ids
 from ..measuring.stream import eval_mode
-from ..measuring.text import added_beginning, documents, window_length
+from ..measuring.text import Batch, added_beginning, documents, window_length
 from ..measuring.uncertainty import ratio_residuals, standard_error
 
 BLOCK_SIZE = 2048  # characters
@@ -89,18 +83,19 @@ class Perplexity:
     @property
     def loss(self) -> Estimate:
         """Nats per token."""
-        return Estimate(self.nats / self.num_tokens, self._stderr(self.block_tokens, 1.0))
+        return Estimate(self.nats / self.num_tokens, self._stderr(by_token=True))
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(loss). Its standard error is perplexity * standard error of the loss (delta method)."""
+        """exp(loss), with a standard error by the delta method: d exp(x) = exp(x) dx."""
         loss, value = self.loss, math.exp(self.nats / self.num_tokens)
         return Estimate(value, None if loss.stderr is None else value * loss.stderr)
 
     @property
     def bits_per_byte(self) -> Estimate:
         """Bits per byte of the text."""
-        return Estimate(self.nats / math.log(2) / self.num_bytes, self._stderr(self.block_bytes, 1.0 / math.log(2)))
+        error = self._stderr(by_token=False)
+        return Estimate(self.nats / math.log(2) / self.num_bytes, None if error is None else 1.0 / math.log(2) * error)
 
     def minus(self, reference: Perplexity) -> dict[str, Estimate]:
         """Differences from a reference on the same text, with paired standard errors over blocks.
@@ -113,32 +108,29 @@ class Perplexity:
         """
         if self.text != reference.text:
             raise ValueError("perplexities of different texts cannot be compared")
-        ours, theirs = (_residuals(one, one.block_bytes, one.num_bytes) for one in (self, reference))
-        found = {"bits_per_byte": _difference(self.bits_per_byte, reference.bits_per_byte, ours, theirs, math.log(2))}
+        names = ["bits_per_byte"]
         if self.tokenization == reference.tokenization:
-            ours, theirs = (_residuals(one, one.block_tokens, one.num_tokens) for one in (self, reference))
-            found["loss"] = _difference(self.loss, reference.loss, ours, theirs, 1.0)
-            if ours is not None and theirs is not None:  # delta method: d exp(x) = exp(x) dx
-                ours, theirs = ours * self.perplexity.value, theirs * reference.perplexity.value
-            found["perplexity"] = _difference(self.perplexity, reference.perplexity, ours, theirs, 1.0)
-        return found
+            names += ["loss", "perplexity"]
+        return {name: self._difference(reference, name) for name in names}
 
-    def _stderr(self, sizes: torch.Tensor, unit: float) -> float | None:
-        residuals = _residuals(self, sizes, sizes.sum().item())
-        error = None if residuals is None else standard_error(residuals)
-        return None if error is None else unit * error
+    def _difference(self, reference: Perplexity, name: str) -> Estimate:
+        ours, theirs = getattr(self, name).value, getattr(reference, name).value
+        residuals, other = (one._residuals(name != "bits_per_byte") for one in (self, reference))
+        if residuals is None or other is None:
+            return Estimate(ours - theirs, None)
+        if name == "perplexity":
+            residuals, other = residuals * ours, other * theirs
+        unit = math.log(2) if name == "bits_per_byte" else 1.0
+        return Estimate(ours - theirs, standard_error((residuals - other) / unit))
 
+    def _residuals(self, by_token: bool) -> torch.Tensor | None:
+        """The contribution of each block to the error of the mean per token or byte, in nats."""
+        sizes_K, total = (self.block_tokens, self.num_tokens) if by_token else (self.block_bytes, self.num_bytes)
+        return None if self.block_nats is None else ratio_residuals(self.block_nats, sizes_K, self.nats / total)
 
-def _residuals(one: Perplexity, sizes: torch.Tensor, total: float) -> torch.Tensor | None:
-    """The contribution of each block to the error of the ratio sum(nats) / sum(sizes)."""
-    return None if one.block_nats is None else ratio_residuals(one.block_nats, sizes, one.nats / total)
-
-
-def _difference(ours: Estimate, theirs: Estimate, our_residuals: Any, their_residuals: Any, unit: float) -> Estimate:
-    known = our_residuals is not None and their_residuals is not None
-    return Estimate(
-        ours.value - theirs.value, standard_error((our_residuals - their_residuals) / unit) if known else None
-    )
+    def _stderr(self, by_token: bool) -> float | None:
+        residuals = self._residuals(by_token)
+        return None if residuals is None else standard_error(residuals)
 
 
 def perplexity(
@@ -234,8 +226,7 @@ def first_bytes(texts: Sequence[str], max_bytes: int | None) -> list[str]:
     return taken
 
 
-@dataclass(frozen=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """A document: `ids` with the beginning token at [0], and the offset of each token in the text, if known."""
 
     ids: torch.Tensor
@@ -243,8 +234,7 @@ class _Encoded:
     prefixed: bool
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """The inputs ids[start:end] of a document, which predict ids[first] to ids[end]."""
 
     document: int
@@ -281,25 +271,15 @@ def _windows(document: int, length: int, seq_len: int, stride: int) -> Iterator[
         done = end
 
 
-def _nats(model: Any, encoded: list[_Encoded], batch: list[_Window], everywhere: bool) -> Iterator[torch.Tensor]:
+def _nats(model: Any, encoded: list[_Encoded], windows: list[_Window], everywhere: bool) -> Iterator[torch.Tensor]:
     """Negative log-likelihoods of the tokens predicted by each window, float64."""
-    longest = max(window.end - window.start for window in batch)
-    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, window in enumerate(batch):
-        ids = encoded[window.document].ids
-        size = window.end - window.start
-        ids_BT[row, :size] = ids[window.start : window.end]
-        mask_BT[row, :size] = 1
-        if everywhere and window.start:
-            ids_BT[row, 0] = ids[0]
-    device = model.get_input_embeddings().weight.device
-    # Without padding the mask is omitted, so that fast kernels apply. Padding is on the right.
-    inputs = {} if mask_BT.all() else {"attention_mask": mask_BT.to(device)}
-    logits_BTV = model(input_ids=ids_BT.to(device), use_cache=False, **inputs).logits
-    for row, window in enumerate(batch):
-        size = window.end - window.first + 1
-        logits_NV = logits_BTV[row, window.end - window.start - size : window.end - window.start]
+    rows = [encoded[one.document].ids[one.start : one.end] for one in windows]
+    if everywhere:  # every window starts with the beginning token
+        rows = [torch.cat([encoded[one.document].ids[:1], row[1:]]) for one, row in zip(windows, rows, strict=True)]
+    batch = Batch.of(rows).to(model.get_input_embeddings().weight.device)
+    logits_BTV = model(**batch.model_inputs(), use_cache=False).logits
+    for row_TV, window in zip(logits_BTV, windows, strict=True):
+        logits_NV = row_TV[window.first - 1 - window.start : window.end - window.start]
         targets_N = encoded[window.document].ids[window.first : window.end + 1]
         values = token_losses(logits_NV, targets_N).double().cpu()
         if not values.isfinite().all():
@@ -331,19 +311,19 @@ def _gather(texts: list[str], encoded: list[_Encoded], nats: list[torch.Tensor],
             block = blocks[first + bisect.bisect_right(cuts, start) - 1]
             block[0] += value
             block[1] += 1
-    table = torch.tensor(blocks, dtype=torch.float64)
+    nats_K, tokens_K, bytes_K = torch.tensor(blocks, dtype=torch.float64).T
     placed = all(document.starts is not None for document in encoded)
     return Perplexity(
         nats=math.fsum(value for values in nats for value in values.tolist()),
         num_tokens=sum(map(len, nats)),
-        num_bytes=round(table[:, 2].sum().item()),
+        num_bytes=round(bytes_K.sum().item()),
         num_documents=sum(len(values) > 0 for values in nats),
         unknown_tokens=unknown,
         text=text_digest.hexdigest(),
         tokenization=token_digest.hexdigest(),
-        block_nats=table[:, 0] if placed else None,
-        block_tokens=table[:, 1],
-        block_bytes=table[:, 2],
+        block_nats=nats_K if placed else None,
+        block_tokens=tokens_K,
+        block_bytes=bytes_K,
     )
 
 

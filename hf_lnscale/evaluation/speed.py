@@ -32,19 +32,13 @@ LEAST_RUNS = 4
 
 @dataclass(frozen=True)
 class Timing:
-    """Timings of several runs.
-
-    Attributes:
-        median, lowest, highest: over all runs but the first, which is a warmup.
-        runs: number of runs.
-        in_turn: whether runs of the compared models alternated.
-    """
+    """Timings of several runs, without the first, which is a warmup."""
 
     median: float
     lowest: float
     highest: float
     runs: int
-    in_turn: bool = True
+    in_turn: bool = True  # whether runs of the compared models alternated
 
     @classmethod
     def of(cls, values: list[float], in_turn: bool = True) -> Timing:
@@ -80,10 +74,10 @@ class Speed:
     """The cost of loading and running a checkpoint.
 
     Attributes:
-        parameters: number of parameters, with tied ones counted once.
-        load_seconds: time until the model is ready to run.
-        load_peak_bytes, peak_bytes: peak memory after loading and after running: device memory on a GPU, otherwise
-            memory of the whole process, including interpreter and libraries. Each is a single measurement.
+        parameters: number of parameters.
+        load_seconds: time to load it.
+        load_peak_bytes, peak_bytes: peak memory after loading, and after all runs: of the GPU, or on a CPU of the
+            process, including the interpreter and libraries. Each is a single measurement.
         prefill_tokens_per_second: prompt tokens divided by the time to the first token.
         decode_tokens_per_second: decoding speed after the first token.
         first_token_seconds: time to the first token.
@@ -138,8 +132,7 @@ def _fit(checkpoints: Sequence[str | os.PathLike[str]], placement: Placement) ->
     if placement.main_device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(placement.main_device)
     elif Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = _proc_bytes("meminfo", "MemAvailable")
     else:
         return False
     # Weights may take up to four times their size on disk (8-bit to float32).
@@ -153,10 +146,9 @@ def _in_turn(jobs: list[dict[str, Any]], repeats: int, compared: bool = True) ->
         loaded = [answer() for answer in processes]
         runs: list[list[dict[str, float]]] = [[] for _ in jobs]
         for turn in range(repeats + 1):
-            order = list(range(len(jobs)))
-            for which in order if turn % 2 else reversed(order):
+            for which in range(len(jobs))[:: 1 if turn % 2 else -1]:
                 runs[which].append(processes[which]("run"))
-    return [_speed(job, load, seconds[1:], compared) for job, load, seconds in zip(jobs, loaded, runs, strict=True)]
+    return [_speed(job, load, found[1:], compared) for job, load, found in zip(jobs, loaded, runs, strict=True)]
 
 
 def _speed(job: dict[str, Any], loaded: dict[str, Any], runs: list[dict[str, float]], in_turn: bool) -> Speed:
@@ -201,14 +193,17 @@ def _started(job: dict[str, Any]) -> Iterator[Callable[..., dict[str, Any]]]:
             process.communicate()
 
 
+def _proc_bytes(file: str, field: str) -> int:
+    lines = Path("/proc", file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def peak_memory(device: str = "cpu") -> int:
     """Peak memory in bytes: device memory on a GPU, otherwise memory of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss, which a new process inherits from its parent.
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if Path("/proc/self/status").exists():
+        return _proc_bytes("self/status", "VmHWM")  # not ru_maxrss, which a new process inherits from its parent
     import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -232,12 +227,11 @@ def serve() -> None:
             output = model(ids, use_cache=True, logits_to_keep=1)
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()  # waits for the device
-            prefill = time.perf_counter() - started
-            started = time.perf_counter()
+            first = time.perf_counter()
             for _ in range(job["new_tokens"]):
                 output = model(token, **kv_cache(output), use_cache=True)
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.item()
-            decode = time.perf_counter() - started
-        run = {"prefill": prefill, "decode": decode, "peak_bytes": peak_memory(device)}
+            ended = time.perf_counter()
+        run = {"prefill": first - started, "decode": ended - first, "peak_bytes": peak_memory(device)}
         print(json.dumps(run), file=answers, flush=True)

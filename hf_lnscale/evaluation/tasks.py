@@ -19,27 +19,18 @@ from .perplexity import Estimate
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A metric of a task.
-
-    Attributes:
-        task, metric, filter: names in lm-evaluation-harness.
-        value, stderr: as reported; the standard error is None if not reported.
-        num_samples: number of documents evaluated.
-        higher_is_better: as defined by the task; None if undefined.
-        version: version of the task.
-        num_fewshot: number of few-shot examples.
-        samples: the metric of each document by its index; None if the reported value is not their mean.
-    """
+    """A metric of a task, with the names and values that lm-evaluation-harness reports; None if it does not."""
 
     task: str
     metric: str
     filter: str
     value: float
     stderr: float | None
-    num_samples: int | None
+    num_samples: int | None  # documents evaluated
     higher_is_better: bool | None
     version: Any
     num_fewshot: int | None
+    # The metric of each document by its index; None if `value` is not their mean.
     samples: dict[int, float] | None = field(repr=False)
 
     @property
@@ -120,17 +111,14 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> list[TaskResult]:
-    """Runs tasks on a model.
+    """Runs tasks on a causal language model, on its device. Any error raised by a task passes.
 
     Args:
-        model, tokenizer: a causal language model, on its device.
+        model, tokenizer: the model.
         tasks, manager: see `task_manager`.
         batch_size: requests per batch.
         limit: maximum number of documents per task.
         num_fewshot: overrides the number of few-shot examples of each task.
-
-    Raises:
-        Any error raised by a task, such as OSError if its data cannot be downloaded.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -145,28 +133,31 @@ def run_tasks(
             num_fewshot=num_fewshot,
             log_samples=True,
         )
-    results = []
-    for task, figures in found["results"].items():
-        for key, value in figures.items():
-            metric, _, which = key.partition(",")
-            if not which or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            stderr = figures.get(f"{metric}_stderr,{which}")
-            results.append(
-                TaskResult(
-                    task=task,
-                    metric=metric,
-                    filter=which,
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    num_samples=(found.get("n-samples", {}).get(task) or {}).get("effective"),
-                    higher_is_better=(found.get("higher_is_better", {}).get(task) or {}).get(metric),
-                    version=found.get("versions", {}).get(task),
-                    num_fewshot=found.get("n-shot", {}).get(task),
-                    samples=_samples(found.get("samples", {}).get(task), metric, which, float(value)),
-                )
-            )
-    return results
+    return [
+        _result(found, task, key, value)
+        for task, figures in found["results"].items()
+        for key, value in figures.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    ]
+
+
+def _result(found: dict[str, Any], task: str, key: str, value: float) -> TaskResult:
+    """The metric `key` of a task, from the results of lm-evaluation-harness."""
+    metric, _, which = key.partition(",")
+    about = {name: found.get(name, {}).get(task) for name in ("n-samples", "higher_is_better", "versions", "n-shot")}
+    stderr = found["results"][task].get(f"{metric}_stderr,{which}")
+    return TaskResult(
+        task=task,
+        metric=metric,
+        filter=which,
+        value=float(value),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        num_samples=(about["n-samples"] or {}).get("effective"),
+        higher_is_better=(about["higher_is_better"] or {}).get(metric),
+        version=about["versions"],
+        num_fewshot=about["n-shot"],
+        samples=_samples(found.get("samples", {}).get(task), metric, which, float(value)),
+    )
 
 
 def _samples(rows: Any, metric: str, which: str, value: float) -> dict[int, float] | None:

@@ -25,9 +25,8 @@ from ..core.record import KEPT, KnownText, known_text
 from .text import TokenBatches
 
 PASSAGE = 16
-_FACTORS = [
-    int.from_bytes(hashlib.sha256(bytes([place])).digest()[:8], "big", signed=True) | 1 for place in range(PASSAGE)
-]
+_DIGESTS = (hashlib.sha256(bytes([place])).digest() for place in range(PASSAGE))
+_FACTORS = [int.from_bytes(digest[:8], "big", signed=True) | 1 for digest in _DIGESTS]
 
 
 def passages(sequences: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -50,12 +49,11 @@ def sequences_of(batches: TokenBatches) -> list[torch.Tensor]:
 
 
 def sketch(batches: TokenBatches) -> KnownText:
-    """A sample of hashes of a text's passages."""
     return sketch_of(sequences_of(batches), batches.source)
 
 
 def sketch_of(sequences: Iterable[torch.Tensor], source: str) -> KnownText:
-    """The same for any sequences of token ids; only a thousand are in memory at once."""
+    """A sample of hashes of a text's passages; only a thousand sequences are in memory at once."""
     kept, left = torch.zeros(0, dtype=torch.long), iter(sequences)
     while part := list(itertools.islice(left, 1000)):
         kept = torch.cat([kept, passages(part)]).unique()[:KEPT]

@@ -55,10 +55,7 @@ def token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tens
 
 
 def loss_gradient(split_model: SplitModel, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Gradient of the loss, summed over tokens, with respect to the head's input, shape (N, D).
-
-    Processes the logits in slices to save memory.
-    """
+    """Gradient of the loss, summed over tokens, with respect to the head's input, shape (N, D)."""
     leaf_ND = x_ND.detach().requires_grad_()
     gradient_ND = torch.zeros_like(leaf_ND)
     with torch.enable_grad():
@@ -82,7 +79,6 @@ class MeanLoss:
         self.sums_S = torch.zeros(len(counts_S), dtype=torch.float64)
 
     def add(self, values_N: torch.Tensor, sequences_N: torch.Tensor) -> None:
-        """Adds the values of tokens that belong to the given sequences."""
         values_N = values_N.cpu().double()
         self.total += values_N.sum().item()
         self.sums_S.index_add_(0, sequences_N, values_N)
@@ -119,9 +115,8 @@ class SourceLosses:
             indices = [index for index, batch in enumerate(batches) if batch.name == name]
             loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in indices]))
             if not loss.counts_S.sum():
-                raise ArgumentError(
-                    "data", problem=f"{name} has no token to predict; sequences must have at least two tokens"
-                )
+                problem = f"{name} has no token to predict; sequences must have at least two tokens"
+                raise ArgumentError("data", problem=problem)
             sequences = 0
             for index in indices:
                 picked_BT, targets_N = picked[index]
@@ -173,26 +168,30 @@ def sweep(
     if measure not in ("loss", "kl"):
         raise ArgumentError("measure", measure, "'loss' or 'kl'")
     split_model = SplitModel(model)
-    removed, candidates = _checked(removed, candidates, len(split_model.stack.layers))
+    num_layers = len(split_model.stack.layers)
+    removed = set(_positions("removed", removed, num_layers))
+    if candidates is None:
+        candidates = [layer for layer in range(num_layers) if layer not in removed]
+    candidates = _positions("candidates", candidates, num_layers)
+    if twice := removed.intersection(candidates):
+        problem = f"layer {next(iter(twice))} is already removed; removed is {sorted(removed, key=str)}"
+        raise ArgumentError("candidates", problem=problem)
     picked = [batch.attention_mask if measure == "kl" else predictions(batch)[0] for batch in batches]
     counts_S = torch.cat([picked_BT.sum(1) for picked_BT in picked])
     if not counts_S.sum():
         raise ArgumentError("data", problem="contains no token to predict; sequences must have at least two tokens")
     current, totals = MeanLoss(counts_S), {candidate: MeanLoss(counts_S) for candidate in candidates}
-    bar = logging.tqdm(
-        total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False, bar_format=_BAR
-    )
+    bar = logging.tqdm(total=1.0, desc=f"{measure} without a layer", disable=progress is not True, leave=False,
+                       bar_format=_BAR)  # fmt: skip
     advance = progress if callable(progress) else bar.update
     # For the progress bar, layers and head are assumed to take half of the time each.
     share, sequences = 0.5 / max(len(batches), 1), 0
-    score: Callable[[torch.Tensor], torch.Tensor]
-
     with eval_mode(model), bar:
         for batch, picked_BT in zip(batches, picked, strict=True):
             outputs = _outputs_without(split_model, batch, removed, [[candidate] for candidate in totals])
-            current_ND = pick_tokens(next(outputs), picked_BT)
-            needs_full = measure == "kl" and removed
-            full_ND = pick_tokens(split_model.hidden(batch), picked_BT) if needs_full else current_ND
+            full_ND = pick_tokens(next(outputs), picked_BT)
+            if measure == "kl" and removed:
+                full_ND = pick_tokens(split_model.hidden(batch), picked_BT)
             finals = []
             for x_BTD in outputs:
                 finals.append(pick_tokens(x_BTD, picked_BT))
@@ -201,9 +200,10 @@ def sweep(
             for part in split_model.parts(len(full_ND)):
                 if measure == "loss":
                     score = partial(token_losses, targets_N=targets_N[part])
-                    current.add(score(split_model.logits(current_ND[part])), sequences_N[part])
+                    current.add(score(split_model.logits(full_ND[part])), sequences_N[part])
                 else:
-                    score = _divergence_from(split_model.logits(full_ND[part]))
+                    log_p_NV = upcast(split_model.logits(full_ND[part])).log_softmax(-1)
+                    score = partial(_divergence, log_p_NV, log_p_NV.exp())
                 for total, x_ND in zip(totals.values(), finals, strict=True):
                     total.add(score(split_model.logits(x_ND[part])), sequences_N[part])
                 advance(share * len(full_ND[part]) / len(full_ND))
@@ -260,24 +260,8 @@ def _outputs_without(
         yield split_model.hidden(batch, removed.union(units), start)
 
 
-def _checked(
-    removed: Iterable[Unit], candidates: Iterable[Unit] | None, num_layers: int
-) -> tuple[set[Unit], list[Unit]]:
-    """The arguments of `sweep`, validated."""
-    removed = set(_positions("removed", removed, num_layers))
-    if candidates is None:
-        candidates = [layer for layer in range(num_layers) if layer not in removed]
-    candidates = _positions("candidates", candidates, num_layers)
-    if twice := removed.intersection(candidates):
-        problem = f"layer {next(iter(twice))} is already removed; removed is {sorted(removed, key=str)}"
-        raise ArgumentError("candidates", problem=problem)
-    return removed, candidates
-
-
-def _divergence_from(full_NV: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    log_p_NV = upcast(full_NV).log_softmax(-1)
-    p_NV = log_p_NV.exp()
-    return lambda logits_NV: (p_NV * (log_p_NV - upcast(logits_NV).log_softmax(-1))).sum(-1)
+def _divergence(log_p_NV: torch.Tensor, p_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+    return (p_NV * (log_p_NV - upcast(logits_NV).log_softmax(-1))).sum(-1)
 
 
 def layer_of(unit: Unit) -> int:

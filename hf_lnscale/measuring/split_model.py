@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from ..core.errors import ArgumentError
-from ..core.stack import Stack, text_stack
+from ..core.stack import Stack, pretrained_modules, text_stack
 from ..core.sublayers import Unit, absent
 from .stream import hidden_states
 from .text import Batch
@@ -70,17 +69,15 @@ class SplitModel:
         self.stack = text_stack(model)
         heads = [
             (module, name)
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+            for module in pretrained_modules(model)
+            if module.get_output_embeddings() is not None
             for name, child in module.named_modules()
             if child is self.stack.model and name
         ]
         if not heads:
-            raise ArgumentError(
-                "model",
-                problem=f"{type(model).__name__} has no language modeling head; load it with AutoModelForCausalLM, or "
-                "choose a method that needs none, such as 'block_influence'",
-            )
+            problem = f"{type(model).__name__} has no language modeling head; load it with AutoModelForCausalLM, or "
+            problem += "choose a method that needs none, such as 'block_influence'"
+            raise ArgumentError("model", problem=problem)
         self.head, path = heads[-1]
         folder, _, self.name = path.rpartition(".")
         self.parent = self.head.get_submodule(folder)
@@ -97,16 +94,16 @@ class SplitModel:
             removed: layers and sub-layers to skip.
             start: (position, x_BTD): starts after that layer, with x_BTD as the residual stream.
         """
-        position, x_BTD = start if start else (-1, None)
+        position, x_BTD = start or (-1, None)
         removed = list(removed)
         layers = {*(unit for unit in removed if isinstance(unit, int)), *range(position + 1)}
-        stand_ins = {i: self._skip(i, x_BTD if i == position else None) for i in layers}
+        stand_ins = {str(i): self._skip(i, x_BTD if i == position else None) for i in layers}
         with ExitStack() as parts:
             for kind, layer in (unit for unit in removed if not isinstance(unit, int)):
                 parent, _, name = self.stack.family.sublayer(kind)[0].rpartition(".")
                 holder = self.stack.layers[layer].get_submodule(parent)
                 parts.enter_context(replaced(holder, {name: absent(kind, layer)}))
-            parts.enter_context(replaced(self.stack.layers, {str(i): one for i, one in stand_ins.items()}))
+            parts.enter_context(replaced(self.stack.layers, stand_ins))
             output = self.stack.model(**model_inputs(self.stack, batch), **PLAIN_FORWARD)
         self.output = copy.copy(output)
         self.output["last_hidden_state"] = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.families import family_of, submodule
+from ..core.families import family_of
 from ..core.stack import Stack
 from .text import Batch
 
@@ -55,22 +55,22 @@ def capture_residual_stream(
     MLP's pre-norm).
     """
 
-    def reader(function: Callable[[int, torch.Tensor], None], place: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: function(place, hidden_states(args, kwargs))
-
-    if middle is not None:
-        family_of(stack.model.config, "measuring between attention and MLP")
     with ExitStack() as hooks:
+
+        def read(module: nn.Module, function: Callable[[int, torch.Tensor], None], place: int) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                function(place, hidden_states(args, kwargs))
+
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        if middle is not None:
+            family_of(stack.model.config, "measuring between attention and MLP")
         for place, layer in enumerate(stack.layers):
-            hooks.enter_context(layer.register_forward_pre_hook(reader(visit, place), with_kwargs=True))
+            read(layer, visit, place)
             if middle is not None:
-                norm = submodule(layer, stack.family.mlp_norm)
-                assert norm is not None
-                hooks.enter_context(norm.register_forward_pre_hook(reader(middle, place), with_kwargs=True))
-        after_last = stack.layers[-1].register_forward_hook(
-            lambda layer, args, output: visit(len(stack.layers), layer_output(output))
-        )
-        hooks.enter_context(after_last)
+                read(layer.get_submodule(stack.family.mlp_norm), middle, place)
+        last = len(stack.layers)
+        hooks.enter_context(layer.register_forward_hook(lambda *call: visit(last, layer_output(call[2]))))
         yield
 
 

@@ -8,7 +8,6 @@ before layer i, place L after the last layer).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,11 +15,11 @@ import torch
 from torch import nn
 
 from ..core.stack import Stack, text_stack
-from .angles import BlockAngles, cosine_distance
-from .moments import Moments, channel_moments
 from .split_model import PLAIN_FORWARD, model_inputs
+from .state_stats import BlockAngles, Moments, channel_moments, cosine_distance
 from .stream import capture_residual_stream, eval_mode, first_tokens, last_tokens, upcast
 from .text import Batch
+from .uncertainty import ratio_residuals, squared_errors
 
 
 @dataclass
@@ -70,25 +69,26 @@ def measure_stream(
     counts_2S = parts.T @ torch.cat(pass_.counts_S, dim=-1).double()
     sums = {name: torch.cat(values, dim=-1) for name, values in pass_.sums.items()}
     logs_PS, rest_S = sums.pop("log")[:, 1], counts_2S[1]
-    squares_P2S = parts.T @ sums.pop("square")
-    means, errors = {}, {"square": _errors(squares_P2S, counts_2S), "angle": pass_.angles.errors()}
-    for name, split_L2S in sums.items():
-        sums_L2S = parts.T @ split_L2S
-        means[name] = sums_L2S.sum(-1) / counts_2S.sum(-1)
-        errors[name] = _errors(sums_L2S, counts_2S)
+    sums = {name: parts.T @ split_2S for name, split_2S in sums.items()}
+    errors = {name: _errors(sums_2S, counts_2S) for name, sums_2S in sums.items()}
     errors |= {"typical": _errors(logs_PS, rest_S), "growth": _errors(logs_PS - logs_PS[1], rest_S)}
-    typical_P = (logs_PS.sum(-1) / rest_S.sum()).exp()
-    return Streamed(pass_.first, pass_.rest, typical_P, means, pass_.angles.mean(), errors)
+    del sums["square"]
+    return Streamed(
+        first=pass_.first,
+        rest=pass_.rest,
+        typical_P=(logs_PS.sum(-1) / rest_S.sum()).exp(),
+        means={name: sums_L2S.sum(-1) / counts_2S.sum(-1) for name, sums_L2S in sums.items()},
+        angles_LL=pass_.angles.mean(),
+        errors=errors | {"angle": pass_.angles.errors()},
+    )
 
 
 def _errors(sums_S: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
     """Standard errors of means over tokens, given sums by sequence; keeps leading dimensions."""
     used = counts_S.reshape(-1, counts_S.shape[-1]).bool().all(0)
-    sums_S, counts_S = sums_S[..., used], counts_S[..., used].expand_as(sums_S[..., used])
+    sums_S, counts_S = sums_S[..., used], counts_S[..., used]
     means = sums_S.sum(-1, keepdim=True) / counts_S.sum(-1, keepdim=True)
-    residuals_S = (sums_S - means * counts_S) / counts_S.sum(-1, keepdim=True)
-    number = sums_S.shape[-1]
-    return (number / (number - 1) * residuals_S.square().sum(-1)).sqrt() if number > 1 else means[..., 0] * math.nan
+    return squared_errors(ratio_residuals(sums_S, counts_S, means)).sqrt()
 
 
 def _with_norm(x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,12 +115,13 @@ class _Pass:
 
     def start(self, batch: Batch) -> None:
         self.padded = batch.padded
-        self.masks = {torch.device("cpu"): (first_tokens(batch), batch.attention_mask & ~first_tokens(batch))}
+        first_BT = first_tokens(batch)
+        masks = (first_BT, batch.attention_mask & ~first_BT)
+        self.masks: dict[torch.device, tuple[torch.Tensor, ...]] = {torch.device("cpu"): masks}
         # Indices, since indexing with a mask synchronizes with the GPU.
         compared_BT = last_tokens(batch) if self.tokens == "last" else batch.attention_mask
         self.compared = compared_BT.nonzero(as_tuple=True)
-        self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in self.masks[torch.device("cpu")]]))
-        self.counts: list[int] = self.counts_S[-1].sum(-1).tolist()
+        self.counts_S.append(torch.stack([mask_BT.sum(-1) for mask_BT in masks]))
         self.moments: list[list[torch.Tensor]] = [[], []]
         self.found: dict[str, list[torch.Tensor]] = {name: [] for name in self.sums}
         self.states: list[torch.Tensor] = []  # of the compared tokens, at each place
@@ -156,14 +157,14 @@ class _Pass:
         sums = [torch.where(mask_BT, values_BT, 0.0).sum(-1) for mask_BT in self._masks(values_BT.device)]
         self.found[name].append(torch.stack(sums))
 
-    def _masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _masks(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self.masks:
-            first_BT, rest_BT = self.masks[torch.device("cpu")]
-            self.masks[device] = (first_BT.to(device), rest_BT.to(device))
+            self.masks[device] = tuple(mask_BT.to(device) for mask_BT in self.masks[torch.device("cpu")])
         return self.masks[device]
 
     def finish(self) -> None:
-        for merged, found, count in zip((self.first, self.rest), self.moments, self.counts, strict=True):
+        counts: list[int] = self.counts_S[-1].sum(-1).tolist()
+        for merged, found, count in zip((self.first, self.rest), self.moments, counts, strict=True):
             for moments, (variance_D, mean_D) in zip(merged, found, strict=True):
                 moments.add(count, mean_D.cpu().double(), variance_D.cpu().double())
         for name, values in self.found.items():

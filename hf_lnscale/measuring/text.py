@@ -7,14 +7,15 @@ import itertools
 import math
 import numbers
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..core.config import is_integer
@@ -33,6 +34,13 @@ class Batch:
     input_ids: torch.Tensor  # shape (B, T)
     attention_mask: torch.Tensor  # shape (B, T), bool; False for padding, which all measurements ignore
     name: str = ""  # of the source
+
+    @classmethod
+    def of(cls, sequences: Sequence[torch.Tensor]) -> Batch:
+        """Sequences of ids, shape (T,), padded on the right to the longest."""
+        ids_BT = pad_sequence(list(sequences), batch_first=True)
+        lengths_B = torch.tensor([len(ids) for ids in sequences])
+        return cls(ids_BT, torch.arange(ids_BT.shape[1]) < lengths_B[:, None])
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
@@ -74,31 +82,22 @@ class Windows:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
+@dataclass(eq=False, repr=False)
 class TokenBatches:
-    """Batches that can be iterated repeatedly, in the same order.
+    """Batches that can be iterated repeatedly, in the same order."""
 
-    Attributes:
-        batches: the batches, on the CPU, at eight bytes per token.
-        source: a description of the data's origin, stored in a plan's JSON.
-        weights: name of each source -> its weight in a fit, independent of its number of tokens; 0 for text that is
-            only used for evaluation. Data without named sources is one source, named `source`.
-        tokenizer: the tokenizer of the text or token ids; None if unknown.
-        given: whether the text is the user's; False if it stands in for text that nobody gave.
-    """
+    batches: list[Batch]  # on the CPU, at eight bytes per token
+    source: str  # a description of the data's origin, stored in a plan's JSON
+    # Name of each source -> its weight in a fit, independent of its number of tokens; 0 for text that is only used for
+    # evaluation. Data without named sources is one source, named `source`.
+    weights: dict[str, float] = field(default_factory=dict)
+    tokenizer: Any = None  # of the text or token ids; None if unknown
+    given: bool = True  # whether the text is the user's; False if it stands in for text that nobody gave
 
-    def __init__(
-        self,
-        batches: list[Batch],
-        source: str,
-        weights: Mapping[str, float] | None = None,
-        tokenizer: Any = None,
-        given: bool = True,
-    ) -> None:
-        self.given = given
-        self.tokenizer = tokenizer
-        self.batches = batches if weights else [replace(batch, name=source) for batch in batches]
-        self.source = source
-        self.weights = dict(weights or {source: 1.0})
+    def __post_init__(self) -> None:
+        if not self.weights:
+            self.weights = {self.source: 1.0}
+            self.batches = [replace(batch, name=self.source) for batch in self.batches]
 
     @classmethod
     def join(cls, sources: Mapping[str, tuple[TokenBatches, float]]) -> TokenBatches:
@@ -114,8 +113,7 @@ class TokenBatches:
     def only(self, *names: str) -> TokenBatches:
         """The batches of some sources."""
         weights = {name: self.weights[name] for name in names}
-        batches = [batch for batch in self.batches if batch.name in weights]
-        return TokenBatches(batches, self.source, weights, self.tokenizer, self.given)
+        return replace(self, batches=[batch for batch in self.batches if batch.name in weights], weights=weights)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -177,18 +175,12 @@ class TokenBatches:
                     if len(batch.input_ids[rows]):
                         part.append(Batch(batch.input_ids[rows], batch.attention_mask[rows], name))
         kept = {name: weight for name, weight in self.weights.items() if name not in whole}
-        return (
-            TokenBatches(parts[0], self.source, kept, self.tokenizer, self.given),
-            TokenBatches(parts[1], f"{self.source}, held out", self.weights, self.tokenizer, self.given),
-        )
+        held_out_part = replace(self, batches=parts[1], source=f"{self.source}, held out", weights=dict(self.weights))
+        return replace(self, batches=parts[0], weights=kept), held_out_part
 
 
 def token_batches(
-    data: Any,
-    model: PreTrainedModel | None = None,
-    *,
-    tokenizer: Any = None,
-    windows: Windows = Windows(),
+    data: Any, model: PreTrainedModel | None = None, *, tokenizer: Any = None, windows: Windows = Windows()
 ) -> TokenBatches:
     """Converts text, datasets, files or token ids to batches.
 
@@ -276,12 +268,8 @@ def _join(data: Mapping[str, Any], model: PreTrainedModel | None, tokenizer: Any
 
 def _is_weighted(value: Any) -> bool:
     """Whether a source is given as (data, weight)."""
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and not isinstance(value[0], numbers.Number)
-        and isinstance(value[1], numbers.Real)
-    )
+    pair = isinstance(value, tuple) and len(value) == 2
+    return pair and not isinstance(value[0], numbers.Number) and isinstance(value[1], numbers.Real)
 
 
 def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
@@ -296,10 +284,10 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, tuple[str, float]]:
         name, path, weight = "", argument, 1.0
         if not os.path.isfile(argument):
             head, equals, tail = argument.partition("=")
+            if argument.startswith("="):
+                raise ValueError(f"data: {argument!r} has no name before '='; {valid}")
             if equals and not set(head) & set("/\\"):
                 name, path = head, tail
-                if not name:
-                    raise ValueError(f"data: {argument!r} has no name before '='; {valid}")
             front, colon, number = path.rpartition(":")
             if colon and not os.path.isfile(path):
                 with suppress(ValueError):  # not a number, so part of the path
@@ -360,9 +348,8 @@ def _ids(row: Any) -> Batch:
     ids = torch.as_tensor(row["input_ids"]).cpu()
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"data: token ids must be integers of shape (B, T), got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
+        shown = f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise ValueError(f"data: token ids must be integers of shape (B, T), got {shown}")
     mask = row.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu().bool()
     if mask.shape != ids.shape and mask[None].shape != ids.shape:
@@ -414,16 +401,13 @@ def _texts(rows: Iterable[Any], tokenizer: Any) -> Iterator[str]:
 
 
 def _windows(texts: Iterator[str], tokenizer: Any, windows: Windows, seq_len: int, source: str) -> list[Batch]:
-    begin = added_beginning(tokenizer)
-    num_tokens = windows.num_tokens
+    begin, num_tokens = added_beginning(tokenizer), windows.num_tokens
     if num_tokens is not None:
         seq_len = min(seq_len, num_tokens)
     length = seq_len if begin is None else seq_len - 1  # without the prepended token
     wanted = None if num_tokens is None else num_tokens // seq_len * length
     ids: list[int] = []
-    for text in texts:
-        if not text.strip():
-            continue
+    for text in filter(str.strip, texts):
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         # More than enough characters for the missing tokens; otherwise a long file would be tokenized to its end.

@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +24,9 @@ def file_kind(path: Path) -> str | None:
 def read_rows(path: Path, argument: str, lines_per_row: int | None = None) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file, each with its location for error messages.
 
-    A row is a text, a value of JSON, or a dict of the columns. Errors name `argument`.
+    A row is a text, a value of JSON, or a dict of the columns. A file of an unknown kind is read as text.
 
     Args:
-        path: a file; one of an unknown kind is read as text.
         argument: the argument that error messages name.
         lines_per_row: how many lines of a text file are a row; by default the whole file is one.
 
@@ -54,7 +54,7 @@ def read_rows(path: Path, argument: str, lines_per_row: int | None = None) -> It
                 delimiter = "\t" if _suffix(path) == ".tsv" else ","
                 yield from _numbered(name, csv.DictReader(lines, delimiter=delimiter))
             elif kind == "json":
-                yield from _read_json(lines, f"{argument}: ", name, may_be_list=_suffix(path) == ".json")
+                yield from _read_json(lines, argument, name, may_be_list=_suffix(path) == ".json")
             elif lines_per_row is None:
                 yield name, lines.read()
             else:
@@ -74,36 +74,28 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def _read_json(lines: IO[str], argument: str, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
     """Yields the values in JSON lines, or in a file that is a single list of rows."""
-    start: list[str] = []  # lines that are read already
     if may_be_list:
-        for line in lines:
-            start.append(line)
-            if line.strip():
-                break
-        if start and start[-1].lstrip().startswith("["):
-            start += lines
-            try:
-                rows = parse("".join(start))
-            except ValueError:  # lists of token ids, one per line
-                rows = None
+        first = next(filter(str.strip, lines), "")
+        lines.seek(0)
+        if first.lstrip().startswith("["):
+            rows: Any = None
+            with suppress(ValueError):  # lists of token ids, one per line
+                rows = parse(lines.read())
             if _is_list_of_rows(rows):
                 yield from _numbered(name, rows)
                 return
-    for number, line in enumerate(itertools.chain(start, lines), 1):
+            lines.seek(0)
+    expected = 'expected JSON lines, one row per line, such as {"text": "..."}'
+    for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"line {number} of {name}"
-            yield where, _parse_line(line, f"{argument}{where}")
-
-
-def _parse_line(line: str, where: str) -> Any:
-    expected = 'expected JSON lines, one row per line, such as {"text": "..."}'
-    try:
-        row = parse(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}; {expected}") from None
-    if _is_list_of_rows(row):
-        raise ValueError(f"{where} holds a list of rows; {expected}")
-    return row
+            try:
+                row = parse(line)
+            except ValueError as error:
+                raise ValueError(f"{argument}: {where} is not JSON: {error}; {expected}") from None
+            if _is_list_of_rows(row):
+                raise ValueError(f"{argument}: {where} holds a list of rows; {expected}")
+            yield where, row
 
 
 def _is_list_of_rows(value: Any) -> bool:

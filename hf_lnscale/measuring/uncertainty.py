@@ -15,15 +15,22 @@ import torch
 LEAST_TOKENS, LEAST_SEQUENCES = 2048, 4
 
 
-def ratio_residuals(sums_K: torch.Tensor, sizes_K: torch.Tensor, mean: float) -> torch.Tensor:
-    """The linearized contribution of each passage to the error of `mean` = sum(sums) / sum(sizes)."""
-    return (sums_K - mean * sizes_K) / sizes_K.sum().item()
+def ratio_residuals(sums_K: torch.Tensor, sizes_K: torch.Tensor, mean: float | torch.Tensor) -> torch.Tensor:
+    """The linearized contribution of each passage to the error of `mean` = sum(sums) / sum(sizes), over the last
+    dimension."""
+    return (sums_K - mean * sizes_K) / sizes_K.sum(-1, keepdim=True)
+
+
+def squared_errors(residuals_K: torch.Tensor) -> torch.Tensor:
+    """The squared standard error of each mean, or difference of means, over the last dimension; NaN for one passage."""
+    count = residuals_K.shape[-1]
+    factor = count / (count - 1) if count > 1 else math.nan
+    return factor * residuals_K.square().sum(-1)
 
 
 def standard_error(residuals_K: torch.Tensor) -> float | None:
     """The standard error of a mean or a difference of means; None for fewer than two passages."""
-    count = len(residuals_K)
-    return math.sqrt(count / (count - 1) * residuals_K.square().sum().item()) if count > 1 else None
+    return math.sqrt(squared_errors(residuals_K).item()) if len(residuals_K) > 1 else None
 
 
 def too_little(num_tokens: int, num_sequences: int) -> str | None:

@@ -26,8 +26,7 @@ from transformers.utils import logging
 from ..core.config import is_integer
 from ..core.errors import ArgumentError, require_packages
 from ..core.stack import text_stack
-from ..measuring.angles import layer_angle
-from ..measuring.moments import mean_where, pooled_moments
+from ..measuring.state_stats import layer_angle, mean_where, pooled_moments
 from ..measuring.stream import hidden_states, is_compiled, layer_output
 
 logger = logging.get_logger(__name__)

@@ -7,9 +7,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import tiny
-from hf_lnscale.measuring.angles import BlockAngles, cosine_distance, layer_angle
 from hf_lnscale.measuring.losses import MeanLoss, losses_by_source, sweep, token_losses
-from hf_lnscale.measuring.moments import Moments, channel_moments, pooled_moments
+from hf_lnscale.measuring.state_stats import (
+    BlockAngles,
+    Moments,
+    channel_moments,
+    cosine_distance,
+    layer_angle,
+    pooled_moments,
+)
 from hf_lnscale.measuring.stream import upcast
 from hf_lnscale.measuring.text import token_batches
 from hf_lnscale.measuring.uncertainty import ratio_residuals, standard_error
