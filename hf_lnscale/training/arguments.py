@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import trl
@@ -17,7 +17,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from .scripts import find_config
-from .shapes import SHAPES
 
 if Version(trl.__version__) < Version("1.9"):
     raise ImportError(f"the recipes need trl 1.9 or newer; this is trl {trl.__version__}")
@@ -55,6 +54,27 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
         self.streaming |= self.dataset_streaming
 
 
+class Shape(NamedTuple):
+    """Sizes of a Llama, and the learning rate for it, of "The Curse of Depth" (arXiv 2502.05795)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    learning_rate: float
+
+
+SHAPES = {
+    # Not in the paper: as deep as its smallest model, but trains within a minute.
+    "demo": Shape(128, 344, 4, 12, 1e-3),
+    "130M": Shape(768, 2048, 12, 12, 1e-3),
+    "250M": Shape(768, 2560, 16, 24, 1e-3),
+    "350M": Shape(1024, 2736, 16, 24, 1e-3),
+    "1B": Shape(2048, 5461, 32, 24, 5e-4),
+    "7B": Shape(4096, 11008, 32, 32, 5e-4),
+}
+
+
 @dataclass
 class PretrainArguments:
     """The model to build."""
@@ -75,6 +95,14 @@ class PretrainArguments:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:  # from YAML
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        for name, value in self.sizes().items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that override those of the shape, by their names in a configuration."""
+        names = (*Shape._fields[:-1], "num_key_value_heads", "head_dim")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -145,7 +173,7 @@ class TeacherArguments:
 
         Raises:
             ValueError: if `control` or `self_data` needs it and it is unknown, `control` is combined with a teacher, or
-                ZeRO-3 is used without `control`.
+                ZeRO-3 would shard a model that does not train.
         """
         whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
@@ -154,8 +182,11 @@ class TeacherArguments:
             raise ValueError("control: name the unpruned model to train, with --whole")
         if self.self_data and not whole:
             raise ValueError("self_data: name the unpruned model that generates the data, with --whole")
-        if whole and not self.control and is_deepspeed_zero3_enabled():
-            raise ValueError("whole: DeepSpeed ZeRO-3 only shards models that train; use --control or --whole none")
+        if (self.teacher or self.self_data or (whole and not self.control)) and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "teacher, self_data, whole: DeepSpeed ZeRO-3 would shard a model that does not train; use ZeRO-2 or "
+                "FSDP2, or train on your data with --control or --whole none"
+            )
         return whole
 
 

@@ -17,6 +17,7 @@ from ..checkpoints.folders import write_atomically
 from ..measuring.stream import eval_mode
 from .arguments import RecipeConfig
 from .chats import features_of
+from .trainer import require_rows
 
 BATCH = 16
 
@@ -45,39 +46,33 @@ def write_self_data(
         ValueError: if no prompt is left, no answer of a chat ends within `max_length`, or the chat template belongs
             to another tokenizer, which is only loaded in training.
     """
-    template = training.chat_template_path or ".jinja"
-    if "tools" in rows.column_names and not template.endswith((".jinja", ".j2")):
+    is_chat, template = "tools" in rows.column_names, training.chat_template_path or ".jinja"
+    if is_chat and not template.endswith((".jinja", ".j2")):
         raise ValueError(f"self_data: chat_template_path must be chatml or a .jinja file here, got {template!r}")
     length = training.max_length or 1024
-    chats = [_question(row) if "tools" in row else row for row in itertools.islice(rows, count)]
-    pairs = [(chat, _prompt_ids(chat, tokenizer, training.dataset_text_field, length // 8)) for chat in chats]
-    kept = [(chat, ids) for chat, ids in pairs if 0 < len(ids) < length]
-    left_out = f"{len(pairs) - len(kept)} of {len(pairs)} prompts are empty or fill max_length={length}"
-    if not kept:
-        raise ValueError(f"self_data: {left_out}")
-    if len(kept) < len(pairs) and training.process_index == 0:
-        print(f"self_data: {left_out}, and are skipped")
+    asked = [_question(row) if is_chat else row for row in itertools.islice(rows, count)]
+    pairs = [(row, _prompt_ids(row, tokenizer, training.dataset_text_field, length // 8)) for row in asked]
+    kept = [(row, ids) for row, ids in pairs if 0 < len(ids) < length]
+    unusable = f"prompts are empty or fill max_length={length}"
+    require_rows(len(kept), len(pairs), unusable, training, "self_data: ")
     begin()
     answers = _written(training, tokenizer, load, [ids for _, ids in kept], length)
-    if "tools" in chats[0]:
-        made = [
-            {**chat, "completion": [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]}
-            for (chat, prompt), ids in zip(kept, answers, strict=True)
-            if len(prompt) + len(ids) < length  # a chat template would also terminate the others
-        ]
-        cut = f"{len(kept) - len(made)} of {len(kept)} answers do not end within max_length={length}"
-        if not made:
-            raise ValueError(f"self_data: {cut}")
-        if len(made) < len(kept) and training.process_index == 0:
-            print(f"self_data: {cut}, and are skipped")
-        return Dataset.from_list(made, features=features_of(made[0]))
-    training.completion_only_loss = True
-    return Dataset.from_list(
-        [
-            {"input_ids": prompt + ids, "completion_mask": [0] * len(prompt) + [1] * len(ids)}
-            for (_, prompt), ids in zip(kept, answers, strict=True)
-        ]
-    )
+    texts = [(row, prompt, ids) for (row, prompt), ids in zip(kept, answers, strict=True)]
+    if not is_chat:
+        training.completion_only_loss = True
+        return Dataset.from_list(
+            [
+                {"input_ids": prompt + ids, "completion_mask": [0] * len(prompt) + [1] * len(ids)}
+                for _, prompt, ids in texts
+            ]
+        )
+    made = [
+        {**chat, "completion": [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]}
+        for chat, prompt, ids in texts
+        if len(prompt) + len(ids) < length  # a chat template would also terminate the others
+    ]
+    require_rows(len(made), len(kept), f"answers do not end within max_length={length}", training, "self_data: ")
+    return Dataset.from_list(made, features=features_of(made[0]))
 
 
 def _written(

@@ -1,56 +1,24 @@
-"""Model shapes of "The Curse of Depth in Large Language Models" (arXiv 2502.05795), for any family and size."""
+"""The configuration of a model to pre-train, of any family and size."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..core.families import FAMILIES, family_of
+from .arguments import SHAPES, PretrainArguments
 
 
-class Shape(NamedTuple):
-    """Sizes of a Llama, and the paper's learning rate for it."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    learning_rate: float
-
-
-SHAPES = {
-    # Not in the paper: as deep as its smallest model, but trains within a minute.
-    "demo": Shape(128, 344, 4, 12, 1e-3),
-    "130M": Shape(768, 2048, 12, 12, 1e-3),
-    "250M": Shape(768, 2560, 16, 24, 1e-3),
-    "350M": Shape(1024, 2736, 16, 24, 1e-3),
-    "1B": Shape(2048, 5461, 32, 24, 5e-4),
-    "7B": Shape(4096, 11008, 32, 32, 5e-4),
-}
-SIZES = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim",
-)  # fmt: skip
-
-
-def new_config(
-    tokenizer: Any, *, family: str, shape: str, config_name: str | None, max_length: int, sizes: dict[str, int | None]
-) -> PreTrainedConfig:
-    """The configuration of a model to train from scratch, with the tokenizer's vocabulary and special tokens.
-
-    Based on `family` (a `model_type`) and `shape` (a key of `SHAPES`), or on the checkpoint `config_name`. Values in
-    `sizes` override any of `SIZES` unless they are None.
-    """
-    given = {name: value for name, value in sizes.items() if value is not None}
-    for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if config_name is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(config_name, **given)
+def new_config(tokenizer: Any, new: PretrainArguments, max_length: int | None) -> PreTrainedConfig:
+    """The configuration of a model to train from scratch, with the tokenizer's vocabulary and special tokens."""
+    given, family = new.sizes(), new.family
+    if new.config_name is not None:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(new.config_name, **given)
         family_of(config)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
-                f"config_name: the model of {config_name!r} has {config.vocab_size} tokens, but the tokenizer has "
+                f"config_name: the model of {new.config_name!r} has {config.vocab_size} tokens, but the tokenizer has "
                 f"{len(tokenizer)}; name the model's tokenizer with --tokenizer_name"
             )
         return config
@@ -59,7 +27,7 @@ def new_config(
             "family must be the model_type of a family that can be scaled (docs/families.md), such as llama, qwen3 or "
             f"gemma3_text, got {family!r}; for models inside others, use --config_name"
         )
-    given = SHAPES[shape]._asdict() | given
+    given = SHAPES[new.shape]._asdict() | given
     del given["learning_rate"]
     hidden, heads = given["hidden_size"], given["num_attention_heads"]
     if "head_dim" not in given and hidden % heads:
