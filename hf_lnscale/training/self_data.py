@@ -43,8 +43,7 @@ def write_self_data(
         begin: called before the first file is written.
 
     Raises:
-        ValueError: if no prompt is left, no answer of a chat ends within `max_length`, or the chat template belongs
-            to another tokenizer, which is only loaded in training.
+        ValueError: if none is left, or the chat template belongs to another tokenizer, which training loads later.
     """
     is_chat, template = "tools" in rows.column_names, training.chat_template_path or ".jinja"
     if is_chat and not template.endswith((".jinja", ".j2")):
