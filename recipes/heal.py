@@ -41,10 +41,10 @@ from hf_lnscale.training.arguments import (
 )
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.control import Control
+from hf_lnscale.training.generation import write_self_data
 from hf_lnscale.training.recipe_data import load_text_or_chats, other_text
 from hf_lnscale.training.recipe_model import load_model, load_tokenizer, require_pruned, require_same_tokenizer
 from hf_lnscale.training.recipe_run import Run, launch
-from hf_lnscale.training.self_data import write_self_data
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 

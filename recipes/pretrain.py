@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from hf_lnscale.measuring.sample import train_tokenizer
 from hf_lnscale.training.arguments import SHAPES, TEXT, DataArguments, PretrainArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.recipe_data import first_texts, load_text
+from hf_lnscale.training.recipe_model import new_config
 from hf_lnscale.training.recipe_run import Run, launch
-from hf_lnscale.training.shapes import new_config
 from hf_lnscale.training.trainer import RecipeTrainer
 
 

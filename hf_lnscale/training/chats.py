@@ -130,8 +130,7 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
     """Chooses the chat template for the data, and whether to train only on the assistant's answers.
 
     Raises:
-        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls in
-            the data.
+        ValueError: if the data is chats and the template is missing, does not mark answers, or drops tool calls.
         FileNotFoundError: if the template file does not exist.
     """
     if training.chat_template_path == "chatml":

@@ -89,7 +89,7 @@ class Control(TrainerCallback):
             write_atomically(self.path, to_json(found) + "\n")
 
     def metrics(self) -> Iterator[tuple[str, Any]]:
-        """Yields the full model's losses and the gaps to them before and after training, with paired standard errors."""
+        """Yields the full model's losses and the gaps to them before and after training, with standard errors."""
         yield "whole_model", public_name(self.name) + (", trained equally" if self.trained else "")
         after = self.trainer.rows
         for text in TEXTS:

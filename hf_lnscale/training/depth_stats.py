@@ -23,8 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ..core.config import is_integer
-from ..core.errors import ArgumentError, require_packages
+from ..core.errors import ArgumentError, require_integers, require_packages
 from ..core.stack import text_stack
 from ..measuring.angles import layer_angle
 from ..measuring.moments import mean_where, pooled_moments
@@ -77,9 +76,8 @@ class DepthStatsCallback(TrainerCallback):
     _norms_L: torch.Tensor | None
 
     def __init__(self, trainer: Trainer, every_n_steps: int = 100, skip_tokens: int = 1) -> None:
-        for argument, value, least in (("every_n_steps", every_n_steps, 1), ("skip_tokens", skip_tokens, 0)):
-            if not is_integer(value) or value < least:
-                raise ArgumentError(argument, value, f"an integer >= {least}")
+        require_integers(1, every_n_steps=every_n_steps)
+        require_integers(0, skip_tokens=skip_tokens)
         if trainer.args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
             problem = "DepthStatsCallback does not work with nn.DataParallel; start one process per device (torchrun)"
             raise ArgumentError("trainer", problem=problem)
@@ -194,10 +192,7 @@ def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
 
 
 def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: torch.Tensor) -> torch.Tensor:
-    """Number of counted tokens, mean and variance of their entries after the layer, and mean angular distance.
-
-    Shape (4,); zeros if no token is counted.
-    """
+    """Number of counted tokens, mean and variance of their entries after the layer, mean angle; shape (4,)."""
     x_BTD, y_BTD = before_BTD.float(), after_BTD.float()
     w_BT = counting_BT.to(y_BTD.device)
     angle = mean_where(w_BT, layer_angle(x_BTD, y_BTD)) / math.pi
@@ -206,10 +201,7 @@ def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: 
 
 @torch.no_grad()
 def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
-    """The norm of each layer's gradient, shape (L,), identical on every process; NaN for a layer without gradients.
-
-    None if gradients are not stored in the parameters.
-    """
+    """The norm of each layer's gradient, shape (L,), NaN without gradients; None if parameters do not hold them."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):

@@ -37,19 +37,17 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
         ValueError: if a row has no text in the column, or there are no rows; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
-    convert = partial(_to_text, column=column)
-    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
+    return _load_split(arguments, seed, partial(_to_text, column=column), column)
 
 
 def load_conversations(arguments: DataArguments, seed: int) -> Split:
     """Like `load_text` for chats, or prompts with completions."""
-    return _load_split(arguments, seed, to_chat, lambda: Dataset.from_list(sample.conversations()))
+    return _load_split(arguments, seed, to_chat)
 
 
 def load_text_or_chats(arguments: DataArguments, column: str, seed: int) -> Split:
     """Like `load_text` for rows with such a column, or if no data is named; otherwise like `load_conversations`."""
-    convert = partial(_to_text_or_chat, column=column)
-    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
+    return _load_split(arguments, seed, partial(_to_text_or_chat, column=column), column)
 
 
 def other_text(arguments: DataArguments, column: str) -> Dataset:
@@ -83,14 +81,20 @@ def _to_text_or_chat(row: Row, where: str, columns: list[str] | None, column: st
     return _to_text(row, where, columns, column) if is_text else to_chat(row, where, columns)
 
 
-def _load_split(arguments: DataArguments, seed: int, convert: Convert, in_python: Callable[[], Dataset]) -> Split:
-    """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows held out of training."""
+def _load_split(arguments: DataArguments, seed: int, convert: Convert, column: str | None = None) -> Split:
+    """Loads a dataset, a mixture or the text shipped with Python (in `column`, or as chats), and evaluation data: other
+    data, a split, or rows held out of training."""
     name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
     parts = arguments.datasets
     if name:
         parts = [DatasetConfig(name, arguments.dataset_config, split=arguments.dataset_train_split)]
     shown = ", ".join(repr(part.path) for part in parts) or "the text shipped with Python"
-    train = _mixture(parts, arguments.streaming, convert, test if name else None, seed) if parts else in_python()
+    if parts:
+        train = _mixture(parts, arguments.streaming, convert, test if name else None, seed)
+    elif column:
+        train = Dataset.from_dict({column: sample.documents()})
+    else:
+        train = Dataset.from_list(sample.conversations())
     if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
         configuration = arguments.dataset_config if other == name else None
         part = DatasetConfig(other, configuration, split=test or "train")

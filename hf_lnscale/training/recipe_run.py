@@ -35,8 +35,8 @@ from ..pruning.layers import note_text
 from .arguments import RecipeConfig, RecipeParser
 from .control import Control
 from .depth_stats import DepthStatsCallback
+from .generation import SamplesCallback
 from .run_report import data_names, training_cost, write_report
-from .samples import SamplesCallback
 from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 

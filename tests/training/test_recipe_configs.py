@@ -13,8 +13,8 @@ from trl.scripts.utils import DatasetConfig
 import recipe
 from hf_lnscale.core.families import FAMILIES
 from hf_lnscale.training.arguments import PretrainArguments
+from hf_lnscale.training.recipe_model import new_config
 from hf_lnscale.training.scripts import RECIPES, import_recipe
-from hf_lnscale.training.shapes import new_config
 
 CONFIGS = sorted((recipe.RECIPES / "configs").glob("*/*.yaml"))
 ACCELERATE = sorted((recipe.RECIPES / "accelerate").glob("*.yaml"))

@@ -463,3 +463,17 @@ def test_no_teacher_in_place_of_the_config_s():
     assert TeacherArguments(teacher="none").teacher is None
     assert TeacherArguments(teacher="").teacher is None
     assert TeacherArguments(teacher="nonesuch").teacher == "nonesuch"
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [({"teacher": "a"}, "a"), ({"teacher": "a", "whole": "none"}, None), ({"whole": "b"}, "b"),
+     ({"whole": "b", "control": True, "self_data": 9}, "b")],
+)  # fmt: skip
+def test_zero_3_is_refused_where_a_model_does_not_train(given, whole, monkeypatch):
+    """DeepSpeed would shard it in `from_pretrained`."""
+    assert TeacherArguments(**given).whole_model("pruned", None) == whole
+    monkeypatch.setattr("hf_lnscale.training.arguments.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 would shard a model that does not train"):
+        TeacherArguments(**given).whole_model("pruned", None)
+    assert TeacherArguments(whole="b", control=True).whole_model("pruned", None) == "b"

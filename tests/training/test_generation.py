@@ -13,8 +13,8 @@ import recipe
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.training.arguments import DataArguments, RecipeConfig
 from hf_lnscale.training.chats import prepare_chat
+from hf_lnscale.training.generation import BATCH, write_self_data
 from hf_lnscale.training.recipe_data import load_text_or_chats
-from hf_lnscale.training.self_data import BATCH, write_self_data
 from hf_lnscale.training.trainer import RecipeTrainer
 from recipe import SMALL
 
@@ -147,7 +147,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
         patch.setattr(RecipeTrainer, "training_step", training_step)
         assert recipe.run("heal", *words(here, out)) == 143
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lnscale.training.self_data.continue_prompts", None)
+        patch.setattr("hf_lnscale.training.generation.continue_prompts", None)
         assert recipe.run("heal", *words(here, out, "--resume_from_checkpoint", "true")) == 0
     recipe.same_weights(whole, out)
     assert not any("self_data" in name for name in push(out, "me/healed", allow_scaled=True, dry_run=True).files)
@@ -159,7 +159,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
 
 
 def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, here, monkeypatch, capsys):
-    import hf_lnscale.training.self_data as module
+    import hf_lnscale.training.generation as module
 
     original, seeds = module.continue_prompts, []
 
