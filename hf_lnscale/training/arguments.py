@@ -99,8 +99,8 @@ class PretrainArguments:
 
     def sizes(self) -> dict[str, int]:
         """The sizes that override those of the shape, by their names in a configuration."""
-        names = (*Shape._fields[:-1], "num_key_value_heads", "head_dim")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+        return {name: value for name in (*names, "head_dim") if (value := getattr(self, name)) is not None}
 
 
 @dataclass

@@ -78,7 +78,7 @@ def require_same_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
 
 def require_pruned(checkpoint: CheckpointArguments, training: RecipeConfig) -> None:
     """Refuses a checkpoint with all its layers, since there would be nothing to heal."""
-    name = checkpoint.model_name_or_path
+    name = str(checkpoint.model_name_or_path)
     config = AutoConfig.from_pretrained(name, **_source(checkpoint, training))
     if not checkpoint.layers() and record(config).dropped is None:
         raise ValueError(f"{name!r} has all its layers; use --drop_layers, or a checkpoint from hf-lnscale prune")
