@@ -236,21 +236,21 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
             path = Path(get_last_checkpoint(str(path)) or path)
         path = path / "trainer_state.json" if path.is_dir() else path
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    found = {
-        (int(entry["step"]), match[1], int(match[2])): value
-        for entry in history
-        for key, value in entry.items()
-        if (match := _KEY.fullmatch(key))
-    }
+    found: dict[int, dict[tuple[str, int], float]] = {}  # by step, and by measure and layer
+    for entry in history:
+        for key, value in entry.items():
+            if match := _KEY.fullmatch(key):
+                found.setdefault(int(entry["step"]), {})[match[1], int(match[2])] = value
     if not found:
         problem = f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
         raise ArgumentError("run", problem=problem)
-    steps = sorted({step for step, _, _ in found})
-    num_layers = 1 + max(layer for _, _, layer in found)
-    tensors = {measure: torch.full((len(steps), num_layers), math.nan, dtype=torch.float64) for measure in MEASURES}
-    for (step, measure, layer), value in found.items():
-        tensors[measure][steps.index(step), layer] = value
-    return steps, tensors
+    steps, layers = sorted(found), range(1 + max(layer for values in found.values() for _, layer in values))
+    return steps, {
+        measure: torch.tensor(
+            [[found[step].get((measure, layer), math.nan) for layer in layers] for step in steps], dtype=torch.float64
+        )
+        for measure in MEASURES
+    }
 
 
 def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> Any:

@@ -135,16 +135,8 @@ def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(t
 def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert recipe.run("heal", *words(here, whole)) == 0
-    original, calls = RecipeTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RecipeTrainer, "training_step", training_step)
+        recipe.signal_after(3, signal.SIGTERM, patch)
         assert recipe.run("heal", *words(here, out)) == 143
     with monkeypatch.context() as patch:
         patch.setattr("hf_lnscale.training.generation.continue_prompts", None)

@@ -210,18 +210,6 @@ def test_streaming(tmp_path, here):
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-def signal_after(step: int, number: signal.Signals, monkeypatch) -> None:
-    original, calls = RecipeTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), number)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(RecipeTrainer, "training_step", training_step)
-
-
 WAYS = {
     "full, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--gradient_accumulation_steps", "1"]),
     "lora, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--use_peft"]),
@@ -251,7 +239,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path
     number = signal.SIGINT if way == "distillation" else signal.SIGTERM
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        signal_after(3, number, patch)
+        recipe.signal_after(3, number, patch)
         assert recipe.run(name, *words) == 128 + number
     assert signal.getsignal(number) is before
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -273,7 +261,7 @@ def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, mon
     words = ["--num_hidden_layers", 2, "--vocab_size", 300, "--dataset_name", here / "text.jsonl", *SMALL]
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        signal_after(2, signal.SIGTERM, patch)
+        recipe.signal_after(2, signal.SIGTERM, patch)
         assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "stopped") == 143
     # "true" in a folder that holds no run yet starts one: the same command line each time, on machines that go away.
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true") == 0
