@@ -40,7 +40,7 @@ import hf_lnscale
 from hf_lnscale.core.display import markdown
 from hf_lnscale.measuring.sample import default_sources, own_text
 from hf_lnscale.measuring.text import Windows
-from hf_lnscale.training.self_data import continue_prompts
+from hf_lnscale.training.generation import continue_prompts
 
 # Texts that the whole model writes at once.
 WRITTEN_AT_ONCE = 128 if DEVICE == "cuda" else 16

@@ -27,6 +27,7 @@ is first trained in the same way.
 from dataclasses import replace
 from functools import partial
 
+from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
 from hf_lnscale.core.warnings import warn
@@ -40,16 +41,10 @@ from hf_lnscale.training.arguments import (
 )
 from hf_lnscale.training.chats import prepare_chat
 from hf_lnscale.training.control import Control
+from hf_lnscale.training.generation import write_self_data
 from hf_lnscale.training.recipe_data import load_text_or_chats, other_text
-from hf_lnscale.training.recipe_model import (
-    load_model,
-    load_teacher,
-    load_tokenizer,
-    require_pruned,
-    require_same_tokenizer,
-)
+from hf_lnscale.training.recipe_model import load_model, load_tokenizer, require_pruned, require_same_tokenizer
 from hf_lnscale.training.recipe_run import Run, launch
-from hf_lnscale.training.self_data import write_self_data
 from hf_lnscale.training.trainer import DistillationTrainer, RecipeTrainer
 
 
@@ -74,14 +69,17 @@ def main(
     whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
     require_pruned(checkpoint, training)
-    if whole:
-        require_same_tokenizer("teacher" if whole == teacher.teacher else "whole", whole, tokenizer)
+    for argument, name in (("teacher", teacher.teacher), ("whole", whole)):
+        if name:
+            require_same_tokenizer(argument, name, tokenizer)
+    load_unpruned = partial(AutoModelForCausalLM.from_pretrained, dtype=teacher.teacher_dtype)
     train, held_out = load_text_or_chats(data, training.dataset_text_field, training.seed)
     prepare_chat(training, tokenizer, train)
     training.packing &= train.column_names == [training.dataset_text_field]  # keeps answers with their questions
     if whole and teacher.self_data:
-        load_whole = partial(load_teacher, whole, teacher.teacher_dtype, tokenizer)
-        train = write_self_data(training, tokenizer, load_whole, train, teacher.self_data, begin=run.mark)
+        train = write_self_data(
+            training, tokenizer, partial(load_unpruned, whole), train, teacher.self_data, begin=run.mark
+        )
     options = {
         "args": training,
         "train_dataset": train,
@@ -92,7 +90,7 @@ def main(
     }
     model = load_model(checkpoint, training)
     trainer = (
-        DistillationTrainer(load_teacher(teacher.teacher, teacher.teacher_dtype, tokenizer), model=model, **options)
+        DistillationTrainer(load_unpruned(teacher.teacher), model=model, **options)
         if teacher.teacher
         else RecipeTrainer(model=model, **options)
     )

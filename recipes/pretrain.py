@@ -26,10 +26,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_lnscale.measuring.sample import train_tokenizer
-from hf_lnscale.training.arguments import TEXT, DataArguments, PretrainArguments, RecipeConfig, RecipeParser
+from hf_lnscale.training.arguments import SHAPES, TEXT, DataArguments, PretrainArguments, RecipeConfig, RecipeParser
 from hf_lnscale.training.recipe_data import first_texts, load_text
+from hf_lnscale.training.recipe_model import new_config
 from hf_lnscale.training.recipe_run import Run, launch
-from hf_lnscale.training.shapes import SHAPES, SIZES, new_config
 from hf_lnscale.training.trainer import RecipeTrainer
 
 
@@ -60,14 +60,7 @@ def main(new: PretrainArguments, data: DataArguments, training: RecipeConfig) ->
     column = training.dataset_text_field
     train, held_out = load_text(data, column, training.seed)
     tokenizer = get_tokenizer(new, training, run, first_texts(train, column))
-    config = new_config(
-        tokenizer,
-        family=new.family,
-        shape=new.shape,
-        config_name=new.config_name,
-        max_length=training.max_length,
-        sizes={name: getattr(new, name) for name in SIZES},
-    )
+    config = new_config(tokenizer, new, training.max_length)
     set_seed(training.seed)
     # Plain normal initialization, which with LayerNorm Scaling works better than depth-scaled initialization (the
     # paper's table of scalings).

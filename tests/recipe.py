@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("trl", minversion="1.9")
 from hf_lnscale.measuring.sample import documents, train_tokenizer
 from hf_lnscale.training.recipe_run import launch
 from hf_lnscale.training.scripts import import_recipe
+from hf_lnscale.training.trainer import RecipeTrainer
 
 # Each run collects garbage several times; what is loaded by now is none.
 gc.freeze()
@@ -44,6 +46,19 @@ def run(name: str, *words: Any) -> int:
     except SystemExit as left:
         return int(left.code or 0)
     return 0
+
+
+def signal_after(step: int, number: int, patch: pytest.MonkeyPatch, process: int = 0) -> None:
+    """From here on, one of the processes gets a signal in that step."""
+    original, calls = RecipeTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step and self.args.process_index == process:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    patch.setattr(RecipeTrainer, "training_step", training_step)
 
 
 def metrics(folder: Path) -> dict[str, Any]:

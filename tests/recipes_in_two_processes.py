@@ -8,6 +8,7 @@ import signal
 import sys
 
 import accelerate.state
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
@@ -16,7 +17,6 @@ from accelerate.state import AcceleratorState, PartialState
 import processes
 import recipe
 from hf_lnscale.training import run_report as report
-from hf_lnscale.training.trainer import RecipeTrainer
 
 
 def fsdp2_on_cpu():
@@ -34,19 +34,6 @@ def fsdp2_on_cpu():
             self.fsdp_plugin = fsdp_plugin
 
     accelerate.state.AcceleratorState.__init__ = __init__
-
-
-def signal_after(step):
-    """To one of the processes alone."""
-    original, calls = RecipeTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == step and self.args.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    RecipeTrainer.training_step = training_step
 
 
 def main(folder):
@@ -71,7 +58,7 @@ def main(folder):
     assert recipe.run("heal", *control, "--output_dir", f"{folder}/fsdp2-control") == 0
     resumed = ["--output_dir", f"{folder}/fsdp2-resumed", "--resume_from_checkpoint", f"{folder}/fsdp2/checkpoint-3"]
     assert recipe.run("continue_pretrain", *words, *resumed) == 0
-    signal_after(2)
+    recipe.signal_after(2, signal.SIGTERM, pytest.MonkeyPatch(), process=1)
     assert recipe.run("continue_pretrain", *words, "--output_dir", f"{folder}/stopped") == 143
     assert not dist.is_initialized()
 

@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import trl
@@ -16,8 +16,8 @@ from packaging.version import Version
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from ..core.errors import require_integers
 from .scripts import find_config
-from .shapes import SHAPES
 
 if Version(trl.__version__) < Version("1.9"):
     raise ImportError(f"the recipes need trl 1.9 or newer; this is trl {trl.__version__}")
@@ -38,8 +38,7 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
         "files, or a folder written by save_to_disk. Defaults to English text shipped with Python.",
     )
     dataset_test_split: str | None = option(  # type: ignore[assignment]
-        None,
-        "Evaluation split, on the Hub or in a folder with files of that name; by default rows are held out.",
+        None, "Evaluation split, on the Hub or in a folder with files of that name; by default rows are held out."
     )
     eval_dataset_name: str | None = option(None, "Name or path of separate evaluation data.")
     eval_samples: int = option(256, "Rows to evaluate on. If held out of training: at most a tenth, at least one.")
@@ -53,6 +52,27 @@ class DataArguments(ScriptArguments, DatasetMixtureConfig):
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples must be at least 1, got {self.eval_samples}")
         self.streaming |= self.dataset_streaming
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama, and the learning rate for it, of "The Curse of Depth" (arXiv 2502.05795)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    learning_rate: float
+
+
+SHAPES = {
+    # Not in the paper: as deep as its smallest model, but trains within a minute.
+    "demo": Shape(128, 344, 4, 12, 1e-3),
+    "130M": Shape(768, 2048, 12, 12, 1e-3),
+    "250M": Shape(768, 2560, 16, 24, 1e-3),
+    "350M": Shape(1024, 2736, 16, 24, 1e-3),
+    "1B": Shape(2048, 5461, 32, 24, 5e-4),
+    "7B": Shape(4096, 11008, 32, 32, 5e-4),
+}
 
 
 @dataclass
@@ -75,15 +95,19 @@ class PretrainArguments:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:  # from YAML
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        require_integers(1, **self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that override those of the shape, by their names in a configuration."""
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+        return {name: value for name in (*names, "head_dim") if (value := getattr(self, name)) is not None}
 
 
 @dataclass
 class CheckpointArguments(ModelConfig):
     """The checkpoint to train."""
 
-    drop_layers: list[str] | None = option(
-        None, "Layers to drop from the checkpoint, for example --drop_layers 12 14, or the path of a pruning plan."
-    )
+    drop_layers: list[str] | None = option(None, "Layers to drop, such as 12 14, or the path of a pruning plan.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -106,8 +130,7 @@ class WarmupArguments:
     """Conversion of a Pre-LN checkpoint to LayerNorm Scaling. Checkpoints that are already scaled are unchanged."""
 
     ln_scaling: bool = option(
-        False,
-        "Convert the checkpoint from Pre-LN to LNS during a warmup; in our measurements this increased the final loss.",
+        False, "Convert from Pre-LN to LNS in a warmup; in our measurements this increased the loss."
     )
     ln_scaling_warmup_steps: int = option(1000, "Length of the ramp in steps; must not exceed the run.")
     ln_scaling_schedule: str = option("linear", "Shape of the ramp.", choices=["linear", "cosine"])
@@ -118,11 +141,10 @@ class TeacherArguments:
     """The teacher of a pruned model, and the unpruned model that it is compared with."""
 
     teacher: str | None = option(
-        None,
-        "Folder or Hub name of the unpruned model to distill from; none: train on text only.",
+        None, "Folder or Hub name of the unpruned model to distill from; none: train on text only."
     )
     teacher_dtype: str = option(
-        "auto", "Dtype of the teacher; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
+        "auto", "Its dtype; auto: as saved.", choices=["auto", "bfloat16", "float16", "float32"]
     )
     whole: str | None = option(
         None,
@@ -130,22 +152,18 @@ class TeacherArguments:
         "itself; none: report no gap.",
     )
     control: bool = option(False, "First train the unpruned model in the same way (doubles the time); report that gap.")
-    self_data: int = option(
-        0,
-        "Train on this many texts or chat answers generated by the unpruned model; 0: train on the data.",
-    )
+    self_data: int = option(0, "Train on this many texts or answers by the unpruned model; 0: train on the data.")
 
     def __post_init__(self) -> None:
         self.teacher = _named(self.teacher)  # none overrides the teacher in a config file
-        if self.self_data < 0:
-            raise ValueError(f"self_data must be an integer >= 0, got {self.self_data}")
+        require_integers(0, self_data=self.self_data)
 
     def whole_model(self, checkpoint: str | None, layers: Any) -> str | None:
         """The name of the unpruned model, if known.
 
         Raises:
             ValueError: if `control` or `self_data` needs it and it is unknown, `control` is combined with a teacher, or
-                ZeRO-3 is used without `control`.
+                ZeRO-3 would shard a model that does not train.
         """
         whole = _named(self.whole or self.teacher or (checkpoint if layers else None))
         if self.control and self.teacher:
@@ -154,8 +172,11 @@ class TeacherArguments:
             raise ValueError("control: name the unpruned model to train, with --whole")
         if self.self_data and not whole:
             raise ValueError("self_data: name the unpruned model that generates the data, with --whole")
-        if whole and not self.control and is_deepspeed_zero3_enabled():
-            raise ValueError("whole: DeepSpeed ZeRO-3 only shards models that train; use --control or --whole none")
+        if (self.teacher or self.self_data or (whole and not self.control)) and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "teacher, self_data, whole: DeepSpeed ZeRO-3 would shard a model that does not train; use ZeRO-2 or "
+                "FSDP2, or train on your data with --control or --whole none"
+            )
         return whole
 
 
@@ -167,9 +188,7 @@ def _named(name: str | None) -> str | None:
 class RecipeConfig(SFTConfig):
     """TRL's training arguments, with the defaults of every recipe."""
 
-    bf16: bool | None = option(  # type: ignore[assignment]
-        None, "Compute in bfloat16; defaults to on if the GPU supports it."
-    )
+    bf16: bool | None = option(None, "Compute in bfloat16; on by default if the GPU can.")  # type: ignore[assignment]
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
     use_cache: bool = option(True, "Value in the model's config.json; training itself does not use a cache.")
     eval_on_start: bool = option(True, "Also evaluate before the first step, for comparison.")
@@ -184,13 +203,9 @@ class RecipeConfig(SFTConfig):
     chat_template_path: str | None = option(
         None, "Chat template: chatml, a .jinja file, or the folder or Hub name of a tokenizer that has one."
     )
-    num_samples: int = option(
-        0, "Number of held-out prompts to answer greedily at each evaluation, written to samples.jsonl; 0: off."
-    )
+    num_samples: int = option(0, "Number of held-out prompts to answer at each evaluation, in samples.jsonl; 0: off.")
     early_stopping_patience: int = option(
-        0,
-        "Stop after this many evaluations without a lower loss, and keep the best checkpoint; 0: off. Requires "
-        "--eval_strategy.",
+        0, "Evaluations without a lower loss after which to stop and keep the best checkpoint; 0: off."
     )
     depth_stats_steps: int = option(100, "Steps between depth statistics (docs/depth-stats.md); 0: off.")
     # Set by `launch` and `Run`: the command line, and whether training has begun, after which errors show a traceback.

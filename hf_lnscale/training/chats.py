@@ -72,17 +72,12 @@ def _first_format(row: dict[str, Any], where: str, columns: list[str] | None) ->
     )
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Parses JSON; `where` locates it in the error message."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
-
-
 def _decoded(value: Any, where: str) -> Any:
     """Decodes a value that may be a JSON string: anything in CSV, and tools and arguments in OpenAI's format."""
-    return parse_json(value, where) if isinstance(value, str) else value
+    try:
+        return parse(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"dataset_name: {where} is not JSON: {error}") from None
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -135,8 +130,7 @@ def prepare_chat(training: RecipeConfig, tokenizer: Any, train: Any) -> None:
     """Chooses the chat template for the data, and whether to train only on the assistant's answers.
 
     Raises:
-        ValueError: if the data is chats and the template is missing, does not mark the answers, or drops tool calls in
-            the data.
+        ValueError: if the data is chats and the template is missing, does not mark answers, or drops tool calls.
         FileNotFoundError: if the template file does not exist.
     """
     if training.chat_template_path == "chatml":

@@ -34,10 +34,8 @@ class Control(TrainerCallback):
 
     Args:
         trainer: the trainer of the cut model.
-        name: name of the full model.
-        load: loads the full model; not called if the folder already contains its losses.
-        train: whether to train the full model in the same way.
-        options: arguments for its trainer, the same as the cut model's.
+        name, load: the full model; it is not loaded if the folder already contains its losses.
+        train: whether to train the full model in the same way, with the same `options` as the cut model's trainer.
 
     Raises:
         ValueError: if a resumed run has a different length from the one the full model was trained for.
@@ -91,10 +89,7 @@ class Control(TrainerCallback):
             write_atomically(self.path, to_json(found) + "\n")
 
     def metrics(self) -> Iterator[tuple[str, Any]]:
-        """Yields the full model's losses and the gaps to them before and after training, with standard errors.
-
-        The standard error of a gap is paired by row, if both models were evaluated on the same rows.
-        """
+        """Yields the full model's losses and the gaps to them before and after training, with standard errors."""
         yield "whole_model", public_name(self.name) + (", trained equally" if self.trained else "")
         after = self.trainer.rows
         for text in TEXTS:

@@ -23,8 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ..core.config import is_integer
-from ..core.errors import ArgumentError, require_packages
+from ..core.errors import ArgumentError, require_integers, require_packages
 from ..core.stack import text_stack
 from ..measuring.state_stats import layer_angle, mean_where, pooled_moments
 from ..measuring.stream import hidden_states, is_compiled, layer_output
@@ -76,9 +75,8 @@ class DepthStatsCallback(TrainerCallback):
     _norms_L: torch.Tensor | None
 
     def __init__(self, trainer: Trainer, every_n_steps: int = 100, skip_tokens: int = 1) -> None:
-        for argument, value, least in (("every_n_steps", every_n_steps, 1), ("skip_tokens", skip_tokens, 0)):
-            if not is_integer(value) or value < least:
-                raise ArgumentError(argument, value, f"an integer >= {least}")
+        require_integers(1, every_n_steps=every_n_steps)
+        require_integers(0, skip_tokens=skip_tokens)
         if trainer.args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
             problem = "DepthStatsCallback does not work with nn.DataParallel; start one process per device (torchrun)"
             raise ArgumentError("trainer", problem=problem)
@@ -193,10 +191,7 @@ def _counting(args: Any, kwargs: Any, skip_tokens: int) -> torch.Tensor:
 
 
 def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: torch.Tensor) -> torch.Tensor:
-    """Number of counted tokens, mean and variance of their entries after the layer, and mean angular distance.
-
-    Shape (4,); zeros if no token is counted.
-    """
+    """Number of counted tokens, mean and variance of their entries after the layer, mean angle; shape (4,)."""
     x_BTD, y_BTD = before_BTD.float(), after_BTD.float()
     w_BT = counting_BT.to(y_BTD.device)
     angle = mean_where(w_BT, layer_angle(x_BTD, y_BTD)) / math.pi
@@ -205,10 +200,7 @@ def _statistics(before_BTD: torch.Tensor, after_BTD: torch.Tensor, counting_BT: 
 
 @torch.no_grad()
 def _gradient_norms(model: nn.Module) -> torch.Tensor | None:
-    """The norm of each layer's gradient, shape (L,), identical on every process; NaN for a layer without gradients.
-
-    None if gradients are not stored in the parameters.
-    """
+    """The norm of each layer's gradient, shape (L,), NaN without gradients; None if parameters do not hold them."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
@@ -243,21 +235,21 @@ def read_depth_stats(run: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
             path = Path(get_last_checkpoint(str(path)) or path)
         path = path / "trainer_state.json" if path.is_dir() else path
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    found = {
-        (int(entry["step"]), match[1], int(match[2])): value
-        for entry in history
-        for key, value in entry.items()
-        if (match := _KEY.fullmatch(key))
-    }
+    found: dict[int, dict[tuple[str, int], float]] = {}  # by step, and by measure and layer
+    for entry in history:
+        for key, value in entry.items():
+            if match := _KEY.fullmatch(key):
+                found.setdefault(int(entry["step"]), {})[match[1], int(match[2])] = value
     if not found:
         problem = f"no depth statistics in {run!r:.99}; add a DepthStatsCallback to the Trainer"
         raise ArgumentError("run", problem=problem)
-    steps = sorted({step for step, _, _ in found})
-    num_layers = 1 + max(layer for _, _, layer in found)
-    tensors = {measure: torch.full((len(steps), num_layers), math.nan, dtype=torch.float64) for measure in MEASURES}
-    for (step, measure, layer), value in found.items():
-        tensors[measure][steps.index(step), layer] = value
-    return steps, tensors
+    steps, layers = sorted(found), range(1 + max(layer for values in found.values() for _, layer in values))
+    return steps, {
+        measure: torch.tensor(
+            [[found[step].get((measure, layer), math.nan) for layer in layers] for step in steps], dtype=torch.float64
+        )
+        for measure in MEASURES
+    }
 
 
 def plot_depth_stats(runs: Any, path: str | os.PathLike[str] | None = None) -> Any:

@@ -37,31 +37,23 @@ def load_text(arguments: DataArguments, column: str, seed: int) -> Split:
         ValueError: if a row has no text in the column, or there are no rows; the message names the row or the dataset.
         FileNotFoundError: if a path does not exist.
     """
-    convert = partial(_to_text, column=column)
-    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
+    return _load_split(arguments, seed, partial(_to_text, column=column), column)
 
 
 def load_conversations(arguments: DataArguments, seed: int) -> Split:
-    """Loads chats, or prompts with completions, for training and evaluation.
-
-    Raises:
-        ValueError, FileNotFoundError: see `load_text`.
-    """
-    return _load_split(arguments, seed, to_chat, lambda: Dataset.from_list(sample.conversations()))
+    """Like `load_text` for chats, or prompts with completions."""
+    return _load_split(arguments, seed, to_chat)
 
 
 def load_text_or_chats(arguments: DataArguments, column: str, seed: int) -> Split:
     """Like `load_text` for rows with such a column, or if no data is named; otherwise like `load_conversations`."""
-    convert = partial(_to_text_or_chat, column=column)
-    return _load_split(arguments, seed, convert, lambda: Dataset.from_dict({column: sample.documents()}))
+    return _load_split(arguments, seed, partial(_to_text_or_chat, column=column), column)
 
 
 def other_text(arguments: DataArguments, column: str) -> Dataset:
     """Text shipped with Python that differs in kind from the training data: English, or code if that is English."""
-    own = not arguments.dataset_name and not arguments.datasets
-    return Dataset.from_dict(
-        {column: sample.default_sources()["python" if own else "english"][: arguments.eval_samples]}
-    )
+    kind = "english" if arguments.dataset_name or arguments.datasets else "python"
+    return Dataset.from_dict({column: sample.default_sources()[kind][: arguments.eval_samples]})
 
 
 def first_texts(data: Any, column: str, characters: int = 20_000_000) -> Iterable[str]:
@@ -89,14 +81,20 @@ def _to_text_or_chat(row: Row, where: str, columns: list[str] | None, column: st
     return _to_text(row, where, columns, column) if is_text else to_chat(row, where, columns)
 
 
-def _load_split(arguments: DataArguments, seed: int, convert: Convert, in_python: Callable[[], Dataset]) -> Split:
-    """Loads a dataset or a mixture, and evaluation data: other data, a split, or rows held out of training."""
+def _load_split(arguments: DataArguments, seed: int, convert: Convert, column: str | None = None) -> Split:
+    """Loads a dataset, a mixture or the text shipped with Python (in `column`, or as chats), and evaluation data: other
+    data, a split, or rows held out of training."""
     name, wanted, test = arguments.dataset_name, arguments.eval_samples, arguments.dataset_test_split
     parts = arguments.datasets
     if name:
         parts = [DatasetConfig(name, arguments.dataset_config, split=arguments.dataset_train_split)]
     shown = ", ".join(repr(part.path) for part in parts) or "the text shipped with Python"
-    train = _mixture(parts, arguments.streaming, convert, test if name else None, seed) if parts else in_python()
+    if parts:
+        train = _mixture(parts, arguments.streaming, convert, test if name else None, seed)
+    elif column:
+        train = Dataset.from_dict({column: sample.documents()})
+    else:
+        train = Dataset.from_list(sample.conversations())
     if other := arguments.eval_dataset_name or (name if name and test and _has_split(Path(name), test) else None):
         configuration = arguments.dataset_config if other == name else None
         part = DatasetConfig(other, configuration, split=test or "train")
@@ -137,11 +135,12 @@ def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | No
     path, raw = Path(part.path), None
     given: dict[str, Any] = {"convert": partial(convert, columns=part.columns)}
     if path.exists() and not _is_saved(path):
-        files = _files(path, part.split, test)
-        given["files"], given["whole"] = files, [path.is_dir()] * len(files)
-        stats = map(Path.stat, files)
-        given["changed"] = [(stat.st_size, stat.st_mtime_ns) for stat in stats]  # part of the cache key too
-        first = next(_rows(**given), None)
+        given["files"] = [
+            # Size and time of change only serve as part of the cache key.
+            (file, path.is_dir(), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in _files(path, part.split, test)
+        ]
+        first = next(_file_rows(**given), None)
     else:
         raw = _load_raw(part, streaming)
         given |= {"name": repr(part.path), "typed": "Json(" not in repr(raw.features)}
@@ -153,7 +152,7 @@ def _load(part: DatasetConfig, streaming: bool, convert: Convert, test: str | No
     features = features_of(first)
     if raw is None:
         make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        return make(_rows, gen_kwargs=given, features=features)
+        return make(_file_rows, gen_kwargs=given, features=features)
     return raw.map(
         _convert_batch, batched=True, with_indices=True, remove_columns=list(next(iter(raw))), features=features,
         fn_kwargs={"columns": list(first), **given},
@@ -201,9 +200,8 @@ def _convert_batch(
 
 
 def _without_nulls(row: Row) -> Row:
-    """Removes nulls from a row of a typed table, in which every tool call has the arguments of all others."""
-    clean: Any = remove_none_values
-    return {key: clean(one) if isinstance(one, (dict, list)) else one for key, one in row.items()}
+    """Removes nulls within columns: in a typed table, every tool call has the arguments of all others."""
+    return {**dict.fromkeys(row), **remove_none_values(row)}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -240,16 +238,16 @@ def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _rows(
-    files: list[Path], whole: list[bool], changed: list[tuple[int, int]], convert: Convert,
-    kind: str | None = None, version: str = "",
-) -> Iterator[Row]:  # fmt: skip
-    return _converted(itertools.chain.from_iterable(map(_read, files, whole)), convert, kind)
+def _file_rows(
+    files: list[tuple[Path, bool, int, int]], convert: Convert, kind: str | None = None, version: str = ""
+) -> Iterator[Row]:
+    rows = itertools.chain.from_iterable(_read(path, in_folder) for path, in_folder, *_ in files)
+    return _converted(rows, convert, kind)
 
 
-def _read(path: Path, whole: bool) -> Iterator[tuple[str, Row]]:
+def _read(path: Path, in_folder: bool) -> Iterator[tuple[str, Row]]:
     """Yields the rows of a file as dicts, each with its location for error messages."""
-    kind, whole = file_kind(path), whole and path.stat().st_size <= LARGE_FILE
+    kind, whole = file_kind(path), in_folder and path.stat().st_size <= LARGE_FILE
     for where, row in read_rows(path, "dataset_name", None if whole else LINES_A_ROW):
         if kind == "json" and not isinstance(row, dict):
             raise ValueError(f"dataset_name: {where} is not a JSON object, but {str(row)[:60]!r}")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -35,8 +35,8 @@ from ..pruning.layers import note_text
 from .arguments import RecipeConfig, RecipeParser
 from .control import Control
 from .depth_stats import DepthStatsCallback
-from .run_report import data_names, write_report
-from .samples import SamplesCallback
+from .generation import SamplesCallback
+from .run_report import data_names, training_cost, write_report
 from .trainer import RecipeTrainer
 from .warmup import LNScalingWarmupCallback
 
@@ -78,12 +78,7 @@ def launch(parser: RecipeParser, main: Callable[..., Any], words: list[str] | No
 
 
 class Run(TrainerCallback):
-    """A run of a recipe in its own output folder.
-
-    Args:
-        recipe: name of the script.
-        training: the training arguments.
-        given: the other dataclasses of arguments.
+    """A run of a recipe in its own output folder; `given` are the dataclasses of arguments besides `training`.
 
     Raises:
         FileExistsError: if the folder contains another run, or this run and it is not resumed.
@@ -97,10 +92,8 @@ class Run(TrainerCallback):
         require_place(self.folder / RUN_FILE, str(self.folder), "output_dir")
         words = {key: value for part in given for key, value in dataclasses.asdict(part).items()}
         words |= {key: getattr(training, key, None) for key in _IDENTITY}
-        words["batch"] = (
-            training.per_device_train_batch_size * training.gradient_accumulation_steps * max(training.world_size, 1)
-        )
-        self.identity = json.loads(json.dumps({"recipe": recipe, **words}, default=str))
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        self.identity = json.loads(json.dumps({"recipe": recipe, **words, "batch": batch}, default=str))
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != training.world_size:  # each process would train separately in the same folder
             raise ValueError(f"{started} processes were started, but this one sees only {training.world_size}")
@@ -128,7 +121,7 @@ class Run(TrainerCallback):
         return wanted
 
     def _require_own_folder(self, resuming: bool) -> None:
-        if (self.folder.is_dir() and not any(self.folder.iterdir())) or not self.folder.exists():
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         found, problem = _read(self.folder / RUN_FILE).get("identity"), ""
         if not isinstance(found, dict):
@@ -184,17 +177,15 @@ class Run(TrainerCallback):
         Raises:
             SystemExit: with code 128 + signal, after SIGINT or SIGTERM, once a checkpoint is saved.
         """
-        arguments = trainer.args
-        model: Any = trainer.model
-        held_out: Any = trainer.eval_dataset
+        arguments, model = trainer.args, cast(Any, trainer.model)
         config = text_stack(model).model.config
-        known = caution(config, (torch.as_tensor(row["input_ids"]) for row in held_out))
+        known = caution(config, _sequences(trainer.eval_dataset))
         if known and arguments.process_index == 0:
             warn(f"evaluation data: {known}")
-        rows: Any = trainer.train_dataset
-        if self.recipe == "heal" and hasattr(rows, "__len__"):  # not of a stream, which would be read twice
-            sequences = (torch.as_tensor(row["input_ids"]) for row in rows)
-            note_text(model, sketch_of(sequences, ", ".join(map(public_name, data_names(self.identity))) or "Python's"))
+        rows = trainer.train_dataset
+        if self.recipe == "heal" and isinstance(rows, datasets.Dataset):  # a stream would be read twice
+            data = ", ".join(map(public_name, data_names(self.identity))) or "Python's"
+            note_text(model, sketch_of(_sequences(rows), data))
         resumed = self.checkpoint
         before = _read(Path(resumed) / "trainer_state.json") if resumed else {}
         # A run killed between its last step and its report has no steps left.
@@ -218,8 +209,8 @@ class Run(TrainerCallback):
         seconds = time.perf_counter() - started
         if stop.stopped is not None:
             self._leave(trainer, stop.stopped)
-        command = public_command(self.training.command)
-        write_report(trainer, self.identity, command, self.checkpoint, before, seconds, self.control)
+        cost = training_cost(trainer, self.checkpoint, before, seconds)
+        write_report(trainer, self.identity, public_command(self.training.command), cost, self.control)
 
     def _callbacks(self, trainer: RecipeTrainer, config: Any) -> Iterator[TrainerCallback]:
         if (scaling := record(config).active) and scaling.warming_up:
@@ -253,6 +244,10 @@ def _read(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, ValueError):
         return {}
+
+
+def _sequences(rows: Any) -> Iterator[torch.Tensor]:
+    return (torch.as_tensor(row["input_ids"]) for row in rows)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -42,26 +42,17 @@ _ADAPTER = Markdown(
 
 
 def write_report(
-    trainer: RecipeTrainer,
-    given: dict[str, Any],
-    command: str,
-    resumed: str | None,
-    before: dict[str, Any],
-    seconds: float,
-    control: Control | None = None,
+    trainer: RecipeTrainer, given: dict[str, Any], command: str, cost: dict[str, Any], control: Control | None
 ) -> None:
     """Evaluates, and writes model, card, `metrics.json` and plots to the output folder. Every process must call it.
 
     Args:
         trainer: the Trainer after training.
         given, command: the arguments of the recipe and its command line, for the card.
-        resumed: the checkpoint that this process started from.
-        before: the Trainer state in it; empty if there is none.
-        seconds: time spent training in this process, including evaluations and checkpoints.
+        cost: from `training_cost`.
         control: the comparison for a healing run.
     """
     arguments, state = trainer.args, trainer.state
-    cost = _cost(trainer, before, resumed, seconds)
     if trainer.is_fsdp_enabled:
         # Intermediate checkpoints may be sharded; the final one loads like any other.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -95,8 +86,11 @@ def write_report(
     trainer.accelerator.wait_for_everyone()
 
 
-def _cost(trainer: RecipeTrainer, before: dict[str, Any], resumed: str | None, seconds: float) -> dict[str, Any]:
-    """Speed and memory of the training; see `write_report`."""
+def training_cost(
+    trainer: RecipeTrainer, resumed: str | None, before: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Speed and memory of the `seconds` of training, evaluations and saving since the checkpoint `resumed`, whose
+    Trainer state is `before`. Every process must call it."""
     arguments, state = trainer.args, trainer.state
     since = before.get("global_step", -1)
     evaluating = sum(

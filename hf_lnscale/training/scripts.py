@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -27,13 +27,8 @@ def find_config(recipe: str, name: str) -> Path:
 
 
 def import_recipe(script: str) -> ModuleType:
-    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, which does not exist by itself in a checkout."""
-    name = f"hf_lnscale.recipes.{script}"
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, recipes_folder() / f"{script}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]
+    """Imports a recipe as `hf_lnscale.recipes.SCRIPT`, a package that a checkout does not have."""
+    package = ModuleType("hf_lnscale.recipes")
+    package.__path__ = [str(recipes_folder())]
+    sys.modules.setdefault(package.__name__, package)
+    return import_module(f"{package.__name__}.{script}")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
@@ -80,14 +80,9 @@ class RecipeTrainer(SFTTrainer):
             self.args.per_device_eval_batch_size = 1
         arguments, given, kept = kwargs["args"], kwargs["train_dataset"], self.train_dataset
         self.num_rows = (len(given) if isinstance(given, Dataset) else None, len(texts["eval"]))
-        if not isinstance(kept, Dataset) or arguments.packing:
-            return
-        skipped, rows = len(given) - len(kept), len(given)
-        what = f"{skipped} of {rows} rows have nothing to learn in the first {arguments.max_length} tokens (max_length)"
-        if not len(kept):
-            raise ValueError(what)
-        if skipped and arguments.process_index == 0:
-            print(f"{what} and are skipped")
+        if isinstance(kept, Dataset) and not arguments.packing:
+            empty = f"rows have nothing to learn in the first {arguments.max_length} tokens (max_length)"
+            require_rows(len(kept), len(given), empty, arguments)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -128,6 +123,15 @@ class RecipeTrainer(SFTTrainer):
             other["eval_other_runtime"] = time.perf_counter() - started
             self.log(other)
         return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **other}
+
+
+def require_rows(kept: int, given: int, why: str, arguments: TrainingArguments, place: str = "") -> None:
+    """Prints how many of the given rows are left out, and `why`; raises ValueError if none is kept."""
+    left_out = f"{place}{given - kept} of {given} {why}"
+    if not kept:
+        raise ValueError(left_out)
+    if kept < given and arguments.process_index == 0:
+        print(f"{left_out}, and are skipped")
 
 
 class DistillationTrainer(RecipeTrainer):

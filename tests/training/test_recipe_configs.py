@@ -12,8 +12,9 @@ from trl.scripts.utils import DatasetConfig
 
 import recipe
 from hf_lnscale.core.families import FAMILIES
+from hf_lnscale.training.arguments import PretrainArguments
+from hf_lnscale.training.recipe_model import new_config
 from hf_lnscale.training.scripts import RECIPES, import_recipe
-from hf_lnscale.training.shapes import SIZES, new_config
 
 CONFIGS = sorted((recipe.RECIPES / "configs").glob("*/*.yaml"))
 ACCELERATE = sorted((recipe.RECIPES / "accelerate").glob("*.yaml"))
@@ -132,9 +133,7 @@ def test_the_commands_in_the_docs_are_some(page, monkeypatch):
 ])  # fmt: skip
 def test_shapes_are_the_paper_s(shape, hidden, mlp, heads, layers):
     """arXiv 2502.05795, the table of model sizes."""
-    config = new_config(
-        recipe.tokenizer(), family="llama", shape=shape, config_name=None, max_length=256, sizes=dict.fromkeys(SIZES)
-    )
+    config = new_config(recipe.tokenizer(), PretrainArguments(shape=shape), max_length=256)
     assert (config.hidden_size, config.intermediate_size) == (hidden, mlp)
     assert (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers) == (heads, heads, layers)
     with torch.device("meta"):

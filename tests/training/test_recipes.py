@@ -214,18 +214,6 @@ def test_streaming(tmp_path, here):
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-def signal_after(step: int, number: signal.Signals, monkeypatch) -> None:
-    original, calls = RecipeTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), number)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(RecipeTrainer, "training_step", training_step)
-
-
 WAYS = {
     "full, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--gradient_accumulation_steps", "1"]),
     "lora, layers dropped": ("continue_pretrain", ["--drop_layers", "1", "--use_peft"]),
@@ -256,7 +244,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(way, tmp_path
     number = signal.SIGINT if way == "distillation" else signal.SIGTERM
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        signal_after(3, number, patch)
+        recipe.signal_after(3, number, patch)
         assert recipe.run(name, *words) == 128 + number
     assert signal.getsignal(number) is before
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -279,7 +267,7 @@ def test_pretrain_goes_on_with_the_tokenizer_that_it_trained(tmp_path, here, mon
     words = ["--num_hidden_layers", 2, "--vocab_size", 300, "--dataset_name", here / "text.jsonl", *SMALL]
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        signal_after(2, signal.SIGTERM, patch)
+        recipe.signal_after(2, signal.SIGTERM, patch)
         assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "stopped") == 143
     # "true" in a folder that holds no run yet starts one: the same command line each time, on machines that go away.
     assert recipe.run("pretrain", *words, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true") == 0
@@ -470,3 +458,17 @@ def test_no_teacher_in_place_of_the_config_s():
     assert TeacherArguments(teacher="none").teacher is None
     assert TeacherArguments(teacher="").teacher is None
     assert TeacherArguments(teacher="nonesuch").teacher == "nonesuch"
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [({"teacher": "a"}, "a"), ({"teacher": "a", "whole": "none"}, None), ({"whole": "b"}, "b"),
+     ({"whole": "b", "control": True, "self_data": 9}, "b")],
+)  # fmt: skip
+def test_zero_3_is_refused_where_a_model_does_not_train(given, whole, monkeypatch):
+    """DeepSpeed would shard it in `from_pretrained`."""
+    assert TeacherArguments(**given).whole_model("pruned", None) == whole
+    monkeypatch.setattr("hf_lnscale.training.arguments.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 would shard a model that does not train"):
+        TeacherArguments(**given).whole_model("pruned", None)
+    assert TeacherArguments(whole="b", control=True).whole_model("pruned", None) == "b"

@@ -13,8 +13,8 @@ import recipe
 from hf_lnscale.checkpoints.hub import push
 from hf_lnscale.training.arguments import DataArguments, RecipeConfig
 from hf_lnscale.training.chats import prepare_chat
+from hf_lnscale.training.generation import BATCH, write_self_data
 from hf_lnscale.training.recipe_data import load_text_or_chats
-from hf_lnscale.training.self_data import BATCH, write_self_data
 from hf_lnscale.training.trainer import RecipeTrainer
 from recipe import SMALL
 
@@ -138,19 +138,11 @@ def test_the_answers_of_chats_are_the_whole_model_s_and_they_alone_are_learned(t
 def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert recipe.run("heal", *words(here, whole)) == 0
-    original, calls = RecipeTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RecipeTrainer, "training_step", training_step)
+        recipe.signal_after(3, signal.SIGTERM, patch)
         assert recipe.run("heal", *words(here, out)) == 143
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lnscale.training.self_data.continue_prompts", None)
+        patch.setattr("hf_lnscale.training.generation.continue_prompts", None)
         assert recipe.run("heal", *words(here, out, "--resume_from_checkpoint", "true")) == 0
     recipe.same_weights(whole, out)
     assert not any("self_data" in name for name in push(out, "me/healed", allow_scaled=True, dry_run=True).files)
@@ -163,7 +155,7 @@ def test_a_run_that_is_resumed_writes_nothing_anew(tmp_path, here, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_while_the_model_wrote_goes_on_there(tmp_path, here, monkeypatch, capsys):
-    import hf_lnscale.training.self_data as module
+    import hf_lnscale.training.generation as module
 
     original, seeds = module.continue_prompts, []
 
