@@ -196,5 +196,6 @@ def test_an_older_peft_may_lack_a_function_and_its_module(run_python):
     from hf_lnscale.hooks import install
     peft.get_peft_model(tiny.model(ln_scaling=True), peft.LoraConfig(target_modules=["q_proj"]))
     print(install.problems)
+    del sys.modules["hf_lnscale"]
     """
     assert run_python(code, plugin=False).strip() == "{}"
