@@ -93,7 +93,7 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> Estimate:
-        """Bits per byte of the text."""
+        """nats / ln 2 / UTF-8 bytes of the text. Unlike perplexity, it compares models with different tokenizers."""
         error = self._stderr(by_token=False)
         return Estimate(self.nats / math.log(2) / self.num_bytes, None if error is None else 1.0 / math.log(2) * error)
 

@@ -74,8 +74,8 @@ class Speed:
     """The cost of loading and running a checkpoint.
 
     Attributes:
-        parameters: number of parameters.
-        load_seconds: time to load it.
+        parameters: number of parameters, with tied ones counted once.
+        load_seconds: time until it is ready to run.
         load_peak_bytes, peak_bytes: peak memory after loading, and after all runs: of the GPU, or on a CPU of the
             process, including the interpreter and libraries. Each is a single measurement.
         prefill_tokens_per_second: prompt tokens divided by the time to the first token.

@@ -69,8 +69,9 @@ def capture_residual_stream(
             read(layer, visit, place)
             if middle is not None:
                 read(layer.get_submodule(stack.family.mlp_norm), middle, place)
-        last = len(stack.layers)
-        hooks.enter_context(layer.register_forward_hook(lambda *call: visit(last, layer_output(call[2]))))
+        last, end = stack.layers[-1], len(stack.layers)
+        after = last.register_forward_hook(lambda layer, args, output: visit(end, layer_output(output)))
+        hooks.enter_context(after)
         yield
 
 

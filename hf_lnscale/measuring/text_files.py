@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..core.errors import require_packages
 from ..core.json_file import parse
@@ -72,19 +72,23 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_json(lines: IO[str], argument: str, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
+def _read_json(lines: Iterable[str], argument: str, name: str, may_be_list: bool) -> Iterator[tuple[str, Any]]:
     """Yields the values in JSON lines, or in a file that is a single list of rows."""
     if may_be_list:
-        first = next(filter(str.strip, lines), "")
-        lines.seek(0)
-        if first.lstrip().startswith("["):
+        lines, start = iter(lines), []  # lines that are read already, since a pipe cannot be read twice
+        for line in lines:
+            start.append(line)
+            if line.strip():
+                break
+        if start and start[-1].lstrip().startswith("["):
+            start += lines
             rows: Any = None
             with suppress(ValueError):  # lists of token ids, one per line
-                rows = parse(lines.read())
+                rows = parse("".join(start))
             if _is_list_of_rows(rows):
                 yield from _numbered(name, rows)
                 return
-            lines.seek(0)
+        lines = itertools.chain(start, lines)
     expected = 'expected JSON lines, one row per line, such as {"text": "..."}'
     for number, line in enumerate(lines, 1):
         if line.strip():

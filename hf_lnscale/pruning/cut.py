@@ -61,8 +61,8 @@ class Cut:
         }
         whole |= set.intersection(*(before[kind] | lost[kind] for kind in SUBLAYERS))
         if len(whole) == (num_layers := text_config(config).num_hidden_layers):
-            problem = f"nothing would be left of {num_layers} layers, since a layer that loses both attention and MLP "
-            raise ValueError(f"{' and '.join(typed)}: {problem}is dropped")
+            reason = "since a layer that loses both attention and MLP is dropped"
+            raise ValueError(f"{' and '.join(typed)}: nothing would be left of {num_layers} layers, {reason}")
         text = plan.known_text if plan and plan.units else None
         partial = {kind: tuple(sorted(layers - whole)) for kind, layers in lost.items()}
         return cls(tuple(sorted(whole)), **partial, text=text)
@@ -160,8 +160,8 @@ def _sublayers_to_drop(value: Any, kind: str, config: PreTrainedConfig, before: 
     if kind == "attention":
         kinds = _kinds_of_layers(text)
         if other := [layer for layer in layers if kinds and kinds[layer] in _WITHOUT_TOKENS]:
-            has = f"{kinds[other[0]]} instead of attention with a KV cache"
-            raise ValueError(f"{argument}: layers {other} have {has}; use drop_layers to drop whole layers")
+            problem = f"layers {other} have {kinds[other[0]]} instead of attention with a KV cache"
+            raise ValueError(f"{argument}: {problem}; use drop_layers to drop whole layers")
         if getattr(text, "num_kv_shared_layers", None):
             raise ValueError(f"{argument}: with num_kv_shared_layers, other layers use a layer's keys and values")
     return layers

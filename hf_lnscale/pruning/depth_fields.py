@@ -226,8 +226,8 @@ def _refuse_other_mentions(config: PreTrainedConfig, family: Family, kept: list[
         matchers = _matchers(pattern)
         for new, old in enumerate(kept):
             if any(bool(match(at.format(new))) != bool(match(at.format(old))) for at in names for match in matchers):
-                problem = f"names single layers ({pattern!r}), whose indices would change; prune the checkpoint before"
-                raise ValueError(f"drop_layers: the quantization_config {problem} quantizing it")
+                problem = f"the quantization_config names single layers ({pattern!r}), whose indices would change"
+                raise ValueError(f"drop_layers: {problem}; prune the checkpoint before quantizing it")
 
 
 def _matchers(pattern: str) -> list[Callable[[str], Any]]:

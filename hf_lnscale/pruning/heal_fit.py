@@ -276,8 +276,9 @@ class Repair:
             harmless = [part for part in _BLENDS if all(change[part] <= 0 for change in changes.values())]
             reason = "the loss on text that was not fitted would be higher"
             if harmless:
-                blend = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
-                blend, after, reason = self._blended(fit, blend, after, before)
+                best = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
+                blends = [part for part in harmless if part <= best]
+                blend, after, reason = self._blended(fit, blends, after, before)
             if not (reason or changes):
                 changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
         left_out = {name: 0.0 if reason else changes[name][blend] for name in names}
@@ -314,11 +315,11 @@ class Repair:
         return *next(near), best.mean
 
     def _blended(
-        self, fit: _Fit, most: float, after: SourceLosses, before: SourceLosses
+        self, fit: _Fit, blends: Iterable[float], after: SourceLosses, before: SourceLosses
     ) -> tuple[float, SourceLosses, str]:
-        """The largest blend up to `most` that makes no source worse, and its losses; otherwise why not to heal."""
+        """The first of some blends that makes no source worse, and its losses; otherwise why not to heal."""
         worse: list[str] = []
-        for blend in _BLENDS[_BLENDS.index(most) :]:
+        for blend in blends:
             if blend < 1.0:
                 self._write(fit, blend)
                 after = self.judged[1].losses()

@@ -148,8 +148,8 @@ def prune(
                 meta: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
                 Target(meta, goal, cache_tokens, cache_batch).require_not_met()
         model = placement.load(checkpoint)
+    require_droppable(model, text_stack(model), Cut(tuple(range(len(text_stack(model).layers)))))
     target = Target(model, goal, cache_tokens, cache_batch)
-    require_droppable(model, target.stack, Cut(tuple(range(len(target.stack.layers)))))
     target.require_not_met()
     whole = (ability_results(model, own_tokenizer), Continuations(model, own_tokenizer)) if abilities else None
 
@@ -173,7 +173,7 @@ def prune(
         own_tokenizer.save_pretrained(folder)
         rows = rows_of(plan)
         if checkpoint is not None:
-            del model  # frees memory for other processes
+            del model, target  # frees memory for other processes
             plan, rows = _with_cost(plan, checkpoint, folder, placement, prompt_tokens, new_tokens)
             model = _read_again(folder, plan, text.held_out, placement)
             model.config.name_or_path = model.name_or_path = str(path)

@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hf_lnscale import diagnose, plan_pruning
 from hf_lnscale.evaluation import perplexity
 from hf_lnscale.measuring import sample
 from hf_lnscale.measuring.text import Windows, documents, parse_sources, require_file, token_batches
+from hf_lnscale.measuring.text_files import read_rows
 
 BOS, EOS = 1, 2
 
@@ -147,6 +150,11 @@ FILES = {
     "array.jsonl": (json.dumps(ROWS).encode(), "line 1 of 'array.jsonl' holds a list of rows; expected JSON lines"),
     "latin.txt": ("w3 é".encode("latin-1"), "cannot read 'latin.txt': 'utf-8' codec .*byte 0xe9"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "cannot read 'latin.jsonl': 'utf-8' codec .*byte 0xe9"),
+    # Behind the part of a file that is decoded at once.
+    "latin.json": (
+        b'["w3",\n' + b'"w3",\n' * 9000 + '"é"]'.encode("latin-1"),
+        "cannot read 'latin.json': 'utf-8' codec .*byte 0xe9",
+    ),
     "short.csv": (b"id,text\n1,w3\n2\n", r"column 'text' must hold strings; row 1 \(from 0\) has None"),
     "long.csv": (b"id\n1,w3\n", r"have a column 'text' or 'messages', got columns \['None', 'id'\]"),
     "other.tsv": (b"id\tbody\n1\tw3\n", r"have a column 'text' or 'messages', got columns \['body', 'id'\]"),
@@ -188,6 +196,16 @@ def test_lists_of_token_ids_in_a_json_file(tmp_path):
     for name in ("ids.json", "ids.jsonl"):
         (tmp_path / name).write_text("[3, 4]\n[5, 6]\n")
         assert rows_of(token_batches(tmp_path / name)) == [[3, 4], [5, 6]]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [name for name in READABLE if "json" in name and not name.endswith(".gz")])
+def test_rows_may_come_from_a_pipe(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    writer = threading.Thread(target=(tmp_path / name).write_bytes, args=(READABLE[name],), daemon=True)
+    writer.start()
+    assert [row["text"] for _, row in read_rows(tmp_path / name, "data")] == [words(3), words(4)]
+    writer.join()
 
 
 def test_a_file_of_text_may_be_compressed(tmp_path):

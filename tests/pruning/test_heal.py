@@ -693,6 +693,27 @@ def test_the_step_for_text_that_nobody_gave_is_the_best_that_harms_no_source_lef
         assert sources[name].perplexity_left_out == pytest.approx(math.exp(unhealed[name] + change))
 
 
+def test_a_step_that_is_moved_back_stays_among_those_that_harm_no_source_left_out(monkeypatch):
+    """The best of these makes a judged source worse, and the next smaller one makes a source left out worse."""
+    model, tried = speaker(), []
+    text = dict(zip("ab", text_of(model, 24).split(12), strict=True))
+    monkeypatch.setattr(heal_module, "default_sources", lambda: text)
+    changes = {1.0: 0.1, 0.5: -0.2, 0.25: 0.1, 0.125: -0.1}
+    monkeypatch.setattr(heal_fit.Repair, "_left_out", lambda *_: dict(changes))
+    write = heal_fit.Repair._write
+
+    def written(repair, fit, blend=1.0):
+        tried.append(blend)
+        # As large as it can be, the change makes every judged source worse.
+        write(repair, fit._replace(change_FD=fit.change_FD - 1e3) if blend == 0.5 else fit, blend)
+
+    monkeypatch.setattr(heal_fit.Repair, "_write", written)
+    with Healer(model, method="linear").healed([1, 2], progress=False) as report:
+        (step,) = report.steps
+    assert step.blend == 0.125
+    assert 0.25 not in tried
+
+
 def test_prune_without_a_text_takes_that_step_too(monkeypatch):
     text, tried = {"a": text_of(speaker(), 24), "b": text_of(speaker(), 24, seed=1)}, []
     left_out = heal_fit.Repair._left_out

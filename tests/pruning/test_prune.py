@@ -1,12 +1,14 @@
 """`prune`: in memory and on disk, in Python and on the command line."""
 
 import copy
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -143,6 +145,25 @@ def test_prune_heals_where_it_can(checkpoint, text, tmp_path, monkeypatch):
     assert PruningPlan.load(tmp_path / "out").heal is None
     with pytest.raises(ValueError, match="healing is not possible"):
         in_process(checkpoint, text, tmp_path / "other", drop=[2], heal="linear")
+
+
+@pytest.mark.parametrize("heal", [None, "linear"])
+def test_speed_is_measured_without_the_model_in_memory(heal, checkpoint, text, tmp_path, monkeypatch):
+    weights, drop = [], prune_module._drop
+
+    def dropped(full, plan, report):
+        weights.extend(map(weakref.ref, full.parameters()))
+        drop(full, plan, report)
+
+    def measured(*_):
+        gc.collect()
+        raise KeyError(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(prune_module, "_drop", dropped)
+    monkeypatch.setattr(prune_module, "_with_cost", measured)
+    with pytest.raises(KeyError, match=r"^0$"):
+        in_process(checkpoint, text, tmp_path / "out", num_layers=1, heal=heal)
+    assert weights
 
 
 def in_process(checkpoint, text, out, **options):
@@ -494,6 +515,7 @@ def test_what_cannot_be_dropped_is_refused_before_the_search(monkeypatch):
     optimizer = torch.optim.SGD(held.parameters())
     for full, given, message in (
         (adapted, {"num_layers": 1}, "has a PEFT adapter"),
+        (adapted, {"target_params": 10}, "has a PEFT adapter"),
         (held, {"num_layers": 1}, "an optimizer .SGD. holds parameters"),
         (model(), {"num_layers": 6}, "num_layers must be an integer from 1 to 5 for this model, got 6"),
         (model(), {"drop": [9]}, "drop: layer 9 does not exist in a model of 6 layers"),
