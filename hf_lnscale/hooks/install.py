@@ -54,7 +54,7 @@ class Hook:
     function: str = ""
     # The first release of transformers in which the hook is needed; in earlier ones the function may be missing.
     needed_since: str = ""
-    optional: bool = False  # supported releases of another library may lack the function
+    optional: bool = False  # supported releases of another library may lack the function or its module
     without_model: bool = False  # in an early group: reads or writes checkpoints with no model in memory
 
     def replacement(self) -> Any:
@@ -129,9 +129,9 @@ HOOKS = (
         PEFT, "peft.auto:_BaseAutoPeftModel", "peft", "from_pretrained", "cls pretrained_model_name_or_path",
         "auto_adapter",
     ),
-    # Reads adapters without a base. PEFT itself imports it by name.
+    # Reads adapters without a base. PEFT itself imports it by name. New in PEFT 0.19.
     *(
-        Hook(PEFT, f"{module}:", "peft", "compose_cartridge_adapters", "adapter_paths")
+        Hook(PEFT, f"{module}:", "peft", "compose_cartridge_adapters", "adapter_paths", optional=True)
         for module in ("peft", "peft.tuners.cartridge.utils")
     ),
     Hook(PEFT, "peft.tuners.lora.model:", "readers", "replicate_layers", "model layer_map"),
@@ -354,7 +354,8 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
         except (ImportError, AttributeError) as error:
             if _importing_this_package():
                 raise
-            found.append(str(error))
+            if not hook.optional:
+                found.append(str(error))
             continue
         if (owner, hook.name) in _installed and owner.__dict__[hook.name] is _installed[owner, hook.name].hook:
             continue  # the module was reloaded with the same class

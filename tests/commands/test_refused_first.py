@@ -75,8 +75,8 @@ REFUSED = {
             "--max_length 1": "max_length must be at least 2, got 1",
             "--per_device_train_batch_size 0": "per_device_train_batch_size must be at least 1, got 0",
             "--learning_rate -1": "learning_rate must be at least 0, got -1",
-            "--model_name_or_path weightless": WEIGHTLESS,
-            "--model_name_or_path torn": TORN,
+            "--model_name_or_path weightless": f"model_name_or_path: {WEIGHTLESS}",
+            "--model_name_or_path torn": f"model_name_or_path: {TORN}",
             "--model_name_or_path mute": MUTE,
         }.items()
     },
@@ -84,7 +84,7 @@ REFUSED = {
     f"train heal {TRAIN} --drop_layers 1 --teacher torn": f"heal: teacher: {TORN}",
     f"train heal {TRAIN} --drop_layers 1 --teacher foreign": "heal: teacher: the tokenizer of 'foreign'",
     "train pretrain --output_dir new --use_cpu --dataset_name rows.jsonl --num_hidden_layers 0": (
-        "pretrain: num_hidden_layers must be at least 1, got 0"
+        "pretrain: num_hidden_layers must be an integer >= 1, got 0"
     ),
 }
 

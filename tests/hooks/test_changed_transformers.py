@@ -202,3 +202,19 @@ def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
     assert "PreTrainedModel._load_and_finalize_distributed_pretrained_model is missing" in run("5.23.0")
     refused = run("5.16.1", "del transformers.PreTrainedConfig.get_mtp_config")
     assert "PreTrainedConfig.get_mtp_config is missing" in refused
+
+
+@pytest.mark.slow
+def test_an_older_peft_may_lack_a_function_and_its_module(run_python):
+    """`compose_cartridge_adapters` came with PEFT 0.19."""
+    code = """
+    import sys, peft
+    del peft.compose_cartridge_adapters
+    sys.modules["peft.tuners.cartridge.utils"] = None
+    import hf_lnscale, tiny
+    from hf_lnscale.hooks import install
+    peft.get_peft_model(tiny.model(ln_scaling=True), peft.LoraConfig(target_modules=["q_proj"]))
+    print(install.problems)
+    del sys.modules["hf_lnscale"]
+    """
+    assert run_python(code, plugin=False).strip() == "{}"
