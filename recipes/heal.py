@@ -69,7 +69,7 @@ def main(
     whole = teacher.whole_model(checkpoint.model_name_or_path, checkpoint.layers())
     tokenizer = load_tokenizer(checkpoint, training)
     require_pruned(checkpoint, training)
-    for argument, name in (("teacher", teacher.teacher), ("whole", whole)):
+    for name, argument in {whole: "whole", teacher.teacher: "teacher"}.items():  # often the same model
         if name:
             require_same_tokenizer(argument, name, tokenizer)
     load_unpruned = partial(AutoModelForCausalLM.from_pretrained, dtype=teacher.teacher_dtype)

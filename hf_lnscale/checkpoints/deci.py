@@ -72,6 +72,8 @@ def _described(config: Any, values: dict[str, Any], shown: str) -> dict[str, Any
     # Other keys may have a different meaning in the programs that read the file.
     known = LlamaConfig().to_dict().keys() - _NOT_WRITTEN
     plain = LlamaConfig().to_dict() | config.to_dict()
+    if config.model_type != "llama":  # the other families ignore these fields, but readers of DeciLM do not
+        plain |= {"attention_bias": False, "mlp_bias": False}
     return {key: value for key, value in plain.items() if key in known} | {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{configuration_deci.__name__.rpartition('.')[2]}.DeciConfig"},

@@ -62,10 +62,11 @@ def saved_config(config: PreTrainedConfig, name: Any, kwargs: Mapping[str, Any] 
 
 
 def flag_property(name: str) -> property:
+    found = "None; `dropped_layers` lists what is missing" if name in DROPS else "The text decoder's scale, or None"
     return property(
         lambda config: None if name in DROPS else record.get_ln_scaling(config),
         lambda config, value: set_flags(config, {name: value}),
-        doc=f"Assigning to it acts like the keyword {name} of from_pretrained. `dropped_layers` lists what is missing.",
+        doc=f"{found}. Assigning to it acts like the keyword {name} of from_pretrained.",
     )
 
 

@@ -364,7 +364,7 @@ def _made(table: Sequence[Hook], group: str) -> tuple[dict[tuple[Any, str], Any]
             continue
         original = _unhooked(inspect.getattr_static(owner, hook.name, None))
         if original is None:
-            release = sys.modules["transformers"].__version__
+            release = getattr(sys.modules.get("transformers"), "__version__", "")  # accelerate may be used without it
             if not hook.optional and _numbers(release) >= _numbers(hook.needed_since):
                 found.append(f"{cls or module}.{hook.name} is missing")
             continue

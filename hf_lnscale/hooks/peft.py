@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -70,8 +71,11 @@ def save_adapter_config(original: Original, /, self: Any, save_directory: Any, *
 
 def compose_cartridge_adapters(original: Original, /, adapter_paths: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuses adapters of different bases; PEFT joins the keys and values of adapters of one base."""
-    paths = list(adapter_paths)
-    notes = [adapters.note(found) for path in paths if (found := read_adapter(path, {})) is not None]
+    paths, notes = list(adapter_paths), []
+    for path in paths:
+        with contextlib.suppress(OSError):  # the original refuses an adapter that is not there
+            if (found := read_adapter(path, {})) is not None:
+                notes.append(adapters.note(found))
     if any(one != notes[0] for one in notes):
         records = [one and one.to_dict() for one in notes]
         raise ArgumentError(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
@@ -352,6 +351,8 @@ def save_model(original: Original, /, self: Any, model: Any, *args: Any, **kwarg
 
 def merge_weights(original: Original, /, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
     """accelerate's `merge_fsdp_weights`: passes on the mark of a distributed checkpoint, if it is of one model."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # missing in some builds of torch
+
     marks = (FileSystemReader(checkpoint_dir).read_metadata().planner_data or {}).get(MARK) or []
     with marking(marks[0] if len(marks) == 1 else "{}"):
         return original(checkpoint_dir, *args, **kwargs)

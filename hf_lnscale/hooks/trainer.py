@@ -90,10 +90,13 @@ def _require_known_to_vllm(trainer: Trainer, config: Any) -> None:
 
     TRL then sends it the model's tensors by name, which would replace other layers, and no scale.
     """
+    given: tuple[str, Any] = ("use_vllm", True)
+    if not getattr(trainer.args, "use_vllm", False):
+        if not hasattr(trainer, "weight_transfer"):
+            return
+        given = ("trainer", type(trainer).__name__)  # TRL's asynchronous ones always use vLLM, without an argument
     name, scale = getattr(config, "_name_or_path", ""), record(config).active
-    if not isinstance(name, SourceName) or not (
-        getattr(trainer.args, "use_vllm", False) or hasattr(trainer, "weight_transfer")  # TRL's asynchronous trainers
-    ):
+    if not isinstance(name, SourceName):
         return
     if scale is not None and scale.warming_up:
         problem = (
@@ -107,7 +110,7 @@ def _require_known_to_vllm(trainer: Trainer, config: Any) -> None:
         )
     else:
         return
-    raise ArgumentError("use_vllm", True, problem=problem)
+    raise ArgumentError(*given, problem=problem)
 
 
 def require_same_model(config: PreTrainedConfig, folder: str) -> int | None:

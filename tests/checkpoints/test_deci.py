@@ -29,6 +29,10 @@ CASES = {
     "tied": ("llama", {"tie_word_embeddings": True}, [3], []),
     "mistral": ("mistral", {"sliding_window": None}, [1, 2], [3]),
     "qwen2": ("qwen2", {}, [2], [1, 3]),
+    "mistral, biases it ignores": (
+        "mistral", {"sliding_window": None, "attention_bias": True, "mlp_bias": True}, [1], []
+    ),
+    "qwen2, biases it ignores": ("qwen2", {"attention_bias": True, "mlp_bias": True}, [2], [1]),
     "llama 3's rope": (
         "llama",
         {

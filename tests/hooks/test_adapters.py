@@ -415,6 +415,11 @@ def test_cartridges_of_different_bases_are_not_composed(tmp_path):
         assert not (tmp_path / "both").exists()
 
 
+def test_a_cartridge_that_is_not_there_is_refused_as_without_the_plugin(tmp_path):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at '.*none'"):
+        peft.compose_cartridge_adapters([tmp_path / "none", tmp_path / "nor this"], output_path=tmp_path / "both")
+
+
 def test_a_configuration_that_is_saved_again_keeps_its_note(tmp_path):
     adapter_of(tmp_path, "both by keyword")
     PeftConfig.from_pretrained(tmp_path / "adapter").save_pretrained(tmp_path / "again")

@@ -158,6 +158,25 @@ def test_an_import_of_the_hooks_may_fail(run_python, tmp_path):
 
 
 @pytest.mark.slow
+def test_torch_may_be_built_without_distributed(run_python):
+    code = """
+    import sys, torch
+
+    class Without:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("torch.distributed.checkpoint"):
+                raise ImportError(name)
+
+    torch.distributed.is_available = lambda: False
+    sys.meta_path.insert(0, Without())
+    import hf_lnscale, tiny
+    print(hf_lnscale.ln_scales(tiny.model(ln_scaling=True))[3])
+    del sys.modules["hf_lnscale"]
+    """
+    assert run_python(code, plugin=False).strip() == "0.5"
+
+
+@pytest.mark.slow
 def test_an_older_release_may_lack_what_was_not_needed_there(run_python):
     """`_load_and_finalize_distributed_pretrained_model` came with 5.20; all others are in the oldest release."""
     code = """

@@ -279,6 +279,20 @@ def test_accelerate_without_transformers_stays_without(run_python):
     assert run_python(code, plugin=True).strip() == "False"
 
 
+def test_an_accelerate_that_lacks_a_function_is_imported_without_transformers(run_python):
+    code = """
+    import sys, accelerate.utils.fsdp_utils
+    del accelerate.utils.fsdp_utils._distributed_checkpoint_to_merged_weights
+    import hf_lnscale
+    from hf_lnscale.hooks.install import problems
+    print(problems, "transformers" in sys.modules)
+    del sys.modules["hf_lnscale"]
+    """
+    told = run_python(code, plugin=False)
+    assert "_distributed_checkpoint_to_merged_weights is missing" in told
+    assert told.split()[-1] == "False"
+
+
 def test_a_scaled_checkpoint_read_by_a_plain_model_is_warned_of(tmp_path, recwarn):
     tiny.model(ln_scaling=True).save_pretrained(tmp_path)
     with_map(tiny.model(), tmp_path)
