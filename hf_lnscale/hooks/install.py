@@ -150,10 +150,10 @@ HOOKS = (
     Hook(ACCELERATE, _ACCELERATOR, "readers", "load_state", "self input_dir"),
     # Write weights without a configuration, in a dict without the metadata of a `state_dict()`.
     Hook(ACCELERATE, _ACCELERATOR, "readers", "save_model", "self model"),
-    # Private: `merge_fsdp_weights`, which several modules import by name, calls it.
+    # Private: `merge_fsdp_weights`, which several modules import by name, calls it. If it goes, only the mark is lost.
     Hook(
         ACCELERATE, "accelerate.utils.fsdp_utils:", "readers", "_distributed_checkpoint_to_merged_weights",
-        "checkpoint_dir save_path safe_serialization", "merge_weights", without_model=True,
+        "checkpoint_dir save_path safe_serialization", "merge_weights", optional=True, without_model=True,
     ),
     *(
         Hook(ACCELERATE, f"accelerate.{module}:", "saving", "save", "obj f", "save_weights")
