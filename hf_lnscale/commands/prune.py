@@ -67,7 +67,7 @@ def prune(
         str, Option(help="How to heal the cut without training: refit, linear, ..., none; auto: refit if possible.")
     ] = "auto",
     held_out: Annotated[Path | None, Option(help="Evaluation data, instead of a quarter of --data.")] = None,
-    num_tokens: Annotated[int, Option("--tokens", help="Number of tokens to use; a quarter is held out.")] = 65_536,
+    num_tokens: Annotated[int, Option("--tokens", help="Number of tokens to use; a quarter is held out.")] = 16_384,
     abilities: Annotated[
         bool, Option("--abilities", help="Also measure sums, copying, MMLU questions and agreement with the original.")
     ] = False,

@@ -58,7 +58,7 @@ def prune(
     heal: str | None = "auto",
     held_out: Any = None,
     tokenizer: Any = None,
-    windows: Windows = Windows(),
+    windows: Windows = Windows(num_tokens=16_384),
     placement: Placement = Placement(),
     resume: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -199,7 +199,7 @@ def plan_pruning(
     heal: str | None = None,
     held_out: Any = None,
     tokenizer: Any = None,
-    windows: Windows = Windows(),
+    windows: Windows = Windows(num_tokens=16_384),
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PruningPlan:
