@@ -122,7 +122,9 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     import sys
     import accelerate
     import accelerate.utils.bnb
+    import accelerate.utils.fsdp_utils
     import safetensors.torch
+    import peft.tuners.cartridge.utils
     import peft.tuners.lora.model
     import peft.tuners.xlora.model
     import peft.utils.hotswap
@@ -140,6 +142,8 @@ def test_disable_puts_back_exactly_what_was_there(run_python):
     classes += (peft, peft.utils, peft.utils.save_and_load)
     classes += (peft.utils.hotswap, peft.tuners.xlora.model, peft.tuners.lora.model)
     classes += (accelerate, accelerate.big_modeling, accelerate.utils, accelerate.utils.bnb, accelerate.utils.modeling)
+    classes += (accelerate.accelerator, accelerate.utils.fsdp_utils, accelerate.utils.other)
+    classes += (peft.tuners.cartridge.utils,)
     before = [dict(vars(cls)) for cls in classes]
 
     import hf_lnscale
