@@ -166,6 +166,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 def test_every_form_of_the_argument(value, tmp_path):
     value = VALUES[value](tmp_path) if callable(VALUES[value]) else VALUES[value]
@@ -487,6 +488,7 @@ def test_a_configuration_is_not_left_half_changed():
     assert config.to_dict() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
 def test_layer_types_are_followed_in_every_family(family, tmp_path):
     types = ["full_attention", "sliding_attention", "full_attention", "chunked_attention"]
@@ -497,6 +499,7 @@ def test_layer_types_are_followed_in_every_family(family, tmp_path):
     type(full.config)(**full.config.to_dict())  # valid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
 def test_a_hybrid_without_full_attention_is_refused(family):
     model, config = tiny.model(family), tiny.config(family)
@@ -534,6 +537,7 @@ NAMING_LAYERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", NAMING_LAYERS, ids=str)
 def test_quantization_that_names_layers_is_refused(quantization):
     config = tiny.config(num_hidden_layers=16)
@@ -595,6 +599,7 @@ class Tokens(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 def test_resuming_with_other_layers_is_refused(tmp_path):
     """Trainer would load the tensors by their names: layer 1 of the one into layer 1 of the other."""
 
@@ -617,6 +622,7 @@ class Images(Dataset):
         return {"pixel_values": torch.ones(3, 32, 32), "labels": index % 2}
 
 
+@pytest.mark.slow
 def test_models_that_count_no_layers(tmp_path):
     """Training goes on from their checkpoints as without the plugin; dropping layers is refused by name."""
     config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])

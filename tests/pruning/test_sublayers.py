@@ -146,6 +146,7 @@ def test_every_layer_may_lose_it_at_once_or_in_steps(family, kind, tmp_path):
     assert torch.equal(reload(family, tmp_path / "cut")(tiny.tokens()).logits, zero(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_no_kv_cache_for_what_has_no_attention():
     cut = drop_layers(tiny.model(), attention=[0, 3])
     cache = cut(tiny.tokens(2, 12), use_cache=True).past_key_values
@@ -154,6 +155,7 @@ def test_no_kv_cache_for_what_has_no_attention():
     assert cache.get_seq_length() == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_token_by_token_behind_a_prompt(implementation):
     cut = drop_layers(tiny.model(), attention=[0])
@@ -165,6 +167,7 @@ def test_token_by_token_behind_a_prompt(implementation):
         torch.testing.assert_close(step, cut(ids[:, : at + 1], use_cache=False).logits[:, -1])
 
 
+@pytest.mark.slow
 def test_sliding_windows_beyond_their_size():
     """The first sliding layer, by which the mask is made, has no attention."""
     changes = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -227,6 +230,7 @@ def test_a_layer_that_loses_both_is_dropped(tmp_path):
         assert torch.equal(cut(tiny.tokens()).logits, expected(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_each_layer_keeps_its_own_scale(tmp_path):
     scaled = tiny.model(ln_scaling=True)
     scaled.save_pretrained(tmp_path / "scaled")
@@ -239,6 +243,7 @@ def test_each_layer_keeps_its_own_scale(tmp_path):
     assert ln_scales(on) == ln_scales(scaled)
 
 
+@pytest.mark.slow
 def test_experts_lose_nothing_but_themselves():
     """The loss that balances experts counts the layers that have some, of which router logits are returned."""
     full = tiny.model("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
@@ -343,6 +348,7 @@ def test_wrong_values_are_refused(case, tmp_path):
         drop_layers(tiny.model(), **in_memory)
 
 
+@pytest.mark.slow
 def test_what_is_missing_already_is_refused():
     cut = drop_layers(tiny.model(), attention=[1])
     with pytest.raises(ValueError, match=r"^attention: layers \[1\] have none, as it has already been dropped"):
@@ -382,6 +388,7 @@ def test_families_that_cannot_are_refused_with_the_reason(family):
         AutoModelForCausalLM.from_config(config, **{f"drop_{kind}": [0]})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_it_cannot_be_loaded_as_a_whole_model(tmp_path):
     drop_layers(tiny.model(), attention=[1]).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -403,6 +410,7 @@ def test_assigned_to_a_model_that_is_built_it_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_holds_the_sublayer_is_refused():
     model = tiny.model()
     optimizer = torch.optim.SGD(model.model.layers[1].self_attn.parameters())
@@ -428,6 +436,7 @@ def test_resuming_with_other_sublayers_is_refused(tmp_path):
     trainer(drop_attention=[1]).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_what_other_commands_say(tmp_path):
     cut = drop_layers(tiny.model(), attention=[1], mlp=[2])
     cut.save_pretrained(tmp_path / "cut")
@@ -494,6 +503,7 @@ def test_filled_with_zeros_it_loads_without_the_plugin(tmp_path, run_python):
     run_python(LOADED, tmp_path / "zeros", tmp_path / "logits.pt", plugin=False)
 
 
+@pytest.mark.slow
 def test_folded_on_disk_its_scale_is_gone_and_its_sublayers_still_are(tmp_path):
     cut = drop_layers(tiny.model(ln_scaling=True), attention=[1], mlp=[0])
     cut.save_pretrained(tmp_path / "cut")
@@ -671,6 +681,7 @@ def test_what_is_left_of_a_layer_is_chosen_as_a_layer():
     assert len(drop_layers(model, plan).model.layers) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_taken():
     ids = tiny.tokens(8, 16)
     plan = plan_pruning(tiny.model(), ids, held_out=ids, num_layers=1, progress=False)
@@ -681,6 +692,7 @@ def test_a_plan_that_names_attention_and_the_argument_that_does_are_not_both_tak
     assert record(both.config).sublayers == {"attention": [0], "mlp": [3]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM])
 def test_filled_with_zeros_it_keeps_its_head(head, tmp_path):
     torch.manual_seed(0)
@@ -693,6 +705,7 @@ def test_filled_with_zeros_it_keeps_its_head(head, tmp_path):
     assert torch.equal(filled(tiny.tokens())[0], cut(tiny.tokens())[0])
 
 
+@pytest.mark.slow
 def test_filled_with_zeros_inside_another_model(tmp_path):
     cut = drop_layers(tiny.model("qwen2_vl_text"), attention=[1], mlp=[0])
     cut.save_pretrained(tmp_path / "cut")
@@ -701,6 +714,7 @@ def test_filled_with_zeros_inside_another_model(tmp_path):
     assert torch.equal(filled(input_ids=tiny.tokens()).logits, cut(input_ids=tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_the_text_that_sublayers_were_chosen_on_is_noted():
     model, ids = tiny.model(), tiny.tokens(8, 16)
     plan = plan_pruning(model, ids, held_out=ids, num_layers=1, progress=False)
@@ -721,6 +735,7 @@ def test_a_record_with_sublayers_that_do_not_exist_is_not_gone_on_with(parts, tm
         plan_pruning(model, ids, held_out=ids, progress=False, **goal)
 
 
+@pytest.mark.slow
 def test_a_cache_that_holds_keys_of_others_already():
     """PEFT's prefix tuning, and a static cache that is allocated before the first token."""
     full = tiny.loud(dtype=torch.float32)

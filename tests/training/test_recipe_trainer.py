@@ -194,6 +194,7 @@ def test_distillation_evaluates_the_language_model(tmp_path):
     assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_adds_up_over_accumulated_batches(tmp_path):
     """Batches of other lengths: each token counts as much as any other."""
     data = rows([7, 23, 12, 4] * 3)

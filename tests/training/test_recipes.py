@@ -105,6 +105,7 @@ def test_pretrain_as_it_stands(tmp_path, monkeypatch):
     complete(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_continue_pretrain_with_the_warmup(tmp_path, here):
     words = ["--dataset_name", here / "text.txt", "--ln_scaling", "--ln_scaling_warmup_steps", 6, *SMALL]
     words += ["--model_name_or_path", here / "pre-ln", "--output_dir", tmp_path / "out"]
@@ -205,6 +206,7 @@ def test_the_adapter_of_a_healed_cut_names_the_cut_as_its_base(control, tmp_path
     assert all(torch.equal(part, base.get_parameter(name)) for name, part in cut.named_parameters())
 
 
+@pytest.mark.slow
 def test_streaming(tmp_path, here):
     words = ["--dataset_name", here / "text.txt", "--dataset_streaming", "--model_name_or_path", here / "scaled"]
     assert recipe.run("continue_pretrain", *words, *SMALL, "--eval_samples", 1, "--output_dir", tmp_path / "out") == 0
@@ -362,6 +364,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_input_is_one_line_before_training(case, tmp_path, wrong, capsys):
     (wrong / "plain.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
@@ -382,6 +385,7 @@ def test_wrong_input_is_one_line_before_training(case, tmp_path, wrong, capsys):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_a_folder_belongs_to_one_run(tmp_path, here, capsys):
     common = ["--dataset_name", here / "text.jsonl", *SMALL, "--max_steps", 1, "--output_dir", tmp_path / "out"]
@@ -433,6 +437,7 @@ def test_what_to_resume(tmp_path, here, capsys):
     recipe.same_weights(tmp_path / "whole", tmp_path / "named")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_a_signal_after_the_last_step_stops_nothing(tmp_path, here, monkeypatch):
     """No checkpoint is written any more, and the model is."""
