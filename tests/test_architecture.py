@@ -110,6 +110,7 @@ def test_no_private_name_crosses_a_file():
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=shown)
 def test_private_parts_of_other_libraries_are_touched_in_hooks_alone(path):
     if room_of(module_of(path)) == "hooks":

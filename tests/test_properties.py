@@ -401,6 +401,7 @@ def test_an_index_of_weights(tmp_path_factory, content):
     assert not (folder.parent / "exported").exists()
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     name=st.sampled_from(["run.json", "metrics.json"]),
@@ -460,6 +461,7 @@ def test_names_in_a_terminal(name):
     assert not [c for c in printed if not c.isprintable() and c != "\n"]
 
 
+@pytest.mark.slow
 @examples(300)
 @given(name=names)
 @example(name="* *")

@@ -103,6 +103,9 @@ def heal(
             perplexity on text that was never fitted, and to choose t without data. Takes as long as one more penalty.
         progress: whether to show a progress bar.
 
+    Returns:
+        A report with results before and after. It has no step for layers dropped before all kept layers.
+
     Raises:
         ValueError: if a name is unknown, a layer does not exist, the data has no tokens to predict, the model has no
             language modeling head, or weights cannot be changed exactly because they are quantized, not in memory,

@@ -107,6 +107,9 @@ def prune(
         command: the command line, for the model card.
         progress: whether to show progress bars.
 
+    Returns:
+        The plan, the model without the layers, and a table of results before and after.
+
     Raises:
         FileExistsError: if `out` is not empty and `force` is False, or contains anything but a checkpoint.
         ValueError: if an argument is invalid, no layer fits the budget, the model cannot be pruned or healed, or the

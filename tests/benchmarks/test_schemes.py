@@ -158,6 +158,7 @@ def run(*words):
     return result.output
 
 
+@pytest.mark.slow
 def test_the_queue_goes_on_where_it_was_and_repeats_nothing(small, monkeypatch):
     words, out = small
     words += ["--part", "settings"]

@@ -161,6 +161,7 @@ def test_the_configuration_that_both_programs_read(tmp_path):
     assert str(tmp_path) not in json.dumps(config)
 
 
+@pytest.mark.slow
 def test_every_size_comes_back():
     for hidden in range(64, 8193, 704):
         for size in range(256, 5 * hidden, 256):

@@ -109,6 +109,7 @@ def test_completion(cli, monkeypatch):
         assert cli()[0].split() == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [
@@ -427,6 +428,7 @@ def test_env(cli):
     assert "flags            on" in out
 
 
+@pytest.mark.slow
 def test_evaluate(cli, folder, tmp_path):
     given = (folder / "plain", folder / "plain", "--data", folder / "text.txt", "--no-speed", "--seq-len", 32)
     out, _ = cli("evaluate", *given)

@@ -189,6 +189,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_a_missing_wheel_is_one_line_that_names_it(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     assert demo.Demo(tmp_path, fast=False).curse() == {"skipped": True}

@@ -85,6 +85,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("which", TEXTS)
 def test_texts(which, verb, tmp_path, monkeypatch, cli):

@@ -73,6 +73,7 @@ def test_compile_with_inductor():
     torch.testing.assert_close(norm(hidden), expected)
 
 
+@pytest.mark.slow
 def test_compiled_layer_by_layer_does_not_recompile_for_each():
     """One graph for scale 1 and one for the rest, however deep the model is."""
     torch._dynamo.reset()

@@ -41,6 +41,7 @@ def test_the_table_holds_every_family_that_is_tested():
     assert not untested or Version(tf.__version__) < Version("5.24")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_logits_and_gradients_agree_with_hooks_on_the_norms(family):
     norms = tiny.FAMILIES[family][2]

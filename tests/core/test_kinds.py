@@ -76,6 +76,7 @@ def test_the_table_is_what_the_probe_finds(text):
         assert (found.family.pre_norms, found.family.one_plus_weight) == (row.pre_norms, row.one_plus_weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SCALED)
 def test_scaled_equals_hooks_on_the_norms(text):
     plain = build(text)

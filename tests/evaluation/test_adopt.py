@@ -77,6 +77,7 @@ def test_what_was_trained_with_it_is_marked(trained, tmp_path):
         adopt(tmp_path / "out", tmp_path / "again", root / "text.txt")
 
 
+@pytest.mark.slow
 def test_what_was_trained_without_it_is_refused_with_both_figures(trained, tmp_path):
     root, _ = trained
     with pytest.raises(ArgumentError, match="the scale makes it worse") as refused:

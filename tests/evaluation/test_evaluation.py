@@ -64,6 +64,7 @@ def brute_force(model, ids, begin, everywhere, seq_len, stride):
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bos", "adds"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("seq_len", "stride", "batch_size"), [(16, 8, 3), (16, 16, 1), (20, 1, 8), (500, 250, 2)])
 def test_every_token_is_predicted_once_from_its_window(bos, adds, seq_len, stride, batch_size):

@@ -140,6 +140,7 @@ def test_an_adapter_on_another_base_is_refused(which, tmp_path):
         assert [name for name, _ in others.named_modules()] == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", [3, "x", [1], None, {}, {"other": 1}, {"hf_lnscale": None}])
 def test_a_note_that_is_lost(mapping, tmp_path):
     """What is left in `peft_type` says that there was one."""

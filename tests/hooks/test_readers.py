@@ -99,6 +99,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", LOADERS)
 def test_the_whole_models_weights_are_refused_by_a_cut_one(how, whole):
     model = cut(whole)
@@ -214,6 +215,7 @@ OTHER_STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHER_STATES)
 @pytest.mark.parametrize("through_a_file", [False, True])
 def test_the_state_of_a_model_that_lacks_others_is_refused(case, through_a_file, tmp_path):
@@ -238,6 +240,7 @@ def test_the_state_of_a_model_that_lacks_less_is_loaded():
     plain.load_state_dict(hf_lnscale.drop_layers(tiny.model(), [0]).state_dict())
 
 
+@pytest.mark.slow
 def test_a_plain_model_loads_what_it_always_has(whole):
     """Promise 1: a model of three layers without a record takes the first three layers of any state."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, num_hidden_layers=3))
@@ -274,6 +277,7 @@ def test_an_accelerate_that_is_not_as_the_hook_knows_it(run_python, whole):
     assert "load_checkpoint_in_model has the parameters net, checkpoint" in run_python(code, whole, plugin=False)
 
 
+@pytest.mark.slow
 def test_accelerate_without_transformers_stays_without(run_python):
     code = "import sys, hf_lnscale, accelerate; print('transformers.modeling_utils' in sys.modules)"
     assert run_python(code, plugin=True).strip() == "False"
@@ -331,6 +335,7 @@ def test_the_memory_that_accelerate_estimates(flags, tmp_path, monkeypatch):
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [lambda model: {"model": model.state_dict()}, lambda model: model.model.state_dict()])
 def test_a_distributed_checkpoint_of_the_whole_model_is_refused_by_a_cut_one(state, whole, tmp_path):
     original = AutoModelForCausalLM.from_pretrained(whole)
@@ -566,6 +571,7 @@ def with_delta(folder, base, delta, **flags):
     return lm_eval.HFLM(**names, device="cpu", dtype="float32", **flags).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "delta", "flags"),
     [

@@ -122,6 +122,7 @@ def test_a_copy_as_a_reference_model(policy):
     assert hf_lnscale.ln_scales(reference) == hf_lnscale.ln_scales(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "cls"), [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)])
 @pytest.mark.parametrize("policy", ["cut on loading", "scaled and cut"], indirect=True)
 def test_the_first_divergence_of_grpo_and_rloo_is_0(config, cls, policy, tokenizer, tmp_path):
@@ -140,6 +141,7 @@ def test_the_first_divergence_of_grpo_and_rloo_is_0(config, cls, policy, tokeniz
     assert divergences == pytest.approx([0.0], abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cut on loading", "cut in memory", "scaled and cut"], indirect=True)
 def test_the_first_loss_of_sdft_is_0_for_a_teacher_that_is_told_no_more(policy, tokenizer, tmp_path):
     rows = Dataset.from_dict({"prompt": ["a b"] * 4, "privileged_context": [""] * 4})
@@ -433,6 +435,7 @@ def policy_from_hub(request, tokenizer, tmp_path, monkeypatch):
     return make("user/model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_from_hub", MAKE, indirect=True)
 def test_training_saves_a_card_that_names_the_base_model(policy_from_hub, tokenizer, tmp_path):
     """TRL writes a model card with every checkpoint if the model's name is not a folder."""

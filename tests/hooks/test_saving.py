@@ -275,6 +275,7 @@ def twice(folder):
     return hf_lnscale.drop_layers(AutoModelForCausalLM.from_pretrained(folder, drop_layers=[1]), [1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", ["plain", "scaled", "cut"])
 @pytest.mark.parametrize("make", [on_load, in_memory, twice, AutoModelForCausalLM.from_pretrained])
 def test_the_name_of_a_model_gives_that_model_again(make, on_disk, tmp_path):

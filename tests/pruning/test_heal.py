@@ -436,6 +436,7 @@ def test_healed_without_sublayers_it_is_as_good_as_said_and_no_source_is_worse(f
     assert report.perplexity_after < report.perplexity_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "mlp", "changed"),
     [
@@ -730,6 +731,7 @@ def test_prune_without_a_text_takes_that_step_too(monkeypatch):
         tried.clear()
 
 
+@pytest.mark.slow
 def test_one_source_is_fitted_and_judged_beside_the_default_ones(monkeypatch, caplog):
     model, removed = speaker(), [1, 2]
     ids, weights = text_of(model, 48), copy.deepcopy(model.state_dict())
@@ -946,6 +948,7 @@ def test_layers_are_a_list(layers):
         draft_model(speaker(), layers)
 
 
+@pytest.mark.slow
 def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
     """As docs/pruning.md does it: heal on what the plan was made with, then drop."""
     model = speaker()
@@ -964,6 +967,7 @@ def test_the_figure_of_a_healed_plan_is_delivered(tmp_path):
     assert perplexity(model, ids[30:40]) == pytest.approx(plan.perplexity["healed"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goal", ["target_memory", "max_perplexity_increase"])
 def test_sublayers_that_are_chosen_are_healed(goal, tmp_path):
     model = speaker()

@@ -297,6 +297,7 @@ def test_a_table_of_80_columns(monkeypatch):
         assert word in shown
 
 
+@pytest.mark.slow
 def test_text_that_ends_early_is_told(checkpoint, text):
     tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
     given = {"drop": [1], "heal": None, "progress": False}
@@ -373,6 +374,7 @@ def test_prune_writes_what_plan_pruning_plans(checkpoint, text, tmp_path):
         assert getattr(found.plan, name) == getattr(expected, name)
 
 
+@pytest.mark.slow
 def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_steps", lambda *_: pytest.fail("searched"))
     with monkeypatch.context() as patch:
@@ -386,6 +388,7 @@ def test_prune_refuses_before_the_search_what_cannot_be_healed(checkpoint, text,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, 1e6])
 def test_prune_refuses_figures_that_are_none(value, checkpoint, text, tmp_path):
     broken = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -447,6 +450,7 @@ def test_prune_refuses(checkpoint, text, tmp_path):
 DATA = [tiny.tokens(4, 12, seed=seed) for seed in range(4)]
 
 
+@pytest.mark.slow
 def test_in_memory():
     """The model is healed and cut in place, as `plan_pruning`, `heal` and `drop_layers` do it one by one."""
     full = model()
@@ -482,6 +486,7 @@ def test_in_memory_by_size_and_by_name():
     assert found.plan.data["calibration"] is None
 
 
+@pytest.mark.slow
 def test_in_memory_onto_disk(checkpoint, text, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
     found = in_process_of(loaded, text, tmp_path / "out", drop=[1, 4])

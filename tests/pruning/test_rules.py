@@ -97,6 +97,7 @@ def test_per_layer_config_is_followed(tmp_path):
     assert [one.head_dim for one in again.per_layer_config] == [16, 8, 16]
 
 
+@pytest.mark.slow
 def test_propose_family_gives_the_row_or_the_reason():
     model = tf.Starcoder2ForCausalLM(tf.Starcoder2Config(**tiny._BASE))
     found = propose_family(model)

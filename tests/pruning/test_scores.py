@@ -403,6 +403,7 @@ def test_layers_that_return_tuples(method, ids):
     assert torch.allclose(found, expected, rtol=1e-8, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [{"return_dict": False}, {"output_hidden_states": True}, {"output_router_logits": True}],
@@ -437,6 +438,7 @@ def same(a, b):
     return parts_a == parts_b and values_a.keys() == values_b.keys() and equal and rest_a == rest_b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FEW)
 def test_a_model_is_left_as_it_was(family, method, ids):
@@ -564,6 +566,7 @@ def test_printed_as_a_table():
     assert "2 to 3" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_plots(method, ids, tmp_path):
     pytest.importorskip("matplotlib")

@@ -45,6 +45,7 @@ def plan(full=None, **options):
     return plan_pruning(full or model(), CALIBRATION, **settings)
 
 
+@pytest.mark.slow
 def test_greedy_is_greedy():
     full, dropped = model(), []
     for _ in range(3):
@@ -59,6 +60,7 @@ def test_greedy_is_greedy():
     assert torch.equal(full(tiny.tokens()).logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["block_influence", "taylor", "perplexity", "kl", "angular"])
 def test_one_shot_takes_the_lowest_scores(method):
     full = model()
@@ -166,6 +168,7 @@ def test_a_budget_that_is_met_exactly_is_met():
     assert len(plan(full, max_perplexity_increase=math.nextafter(costs[1], 0), held_out=said).layers) == 1
 
 
+@pytest.mark.slow
 def test_a_budget_looks_two_numbers_further(tmp_path, monkeypatch):
     """Sets of several sizes are found without each other: one layer more can cost less."""
     full = model()

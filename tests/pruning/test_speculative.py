@@ -269,6 +269,7 @@ def test_a_model_without_a_head():
         assert draft(tiny.tokens()).last_hidden_state.shape == (2, 12, tiny.HIDDEN)
 
 
+@pytest.mark.slow
 def test_sampling():
     model = with_idle_layers([1])
     settings = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": None}

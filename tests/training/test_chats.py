@@ -258,6 +258,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_is_named_with_what_is_missing(case, tmp_path, capsys):
     row, expected = BAD[case]

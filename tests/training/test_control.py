@@ -127,6 +127,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_no_gap_is_told_where_the_whole_model_is_not_known(tmp_path, here):
     more = ("--drop_layers", 1, "--whole", "none", "--max_steps", 1)
     assert recipe.run("heal", *words(here, tmp_path / "out", *more)) == 0

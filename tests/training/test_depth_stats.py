@@ -144,6 +144,7 @@ def test_a_step_against_float64(case, skip_tokens, tmp_path):
     assert_agree(logged(run), wanted)
 
 
+@pytest.mark.slow
 def test_small_angles_keep_their_digits(tmp_path):
     """arccos of a cosine next to 1 has none left in float32."""
     model = tiny.model()
@@ -158,6 +159,7 @@ def test_small_angles_keep_their_digits(tmp_path):
     assert_agree(logged(run), wanted, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_definitions_are_those_of_the_other_measurements(tmp_path):
     model, data = tiny.model(), examples()
     ids = torch.tensor(data["input_ids"])
@@ -173,6 +175,7 @@ def test_the_definitions_are_those_of_the_other_measurements(tmp_path):
     assert logged(run)["residual_variance"] == pytest.approx(skipped, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path):
     model, data = tiny.model(ln_scaling=True), examples()
     wanted = expected(model, data)
@@ -181,6 +184,7 @@ def test_bf16(tmp_path):
     assert_agree(logged(run), wanted, rel=3e-2)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_one_that_the_optimizer_gets(tmp_path):
     """Clipped, if it is clipped; of the adapter alone, if only an adapter is trained."""
     model, data = tiny.model(), examples()
@@ -212,6 +216,7 @@ class Keep(TrainerCallback):
         self.into |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_passes_that_are_not_trained_on_do_not_count(tmp_path):
     """A reference pass, a generation, and an evaluation at every step."""
 
@@ -240,6 +245,7 @@ class Watch(TrainerCallback):
         self.hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
 
 
+@pytest.mark.slow
 def test_other_steps_run_without_hooks_and_the_training_is_the_same(tmp_path):
     watch = Watch()
     model, data = tiny.model(), examples()
@@ -273,6 +279,7 @@ def test_a_compiled_model(in_place, tmp_path):
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
+@pytest.mark.slow
 def test_resumed_the_curve_goes_on(tmp_path):
     settings = {"every": 2, "save_strategy": "steps", "save_steps": 3}
     trainer(tiny.model(), examples(), tmp_path, max_steps=3, **settings).train()
@@ -285,6 +292,7 @@ def test_resumed_the_curve_goes_on(tmp_path):
     assert read_depth_stats(run.state.log_history)[0] == read_depth_stats(tmp_path / "checkpoint-6")[0]
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -300,6 +308,7 @@ def test_tensorboard(tmp_path, monkeypatch):
             assert [scalar.value for scalar in scalars] == pytest.approx(tensors[measure][:, layer].tolist(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_trackio(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
@@ -331,6 +340,7 @@ def test_trackio(tmp_path, monkeypatch):
         assert [row[name] for row in rows if name in row] == pytest.approx(tensors[measure][:, 3].tolist())
 
 
+@pytest.mark.slow
 def test_the_console_is_spared_and_metrics_of_trl_are_not_flushed(tmp_path, capsys):
     config = SFTConfig(
         tmp_path,

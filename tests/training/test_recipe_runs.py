@@ -54,6 +54,7 @@ def test_a_finished_run_is_not_trained_further(tmp_path, here, capsys):
     assert recipe.metrics(out)["steps"] == 8
 
 
+@pytest.mark.slow
 def test_evaluating_on_text_that_the_model_was_chosen_on_is_told(tmp_path, here):
     model, tokenizer = (one.from_pretrained(here / "model") for one in (AutoModelForCausalLM, AutoTokenizer))
     seen = token_batches(here / "text.jsonl", tokenizer=tokenizer, windows=Windows(None, 64))
@@ -110,6 +111,7 @@ def test_a_run_that_was_killed_after_its_last_step_trains_no_more(tmp_path, here
     assert recipe.losses(out) == recipe.losses(whole)
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_checkpoint(tmp_path, here):
     """At a rate that ruins the model, the best is the one before."""
     out = tmp_path / "out"
@@ -157,6 +159,7 @@ def test_samples_are_what_the_model_writes(tmp_path, here):
         assert line["prompt"] + line["generated"] == tokenizer.decode(ids[0])
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_with_its_values(tmp_path, here):
     """Values that the run settled on; nothing that does not take an adapter."""
     out = tmp_path / "out"
@@ -179,6 +182,7 @@ def test_the_card_of_an_adapter_with_its_values(tmp_path, here):
     assert not (out / "samples.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_without_sublayers(tmp_path, here):
     recipe.save_model(tmp_path / "cut", drop_attention=[1], drop_mlp=[2])
     more = ["--model_name_or_path", tmp_path / "cut", "--max_steps", 1]
@@ -188,6 +192,7 @@ def test_the_card_of_a_model_without_sublayers(tmp_path, here):
     assert "or write a plain checkpoint with `hf-lnscale export --format zeros`" in card
 
 
+@pytest.mark.slow
 def test_the_card_of_a_mixture(tmp_path, here):
     """Names the parts and their shares, and not where they lie."""
     parts = [{"path": str(here / "text.jsonl"), "fraction": 0.9}, {"path": str(here / "old.jsonl"), "fraction": 0.1}]

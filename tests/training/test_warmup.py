@@ -415,6 +415,7 @@ def test_resumed_half_way_equals_never_stopped(start, schedule, tmp_path):
                 assert saved == {"ln_scaling": HALF_WAY | {"schedule": schedule, "step": min(step, 4)}}
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_optimizer(tmp_path):
     watch = Watch()
     callbacks = [LNScalingWarmupCallback(), watch]
@@ -435,6 +436,7 @@ def test_the_steps_are_those_of_the_optimizer(tmp_path):
     assert watch.seen == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_a_half_way_checkpoint_goes_on_from_there(tmp_path):
     half_way().save_pretrained(tmp_path / "half")
     watch = Watch()
@@ -455,6 +457,7 @@ def test_a_run_that_starts_from_a_half_way_checkpoint_goes_on_from_there(tmp_pat
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_weights_of_the_best_checkpoint_come_with_its_scale(lora, tmp_path):
     tiny.model().save_pretrained(tmp_path / "base")
@@ -475,6 +478,7 @@ def test_the_weights_of_the_best_checkpoint_come_with_its_scale(lora, tmp_path):
         assert torch.equal(logits(run.model.eval()), logits(best))
 
 
+@pytest.mark.slow
 def test_resumed_with_a_model_that_the_trainer_builds_anew(tmp_path):
     """By `model_init`, after the checkpoint's position has been looked up for the first one."""
 
@@ -546,6 +550,7 @@ def test_resuming_with_another_warmup_is_refused(trained, resumed, tmp_path):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_after_the_warmup_a_run_is_resumed_without_the_callback(tmp_path):
     whole = trainer(tiny.model(ln_scaling=WARMUP), tmp_path / "whole")
     whole.train()
@@ -568,12 +573,14 @@ def test_a_warmup_that_nothing_moves_is_refused(tmp_path):
     assert ln_scales(held) == HALF_WAY_SCALES
 
 
+@pytest.mark.slow
 def test_a_callback_without_a_warmup_is_refused(tmp_path):
     for value, message in ((None, "the model has no ln_scaling"), (True, "the model has ln_scaling={'exponent': 0.5")):
         with pytest.raises(ValueError, match=f"LNScalingWarmupCallback: {message}.*so there is no warmup"):
             trainer(tiny.model(ln_scaling=value), tmp_path).train()
 
 
+@pytest.mark.slow
 def test_a_warmup_longer_than_the_run_is_refused_before_the_first_step(tmp_path):
     model = tiny.model(ln_scaling={"warmup_steps": 7})
     before = copy.deepcopy(model.state_dict())
@@ -584,6 +591,7 @@ def test_a_warmup_longer_than_the_run_is_refused_before_the_first_step(tmp_path)
     assert ln_scales(model) == FULL
 
 
+@pytest.mark.slow
 def test_given_twice_it_goes_no_faster(tmp_path):
     model = tiny.model(ln_scaling=WARMUP)
     watch = Watch()
@@ -594,6 +602,7 @@ def test_given_twice_it_goes_no_faster(tmp_path):
     assert ln_scales(resumed.model) == FULL
 
 
+@pytest.mark.slow
 def test_restoring_the_state_of_callbacks(tmp_path):
     trainer(tiny.model(ln_scaling=WARMUP), tmp_path, max_steps=4).train()
     watch = Watch()
