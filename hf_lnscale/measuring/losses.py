@@ -97,35 +97,28 @@ class MeanLoss:
 
 
 class SourceLosses:
-    """The loss of a model on each source of text, or on `only` one of them; `of` maps names of sources to losses.
+    """The loss of a model on each source of text, accumulated batch by batch; `of` maps names of sources to losses."""
 
-    `hidden` returns the decoder's output for a batch index, shape (B, T, D).
-    """
-
-    def __init__(
-        self,
-        split_model: SplitModel,
-        batches: TokenBatches,
-        hidden: Callable[[int], torch.Tensor],
-        only: str | None = None,
-    ) -> None:
-        picked = [predictions(batch) for batch in batches]
-        self.of: dict[str, MeanLoss] = {}
-        for name in [only] if only else dict.fromkeys(batch.name for batch in batches):
-            indices = [index for index, batch in enumerate(batches) if batch.name == name]
-            loss = MeanLoss(torch.cat([picked[index][0].sum(1) for index in indices]))
+    def __init__(self, split_model: SplitModel, batches: TokenBatches) -> None:
+        counts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for batch in batches:
+            counts[batch.name].append(predictions(batch)[0].sum(1))
+        self.of = {name: MeanLoss(torch.cat(parts)) for name, parts in counts.items()}
+        for name, loss in self.of.items():
             if not loss.counts_S.sum():
                 problem = f"{name} has no token to predict; sequences must have at least two tokens"
                 raise ArgumentError("data", problem=problem)
-            sequences = 0
-            for index in indices:
-                picked_BT, targets_N = picked[index]
-                x_ND = pick_tokens(hidden(index), picked_BT)
-                sequences_N = sequences + picked_BT.nonzero()[:, 0]
-                for part in split_model.parts(len(x_ND)):
-                    loss.add(token_losses(split_model.logits(x_ND[part]), targets_N[part]), sequences_N[part])
-                sequences += len(picked_BT)
-            self.of[name] = loss
+        self._split_model, self._sequences = split_model, Counter[str]()
+
+    def add(self, batch: Batch, x_BTD: torch.Tensor) -> None:
+        """Adds the next batch, given the decoder's output for it."""
+        picked_BT, targets_N = predictions(batch)
+        x_ND = pick_tokens(x_BTD, picked_BT)
+        sequences_N = self._sequences[batch.name] + picked_BT.nonzero()[:, 0]
+        for part in self._split_model.parts(len(x_ND)):
+            losses_N = token_losses(self._split_model.logits(x_ND[part]), targets_N[part])
+            self.of[batch.name].add(losses_N, sequences_N[part])
+        self._sequences[batch.name] += len(picked_BT)
 
     @property
     def mean(self) -> float:
@@ -141,8 +134,11 @@ class SourceLosses:
 def losses_by_source(model: nn.Module, batches: TokenBatches, removed: Iterable[Unit] = ()) -> SourceLosses:
     """The loss of a model without the removed layers, for each source of text."""
     split_model, removed = SplitModel(model), list(removed)
+    losses = SourceLosses(split_model, batches)
     with eval_mode(model):
-        return SourceLosses(split_model, batches, lambda index: split_model.hidden(batches.batches[index], removed))
+        for batch in batches:
+            losses.add(batch, split_model.hidden(batch, removed))
+    return losses
 
 
 def sweep(
@@ -213,26 +209,20 @@ def sweep(
 
 def losses_of_sets(
     model: nn.Module, batches: TokenBatches, sets: Sequence[Sequence[Unit]], progress: bool = True
-) -> list[float]:
-    """The loss of the model without each set of units, in nats per token, averaged over sources of text.
+) -> list[SourceLosses]:
+    """The loss of the model without each set of units, on each source of text.
 
     Each set runs from its first layer on, starting from states of the full model that are stored in one pass.
     """
     split_model = SplitModel(model)
-    counts: Counter[str] = Counter()
-    totals: list[dict[str, float]] = [defaultdict(float) for _ in sets]
+    losses = [SourceLosses(split_model, batches) for _ in sets]
     with eval_mode(model):
         for batch in logging.tqdm(batches, desc="proposals", disable=not progress, leave=False):
-            picked_BT, targets_N = predictions(batch)
-            counts[batch.name] += len(targets_N)
             outputs = _outputs_without(split_model, batch, set(), sets)
             next(outputs)
-            for total, x_BTD in zip(totals, outputs, strict=True):
-                x_ND = pick_tokens(x_BTD, picked_BT)
-                for part in split_model.parts(len(x_ND)):
-                    losses_N = token_losses(split_model.logits(x_ND[part]), targets_N[part])
-                    total[batch.name] += losses_N.cpu().double().sum().item()
-    return [sum(total[name] / count for name, count in counts.items()) / len(counts) for total in totals]
+            for loss, x_BTD in zip(losses, outputs, strict=True):
+                loss.add(batch, x_BTD)
+    return losses
 
 
 def _outputs_without(

@@ -181,9 +181,9 @@ class Healer:
         self.forget()
 
     def forget(self) -> None:
-        """Frees the full model's states, which are recomputed when needed."""
+        """Frees the full model's states and known losses, which are recomputed when needed."""
         self._full = [{0: Stream(self._split_model, batches)} for batches in (self.fitted, self.judged)]
-        self._losses_full: SourceLosses | None = None
+        self.unhealed: dict[tuple[Unit, ...], SourceLosses] = {}
 
     @contextmanager
     def healed(self, units: Iterable[Unit], *, quick: bool = False, progress: bool = True) -> Iterator[HealReport]:
@@ -260,9 +260,8 @@ class Healer:
             for place in sorted({start, *(gap.end for gap in gaps)} - streams.keys()):
                 streams[place] = streams[max(below for below in streams if below < place)].at(place)
         pruned = [replace(streams[start], removed=frozenset(dropped)) for streams in full]
-        if self._losses_full is None:
-            self._losses_full = full[1][max(full[1])].losses()
-        losses = before = pruned[1].losses()
+        whole = self._unhealed((), full[1][max(full[1])])
+        losses = before = self._unhealed(tuple(dropped), pruned[1])
         steps: list[HealedLayer] = []
         left_out: dict[str, float] = {}
         for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
@@ -275,7 +274,7 @@ class Healer:
                 del originals[-len(repair.originals) :]
             left_out |= {name: left_out.get(name, 0.0) + change for name, change in changes.items()}
             steps.append(step)
-        found = {"full": self._losses_full, "before": before, "after": losses}
+        found = {"full": whole, "before": before, "after": losses}
         return HealReport(
             dropped=tuple(dropped),
             method=self.method,
@@ -286,6 +285,15 @@ class Healer:
             _config=stack.model.config,
             **_perplexities(found),
         )
+
+    def _unhealed(self, units: tuple[Unit, ...], stream: Stream) -> SourceLosses:
+        """The losses without some units before healing, continued from `stream` where they are not known yet."""
+        losses = self.unhealed.get(units)
+        if losses is None:
+            losses = self.unhealed[units] = stream.losses()
+        elif unknown := [name for name in self.judged.weights if name not in losses.of]:
+            losses.of |= stream.losses(*unknown).of
+        return losses
 
     def _source(self, name: str, found: dict[str, SourceLosses], left_out: float | None) -> HealedSource:
         of = {which: losses.of[name] for which, losses in found.items()}

@@ -177,9 +177,14 @@ class Stream:
                 self._pass(index)
         return seen
 
-    def losses(self, only: str | None = None) -> SourceLosses:
-        """Next-token cross-entropy when continuing from here to the end, for all sources of text or only one."""
-        return SourceLosses(self.split_model, self.batches, self._pass, only)
+    def losses(self, *names: str) -> SourceLosses:
+        """Next-token cross-entropy when continuing from here to the end, for all sources of text or only some."""
+        names = names or tuple(self.batches.weights)
+        losses = SourceLosses(self.split_model, self.batches.only(*names))
+        for index, batch in enumerate(self.batches):
+            if batch.name in names:
+                losses.add(batch, self._pass(index))
+        return losses
 
 
 # --- least squares ----------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ class Repair:
         self, dropped: tuple[Unit, ...], before: SourceLosses, cross_validate: bool, quick: bool
     ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
         """One step: its record, the losses after it, and the change of each source's loss by a fit to the others."""
-        error_before, moments = self._error(), self._moments()
+        error_before, moments = math.nan if quick else self._error(), self._moments()
         fit, after, lowest = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
         blend, reason = 1.0, "the loss on held-out data would not be lower"
         names = self.token_weights.keys() & before.of.keys() if cross_validate and len(self.token_weights) > 1 else ()
@@ -294,7 +299,7 @@ class Repair:
             ridge=math.inf if reason else fit.ridge,
             blend=blend,
             error_before=error_before,
-            error_after=error_before if reason else self._error(),
+            error_after=error_before if reason or quick else self._error(),
             loss_before=before.mean,
             loss_after=after.mean,
             kept=not reason,
@@ -344,7 +349,7 @@ class Repair:
         fit, changes = self._fit(part.solve_in_place(ridge), ridge, others), {}
         for blend in blends:
             self._write(fit, blend)
-            changes[blend] = self.judged[1].losses(only=name).mean - before.of[name].mean
+            changes[blend] = self.judged[1].losses(name).mean - before.of[name].mean
         return changes
 
     def _moments(self) -> _Moments:

@@ -294,12 +294,14 @@ def _best_of(search: _Search, proposals: list[list[int]]) -> dict[str, Any]:
     """The set of layers without which the model does best, after quick healing if there is a healer."""
     healer = search.healer
     judged = healer.held_out if healer else search.text.calibration
-    losses = map(perplexity_of, losses_of_sets(search.model, judged, proposals, search.progress))
+    losses = losses_of_sets(search.model, judged, proposals, search.progress)
     tried: list[dict[str, Any]] = [
-        {"layers": layers, "perplexity": value} for layers, value in zip(proposals, losses, strict=True)
+        {"layers": layers, "perplexity": perplexity_of(loss.mean)}
+        for layers, loss in zip(proposals, losses, strict=True)
     ]
     tried.sort(key=lambda proposal: proposal["perplexity"])
     if healer:
+        healer.unhealed |= {tuple(layers): loss for layers, loss in zip(proposals, losses, strict=True)}
         tried = [proposal for proposal in tried[:HEALED] if proposal["perplexity"] <= _APART * tried[0]["perplexity"]]
         compared = tried if len(tried) > 1 else []
         for proposal in logging.tqdm(compared, desc="healing proposals", disable=not search.progress, leave=False):

@@ -364,4 +364,4 @@ def test_sets_share_the_full_model_s_states(family):
     found = losses_of_sets(full, batches, sets, progress=False)
     # The probe for tuples and the full model once for each batch, and of each set what comes after its first layer.
     assert len(runs) == L + len(batches) * (L + 4 + 1 + 0)
-    assert found == [losses_by_source(full, batches, layers).mean for layers in sets]
+    assert [loss.mean for loss in found] == [losses_by_source(full, batches, layers).mean for layers in sets]
