@@ -13,12 +13,13 @@ which runs come next: the short parts find the learning rates of the longer ones
 - settings: Pre-LN against LNS as trained in the paper (256 tokens, no weight decay, Adam) and as is common today (1,024
   tokens, decay 0.1, warmup - stable - decay), with the same number of tokens per step. All learning rates of the grid,
   the best one with three seeds.
-- shallow: the same pair with a quarter of the layers, at the learning rates found, to see whether depth helps at all.
+- shallow: the same pair with a quarter of the layers, at the learning rates found, to see whether depth helps at all;
+  three seeds.
 - schemes: all schemes as trained in the paper, at all learning rates; the pair and the two best others with three
   seeds.
 - decay: the pair as trained today, with a weight decay that does as much in a short run as 0.1 does in a long one;
   three seeds.
-- depth: the pair with two and four times the layers, at the learning rates found.
+- depth: the pair with two and four times the layers, at the learning rates found; three seeds.
 - promising: the two best others as trained today, at all learning rates, the best one with three seeds.
 
 The Pre-LN and LNS models of seed 0 are then examined: the cost of removing layers, angular distances, gradients.
@@ -59,7 +60,7 @@ from hf_lnscale.measuring.sample import documents, train_tokenizer
 
 PAIR = ("pre_ln", "lns")
 SEEDS = (0, 1, 2)
-# The seed whose Pre-LN and LNS models are examined, and that of the deeper models.
+# The seed whose Pre-LN and LNS models are examined.
 LOOKED_AT = SEEDS[0]
 PARTS = ("settings", "shallow", "schemes", "decay", "depth", "promising")
 
@@ -358,16 +359,17 @@ class Queue:
         if name in ("shallow", "depth"):
             yield self.grid(both, PAIR)
             factors = (0.25,) if name == "shallow" else (2, 4)
-            yield [run for factor in factors for setting in both for run in self.pair(setting, factor)]
+            some = itertools.product(SEEDS, both, factors)
+            yield [run for seed, setting, factor in some for run in self.pair(setting, factor, seed)]
         if name == "promising":
             yield self.grid(("paper",), list(SCHEMES))
             yield self.grid(("modern",), self.promising())
             yield self.repeat(("modern",), self.promising())
 
-    def pair(self, setting: str, factor: float = 1) -> list[Run]:
-        """Pre-LN and LNS with `factor` times the layers, at their best learning rates, with the seed to examine."""
+    def pair(self, setting: str, factor: float = 1, seed: int = LOOKED_AT) -> list[Run]:
+        """Pre-LN and LNS with `factor` times the layers, at their best learning rates."""
         layers = int(factor * self.layers)
-        return [self.run(setting, scheme, self.best(setting, scheme), LOOKED_AT, layers) for scheme in PAIR]
+        return [self.run(setting, scheme, self.best(setting, scheme), seed, layers) for scheme in PAIR]
 
 
 def spread(values: Sequence[float], signed: bool = False) -> str:
@@ -409,13 +411,15 @@ def tables(queue: Queue) -> Iterator[Table]:
         if tried:
             yield table
 
-    table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN",
-                  title=f"By depth, seed {LOOKED_AT}, at the learning rates of {depth} layers")  # fmt: skip
+    table = Table("layers", "setting", "Pre-LN", "LNS", "LNS - Pre-LN, same seed", "seeds",
+                  title=f"By depth, at the learning rates of {depth} layers: mean (range) of seeds")  # fmt: skip
     factors = (0.25, 1, 2, 4)
     for factor, setting in itertools.product(factors, ("paper", "modern")):
-        plain, scaled = (queue.loss(run) for run in queue.pair(setting, factor))
-        difference = spread([scaled - plain], signed=True)
-        table.add_row(f"{factor * depth:g}", setting, spread([plain]), spread([scaled]), difference)
+        pairs = [[queue.loss(run) for run in queue.pair(setting, factor, seed)] for seed in SEEDS]
+        plain, scaled = map(list, zip(*pairs, strict=True))
+        differences = [b - a for a, b in pairs]
+        cells = spread(plain), spread(scaled), spread(differences, signed=True), number(differences)
+        table.add_row(f"{factor * depth:g}", setting, *cells)
     yield table
 
     for setting, factor in itertools.product(SETTINGS, factors):

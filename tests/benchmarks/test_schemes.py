@@ -186,9 +186,9 @@ def test_the_parts_of_the_queue(small):
             found[name] += [one] * (one not in queue.records)
             # Deeper is better, post_ln the best, the second rate better than the first.
             queue.records[one] = {"loss": 9 - one.layers - (one.scheme == "post_ln") - (one.rate == 1e-2)}
-    # 2 settings x 2 schemes x (2 rates + 2 seeds); the same of one layer; 2 schemes x (2 + 2); 2 x 3 seeds; two depths.
-    assert [len(runs) for runs in found.values()] == [16, 4, 8, 6, 8, 8]
-    assert len(set(queue.records)) == 50
+    # 2 settings x 2 schemes x (2 rates + 2 seeds); 3 seeds of one layer; 2 schemes x (2 + 2); 2 x 3 seeds; two depths.
+    assert [len(runs) for runs in found.values()] == [16, 12, 8, 6, 24, 8]
+    assert len(set(queue.records)) == 74
     assert {one.rate for one in [*found["shallow"], *found["decay"], *found["depth"]]} == {1e-2}
     assert {one.layers for one in [*found["shallow"], *found["depth"]]} == {1, 8, 16}
     assert {(one.setting, one.scheme) for one in found["promising"]} == {("modern", "post_ln"), ("modern", "prores")}

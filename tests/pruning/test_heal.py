@@ -27,6 +27,7 @@ from hf_lnscale.core.display import with_error
 from hf_lnscale.core.families import UnsupportedArchitectureError
 from hf_lnscale.core.stack import text_stack
 from hf_lnscale.measuring import sample
+from hf_lnscale.measuring.losses import losses_of_sets
 from hf_lnscale.measuring.text import Batch, Windows
 from hf_lnscale.pruning import heal as heal_module
 from hf_lnscale.pruning import heal_fit
@@ -811,6 +812,23 @@ def test_the_largest_penalty_within_a_standard_error_is_taken():
                 chosen.add(ridge)
                 break
     assert len(chosen) > 1
+
+
+def test_losses_that_are_known_are_not_measured_again():
+    plain, removed = speaker(), (1, 2)
+    ids = text_of(plain, 24, 12)
+    text, runs, found = {"first": ids[:12], "second": ids[12:]}, [], []
+    plain.model.layers[-1].register_forward_hook(lambda *_: runs.append(1))
+    for known in ([], ["first"], ["first", "second"]):
+        healer = Healer(plain, text)
+        if known:
+            (healer.unhealed[removed],) = losses_of_sets(plain, healer.judged.only(*known), [removed], progress=False)
+        runs.clear()
+        report = healer.heal(removed, progress=False)
+        found.append((len(runs), report.to_dict()))
+        report.undo()
+    assert [runs for runs, _ in found] == [found[0][0] - sources for sources in range(3)]
+    assert found[0][1] == found[1][1] == found[2][1]
 
 
 def test_a_quick_fit_has_the_largest_penalty_and_no_cross_validation():
