@@ -79,7 +79,8 @@ def work_of_search(num_layers: int, target: Target, request: Request, text: Text
     if fits:
         # The full model's states for the first set, and for each further set from the nearest known place. Per fit,
         # from the cut on: the loss before, with each penalty (only one if quick), and without each of several sources.
-        held_out, passes = 0.25 * calibration, fits * (1 + _PENALTIES + (more > 1)) + 2 * quick
+        # Of proposals, the loss before is known, except that on default sources.
+        held_out, passes = 0.25 * calibration, fits * ((not quick) + _PENALTIES + (more > 1)) + quick * (2 - 1 / more)
         layers += more * (calibration * total * (1 + (fits + quick - 1) / 2) + held_out * passes * kept / 2)
         head += more * held_out * (1 + passes)
     # Half of the symmetric second moments are computed, and again for the fits without a source.
