@@ -23,7 +23,8 @@ changes the cuts of `prune`. The rules of others are reimplemented from their pa
 - attention alone: removes the attention, but not the MLP, of the same number of layers, which saves as much KV cache.
   These are the layers whose attention costs least on its own, measured on a quarter of the tokens. Without repair or,
   "healed", repaired by `hf_lnscale.heal` on that text.
-- prune: `hf_lnscale.prune` with its defaults, on that text; and without it (`data=None`), on Python's English and code.
+- prune: `hf_lnscale.prune` with its defaults, on that text, to which it adds Python's English and code; without these,
+  "fitted on it alone", as the rules of others are; and without a text (`data=None`), on Python's English and code.
 """
 
 from __future__ import annotations
@@ -258,6 +259,15 @@ def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
 Rule = Callable[[Any, Data, int], nn.Module]
 PRUNE: dict[str, Rule] = {
     "prune": lambda model, data, count: pruned(model, data.text, data, count),
+    "prune, fitted on it alone": lambda model, data, count: (
+        hf_lnscale.prune(
+            # Token ids without their tokenizer, so that no other text can be added.
+            copy.deepcopy(model),
+            [batch.input_ids for batch in data.batches],
+            num_layers=count,
+            progress=False,
+        ).model
+    ),
     "prune, without a text": lambda model, data, count: pruned(model, None, data, count),
 }
 RULES: dict[str, Rule] = {
