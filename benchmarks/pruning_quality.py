@@ -352,9 +352,10 @@ def measure(rows: list[Row], found: Records, args: argparse.Namespace) -> None:
             continue
         seconds = time.process_time() - started
         one: dict[str, Any] = {"losses": losses(smaller, judged), "core_seconds": round(seconds, 1)}
+        if gone := record(smaller.config).dropped:
+            one |= {"dropped": gone.layers, "attention": gone.attention}
         if row.rule in PRUNE:
-            one["dropped"] = gone = record(smaller.config).dropped.layers
-            one["not_healed"] = losses(cut(model, gone), judged)
+            one["not_healed"] = losses(cut(model, one["dropped"]), judged)
         found.add(row, one)
         print(row.rule, row.layers, {kind: round(statistics.fmean(some), 3) for kind, some in one["losses"].items()})
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from judging import DEVICE, Records, difference
 from matplotlib.figure import Figure
-from pruning_quality import Data, Row, attention_losses
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pruning_quality import Row
+from transformers import AutoModelForCausalLM
 
 import hf_lnscale  # noqa: F401 - turns the flags on
 from hf_lnscale.checkpoints.names import Placement
@@ -60,8 +60,6 @@ def cuts_of(folder: Path, args: argparse.Namespace) -> list[Cut]:
     base = found["whole", 0]["losses"]
     kinds = [kind for kind in base if kind != args.given.stem]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").to(DEVICE).eval()
-    data = Data(args.given, AutoTokenizer.from_pretrained(folder), 16_384, 256, 1)
-    losses = attention_losses(model, data)
     cuts, folders = [], [folder]
     with ExitStack() as stack:
         for (rule, count), one in sorted(found.items()):
@@ -69,17 +67,13 @@ def cuts_of(folder: Path, args: argparse.Namespace) -> list[Cut]:
                 continue
             mean, error = difference(one["losses"], base, kinds)
             cut = Cut(folder.name, RULES[rule], count, math.expm1(mean), math.exp(mean) * error)
-            if rule == "prune":
-                flags = {"drop_layers": one["dropped"]}
-                units: list[Any] = one["dropped"]
-            else:
-                flags = {"drop_attention": sorted(sorted(losses, key=losses.__getitem__)[:count])}
-                units = [("attention", layer) for layer in flags["drop_attention"]]
+            units = [*one["dropped"], *(("attention", layer) for layer in one["attention"])]
             sizes = Target(model, ("num_layers", 1), CACHE_TOKENS).sizes(units)
             for name, key in (("parameters", "params"), ("cache", "cache_bytes")):
                 before, after = sizes[key]
                 cut.saved[name] = (1 - after / before,) * 3
             folders.append(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            flags = {"drop_layers": one["dropped"] or None, "drop_attention": one["attention"] or None}
             AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", **flags).save_pretrained(folders[-1])
             cuts.append(cut)
         speeds = measure(
