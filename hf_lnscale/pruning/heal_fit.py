@@ -271,21 +271,18 @@ class Repair:
     ) -> tuple[HealedLayer, SourceLosses, dict[str, float]]:
         """One step: its record, the losses after it, and the change of each source's loss by a fit to the others."""
         error_before, moments = math.nan if quick else self._error(), self._moments()
-        fit, after, lowest = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
-        blend, reason = 1.0, "the loss on held-out data would not be lower"
+        fit, after = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
+        blend, reason = 1.0, "the loss on text that was not fitted would be higher"
         names = self.token_weights.keys() & before.of.keys() if cross_validate and len(self.token_weights) > 1 else ()
         changes: dict[str, dict[float, float]] = {}
-        if lowest < before.mean:
-            if self.careful:
-                changes = {name: self._left_out(name, moments, fit.ridge, _BLENDS, before) for name in names}
-            harmless = [part for part in _BLENDS if all(change[part] <= 0 for change in changes.values())]
-            reason = "the loss on text that was not fitted would be higher"
-            if harmless:
-                best = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
-                blends = [part for part in harmless if part <= best]
-                blend, after, reason = self._blended(fit, blends, after, before)
-            if not (reason or changes):
-                changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
+        if self.careful:
+            changes = {name: self._left_out(name, moments, fit.ridge, _BLENDS, before) for name in names}
+        if harmless := [part for part in _BLENDS if all(change[part] <= 0 for change in changes.values())]:
+            best = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
+            blends = [part for part in harmless if part <= best]
+            blend, after, reason = self._blended(fit, blends, after, before)
+        if not (reason or changes):
+            changes = {name: self._left_out(name, moments, fit.ridge, [blend], before) for name in names}
         left_out = {name: 0.0 if reason else changes[name][blend] for name in names}
         if reason:
             restore(self.originals)
@@ -307,8 +304,8 @@ class Repair:
         )
         return step, after, left_out
 
-    def _chosen(self, moments: _Moments, ridges: Iterable[float]) -> tuple[_Fit, SourceLosses, float]:
-        """The fit of the largest penalty within a standard error of the best, its losses, and the lowest mean loss."""
+    def _chosen(self, moments: _Moments, ridges: Iterable[float]) -> tuple[_Fit, SourceLosses]:
+        """The fit of the largest penalty within a standard error of the best, and its losses."""
         tried: list[tuple[_Fit, SourceLosses]] = []
         for ridge in ridges:  # in decreasing order
             restore(self.originals)
@@ -317,7 +314,7 @@ class Repair:
                 break
         best = min((losses for _, losses in tried), key=lambda losses: losses.mean)
         near = (pair for pair in tried if pair[1] is best or pair[1].mean - best.mean <= pair[1].error(best))
-        return *next(near), best.mean
+        return next(near)
 
     def _blended(
         self, fit: _Fit, blends: Iterable[float], after: SourceLosses, before: SourceLosses

@@ -197,9 +197,9 @@ def test_several_cuts_are_healed_one_after_the_other(method):
         if step.kept:
             with torch.no_grad():
                 if method == "refit":
-                    down.weight += ridge_regression(x, target - out, step.ridge).T
+                    down.weight += step.blend * ridge_regression(x, target - out, step.ridge).T
                 else:
-                    a_DD = torch.eye(tiny.HIDDEN) + ridge_regression(u, target - out, step.ridge).T
+                    a_DD = torch.eye(tiny.HIDDEN) + step.blend * ridge_regression(u, target - out, step.ridge).T
                     down.weight.copy_(a_DD @ down.weight)
                     down.bias.copy_(a_DD @ down.bias)
         relative = (states(expected, ids, step.layer, removed)[0] - target).norm(dim=-1) / target.norm(dim=-1)
@@ -293,10 +293,14 @@ def test_padding_counts_for_nothing():
 
 def test_what_does_not_help_on_held_out_data_is_not_kept():
     model = speaker()
-    # Held-out text is the pruned model's own: to be led towards the full one makes it worse.
-    calibration, held_out = text_of(model), text_of(model, removed=[1, 2])
-    weights = copy.deepcopy(model.state_dict())
+    calibration, weights = text_of(model), copy.deepcopy(model.state_dict())
     for method in ("refit", "linear"):
+        # Held-out text is that of a pruned model led away from the full one: any step towards it makes it worse.
+        away = copy.deepcopy(model)
+        assert quietly(away, [1, 2], calibration, held_out=calibration, method=method).kept
+        down = away.model.layers[0].mlp.down_proj.weight
+        down.data = 2 * model.model.layers[0].mlp.down_proj.weight - down
+        held_out = text_of(away, removed=[1, 2])
         report = quietly(model, [1, 2], calibration, held_out=held_out, method=method)
         (step,) = report.steps
         assert not report.kept
@@ -306,6 +310,30 @@ def test_what_does_not_help_on_held_out_data_is_not_kept():
         assert step.error_after == step.error_before
         assert report.perplexity_after == report.perplexity_before
         assert same(model, weights)
+
+
+def test_a_step_that_is_too_long_is_shortened():
+    """Even if the whole step raises the loss of the only source."""
+    model = speaker()
+    calibration, weights = text_of(model), copy.deepcopy(model.state_dict())
+    whole = copy.deepcopy(model)
+    quietly(whole, [1, 2], calibration, held_out=calibration, method="refit")
+    old, new = (one.model.layers[0].mlp.down_proj.weight.detach() for one in (model, whole))
+    nearer = copy.deepcopy(model)
+    nearer.model.layers[0].mlp.down_proj.weight.data = old + 0.2 * (new - old)
+    held_out = text_of(nearer, 200, removed=[1, 2])  # by which a fifth of the step is best
+    (step,) = (report := quietly(model, [1, 2], calibration, held_out=held_out, method="refit")).steps
+    assert step.kept
+    assert step.blend in (0.5, 0.25, 0.125)
+    model.load_state_dict(weights)
+    down, by_blend = model.model.layers[0].mlp.down_proj.weight, {}
+    (target, _), (out, _, x) = states(model, calibration, 2), states(model, calibration, 0, [1, 2], down=True)
+    old, change = down.data, ridge_regression(x, target - out, step.ridge).T
+    for blend in (0.0, step.blend, 1.0):
+        down.data = old + blend * change
+        by_blend[blend] = perplexity(model, held_out, [1, 2])
+    assert by_blend[step.blend] < by_blend[0.0] < by_blend[1.0]
+    assert by_blend[step.blend] == pytest.approx(report.perplexity_after)
 
 
 def test_healed_is_undone_at_exit_whatever_happens():
