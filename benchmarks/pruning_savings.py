@@ -101,7 +101,7 @@ def draw(cuts: list[Cut], path: Path) -> None:
             axes.set_xlabel(f"{name} saved")
             axes.xaxis.set_major_formatter("{x:.0f} %")
             axes.yaxis.set_major_formatter("+{x:.0f} %")
-            axes.set_xlim(left=0)
+            axes.set_xlim(left=min(0, axes.get_xlim()[0]))
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
         row[0].legend()
