@@ -183,6 +183,7 @@ class Healer:
     def forget(self) -> None:
         """Frees the full model's states and known losses, which are recomputed when needed."""
         self._full = [{0: Stream(self._split_model, batches)} for batches in (self.fitted, self.judged)]
+        # Losses before healing, by what is removed; a search adds those that it has measured.
         self.unhealed: dict[tuple[Unit, ...], SourceLosses] = {}
 
     @contextmanager
@@ -260,8 +261,8 @@ class Healer:
             for place in sorted({start, *(gap.end for gap in gaps)} - streams.keys()):
                 streams[place] = streams[max(below for below in streams if below < place)].at(place)
         pruned = [replace(streams[start], removed=frozenset(dropped)) for streams in full]
-        whole = self._unhealed((), full[1][max(full[1])])
-        losses = before = self._unhealed(tuple(dropped), pruned[1])
+        whole = self._losses_unhealed((), full[1][max(full[1])])
+        losses = before = self._losses_unhealed(tuple(dropped), pruned[1])
         steps: list[HealedLayer] = []
         left_out: dict[str, float] = {}
         for layer, end, parts in logging.tqdm(gaps, desc="heal", disable=not progress, leave=False):
@@ -286,7 +287,7 @@ class Healer:
             **_perplexities(found),
         )
 
-    def _unhealed(self, units: tuple[Unit, ...], stream: Stream) -> SourceLosses:
+    def _losses_unhealed(self, units: tuple[Unit, ...], stream: Stream) -> SourceLosses:
         """The losses without some units before healing, continued from `stream` where they are not known yet."""
         losses = self.unhealed.get(units)
         if losses is None:
