@@ -33,7 +33,7 @@ def test_the_work_of_a_search(method, heal, more, monkeypatch):
     # Steps of healing that have to be shortened are not foreseen. On its own text, the model needs none.
     calibration, judged = token_batches([tiny.said_by(model, 16, seed=seed) for seed in range(4)]).split(0.25)
     if more == 2:
-        monkeypatch.setattr(heal_fit, "_BLENDS", (1.0,))
+        monkeypatch.setattr(heal_fit, "_BLENDS", (1.0,))  # to this model, English and code are noise
         calibration.tokenizer = train_tokenizer(documents()[:20], 300)
     if method == "greedy_healed":
         heal = "linear"
