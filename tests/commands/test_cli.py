@@ -141,6 +141,7 @@ def test_help_and_completion_import_nothing_heavy(arguments, environment, tmp_pa
 # --- errors and exit codes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [["-m", "hf_lnscale"], ["-mhf_lnscale"], ["-I", "-m", "hf_lnscale"]])
 def test_no_code_of_the_current_folder_is_run_as_a_module(module, folder, tmp_path):
     """Before the interpreter has imported the package, only the modules that it starts with can be shadowed."""

@@ -763,6 +763,7 @@ def test_plots_of_what_was_not_measured(ids):
     assert [axis.get_ylabel() for axis in found.plot("layers").axes] == ["output norm / stream norm", "Block Influence"]
 
 
+@pytest.mark.slow
 def test_both_backends_draw_every_figure(small, tmp_path):
     pytest.importorskip("matplotlib")
     page = small.report()

@@ -116,6 +116,7 @@ def show(browser, pages):
 # --- what holds everywhere -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("page", ["one", "two"])
 def test_one_file_without_the_network(page, show, pages):

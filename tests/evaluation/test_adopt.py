@@ -101,6 +101,7 @@ def test_no_difference_is_refused(trained, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_without_a_tokenizer(trained, tmp_path):
     """As the authors' code leaves it: no tokenizer, and with an old release of transformers a .bin file."""
     root, models = trained

@@ -344,6 +344,7 @@ def test_the_scaled_checkpoint_is_measured_scaled(folder, found):
     assert abs(found.models[1].perplexity.loss.value - found.models[0].perplexity.loss.value) > 0.01
 
 
+@pytest.mark.slow
 def test_figures(folder, found):
     one = found.models[0]
     assert one.parameters == one.speed.parameters == sum(p.numel() for p in tiny.model().parameters())
@@ -466,6 +467,7 @@ def test_a_mean_of_other_things_is_not_paired():
 # --- what a model may be ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_model_may_be(folder, tmp_path):
     assert locate("some/name") == ("some/name", {})
     assert locate(folder / "plain") == (str(folder / "plain"), {})

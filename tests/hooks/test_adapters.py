@@ -352,6 +352,7 @@ OTHER_WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OTHER_WAYS)
 def test_other_ways_to_load_an_adapter(way, tmp_path):
     expected = adapter_of(tmp_path, "both by keyword")
@@ -429,6 +430,7 @@ def test_a_configuration_that_is_saved_again_keeps_its_note(tmp_path):
     assert again["auto_mapping"] == first["auto_mapping"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("which", DIFFERENT)
 def test_the_vocabulary_of_a_base_and_the_card_of_its_adapter(which, resized, tmp_path):

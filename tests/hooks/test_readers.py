@@ -250,6 +250,7 @@ def test_a_plain_model_loads_what_it_always_has(whole):
     assert torch.equal(model.model.layers[2].mlp.up_proj.weight, state["model.layers.2.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
 def test_a_cold_scale_is_warned_of(whole, recwarn):
     with_map(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), ln_scaling=True), whole)
     assert sum("enabled for" in str(warning.message) for warning in recwarn) == 1
@@ -283,6 +284,7 @@ def test_accelerate_without_transformers_stays_without(run_python):
     assert run_python(code, plugin=True).strip() == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "problem"),
     [

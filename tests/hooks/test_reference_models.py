@@ -177,6 +177,7 @@ def test_the_first_loss_of_a2po_is_0_if_all_answers_are_right(policy, tokenizer,
     assert first(trainer) == pytest.approx(0.0, abs=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("policy", ["cut in memory", "scaled and cut"], indirect=True)
 def test_the_first_loss_of_online_dpo_is_ln_2(policy, peft, tokenizer, tmp_path):
@@ -212,6 +213,7 @@ def distilling(how, student, teacher, tokenizer, tmp_path):
     return cls(student, teacher_model=teacher, args=arguments, train_dataset=rows, processing_class=chats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cut on loading", "scaled cold"], indirect=True)
 @pytest.mark.parametrize("how", DISTILLED)
 def test_a_teacher_by_the_name_of_the_student_is_the_student(how, policy, tokenizer, tmp_path):
@@ -248,6 +250,7 @@ def test_a_reward_model_by_the_name_of_the_policy_has_its_layers_and_scale(polic
     assert torch.equal(online.reward_funcs[0].eval()(tiny.tokens()).logits, judge(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("policy", ["cut in memory", "scaled and cut"], indirect=True)
 @pytest.mark.parametrize("cls", [SDFTTrainer, SDPOTrainer])

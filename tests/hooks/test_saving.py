@@ -147,6 +147,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALIKE)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_weights_are_refused_beside_the_configuration_of_another_model(writer, kind, tmp_path):

@@ -58,6 +58,7 @@ def test_the_estimate_is_the_exact_share(part, seed, english):
     assert share_known(text, measured) == pytest.approx(exact, abs=3 * error + 1e-9)
 
 
+@pytest.mark.slow
 def test_misses_and_false_alarms(english, tokenizer):
     """As the module says, on real text: 5 % of the known text is found, and another kind of text is no alarm."""
     order = random.Random(0).sample(english, len(english))

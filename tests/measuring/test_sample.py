@@ -18,6 +18,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
 
 
+@pytest.mark.slow
 def test_default_sources_are_english_and_code_and_share_nothing():
     sources = default_sources()
     assert list(sources) == ["english", "python"]

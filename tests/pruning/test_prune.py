@@ -147,6 +147,7 @@ def test_prune_heals_where_it_can(checkpoint, text, tmp_path, monkeypatch):
         in_process(checkpoint, text, tmp_path / "other", drop=[2], heal="linear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", [None, "linear"])
 def test_speed_is_measured_without_the_model_in_memory(heal, checkpoint, text, tmp_path, monkeypatch):
     weights, drop = [], prune_module._drop
