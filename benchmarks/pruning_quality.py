@@ -20,6 +20,8 @@ changes the cuts of `prune`. The rules of others are reimplemented from their pa
   (with blocks of the largest power of two that divides the hidden size).
 - ReplaceMe (arXiv 2505.02819) on that block: a linear map of the last MLP's output, by least squares or by cosine
   distance (Adam, learning rate 1e-4, 10 epochs, 1,024 tokens per batch).
+- the same with English and code: ReplaceMe's least squares, with Python's English and code beside that text, half as
+  many tokens of each, as `prune` adds them.
 - attention alone: removes the attention, but not the MLP, of the same number of layers, which saves as much KV cache.
   These are the layers whose attention costs least on its own, measured on a quarter of the tokens. Without repair or,
   "healed", repaired by `hf_lnscale.heal` on that text.
@@ -51,6 +53,7 @@ import hf_lnscale
 from hf_lnscale.core.display import markdown
 from hf_lnscale.core.record import record
 from hf_lnscale.measuring.losses import sweep
+from hf_lnscale.measuring.sample import default_sources
 from hf_lnscale.measuring.text import TokenBatches, Windows, token_batches
 from hf_lnscale.pruning.prune import plan_pruning
 from hf_lnscale.pruning.scores import score_layers
@@ -86,6 +89,9 @@ class Data:
         self.tokenizer, self.windows = tokenizer, Windows(tokens, seq_len)
         self.batches = token_batches(self.text, tokenizer=tokenizer, windows=self.windows)
         self.quarter = token_batches(self.text, tokenizer=tokenizer, windows=Windows(tokens // 4, seq_len))
+
+
+Rule = Callable[[Any, Data, int], nn.Module]
 
 
 def cut(model: nn.Module, gone: Iterable[int]) -> nn.Module:
@@ -205,6 +211,19 @@ def replace_me(by: str) -> Callable[[Any, Data, int], nn.Module]:
     return repaired
 
 
+def with_english_and_code(rule: Rule) -> Rule:
+    """The same rule, given the default sources too: half as many tokens of each as of the text."""
+
+    def made(model: Any, data: Data, count: int) -> nn.Module:
+        data, windows = copy.copy(data), Windows(data.windows.num_tokens // 2, data.windows.seq_len)
+        others = {name: token_batches(texts, tokenizer=data.tokenizer, windows=windows)
+                  for name, texts in default_sources().items()}  # fmt: skip
+        data.batches = TokenBatches.join({name: (one, 1.0) for name, one in {"given": data.batches, **others}.items()})
+        return rule(model, data, count)
+
+    return made
+
+
 def by_cosine(m_ND: torch.Tensor, target_ND: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     m_ND, target_ND = m_ND.float(), target_ND.float()
@@ -256,7 +275,6 @@ def one_pass(method: str) -> Callable[[Any, Data, int], nn.Module]:
     return lambda model, data, count: cut(model, score_layers(model, data.batches, method).lowest(count))
 
 
-Rule = Callable[[Any, Data, int], nn.Module]
 PRUNE: dict[str, Rule] = {
     "prune": lambda model, data, count: pruned(model, data.text, data, count),
     "prune, fitted on it alone": lambda model, data, count: (
@@ -278,6 +296,7 @@ RULES: dict[str, Rule] = {
     "angular block": one_pass("angular"),
     "LinearPatch": linear_patch,
     "ReplaceMe, least squares": replace_me("least squares"),
+    "ReplaceMe, least squares, with English and code": with_english_and_code(replace_me("least squares")),
     "ReplaceMe, cosine": replace_me("cosine"),
     "attention alone": attention_alone,
     "attention alone, healed": functools.partial(attention_alone, heal=True),

@@ -35,8 +35,8 @@ def floors() -> dict[str, str]:
     return {one.name: bound.version for one in wanted for bound in one.specifier if bound.operator == ">="}
 
 
-# What is not pinned is the newest release that goes with the pins. "newest" pins COMPARED to the newest releases of the
-# day, and "pinned" everything to constraints.txt.
+# What is not pinned is the newest release that goes with the pins, but torch is that of constraints.txt. "newest"
+# pins COMPARED and torch to the newest releases of the day, and "pinned" everything to constraints.txt.
 SETS: dict[str, dict[str, str]] = {
     "oldest": floors(),
     "axolotl": {"transformers": "5.16.1", "trl": "1.9.0", "peft": "0.20.0", "accelerate": "1.13.0"},
@@ -66,8 +66,9 @@ def newest(python: Path, name: str) -> str:
     return str(listed).split("(", 1)[1].split(")", 1)[0]
 
 
-def install(name: str, interpreter: str, torch: str) -> tuple[Path, Path]:
+def install(name: str, interpreter: str, torch: str | None) -> tuple[Path, Path]:
     """Makes the environment of a set, or brings it up to date; returns its folder and the log of what was run."""
+    pinned = CONSTRAINTS.read_text().splitlines()
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     version = subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     home = BUILD / f"{name}-{version}"
@@ -78,8 +79,12 @@ def install(name: str, interpreter: str, torch: str) -> tuple[Path, Path]:
     pins = SETS[name]
     if name == "newest":
         pins = {package: newest(python, package) for package in COMPARED}
+        torch = torch or newest(python, "torch")
+    torch = torch or next(line.removeprefix("torch==") for line in pinned if line.startswith("torch=="))
     pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    constraints = ["--constraint", CONSTRAINTS] if name == "pinned" else []
+    others = home.with_suffix(f"{home.suffix}.txt")
+    others.write_text("\n".join(line for line in pinned if not line.startswith("torch==")))
+    constraints = ["--constraint", others] if name == "pinned" else []
     wanted = [f"{package}=={pins[package]}" if package in pins else package for package in requirements()]
     steps = (
         # Without dependencies, as in the Makefile: the build for a CPU, or for this machine's CUDA, is chosen once.
@@ -129,12 +134,10 @@ def row(name: str, home: Path, log: Path, pytest_args: list[str]) -> tuple[str, 
 def main() -> None:
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     pytest_args = sys.argv[end + 1 :]
-    pinned_torch = re.search(r"^torch==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
-    assert pinned_torch is not None
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
     parser.add_argument("--python", default=sys.executable, help="the Python of new environments")
-    parser.add_argument("--torch", help=f"version of torch; by default the set's, or {pinned_torch[1]}")
+    parser.add_argument("--torch", help="version of torch; by default the set's")
     args = parser.parse_args(sys.argv[1:end])
     if unknown := set(args.sets) - set(SETS):
         parser.error(f"unknown sets: {', '.join(sorted(unknown))}; valid are {', '.join(SETS)}")
@@ -143,7 +146,7 @@ def main() -> None:
     lines, failures = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"], []
     for name in args.sets or SETS:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        torch = args.torch or SETS[name].get("torch", pinned_torch[1])
+        torch = args.torch or SETS[name].get("torch")
         line, failed = row(name, *install(name, args.python, torch), pytest_args or ["-n", "2", "--dist", "loadgroup"])
         lines.append(line)
         failures += [f"{name}: {test}" for test in failed]
