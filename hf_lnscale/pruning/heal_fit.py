@@ -39,8 +39,8 @@ _OUTPUT_NORM = "post_feedforward_layernorm"
 _RIDGES = (3.0, 0.3, 0.03, 0.003)
 # Fractions of the change to try while the fit makes the model worse on any source of text.
 _BLENDS = (1.0, 0.5, 0.25, 0.125)
-# The largest of them if no text was given. If the loss is quadratic in the fraction and lowest at s, half the change
-# keeps three quarters of the gain at s = 1, and makes nothing worse whose s is at least 1/4 (the whole change: 1/2).
+# The largest of them if no text was given and one of these helps. If the loss is quadratic in the fraction and lowest
+# at s, half the change keeps three quarters of the gain at s = 1, and harms nothing with s >= 1/4 (the whole: 1/2).
 _LARGEST_NOT_GIVEN = 0.5
 # Relative tolerance between the output of the changed weights and the fit.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -277,11 +277,13 @@ class Repair:
         fit, after = self._chosen(moments, _RIDGES[:1] if quick else _RIDGES)
         blend, reason = 1.0, "the loss on text that was not fitted would be higher"
         names = self.token_weights.keys() & before.of.keys() if cross_validate and len(self.token_weights) > 1 else ()
-        parts = [part for part in _BLENDS if part <= _LARGEST_NOT_GIVEN or quick or not self.careful]
         changes: dict[str, dict[float, float]] = {}
         if self.careful:
-            changes = {name: self._left_out(name, moments, fit.ridge, parts, before) for name in names}
-        if harmless := [part for part in parts if all(change[part] <= 0 for change in changes.values())]:
+            changes = {name: self._left_out(name, moments, fit.ridge, _BLENDS, before) for name in names}
+        harmless = [part for part in _BLENDS if all(change[part] <= 0 for change in changes.values())]
+        if self.careful and not quick:  # of a ruined model, only the whole change may repair anything
+            harmless = [part for part in harmless if part <= _LARGEST_NOT_GIVEN] or harmless
+        if harmless:
             best = min(harmless, key=lambda part: sum(change[part] for change in changes.values()))
             blends = [part for part in harmless if part <= best]
             blend, after, reason = self._blended(fit, blends, after, before)

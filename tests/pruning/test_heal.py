@@ -746,6 +746,17 @@ def test_a_step_that_is_moved_back_stays_among_those_that_harm_no_source_left_ou
     assert 0.25 not in tried
 
 
+def test_the_whole_step_is_taken_where_no_smaller_one_helps(monkeypatch):
+    text = dict(zip("ab", text_of(speaker(), 48).split(24), strict=True))
+    monkeypatch.setattr(heal_module, "default_sources", lambda: text)
+    for half, expected in ((0.1, 1.0), (-0.1, 0.5)):
+        changes = {1.0: -0.3, 0.5: half, 0.25: 0.1, 0.125: 0.1}
+        monkeypatch.setattr(heal_fit.Repair, "_left_out", lambda *_, changes=changes: changes)
+        with Healer(speaker(), method="linear").healed([1, 2], progress=False) as report:
+            (step,) = report.steps
+        assert (step.kept, step.blend) == (True, expected)
+
+
 def test_prune_without_a_text_takes_that_step_too(monkeypatch):
     text, tried = {"a": text_of(speaker(), 24), "b": text_of(speaker(), 24, seed=1)}, []
     left_out = heal_fit.Repair._left_out
@@ -756,7 +767,7 @@ def test_prune_without_a_text_takes_that_step_too(monkeypatch):
 
     monkeypatch.setattr(heal_fit.Repair, "_left_out", noted)
     monkeypatch.setattr(prune_module, "default_sources", lambda: text)
-    for data, count in ((None, 3), (text, 1)):
+    for data, count in ((None, 4), (text, 1)):
         assert prune(speaker(), data, drop=[1, 2], progress=False).plan.heal["steps"][0]["kept"]
         assert tried == [count, count]
         tried.clear()
