@@ -93,7 +93,8 @@ def heal(
         attention, mlp: positions of layers that lose only their attention or MLP, as in `drop_layers`.
         data: one source of text or several, with weights, see `token_batches`. A source of weight 0 is evaluated but
             not fitted. None uses `measuring.sample.default_sources`; t then starts at the value up to 1/2 that does
-            best on each of these by a fit to the other, among those that make neither worse; at 1 if there is none.
+            best on each of these by a fit to the other, among those that make neither worse, or at 1 if
+            only that makes neither worse.
         method: one of `METHODS`.
         held_out: data to choose the penalty and to evaluate on, including all its sources. None holds out a quarter of
             the sequences of each source, and all sequences of sources of weight 0. In either case, a single source is
